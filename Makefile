@@ -1,0 +1,62 @@
+# demo      runs an example; installs nothing but what it needs
+# check     what a machine can see: ruff, mypy
+# test      the quick tests; test-all: every test
+# bench     measurements
+# docs      the API's pages, in docs/_build
+# clean     removes what the above leave, except the environment and downloaded data
+#
+# Everything runs in .venv, made on first use and brought up to date when the files that describe it change.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALL := PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip install --quiet
+DESCRIPTION := pyproject.toml constraints.txt Makefile
+WORKERS ?= 2
+# One thread for each worker: with PyTorch's default of one for each core, the workers get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS)
+
+.PHONY: all demo check test test-all bench docs clean
+all: check test
+
+demo: $(VENV)/.demo
+	$(PYTHON) examples/subsampling.py
+
+check: $(VENV)/.develop
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+test: $(VENV)/.develop
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.develop
+	$(PYTEST)
+
+bench: $(VENV)/.develop
+	$(PYTHON) benchmarks/run.py
+
+docs: $(VENV)/.docs
+	$(PYTHON) -m pdoc --docformat google --output-directory docs/_build backpack
+
+clean:
+	rm -rf build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(PYTHON):
+	python3 -m venv $(VENV)
+
+# numpy: without it, importing PyTorch warns.
+$(VENV)/.demo: $(DESCRIPTION) | $(PYTHON)
+	$(INSTALL) --editable . numpy
+	touch $@
+
+# pytorchcv without its dependencies: one of them, torchvision, is not needed and would bring a second, CUDA build of
+# PyTorch. What it does need, requests, is among the extra `test`.
+$(VENV)/.develop: $(DESCRIPTION) | $(PYTHON)
+	$(INSTALL) --editable '.[check,test]'
+	$(INSTALL) --no-deps pytorchcv
+	touch $@
+
+$(VENV)/.docs: $(DESCRIPTION) | $(PYTHON)
+	$(INSTALL) --editable '.[docs]'
+	touch $@

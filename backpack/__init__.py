@@ -1,0 +1,27 @@
+"""BackPACK: what autograd throws away, in the same backward pass.
+
+``extend(model)`` and ``extend(lossfunc)``, then ``with backpack(BatchGrad()): loss.backward()``, and read
+``p.grad_batch`` on each parameter. The package, from the outside in:
+
+- ``context``: what users call.
+- ``extensions``: the quantities, one a file.
+- ``engine``: the backward pass; ``recorder``: the forward pass.
+- ``operations``: how PyTorch's functions use their parameters, one family a file.
+- ``uses``: the few forms of such uses, and what can be computed of each.
+- ``samples``: where samples lie in tensors, and subsets of them.
+- ``compat``: the few names of PyTorch that are not public.
+- ``utils``: helpers for users.
+"""
+
+from backpack import extensions
+from backpack.context import backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
+
+__all__ = [
+    "backpack",
+    "convert_module_to_backpack",
+    "disable",
+    "extend",
+    "extensions",
+    "memory_cleanup",
+    "unextend",
+]

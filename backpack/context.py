@@ -1,0 +1,133 @@
+"""What users call: ``extend`` a model and a loss, then ``backward`` inside a ``backpack`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch.nn import Module, RNNBase
+
+from backpack.engine import EXTENDED, HERE, Block, attach, detach
+from backpack.extensions.backprop_extension import BackpropExtension
+
+M = TypeVar("M", bound=Module)
+
+
+def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
+    """Prepare a module, in place, for the computations inside a ``backpack`` block.
+
+    All submodules are extended as well. Extending twice changes nothing. The samples are counted along axis 0 of
+    the first tensor that the module is called with (axis 1 for a recurrent layer with ``batch_first=False``).
+
+    Args:
+        debug: Print what is extended.
+        use_converter: Accepted for compatibility; no conversion is needed.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        TypeError: ``module`` is no ``torch.nn.Module``.
+    """
+    if not isinstance(module, Module):
+        raise TypeError(f"extend() takes a torch.nn.Module, got {type(module).__name__}.")
+    for name, child in module.named_modules():
+        if debug:
+            print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
+        attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
+    return module
+
+
+def unextend(module: M) -> M:
+    """Undo ``extend``: no hook stays behind on the module, its submodules and parameters."""
+    for child in module.modules():
+        detach(child)
+    return module
+
+
+class backpack:
+    """Context in which ``backward`` computes more than the gradient.
+
+    The forward pass may run before. Blocks may be nested; the innermost one counts.
+
+    Args:
+        exts: What to compute.
+        extension_hook: Called with each extended module without children once all results for it are stored,
+            while the backward pass is still under way.
+        debug: Print what is computed.
+        retain_graph: Keep what is recorded, for a further backward pass through the same graph.
+
+    Raises:
+        ValueError: An argument is no instance of an extension.
+    """
+
+    def __init__(
+        self,
+        *exts: BackpropExtension,
+        extension_hook: Callable[[Module], None] | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+    ) -> None:
+        for ext in exts:
+            if isinstance(ext, type) and issubclass(ext, BackpropExtension):
+                raise ValueError(f"backpack() takes instances: write {ext.__name__}() instead of {ext.__name__}.")
+            if not isinstance(ext, BackpropExtension):
+                raise ValueError(f"backpack() takes extensions of backpack.extensions, got {ext!r}.")
+        fields = [ext.savefield for ext in exts]
+        for twice in {f for f in fields if fields.count(f) > 1}:
+            raise ValueError(
+                f"Two extensions in one block would both write to .{twice}: give one of them another savefield."
+            )
+        self._arguments = (exts, extension_hook, debug, retain_graph)
+
+    def __enter__(self) -> None:
+        HERE.blocks.append(Block(*self._arguments))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        HERE.blocks.pop().clear()
+
+
+class disable:
+    """Context in which forward passes record nothing."""
+
+    def __enter__(self) -> None:
+        HERE.disabled += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        HERE.disabled -= 1
+
+    @staticmethod
+    def should_store_io() -> bool:
+        """Whether forward passes record at present."""
+        return HERE.disabled == 0
+
+
+class CTX:
+    """Process-wide switches that scripts for the original use."""
+
+    @staticmethod
+    def remove_hooks() -> None:
+        """Undo every ``extend`` of this process."""
+        for module in list(EXTENDED):
+            detach(module)
+
+
+def memory_cleanup(module: Module) -> None:
+    """Delete all results from the module's parameters."""
+    fields = {cls.savefield for cls in subclasses(BackpropExtension)}
+    for parameter in module.parameters():
+        for field in fields & vars(parameter).keys():
+            delattr(parameter, field)
+
+
+def subclasses(cls: type[BackpropExtension]) -> set[type[BackpropExtension]]:
+    """All classes derived from ``cls``."""
+    return {cls}.union(*(subclasses(child) for child in cls.__subclasses__()))
+
+
+def convert_module_to_backpack(module: M, debug: bool) -> M:
+    """Return the module: no conversion is needed."""
+    return module

@@ -1,0 +1,45 @@
+"""What all extensions have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.samples import Subset
+from backpack.uses import Individual
+
+
+class BackpropExtension:
+    """A quantity that a backward pass inside ``backpack(...)`` stores on each parameter.
+
+    Args:
+        savefield: Name of the attribute that receives the result (default: that of the class).
+        subsampling: The samples that contribute, as integers (negative ones count from the end), a boolean mask, a
+            slice or a range; ``None``: all. The result is what it would be if only these samples contributed to the
+            loss, with the normalization of the full batch unchanged.
+
+    Raises:
+        TypeError: ``subsampling`` holds something else.
+        ValueError: ``subsampling`` is empty or not one-dimensional.
+    """
+
+    savefield: str = ""
+    needs_all_parameters = False
+
+    def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
+        if savefield is not None:
+            self.savefield = savefield
+        self.subset = Subset(subsampling)
+
+    def get_subsampling(self) -> Any:
+        """The samples that contribute, as they were given; ``None`` for all."""
+        return self.subset.given
+
+    def compute(self, grads: Individual) -> Tensor:
+        """The result for one parameter, from its individual gradients."""
+        raise NotImplementedError(f"{type(self).__name__} does not define compute().")
+
+    def compute_all(self, grads: list[Individual]) -> list[Tensor]:
+        """The results for all parameters, where they depend on each other (``needs_all_parameters``)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define compute_all().")

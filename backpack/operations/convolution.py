@@ -1,0 +1,124 @@
+"""Convolutions and transposed convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backpack.operations.linear import shift
+from backpack.operations.registry import Operation, rule
+from backpack.uses import DenseUse
+
+Size = int | Sequence[int]
+
+
+def _each(size: Size, dims: int) -> list[int]:
+    """One number a spatial dimension."""
+    sizes = [size] if isinstance(size, int) else list(size)
+    return sizes * dims if len(sizes) == 1 else sizes
+
+
+def unfold(x: Tensor, kernel: Sequence[int], out: Sequence[int], stride: Size, dilation: Size) -> Tensor:
+    """The patches of a padded input ``[b, c, *spatial]``, as ``[b, c, *kernel, *out]``."""
+    dims = len(kernel)
+    x = x.contiguous()
+    steps = x.stride()[2:]
+    dilated = [step * d for step, d in zip(steps, _each(dilation, dims), strict=True)]
+    strided = [step * s for step, s in zip(steps, _each(stride, dims), strict=True)]
+    return x.as_strided([*x.shape[:2], *kernel, *out], [*x.stride()[:2], *dilated, *strided])
+
+
+def _patches(
+    x: Tensor, kernel: Sequence[int], out: Sequence[int], stride: Size, padding: Sequence[int], dilation: Size, groups: int
+) -> Tensor:
+    """Patches of ``[b, c, *spatial]`` as columns, ``[b, g, c/g * kernel, out]``; ``padding`` as ``F.pad`` takes it."""
+    if any(padding):
+        x = F.pad(x, list(padding))
+    columns = unfold(x, kernel, out, stride, dilation)
+    return columns.reshape(len(x), groups, -1, prod(out))
+
+
+def _padding(padding: Size | str, kernel: Sequence[int], dilation: Size) -> list[int]:
+    """In the form of ``F.pad``: last dimension first, before and behind."""
+    dims = len(kernel)
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(_each(dilation, dims), kernel, strict=True)]
+        pairs = [(t // 2, t - t // 2) for t in total]
+    else:
+        pairs = [(p, p) for p in _each(padding, dims)]
+    return [side for pair in reversed(pairs) for side in pair]
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def convolution(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Operation | None:
+    kernel = weight.shape[2:]
+    spatial = out.shape[2:]
+    if out.dim() != weight.dim():  # a single sample without a batch axis
+        return None
+    pads = _padding(padding, kernel, dilation)
+
+    def columns(x: Tensor) -> Tensor:
+        batch = x.flatten(0, x.dim() - len(kernel) - 2)
+        patches = _patches(batch, kernel, spatial, stride, pads, dilation, groups)
+        return _positions(patches, len(x)).transpose(2, 3)
+
+    def channels(grad: Tensor) -> Tensor:
+        v, n = grad.shape[:2]
+        batch = grad.reshape(-1, groups, weight.shape[0] // groups, prod(spatial))
+        return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
+
+    return Operation((0,), [(weight, DenseUse((input,), columns, channels)), (bias, shift(out, bias, 1))])
+
+
+def _positions(batch: Tensor, n: int) -> Tensor:
+    """``[n k, g, c, s]`` to ``[n, g, c, k s]``: several images of one sample are further positions."""
+    if len(batch) == n:
+        return batch
+    return batch.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+@rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def transposed_convolution(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> Operation | None:
+    kernel = weight.shape[2:]
+    dims = len(kernel)
+    if out.dim() != weight.dim():
+        return None
+    spatial = input.shape[2:]
+    # The output, padded as the transposed map crops it, is convolved to the input's size.
+    pads = _padding(padding, kernel, dilation)
+
+    def rows(x: Tensor) -> Tensor:
+        batch = x.flatten(0, x.dim() - dims - 2)
+        return _positions(batch.reshape(len(batch), groups, -1, prod(spatial)), len(x)).transpose(2, 3)
+
+    def columns(grad: Tensor) -> Tensor:
+        v, n = grad.shape[:2]
+        batch = grad.reshape(-1, *grad.shape[-dims - 1 :])
+        patches = _patches(batch, kernel, spatial, stride, pads, dilation, groups)
+        return _positions(patches, v * n).transpose(2, 3).unflatten(0, (v, n))
+
+    use = DenseUse((input,), rows, columns, flipped=True)
+    return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])

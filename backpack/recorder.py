@@ -1,0 +1,341 @@
+"""The forward pass: which functions use which parameters, on which samples.
+
+While an extended module runs, every PyTorch function that it calls passes through a ``Recording``. A call that
+combines a parameter with data is recorded, as a ``Call``, and its output gets a hook that hands the cotangent on
+during the backward pass. A tensor that is computed from parameters alone (a parametrized weight, a sum of
+adapters) is a source like a parameter: its uses are recorded, and its individual gradients are pulled on to the
+parameters.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from backpack.operations import EXPANDED, RULES, Operation
+from backpack.samples import Layout, Rows, layouts
+from backpack.uses import Individual, PullbackUse, Use
+
+
+@dataclass(eq=False)
+class Source:
+    """A parameter, or a tensor computed from parameters alone (``parameters`` says which)."""
+
+    tensor: Tensor
+    parameters: tuple[Tensor, ...]
+    name: str
+    parents: tuple[Source, ...] = ()
+    discarded: bool = False
+
+    @property
+    def void(self) -> bool:
+        """Whether it turned out to hold samples after all."""
+        return self.discarded or any(parent.void for parent in self.parents)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call that combines sources with data: its uses, and where the samples lie in its output."""
+
+    name: str
+    n: int
+    uses: list[tuple[Source, Use]]
+    layouts: list[Layout]
+    shape: torch.Size
+    problem: str | None = None
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    alternative: Source | None = None
+    """The output as a tensor without samples, where the shapes allow that too."""
+
+    @property
+    def layout(self) -> Layout:
+        """The only layout that is left."""
+        return self.layouts[0]
+
+    def check(self) -> None:
+        """Raise where the samples of this call cannot be told apart, or its inputs were overwritten."""
+        if self.problem is not None:
+            raise RuntimeError(f"{self.name} {self.problem}.")
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"An input of {self.name}, of shape {list(tensor.shape)}, was modified in place after it was used: "
+                    f"the individual gradients of the parameter need its old value. Use an out-of-place operation."
+                )
+
+    def rows(self, index: Tensor | None) -> Rows:
+        return Rows(self.layout, index)
+
+
+class Recording(TorchFunctionMode):
+    """One forward pass of an extended module.
+
+    Args:
+        parameters: Names and parameters of the module.
+        inputs: All that the module is called with; axis ``axis`` of the first tensor counts the samples.
+        axis: The sample axis of that tensor.
+        deliver: Called with each call and its output; attaches what brings the cotangent.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        inputs: Any,
+        axis: int,
+        deliver: Callable[[Call, Tensor], None],
+        settled: dict[Any, tuple[Any, ...]],
+    ) -> None:
+        super().__init__()
+        self._deliver = deliver
+        self._settled = settled
+        self.sources = {id(p): Source(p, (p,), name) for name, p in parameters if p.requires_grad}
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
+        first = next((t for t in tensors if t.dim() > axis), None)
+        self.n: int | None = None if first is None else first.shape[axis]
+        self._undecided: list[tuple[Any, Call, GradientEdge]] = []
+        self._count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in EXPANDED:
+            with self:
+                return looked_into(func)(*args, **kwargs)
+        sources = [a for a in _tensors(args, kwargs) if id(a) in self.sources]
+        if not sources:
+            out = func(*args, **kwargs)
+            if any(map(self._is_data, _tensors(args, kwargs))):
+                self._data.update((id(o), o) for o in _tensors((out,), {}) if not o.requires_grad)
+            return out
+        given = args
+        if is_in_place(func) and func not in RULES and id(args[0]) not in self.sources:
+            given = (args[0].clone(), *args[1:])
+        out = func(*args, **kwargs)
+        if torch.is_grad_enabled() and any(o.requires_grad for o in _tensors((out,), {})):
+            self._observe(func, given, kwargs, out)
+        return out
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor is computed from the samples."""
+        return (tensor.requires_grad or id(tensor) in self._data) and id(tensor) not in self.sources
+
+    def _may_be_data(self, tensor: Tensor) -> bool:
+        """Whether a constant has a first axis of the samples' number."""
+        return id(tensor) not in self.sources and tensor.dim() > 0 and tensor.shape[0] == self.n
+
+    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        tensors = list(_tensors(args, kwargs))
+        sources = [self.sources[id(t)] for t in tensors if id(t) in self.sources]
+        if any(map(self._is_data, tensors)):
+            self._record(func, args, kwargs, out, sources)
+        elif any(map(self._may_be_data, tensors)) or self._spreads(sources, out):
+            self._derive(sources, out)
+            self._record(func, args, kwargs, out, sources, self.sources[id(out)])
+        else:
+            self._derive(sources, out)
+
+    def _spreads(self, sources: list[Source], out: Any) -> bool:
+        """Whether sources without a sample axis were copied to one a sample, as it seems."""
+        if not isinstance(out, Tensor) or out.dim() == 0 or self.n == 1 or out.shape[0] != self.n:
+            return False
+        return all(
+            s.tensor.numel() < out.numel() and (s.tensor.dim() < out.dim() or s.tensor.shape[0] == 1) for s in sources
+        )
+
+    def _derive(self, sources: list[Source], out: Any) -> None:
+        parameters = tuple({id(p): p for s in sources for p in s.parameters}.values())
+        name = " and ".join(dict.fromkeys(s.name for s in sources))
+        for tensor in _tensors((out,), {}):
+            if tensor.requires_grad and id(tensor) not in self.sources:
+                self.sources[id(tensor)] = Source(tensor, parameters, name, tuple(sources))
+
+    def _record(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        sources: list[Source],
+        alternative: Source | None = None,
+    ) -> None:
+        several = not isinstance(out, Tensor)
+        out = next(o for o in _tensors((out,), {}) if o.requires_grad)
+        name = f"{_name(func)} of parameter {' and '.join(dict.fromkeys(s.name for s in sources))}"
+        rule = RULES.get(func)
+        operation = None if rule is None else rule(out, *args, **kwargs)
+        axes = range(out.dim()) if operation is None else operation.axes
+        if self.n is None:
+            found, problem = [], "cannot be told by samples, since the module was called without a tensor"
+        elif self.n == 0:
+            found, problem = [], "has a batch of size 0, which has no individual gradients"
+        else:
+            found, problem = layouts(out.shape, self.n, axes), None
+            if operation is not None and operation.broadcast and self.n > 1:
+                found = [f for f in found if not any(_occupies(s.tensor, out, f.axis) for s in sources)]
+            if several:
+                problem = "returns several tensors, and there is no rule for it"
+            elif not found:
+                problem = (
+                    f"has an output of shape {list(out.shape)}, in which no axis of the {self.n} samples can be found "
+                    f"(the samples are counted along the first axis of the first tensor given to the extended module)"
+                )
+        call = Call(name, self.n or 0, [], found, out.shape, problem, alternative=alternative)
+        if operation is not None and operation.refused is not None:
+            call.problem = operation.refused
+        explained = operation.uses if operation is not None else []
+        for source in dict.fromkeys(sources):
+            own = [use for tensor, use in explained if tensor is source.tensor]
+            call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
+        call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
+        self._decide(call, out)
+        self._deliver(call, out)
+
+    def _pullbacks(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Source, call: Call
+    ) -> Iterator[Use]:
+        """The function's own vector-Jacobian product, for each place that the source is given at."""
+        if call.problem is not None:
+            yield PullbackUse(func, [], None, 0, {}, Layout(1))
+            return
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        data = {}
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and self._is_data(leaf):
+                possible = layouts(leaf.shape, call.n, range(leaf.dim()))
+                if possible:
+                    data[place] = call.layout if call.layout in possible else possible[0]
+        function = _out_of_place(func) if is_in_place(func) else func
+        for place, leaf in enumerate(leaves):
+            if leaf is source.tensor:
+                yield PullbackUse(function, leaves, spec, place, data, call.layout)
+
+    def _decide(self, call: Call, out: Tensor) -> None:
+        """Choose the layout; where the shapes leave a choice, that is done when the module has run."""
+        self._count += 1
+        certain = len(call.layouts) == 1 and call.layout.axis == 0 and call.layout.factor == 1
+        if not call.layouts and call.alternative is not None:
+            call.problem = None
+        if not call.layouts or call.n == 1:
+            self._adopt(call, call.layouts)
+            return
+        if certain and call.alternative is None:
+            return
+        key = (self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
+        known = self._settled.get(key)
+        if known is None:
+            self._undecided.append((key, call, get_gradient_edge(out)))
+        else:
+            self._adopt(call, [f for f in call.layouts if (f.axis, f.factor > 1, f.strided) == known])
+
+    def _adopt(self, call: Call, layouts: list[Layout]) -> None:
+        """Keep these layouts only; none: the output holds no samples."""
+        if layouts:
+            call.layouts = layouts
+            if call.alternative is not None:
+                call.alternative.discarded = True
+                call.alternative = None
+        else:
+            call.uses = []
+
+    def settle(self, output: Any) -> None:
+        """Decide between the layouts that the shapes allow, by which entries the first half of the samples reaches."""
+        if not self._undecided:
+            return
+        undecided, self._undecided = self._undecided, []
+        outputs = [
+            leaf
+            for leaf in pytree.tree_leaves(output)
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 0 and leaf.shape[0] == self.n
+        ]
+        grads: Iterable[Tensor | None] = [None] * len(undecided)
+        if outputs:
+            seeds = [_seed(o) for o in outputs]
+            edges = [edge for _, _, edge in undecided]
+            grads = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)
+        for (key, call, _), grad in zip(undecided, grads, strict=True):
+            self._choose(key, call, grad)
+            call.alternative = None
+
+    def _choose(self, key: Any, call: Call, grad: Tensor | None) -> None:
+        if grad is None or not grad.any():
+            if len(call.layouts) > 1 or call.alternative is not None:
+                call.problem = (
+                    f"has an output of shape {list(call.shape)} that may hold {call.n} samples in several ways, and "
+                    f"the module's output does not tell which: let it have the samples along its first axis"
+                )
+            return
+        fitting = []
+        for layout in call.layouts:
+            others = layout.owners(grad.shape, grad.device) >= call.n // 2
+            if not (grad.ne(0) & others).any():
+                fitting.append(layout)
+        if len(fitting) == 1:
+            self._adopt(call, fitting)
+            self._settled[key] = (fitting[0].axis, fitting[0].factor > 1, fitting[0].strided)
+        elif not fitting and call.alternative is not None:
+            self._adopt(call, [])
+            self._settled[key] = ()
+        else:
+            call.problem = (
+                f"has an output of shape {list(call.shape)} in which the {call.n} samples cannot be told apart: "
+                + ("each of them depends on others" if not fitting else "several axes may hold them")
+            )
+
+
+def _occupies(source: Tensor, out: Tensor, axis: int) -> bool:
+    """Whether a broadcast parameter has an axis of its own where the samples would be."""
+    place = axis - (out.dim() - source.dim())
+    return place >= 0 and source.shape[place] != 1
+
+
+def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """All tensors among the arguments, one level of lists deep."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            for entry in value:
+                if isinstance(entry, Tensor):
+                    yield entry
+
+
+def _seed(output: Tensor) -> Tensor:
+    """Entries between 0.5 and 2.5 in the first half of the samples, zero in the others."""
+    seed = torch.arange(output.numel(), device=output.device).cos().add(1.5).to(output.dtype).reshape(output.shape)
+    seed[len(seed) // 2 :] = 0
+    return seed
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func)).strip("_")
+
+
+def is_in_place(func: Any) -> bool:
+    """Whether a function overwrites its first argument."""
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in ("__invert__",))
+
+
+def _out_of_place(func: Any) -> Callable[..., Any]:
+    return lambda first, *args, **kwargs: func(first.clone(), *args, **kwargs)
+
+
+@cache
+def looked_into(func: Any) -> Callable[..., Any]:
+    """A Python function of PyTorch that does not hand itself to a mode as a whole."""
+    scope = {**func.__globals__, "has_torch_function": lambda tensors: False}
+    inner = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    inner.__kwdefaults__ = func.__kwdefaults__
+    return inner

@@ -1,0 +1,23 @@
+"""How parameters are used in a forward pass, and what can be computed of a use and a cotangent."""
+
+from backpack.uses.base import Individual, Use
+from backpack.uses.dense import Dense, DenseUse
+from backpack.uses.elementwise import ElementwiseUse, Explicit
+from backpack.uses.joint import Joint, join
+from backpack.uses.lookup import Lookup, LookupUse
+from backpack.uses.pullback import Pullback, PullbackUse
+
+__all__ = [
+    "Dense",
+    "DenseUse",
+    "ElementwiseUse",
+    "Explicit",
+    "Individual",
+    "Joint",
+    "Lookup",
+    "LookupUse",
+    "Pullback",
+    "PullbackUse",
+    "Use",
+    "join",
+]

@@ -1,0 +1,147 @@
+"""``z[n s o] = W[o i] x[n s i]``, in ``g`` independent groups: linear maps and, unfolded, convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from backpack.samples import Rows
+from backpack.uses.base import SCRATCH, Individual, Use, sum_of
+
+
+@dataclass(eq=False)
+class Dense(Individual):
+    """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``.
+
+    ``x`` is ``[n, g, s, i]``, ``grad`` is ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is
+    ``[g, i, o]`` instead of ``[g, o, i]``.
+    """
+
+    x: Tensor
+    grad: Tensor
+    shape: torch.Size
+    flipped: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.grad.shape[0], self.grad.shape[1]
+
+    def narrow(self, start: int, stop: int) -> Dense:
+        return replace(self, x=self.x[start:stop], grad=self.grad[:, start:stop])
+
+    def scaled(self, factor: Tensor) -> Dense:
+        return replace(self, grad=self.grad * factor[:, None, None, None])
+
+    def dense(self) -> Tensor:
+        v, n, g, s, o = self.grad.shape
+        i = self.x.shape[3]
+        if s == 1:
+            left, right = self.grad[..., 0, :], self.x[:, :, 0]
+            result = right[..., None] * left[..., None, :] if self.flipped else left[..., None] * right[..., None, :]
+        elif v == 1 and self.flipped:
+            result = self.x.transpose(2, 3) @ self.grad[0]
+        else:
+            result = self._matrices()
+            result = result.unflatten(2, (v, o)).permute(2, 0, 1, 3, 4)
+            result = result.transpose(3, 4) if self.flipped else result
+        return result.reshape(v, n, *self.shape)
+
+    def _matrices(self) -> Tensor:
+        """All seeds in one product per sample and group, ``[n, g, v o, i]``."""
+        v, n, g, s, o = self.grad.shape
+        left = self.grad[0] if v == 1 else self.grad.permute(1, 2, 3, 0, 4).reshape(n, g, s, v * o)
+        return left.transpose(2, 3) @ self.x
+
+    def _to_parameter(self, matrix: Tensor) -> Tensor:
+        """``[..., g, o, i]`` to ``[..., *p]``."""
+        matrix = matrix.transpose(-1, -2) if self.flipped else matrix
+        return matrix.reshape(*matrix.shape[:-3], *self.shape)
+
+    def total(self) -> Tensor:
+        v, n, g, s, o = self.grad.shape
+        left = self.grad.sum(0).permute(1, 3, 0, 2).reshape(g, o, n * s)
+        return self._to_parameter(left @ self.x.permute(1, 0, 2, 3).reshape(g, n * s, -1))
+
+    def sum_squares(self) -> Tensor:
+        v, n, g, s, o = self.grad.shape
+        if s == 1:
+            left = self.grad.square().sum(0).permute(1, 3, 0, 2).reshape(g, o, n)
+            return self._to_parameter(left @ self.x.square().permute(1, 0, 2, 3).reshape(g, n, -1))
+        squares = (chunk._matrices().square().sum(0) for chunk in self._slices())
+        return self._to_parameter(sum_of(squares).unflatten(1, (v, o)).sum(1))
+
+    def _slices(self) -> Iterator[Dense]:
+        return self.chunks()  # type: ignore[return-value]
+
+    def sample_squares(self) -> Tensor:
+        v, n, g, s, o = self.grad.shape
+        if s == 1:
+            left = self.grad.square().sum(0).transpose(2, 3)
+            return self._to_parameter(left @ self.x.square())
+        squares = [c._matrices().square().unflatten(2, (v, o)).sum(2) for c in self._slices()]
+        return self._to_parameter(torch.cat(squares))
+
+    def _gram_is_smaller(self) -> bool:
+        v, n, g, s, o = self.grad.shape
+        i = self.x.shape[3]
+        return s * (v * o + i) < v * o * i
+
+    def norms(self) -> Tensor:
+        v, n, g, s, o = self.grad.shape
+        if s == 1:
+            return (self.grad.square().sum((3, 4)) * self.x.square().sum((2, 3))).sum(2)
+        if self._gram_is_smaller():
+            return self.sample_dots(self)
+        squares = [c._matrices().square().unflatten(2, (v, o)).sum((1, 3, 4)) for c in self._slices()]
+        return torch.cat(squares).T
+
+    def sample_dots(self, other: Individual) -> Tensor:
+        if not isinstance(other, Dense) or self.flipped != other.flipped:
+            return super().sample_dots(other)
+        step = max(1, SCRATCH // (self.x.shape[1] * self.x.shape[2] * other.x.shape[2] * (1 + self.size[0])))
+        pieces = []
+        for start in range(0, self.size[1], step):
+            a, b = self.narrow(start, start + step), other.narrow(start, start + step)
+            inputs = a.x @ b.x.transpose(2, 3)
+            outputs = a.grad @ b.grad.transpose(3, 4)
+            pieces.append((outputs * inputs).sum((2, 3, 4)))
+        return torch.cat(pieces, 1)
+
+    def dots(self, other: Individual) -> Tensor:
+        if not isinstance(other, Dense) or self.flipped != other.flipped:
+            return super().dots(other)
+        v, n, g, s, o = self.grad.shape
+        w, m, _, t, _ = other.grad.shape
+        if s == t == 1:
+            inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0])
+            outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :])
+            return (outputs * inputs[None, :, None]).sum(4)
+        if n * m * s * t * (v * w * o + self.x.shape[3]) < (v * n + w * m) * s * o * self.x.shape[3]:
+            inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x)
+            outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad)
+            return (outputs * inputs).sum((4, 5, 6)).permute(0, 2, 1, 3)
+        return super().dots(other)
+
+
+@dataclass(eq=False)
+class DenseUse(Use):
+    """A linear map of what ``unfold`` makes of the recorded ``inputs``.
+
+    ``unfold`` takes the inputs as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent ``[v, n, ...]`` to
+    ``[v, n, g, s, o]``.
+    """
+
+    inputs: tuple[Tensor, ...]
+    unfold: Callable[..., Tensor]
+    fold: Callable[[Tensor], Tensor]
+    flipped: bool = False
+
+    def recorded(self) -> tuple[Tensor, ...]:
+        return self.inputs
+
+    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
+        x = self.unfold(*(rows.take(tensor).to(grad.dtype) for tensor in self.inputs))
+        return Dense(x, self.fold(grad), shape, self.flipped)

@@ -1,0 +1,66 @@
+"""``z = w * f + ...``, the parameter broadcast against the output: scales (``f`` given) and shifts (``f = 1``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backpack.samples import Rows
+from backpack.uses.base import Individual, Use
+
+
+@dataclass(eq=False)
+class Explicit(Individual):
+    """Individual gradients that are stored as they are, ``value[v, n, *p]``."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.value.shape[2:]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.value.shape[0], self.value.shape[1]
+
+    def narrow(self, start: int, stop: int) -> Explicit:
+        return Explicit(self.value[:, start:stop])
+
+    def scaled(self, factor: Tensor) -> Explicit:
+        return Explicit(self.value * factor.reshape(-1, *[1] * len(self.shape)))
+
+    def dense(self) -> Tensor:
+        return self.value
+
+    def chunks(self) -> Iterator[Explicit]:
+        yield self
+
+
+@dataclass(eq=False)
+class ElementwiseUse(Use):
+    """A parameter of shape ``padded`` (one size per axis of the output) that is broadcast to the output.
+
+    ``x``, of the output's shape, and ``factor`` give what it is multiplied by; ``x=None``: by ``sign``.
+    """
+
+    padded: tuple[int, ...]
+    x: Tensor | None = None
+    factor: Callable[[Tensor], Tensor] | None = None
+    sign: int = 1
+
+    def recorded(self) -> tuple[Tensor, ...]:
+        return () if self.x is None else (self.x,)
+
+    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
+        if self.x is not None:
+            x = rows.take(self.x).to(grad.dtype)
+            grad = grad * (x if self.factor is None else self.factor(x))
+        own = list(self.padded)
+        if rows.layout.factor == 1:
+            del own[rows.layout.axis]
+        summed = [axis for axis, size in enumerate(own, start=2) if size == 1 and grad.shape[axis] != 1]
+        grad = grad.sum(summed) if summed else grad
+        return Explicit((grad if self.sign > 0 else -grad).reshape(*grad.shape[:2], *shape))

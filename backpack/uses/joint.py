@@ -1,0 +1,82 @@
+"""Several uses of one parameter in one forward pass: tied weights, a module called twice, an unrolled cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from backpack.uses.base import Individual
+from backpack.uses.dense import Dense
+from backpack.uses.elementwise import Explicit
+from backpack.uses.lookup import Lookup
+
+
+@dataclass(eq=False)
+class Joint(Individual):
+    """Individual gradients that are the sum of those of several uses."""
+
+    parts: list[Individual]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.parts[0].shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.parts[0].size
+
+    def narrow(self, start: int, stop: int) -> Joint:
+        return Joint([part.narrow(start, stop) for part in self.parts])
+
+    def scaled(self, factor: Tensor) -> Joint:
+        return Joint([part.scaled(factor) for part in self.parts])
+
+    def dense(self) -> Tensor:
+        return sum((part.dense() for part in self.parts[1:]), start=self.parts[0].dense())
+
+    def total(self) -> Tensor:
+        return sum((part.total() for part in self.parts[1:]), start=self.parts[0].total())
+
+    def norms(self) -> Tensor:
+        result = sum((part.norms() for part in self.parts[1:]), start=self.parts[0].norms())
+        for a, b in combinations(self.parts, 2):
+            result = result + 2 * a.sample_dots(b)
+        return result
+
+    def dots(self, other: Individual) -> Tensor:
+        others = other.parts if isinstance(other, Joint) else [other]
+        terms = [a.dots(b) for a in self.parts for b in others]
+        return sum(terms[1:], start=terms[0])
+
+
+def join(parts: Sequence[Individual]) -> Individual:
+    """One object for all uses: those of one form are merged, others added when they are read."""
+    groups: dict[object, list[Individual]] = {}
+    for part in parts:
+        groups.setdefault(_form(part), []).append(part)
+    merged = [_merge(group) for group in groups.values()]
+    return merged[0] if len(merged) == 1 else Joint(merged)
+
+
+def _form(part: Individual) -> object:
+    """Equal for uses that can be merged into one."""
+    if isinstance(part, Dense):
+        return (Dense, part.flipped, part.x.shape[1], part.x.shape[3], part.grad.shape[4])
+    return type(part) if isinstance(part, (Explicit, Lookup)) else part
+
+
+def _merge(group: list[Individual]) -> Individual:
+    """The positions of all uses as positions of one."""
+    first = group[0]
+    if len(group) == 1:
+        return first
+    if isinstance(first, Explicit):
+        return Explicit(sum((part.dense() for part in group[1:]), start=first.value))
+    grad = torch.cat([part.grad for part in group], -2)  # type: ignore[attr-defined]
+    if isinstance(first, Lookup):
+        return replace(first, index=torch.cat([part.index for part in group], -1), grad=grad)  # type: ignore[attr-defined]
+    return replace(first, x=torch.cat([part.x for part in group], -2), grad=grad)  # type: ignore[attr-defined,type-var]

@@ -1,0 +1,121 @@
+"""``z[n s] = c[n s] W[index[n s]]``: embeddings and bags of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from backpack.samples import Rows
+from backpack.uses.base import SCRATCH, Individual, Use
+from backpack.uses.dense import Dense
+
+
+@dataclass(eq=False)
+class Lookup(Individual):
+    """Individual gradients whose row ``index[n s]`` receives ``grad[v n s d]``; ``index`` is ``[n, s]``."""
+
+    index: Tensor
+    grad: Tensor
+    shape: torch.Size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.grad.shape[0], self.grad.shape[1]
+
+    def narrow(self, start: int, stop: int) -> Lookup:
+        return replace(self, index=self.index[start:stop], grad=self.grad[:, start:stop])
+
+    def scaled(self, factor: Tensor) -> Lookup:
+        return replace(self, grad=self.grad * factor[:, None, None])
+
+    def _scatter(self, grad: Tensor, rows: int) -> Tensor:
+        """Add ``grad[v n s d]`` into ``rows`` tables, ``[rows, *p]``: all, one a sample, or one a sample and seed."""
+        v, n = self.size
+        index = self.index.expand(v, n, -1)
+        if rows > 1:
+            index = index + torch.arange(rows, device=index.device).reshape(-1, n, 1) * self.shape[0]
+        table = grad.new_zeros(rows * self.shape[0], self.shape[1])
+        return table.index_add(0, index.flatten(), grad.flatten(0, 2)).reshape(rows, *self.shape)
+
+    def dense(self) -> Tensor:
+        v, n = self.size
+        return self._scatter(self.grad, v * n).reshape(v, n, *self.shape)
+
+    def total(self) -> Tensor:
+        return self._scatter(self.grad, 1)[0]
+
+    def _same_row(self, other: Lookup) -> Tensor:
+        return (self.index[:, :, None] == other.index[:, None, :]).to(self.grad.dtype)
+
+    def _squares(self) -> Tensor:
+        """Squares that, scattered, give the squared individual gradients: a row's are spread over its positions."""
+        step = max(1, SCRATCH // self.index.shape[1] ** 2)
+        pieces = []
+        for start in range(0, self.size[1], step):
+            part = self.narrow(start, start + step)
+            same = part._same_row(part)
+            pieces.append((same @ part.grad).square() / same.sum(2, keepdim=True))
+        return torch.cat(pieces, 1)
+
+    def sum_squares(self) -> Tensor:
+        return self._scatter(self._squares(), 1)[0]
+
+    def sample_squares(self) -> Tensor:
+        return self._scatter(self._squares(), self.size[1])
+
+    def norms(self) -> Tensor:
+        return self._squares().sum((2, 3))
+
+    def dots(self, other: Individual) -> Tensor:
+        if not isinstance(other, Lookup):
+            return super().dots(other)
+        same = self.index[:, None, :, None] == other.index[None, :, None, :]
+        return torch.einsum("nmst,vnsd,wmtd->vnwm", same.to(self.grad.dtype), self.grad, other.grad)
+
+    def sample_dots(self, other: Individual) -> Tensor:
+        step = max(1, SCRATCH // (self.index.shape[1] * _positions(other)))
+        pieces = []
+        for start in range(0, self.size[1], step):
+            a, b = self.narrow(start, start + step), other.narrow(start, start + step)
+            if isinstance(b, Lookup):
+                pieces.append(((a._same_row(b) @ b.grad) * a.grad).sum((2, 3)))
+            elif isinstance(b, Dense) and not b.flipped and b.x.shape[1] == 1:
+                index = a.index[None, :, None, :].expand(b.size[0], -1, b.grad.shape[3], -1)
+                columns = b.grad[:, :, 0].gather(3, index)
+                pieces.append((columns * (b.x[:, 0] @ a.grad.transpose(2, 3))).sum((2, 3)))
+            else:
+                return super().sample_dots(other)
+        return torch.cat(pieces, 1)
+
+
+def _positions(other: Individual) -> int:
+    return other.index.shape[1] if isinstance(other, Lookup) else other.x.shape[2] if isinstance(other, Dense) else 1
+
+
+@dataclass(eq=False)
+class LookupUse(Use):
+    """Rows ``index`` of the table, each times its ``weight``, but for row ``padding``.
+
+    ``bag``: the output holds the sum over the last axis of ``index``.
+    """
+
+    index: Tensor
+    padding: int | None = None
+    weight: Tensor | None = None
+    bag: bool = False
+
+    def recorded(self) -> tuple[Tensor, ...]:
+        return (self.index,)
+
+    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Lookup:
+        index = rows.take(self.index)
+        if self.bag:
+            grad = grad.unsqueeze(-2).expand(*grad.shape[:-1], index.shape[-1], -1)
+        if self.weight is not None:
+            grad = grad * rows.take(self.weight).unsqueeze(-1)
+        if self.padding is not None:
+            grad = grad.masked_fill((index == self.padding).unsqueeze(-1), 0)
+        index = index.reshape(len(index), -1)
+        return Lookup(index, grad.reshape(*grad.shape[:2], index.shape[1], -1), shape)

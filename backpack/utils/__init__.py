@@ -1,0 +1,1 @@
+"""Helpers around the quantities: examples' data, Kronecker factors, parameter vectors, sub-sampling."""
