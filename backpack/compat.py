@@ -21,3 +21,7 @@ def graph_is_kept() -> bool:
 def when_backward_ends(callback: Callable[[], None]) -> None:
     """Run ``callback`` after the running backward pass has done all its work, unless it fails."""
     Variable._execution_engine.queue_callback(callback)
+
+
+unobserved = torch._C.DisableTorchFunction
+"""Context in which no ``TorchFunctionMode`` sees what is called."""

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from backpack.compat import graph_is_kept, graph_task, when_backward_ends
+from backpack.compat import graph_is_kept, graph_task, unobserved, when_backward_ends
 from backpack.recorder import Call, Recording, Source
 from backpack.samples import Subset
 from backpack.uses import Explicit, Individual, Use, join
@@ -37,8 +37,14 @@ class Quantity(Protocol):
     def compute(self, grads: Individual) -> Tensor:
         """The result for one parameter."""
 
-    def compute_all(self, grads: list[Individual]) -> list[Tensor]:
-        """The results for all parameters together."""
+    def measure(self, grads: Individual) -> Tensor:
+        """What of one parameter the results of all depend on."""
+
+    def combine(self, measures: list[Tensor]) -> Tensor:
+        """What the result of each parameter needs to know of all."""
+
+    def compute_jointly(self, grads: Individual, joint: Tensor) -> Tensor:
+        """The result for one parameter, given what ``combine`` returned."""
 
 
 class _Thread(threading.local):
@@ -58,16 +64,36 @@ HERE = _Thread()
 
 @dataclass(eq=False)
 class Arrival:
-    """A cotangent that reached one use of a source."""
+    """Cotangents ``[v, ...]`` that reached the outputs of one use."""
 
     call: Call
     use: Use
-    grad: Tensor
+    grads: dict[int, Tensor]
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        rows = self.call.rows(subset.rows(self.call.n, self.grad.device))
-        grad = rows.take(self.grad.unsqueeze(0), leading=1)
-        return self.use.bind(grad if grad.dtype == dtype else grad.to(dtype), rows, shape)
+        device = next(iter(self.grads.values())).device
+        rows = self.call.rows(subset.rows(self.call.n, device))
+        return self.use.arrive(self.grads, rows, shape, dtype)
+
+
+@dataclass(eq=False)
+class Contributions:
+    """All that reached one parameter, or one tensor computed from parameters, in one backward pass."""
+
+    tensor: Tensor
+    arrivals: list[Arrival]
+    explicit: dict[Any, list[Individual]]
+
+    def individual(self, subset: Subset) -> Individual:
+        """The individual gradients of the samples in ``subset``."""
+        counts = {arrival.call.n for arrival in self.arrivals}
+        if len(counts) > 1:
+            raise RuntimeError(
+                f"A parameter of shape {list(self.tensor.shape)} was used with batches of {sorted(counts)} samples: "
+                f"which of them belong together cannot be told. Let one call of the extended module see the whole batch."
+            )
+        parts = [a.individual(subset, self.tensor.shape, self.tensor.dtype) for a in self.arrivals]
+        return join([*parts, *self.explicit.get(subset.key, [])])
 
 
 @dataclass(eq=False)
@@ -82,15 +108,17 @@ class Block:
     arrivals: dict[int, list[Arrival]] = field(default_factory=dict)
     explicit: dict[int, dict[Any, list[Individual]]] = field(default_factory=dict)
     sources: dict[int, Source] = field(default_factory=dict)
-    postponed: list[tuple[Tensor, dict[Any, Individual]]] = field(default_factory=list)
+    postponed: list[tuple[Quantity, Contributions, Tensor]] = field(default_factory=list)
+    grads: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     hooked: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     grad_mode: bool = False
 
     def clear(self) -> None:
         """Forget what a backward pass delivered."""
-        for store in (self.arrivals, self.explicit, self.sources, self.postponed, self.hooked, self.finished):
+        for store in (self.arrivals, self.explicit, self.sources, self.grads, self.hooked, self.finished):
             store.clear()
+        self.postponed.clear()
 
     def _enter_pass(self) -> None:
         if self.task != graph_task():
@@ -99,48 +127,42 @@ class Block:
             self.grad_mode = torch.is_grad_enabled()
             when_backward_ends(self._end_pass)
 
-    def receive(self, call: Call, grad: Tensor) -> None:
-        """Note the cotangent of a call's output."""
+    def receive(self, call: Call, place: int, grad: Tensor) -> None:
+        """Note the cotangent of one of a call's outputs."""
         self._enter_pass()
+        if id(call) in self.grads:
+            self.grads[id(call)][place] = grad[None]
+            return
         uses = [(source, use) for source, use in call.uses if not source.void]
         if not uses:
             return
         call.check()
         for extension in self.extensions:
             extension.subset.rows(call.n, grad.device)
+        grads = self.grads[id(call)] = {place: grad[None]}
         for source, use in uses:
             self.sources[id(source.tensor)] = source
-            self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, use, grad))
+            self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, use, grads))
 
-    def _views(self, tensor: Tensor) -> dict[Any, Individual]:
-        """The individual gradients of a source, for each subset of samples that is asked for."""
-        arrivals = self.arrivals.pop(id(tensor), [])
-        explicit = self.explicit.pop(id(tensor), {})
-        self.sources.pop(id(tensor), None)
-        counts = {arrival.call.n for arrival in arrivals}
-        if len(counts) > 1:
-            raise RuntimeError(
-                f"A parameter of shape {list(tensor.shape)} was used with batches of {sorted(counts)} samples: which "
-                f"of them belong together cannot be told. Let one call of the extended module see the whole batch."
-            )
-        views = {}
-        for extension in self.extensions:
-            key = extension.subset.key
-            if key not in views:
-                parts = [a.individual(extension.subset, tensor.shape, tensor.dtype) for a in arrivals]
-                views[key] = join([*parts, *explicit.get(key, [])])
-        return views
+    def _fetch(self, tensor: Tensor) -> Contributions:
+        key = id(tensor)
+        self.sources.pop(key, None)
+        return Contributions(tensor, self.arrivals.pop(key, []), self.explicit.pop(key, {}))
+
+    def _subsets(self) -> dict[Any, Subset]:
+        return {extension.subset.key: extension.subset for extension in self.extensions}
 
     def source_done(self, key: int) -> None:
         """Pull the individual gradients of a computed tensor on to its parameters; its graph is still there."""
         if key not in self.arrivals:
             return
         source = self.sources[key]
-        for subset, grads in self._views(source.tensor).items():
-            dense = grads.dense()
+        contributions = self._fetch(source.tensor)
+        for subset_key, subset in self._subsets().items():
+            dense = contributions.individual(subset).dense()
             for parameter in source.parameters:
                 pulled = Explicit(_pull(source.tensor, parameter, dense))
-                self.explicit.setdefault(id(parameter), {}).setdefault(subset, []).append(pulled)
+                self.explicit.setdefault(id(parameter), {}).setdefault(subset_key, []).append(pulled)
                 self.sources.setdefault(id(parameter), Source(parameter, (parameter,), source.name))
 
     def parameter_done(self, parameter: Tensor, name: str, received: bool) -> None:
@@ -157,15 +179,18 @@ class Block:
                     f"parameter with requires_grad_(False)."
                 )
             return
-        views = self._views(parameter)
+        contributions = self._fetch(parameter)
+        views: dict[Any, Individual] = {}
         for extension in self.extensions:
-            if not extension.needs_all_parameters:
-                if self.debug:
-                    print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
-                grads = views[extension.subset.key]
+            if extension.subset.key not in views:
+                views[extension.subset.key] = contributions.individual(extension.subset)
+            grads = views[extension.subset.key]
+            if self.debug:
+                print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
+            if extension.needs_all_parameters:
+                self.postponed.append((extension, contributions, extension.measure(grads)))
+            else:
                 setattr(parameter, extension.savefield, extension.compute(grads))
-        if any(extension.needs_all_parameters for extension in self.extensions):
-            self.postponed.append((parameter, views))
         self.finished.add(key)
         self._modules_done(parameter)
 
@@ -192,10 +217,12 @@ class Block:
             for source in list(self.sources.values()):
                 self.parameter_done(source.tensor, source.name, received=False)
             for extension in self.extensions:
-                if extension.needs_all_parameters and self.postponed:
-                    grads = [views[extension.subset.key] for _, views in self.postponed]
-                    for (parameter, _), value in zip(self.postponed, extension.compute_all(grads), strict=True):
-                        setattr(parameter, extension.savefield, value)
+                own = [(found, measure) for other, found, measure in self.postponed if other is extension]
+                if own:
+                    joint = extension.combine([measure for _, measure in own])
+                    for found, _ in own:
+                        value = extension.compute_jointly(found.individual(extension.subset), joint)
+                        setattr(found.tensor, extension.savefield, value)
         self.clear()
 
 
@@ -223,7 +250,7 @@ def _block(home: list[Block]) -> Block | None:
     return blocks[-1] if blocks and not HERE.muted else None
 
 
-def deliver(call: Call, out: Tensor) -> None:
+def deliver(call: Call, place: int, out: Tensor) -> None:
     """Attach the hooks that bring the cotangent of a call's output."""
     home = HERE.blocks
     kept = [call]
@@ -233,7 +260,7 @@ def deliver(call: Call, out: Tensor) -> None:
             return
         block = _block(home)
         if block is not None:
-            block.receive(kept[0], grad)
+            block.receive(kept[0], place, grad)
         if not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
 
@@ -366,11 +393,13 @@ def _leave(module: Module, args: Any, output: Any) -> None:
                 recording.settle(output)
             finally:
                 HERE.muted = False
-    if HERE.disabled or module not in EXTENDED or trainable(module) or next(module.children(), None) is not None:
+    if HERE.disabled or module._modules or module not in EXTENDED or trainable(module):
         return
-    tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+    leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+    tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad), None)
     if tensor is not None:
-        tensor.register_hook(_module_hook(module, HERE.blocks))
+        with unobserved():
+            tensor.register_hook(_module_hook(module, HERE.blocks))
 
 
 def _module_hook(module: Module, home: list[Block]) -> Callable[[Tensor], None]:

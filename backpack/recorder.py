@@ -84,7 +84,8 @@ class Recording(TorchFunctionMode):
         parameters: Names and parameters of the module.
         inputs: All that the module is called with; axis ``axis`` of the first tensor counts the samples.
         axis: The sample axis of that tensor.
-        deliver: Called with each call and its output; attaches what brings the cotangent.
+        deliver: Called with each call and each of its outputs; attaches what brings the cotangent.
+        settled: What earlier passes have found out about layouts.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Recording(TorchFunctionMode):
         parameters: Iterable[tuple[str, Tensor]],
         inputs: Any,
         axis: int,
-        deliver: Callable[[Call, Tensor], None],
+        deliver: Callable[[Call, int, Tensor], None],
         settled: dict[Any, tuple[Any, ...]],
     ) -> None:
         super().__init__()
@@ -113,11 +114,12 @@ class Recording(TorchFunctionMode):
         if func in EXPANDED:
             with self:
                 return looked_into(func)(*args, **kwargs)
-        sources = [a for a in _tensors(args, kwargs) if id(a) in self.sources]
-        if not sources:
+        tensors = _tensors(args, kwargs)
+        if not any(id(tensor) in self.sources for tensor in tensors):
             out = func(*args, **kwargs)
-            if any(map(self._is_data, _tensors(args, kwargs))):
-                self._data.update((id(o), o) for o in _tensors((out,), {}) if not o.requires_grad)
+            for result in _tensors((out,), {}):
+                if not result.requires_grad and any(map(self._is_data, tensors)):
+                    self._data[id(result)] = result
             return out
         given = args
         if is_in_place(func) and func not in RULES and id(args[0]) not in self.sources:
@@ -136,7 +138,7 @@ class Recording(TorchFunctionMode):
         return id(tensor) not in self.sources and tensor.dim() > 0 and tensor.shape[0] == self.n
 
     def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        tensors = list(_tensors(args, kwargs))
+        tensors = _tensors(args, kwargs)
         sources = [self.sources[id(t)] for t in tensors if id(t) in self.sources]
         if any(map(self._is_data, tensors)):
             self._record(func, args, kwargs, out, sources)
@@ -148,7 +150,7 @@ class Recording(TorchFunctionMode):
 
     def _spreads(self, sources: list[Source], out: Any) -> bool:
         """Whether sources without a sample axis were copied to one a sample, as it seems."""
-        if not isinstance(out, Tensor) or out.dim() == 0 or self.n == 1 or out.shape[0] != self.n:
+        if self.n is None or not isinstance(out, Tensor) or out.dim() == 0 or self.n in (0, 1) or out.shape[0] % self.n:
             return False
         return all(
             s.tensor.numel() < out.numel() and (s.tensor.dim() < out.dim() or s.tensor.shape[0] == 1) for s in sources
@@ -170,11 +172,11 @@ class Recording(TorchFunctionMode):
         sources: list[Source],
         alternative: Source | None = None,
     ) -> None:
-        several = not isinstance(out, Tensor)
-        out = next(o for o in _tensors((out,), {}) if o.requires_grad)
+        given, outputs = out, _tensors((out,), {})
+        out = outputs[0]
         name = f"{_name(func)} of parameter {' and '.join(dict.fromkeys(s.name for s in sources))}"
         rule = RULES.get(func)
-        operation = None if rule is None else rule(out, *args, **kwargs)
+        operation = None if rule is None else rule(given, *args, **kwargs)
         axes = range(out.dim()) if operation is None else operation.axes
         if self.n is None:
             found, problem = [], "cannot be told by samples, since the module was called without a tensor"
@@ -184,7 +186,7 @@ class Recording(TorchFunctionMode):
             found, problem = layouts(out.shape, self.n, axes), None
             if operation is not None and operation.broadcast and self.n > 1:
                 found = [f for f in found if not any(_occupies(s.tensor, out, f.axis) for s in sources)]
-            if several:
+            if given is not out and operation is None:
                 problem = "returns several tensors, and there is no rule for it"
             elif not found:
                 problem = (
@@ -197,40 +199,41 @@ class Recording(TorchFunctionMode):
         explained = operation.uses if operation is not None else []
         for source in dict.fromkeys(sources):
             own = [use for tensor, use in explained if tensor is source.tensor]
+            if not own and given is not out and call.problem is None:
+                call.problem = "returns several tensors, of which the parameter is no weight"
             call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
-        self._decide(call, out)
-        self._deliver(call, out)
+        self._decide(call, out, len(axes))
+        for place, output in enumerate(outputs):
+            if output.requires_grad:
+                self._deliver(call, place, output)
 
     def _pullbacks(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Source, call: Call
     ) -> Iterator[Use]:
         """The function's own vector-Jacobian product, for each place that the source is given at."""
-        if call.problem is not None:
-            yield PullbackUse(func, [], None, 0, {}, Layout(1))
-            return
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        data = {}
-        for place, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and self._is_data(leaf):
-                possible = layouts(leaf.shape, call.n, range(leaf.dim()))
-                if possible:
-                    data[place] = call.layout if call.layout in possible else possible[0]
+        data = [
+            place
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and call.n and self._is_data(leaf) and layouts(leaf.shape, call.n, range(leaf.dim()))
+        ]
         function = _out_of_place(func) if is_in_place(func) else func
         for place, leaf in enumerate(leaves):
             if leaf is source.tensor:
-                yield PullbackUse(function, leaves, spec, place, data, call.layout)
+                yield PullbackUse(function, leaves, spec, place, data)
 
-    def _decide(self, call: Call, out: Tensor) -> None:
+    def _decide(self, call: Call, out: Tensor, axes: int) -> None:
         """Choose the layout; where the shapes leave a choice, that is done when the module has run."""
         self._count += 1
+        fixed = len(call.layouts) == 1 and axes == 1
         certain = len(call.layouts) == 1 and call.layout.axis == 0 and call.layout.factor == 1
         if not call.layouts and call.alternative is not None:
             call.problem = None
         if not call.layouts or call.n == 1:
             self._adopt(call, call.layouts)
             return
-        if certain and call.alternative is None:
+        if (certain or fixed) and call.alternative is None:
             return
         key = (self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
         known = self._settled.get(key)
@@ -300,15 +303,15 @@ def _occupies(source: Tensor, out: Tensor, axis: int) -> bool:
     return place >= 0 and source.shape[place] != 1
 
 
-def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """All tensors among the arguments, one level of lists deep."""
-    for value in (*args, *kwargs.values()):
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (tuple, list)):
-            for entry in value:
-                if isinstance(entry, Tensor):
-                    yield entry
+            found += [entry for entry in value if isinstance(entry, Tensor)]
+    return found
 
 
 def _seed(output: Tensor) -> Tensor:

@@ -1,5 +1,10 @@
 """The quantities that a backward pass can compute."""
 
+from backpack.extensions.batch_dot_grad import BatchDotGrad
 from backpack.extensions.batch_grad import BatchGrad
+from backpack.extensions.batch_l2_grad import BatchL2Grad
+from backpack.extensions.clipped_grad import ClippedGrad
+from backpack.extensions.sum_grad_squared import SumGradSquared
+from backpack.extensions.variance import Variance
 
-__all__ = ["BatchGrad"]
+__all__ = ["BatchDotGrad", "BatchGrad", "BatchL2Grad", "ClippedGrad", "SumGradSquared", "Variance"]

@@ -40,6 +40,14 @@ class BackpropExtension:
         """The result for one parameter, from its individual gradients."""
         raise NotImplementedError(f"{type(self).__name__} does not define compute().")
 
-    def compute_all(self, grads: list[Individual]) -> list[Tensor]:
-        """The results for all parameters, where they depend on each other (``needs_all_parameters``)."""
-        raise NotImplementedError(f"{type(self).__name__} does not define compute_all().")
+    def measure(self, grads: Individual) -> Tensor:
+        """What of one parameter the results of all depend on (where ``needs_all_parameters``)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define measure().")
+
+    def combine(self, measures: list[Tensor]) -> Tensor:
+        """What the result of each parameter needs to know of all."""
+        raise NotImplementedError(f"{type(self).__name__} does not define combine().")
+
+    def compute_jointly(self, grads: Individual, joint: Tensor) -> Tensor:
+        """The result for one parameter, given what ``combine`` returned."""
+        raise NotImplementedError(f"{type(self).__name__} does not define compute_jointly().")

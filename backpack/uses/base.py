@@ -60,6 +60,10 @@ class Individual(ABC):
         """Sum of squares over seeds and samples, ``[*p]``."""
         return sum_of(chunk.dense().square().sum((0, 1)) for chunk in self.chunks())
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """``total()`` and ``sum_squares()``, for less than both."""
+        return self.total(), self.sum_squares()
+
     def sample_squares(self) -> Tensor:
         """Sum of squares over seeds, ``[n, *p]``."""
         return torch.cat([chunk.dense().square().sum(0) for chunk in self.chunks()])
@@ -93,6 +97,10 @@ class Use(ABC):
     def recorded(self) -> tuple[Tensor, ...]:
         """The tensors of the forward pass that ``bind`` reads."""
         return ()
+
+    def arrive(self, cotangents: dict[int, Tensor], rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
+        """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
+        return self.bind(rows.take(cotangents[0], leading=1).to(dtype), rows, shape)
 
     @abstractmethod
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from backpack.memory import product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use, sum_of
 
@@ -38,14 +39,17 @@ class Dense(Individual):
     def dense(self) -> Tensor:
         v, n, g, s, o = self.grad.shape
         i = self.x.shape[3]
+        matrix = (n, g, i, o) if self.flipped else (n, g, o, i)
         if s == 1:
             left, right = self.grad[..., 0, :], self.x[:, :, 0]
-            result = right[..., None] * left[..., None, :] if self.flipped else left[..., None] * right[..., None, :]
+            left, right = (right, left) if self.flipped else (left, right)
+            result = product(torch.mul, left[..., None], right[..., None, :], (v, *matrix))
         elif v == 1 and self.flipped:
-            result = self.x.transpose(2, 3) @ self.grad[0]
+            result = product(torch.matmul, self.x.transpose(2, 3), self.grad[0], matrix)
+        elif v == 1:
+            result = product(torch.matmul, self.grad[0].transpose(2, 3), self.x, matrix)
         else:
-            result = self._matrices()
-            result = result.unflatten(2, (v, o)).permute(2, 0, 1, 3, 4)
+            result = self._matrices().unflatten(2, (v, o)).permute(2, 0, 1, 3, 4)
             result = result.transpose(3, 4) if self.flipped else result
         return result.reshape(v, n, *self.shape)
 

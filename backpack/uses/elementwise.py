@@ -38,6 +38,9 @@ class Explicit(Individual):
     def chunks(self) -> Iterator[Explicit]:
         yield self
 
+    def dots(self, other: Individual) -> Tensor:
+        return torch.einsum("vnp,wmp->vnwm", self.value.flatten(2), other.dense().flatten(2))
+
 
 @dataclass(eq=False)
 class ElementwiseUse(Use):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from backpack.samples import Layout, Rows
+from backpack.samples import Layout, Rows, layouts
 from backpack.uses.base import Individual, Use
 
 
@@ -57,26 +57,26 @@ def map_samples(pull: Callable[..., Tensor], grad: Tensor, data: Sequence[Tensor
 class PullbackUse(Use):
     """``function(*args, **kwargs)`` with the parameter as leaf ``position`` of the arguments.
 
-    ``data`` says which other leaves hold samples, and how; ``layout`` is that of the output.
+    ``data`` says which other leaves hold samples.
     """
 
     function: Callable[..., Tensor]
     leaves: list[Any]
     spec: Any
     position: int
-    data: dict[int, Layout]
-    layout: Layout
+    data: list[int]
 
     def recorded(self) -> tuple[Tensor, ...]:
         return (self.leaves[self.position], *(self.leaves[place] for place in self.data))
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Pullback:
-        data = tuple(Rows(layout, rows.index).take(self.leaves[place]) for place, layout in self.data.items())
+        placed = {place: _layout_like(rows.layout, self.leaves[place]) for place in self.data}
+        data = tuple(Rows(layout, rows.index).take(self.leaves[place]) for place, layout in placed.items())
         parameter = self.leaves[self.position]
 
         def pull(cotangent: Tensor, *sample: Tensor) -> Tensor:
             leaves = list(self.leaves)
-            for (place, layout), value in zip(self.data.items(), sample, strict=True):
+            for (place, layout), value in zip(placed.items(), sample, strict=True):
                 leaves[place] = _batch_of_one(value, layout)
 
             def function(w: Tensor) -> Tensor:
@@ -84,9 +84,16 @@ class PullbackUse(Use):
                 args, kwargs = pytree.tree_unflatten(leaves, self.spec)
                 return self.function(*args, **kwargs)
 
-            return torch.func.vjp(function, parameter)[1](_batch_of_one(cotangent, self.layout))[0]
+            return torch.func.vjp(function, parameter)[1](_batch_of_one(cotangent, rows.layout))[0]
 
         return Pullback(pull, grad, data, shape)
+
+
+def _layout_like(layout: Layout, tensor: Tensor) -> Layout:
+    """The layout of an argument, given that of the output: the same where the shape admits it."""
+    possible = layouts(tensor.shape, layout.n, range(tensor.dim()))
+    similar = [other for other in possible if other.strided == layout.strided]
+    return layout if layout in possible else (similar or possible)[0]
 
 
 def _batch_of_one(sample: Tensor, layout: Layout) -> Tensor:

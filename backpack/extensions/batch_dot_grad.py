@@ -1,0 +1,26 @@
+"""Dot products of individual gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.uses import Individual
+
+
+class BatchDotGrad(BackpropExtension):
+    """Pairwise dot products of the individual gradients, ``batch_dot`` of shape ``[N, N]``, per parameter.
+
+    Of the gradients as ``BatchGrad`` scales them; the diagonal is ``batch_l2``. The sum over all parameters is the
+    Gram matrix of the gradients (the empirical neural tangent kernel of the loss).
+    """
+
+    savefield = "batch_dot"
+
+    def __init__(self, subsampling: Any = None) -> None:
+        super().__init__(subsampling=subsampling)
+
+    def compute(self, grads: Individual) -> Tensor:
+        return grads.dots(grads)[0, :, 0]

@@ -1,0 +1,26 @@
+"""Squared norms of individual gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.uses import Individual
+
+
+class BatchL2Grad(BackpropExtension):
+    """Squared Euclidean norms of the individual gradients, ``batch_l2`` of shape ``[N]``, per parameter.
+
+    Of the gradients as ``BatchGrad`` scales them. They are not stored: norms come from the factors of each use, by
+    Gram matrices of positions where these are smaller (Goodfellow, 2015, for one position; Rochette et al., 2019).
+    """
+
+    savefield = "batch_l2"
+
+    def __init__(self, subsampling: Any = None) -> None:
+        super().__init__(subsampling=subsampling)
+
+    def compute(self, grads: Individual) -> Tensor:
+        return grads.norms()[0]

@@ -1,0 +1,26 @@
+"""The second moment of individual gradients, up to a factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.uses import Individual
+
+
+class SumGradSquared(BackpropExtension):
+    """Sum over samples of the squared individual gradients, ``sum_grad_squared`` of shape ``p``.
+
+    Of the gradients as ``BatchGrad`` scales them: with a loss that averages over ``N`` samples, ``1/N^2`` times the
+    sum of the squared gradients of the samples' own losses.
+    """
+
+    savefield = "sum_grad_squared"
+
+    def __init__(self, subsampling: Any = None) -> None:
+        super().__init__(subsampling=subsampling)
+
+    def compute(self, grads: Individual) -> Tensor:
+        return grads.sum_squares()

@@ -1,0 +1,28 @@
+"""The variance of individual gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.uses import Individual
+
+
+class Variance(BackpropExtension):
+    """Population variance of the individual gradients over the samples, ``variance`` of shape ``p``.
+
+    Of the gradients as ``BatchGrad`` scales them: mean of the squares minus square of the mean, over all samples or
+    the selected ones; never negative, whatever the rounding.
+    """
+
+    savefield = "variance"
+
+    def __init__(self, subsampling: Any = None) -> None:
+        super().__init__(subsampling=subsampling)
+
+    def compute(self, grads: Individual) -> Tensor:
+        total, squares = grads.moments()
+        n = grads.size[1]
+        return (squares / n - (total / n).square()).clamp(min=0)

@@ -1,0 +1,148 @@
+"""Recurrent layers and cells: fused calls, replayed step by step as linear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.operations.registry import Operation, rule
+from backpack.uses.replay import Linear, Replay, ReplayUse
+
+Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Gates of the input, gates of the state, and the state, to the new state; its first tensor is the output."""
+
+
+def _lstm_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...], detached: bool = False) -> tuple[Tensor, ...]:
+    i, f, g, o = (x + h).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * (c.detach() if detached else c).tanh(), c
+
+
+def _gru_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    xr, xz, xn = x.chunk(3, -1)
+    hr, hz, hn = h.chunk(3, -1)
+    z = (xz + hz).sigmoid()
+    n = (xn + (xr + hr).sigmoid() * hn).tanh()
+    return ((1 - z) * n + z * state[0],)
+
+
+def _tanh_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((x + h).tanh(),)
+
+
+def _relu_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((x + h).relu(),)
+
+
+STEPS: dict[Any, Step] = {
+    torch.lstm: _lstm_step,
+    torch.gru: _gru_step,
+    torch.rnn_tanh: _tanh_step,
+    torch.rnn_relu: _relu_step,
+    torch.lstm_cell: _lstm_step,
+    torch.gru_cell: _gru_step,
+    torch.rnn_tanh_cell: _tanh_step,
+    torch.rnn_relu_cell: _relu_step,
+}
+
+
+def _direction(
+    step: Step, linear: Linear, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, back: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer in one direction over ``x[n, t, i]``: its outputs ``[n, t, h]`` and last state."""
+    w_ih, w_hh = weights[:2]
+    b_ih, b_hh = weights[2:4] if biased else (None, None)
+    projection = weights[-1] if len(weights) == (5 if biased else 3) else None
+    gates = linear(x, w_ih, b_ih).unbind(1)
+    outputs = []
+    for gate in reversed(gates) if back else gates:
+        state = step(gate, linear(state[0], w_hh, b_hh), state)
+        if projection is not None:
+            state = (linear(state[0], projection), *state[1:])
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if back else outputs, 1), state
+
+
+def _layers(step: Step, options: dict[str, Any], weights: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    directions = 2 if options["bidirectional"] else 1
+    each = len(weights) // (options["num_layers"] * directions)
+
+    def function(linear: Linear, x: Tensor, *state: Tensor) -> Sequence[Tensor]:
+        x = x if options["batch_first"] else x.transpose(0, 1)
+        last: list[tuple[Tensor, ...]] = []
+        for layer in range(options["num_layers"]):
+            outputs = []
+            for back in range(directions):
+                place = layer * directions + back
+                own = weights[place * each : (place + 1) * each]
+                start = tuple(s[place] for s in state)
+                out, end = _direction(step, linear, x, start, own, options["has_biases"], bool(back))
+                outputs.append(out)
+                last.append(end)
+            x = torch.cat(outputs, -1)
+        out = x if options["batch_first"] else x.transpose(0, 1)
+        return (out, *(torch.stack(states) for states in zip(*last, strict=True)))
+
+    return function
+
+
+def _whole(step: Step) -> Callable[..., Operation]:
+    def layer(
+        out: tuple[Tensor, ...],
+        input: Tensor,
+        hx: Any,
+        params: Any,
+        has_biases: Any,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: Any = None,
+    ) -> Operation:
+        if batch_first is None or not isinstance(has_biases, bool):
+            return Operation((0,), [], "takes a packed sequence, which is not supported: pad the sequences instead")
+        if dropout > 0 and train and num_layers > 1:
+            return Operation(
+                (0,), [], "drops out between its layers, with masks that cannot be seen. Stack layers with torch.nn.Dropout"
+            )
+        options = {"num_layers": num_layers, "bidirectional": bidirectional}
+        options |= {"has_biases": has_biases, "batch_first": batch_first}
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        axis = 0 if batch_first else 1
+        inputs = [(input, axis), *((state, 1) for state in states)]
+        replay = Replay(_layers(step, options, params), inputs, [axis] + [1] * len(states))
+        return Operation((axis,), [(weight, ReplayUse(replay, weight)) for weight in params])
+
+    return layer
+
+
+def _cell(step: Step) -> Callable[..., Operation]:
+    def cell(
+        out: Any,
+        input: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Operation:
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        # Not fused, an LSTM's output is computed from its new state, whose cotangent then holds the output's too.
+        chained = len(states) > 1 and out[0].grad_fn.name() != out[1].grad_fn.name()
+
+        def function(linear: Linear, x: Tensor, *state: Tensor) -> Sequence[Tensor]:
+            gates = linear(x, w_ih, b_ih), linear(state[0], w_hh, b_hh)
+            return _lstm_step(*gates, state, chained) if len(state) > 1 else step(*gates, state)
+
+        replay = Replay(function, [(tensor, 0) for tensor in (input, *states)], [0] * len(states))
+        weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+        return Operation((0,), [(weight, ReplayUse(replay, weight)) for weight in weights])
+
+    return cell
+
+
+for _function, _step in STEPS.items():
+    rule(_function)(_cell(_step) if _function.__name__.endswith("_cell") else _whole(_step))
