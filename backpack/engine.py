@@ -32,6 +32,7 @@ class Quantity(Protocol):
 
     savefield: str
     subset: Subset
+    reads: tuple[str, ...]
     needs_all_parameters: bool
 
     def compute(self, grads: Individual) -> Tensor:
@@ -180,10 +181,15 @@ class Block:
                 )
             return
         contributions = self._fetch(parameter)
-        views: dict[Any, Individual] = {}
         for extension in self.extensions:
-            if extension.subset.key not in views:
-                views[extension.subset.key] = contributions.individual(extension.subset)
+            vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
+        views: dict[Any, Individual] = {}
+        for subset_key, subset in self._subsets().items():
+            views[subset_key] = contributions.individual(subset)
+            views[subset_key].prepare(
+                name for extension in self.extensions if extension.subset.key == subset_key for name in extension.reads
+            )
+        for extension in self.extensions:
             grads = views[extension.subset.key]
             if self.debug:
                 print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")

@@ -26,6 +26,8 @@ class BackpropExtension:
 
     savefield: str = ""
     needs_all_parameters = False
+    reads: tuple[str, ...] = ()
+    """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
 
     def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
         if savefield is not None:

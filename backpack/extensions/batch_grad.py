@@ -19,6 +19,7 @@ class BatchGrad(BackpropExtension):
     """
 
     savefield = "grad_batch"
+    reads = ("dense",)
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)

@@ -18,6 +18,7 @@ class BatchL2Grad(BackpropExtension):
     """
 
     savefield = "batch_l2"
+    reads = ("norms",)
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)

@@ -25,6 +25,7 @@ class ClippedGrad(BackpropExtension):
     """
 
     savefield = "grad_clipped"
+    reads = ("norms",)
     needs_all_parameters = True
 
     def __init__(self, max_norm: float, subsampling: Any = None) -> None:

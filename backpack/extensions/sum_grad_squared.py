@@ -18,6 +18,7 @@ class SumGradSquared(BackpropExtension):
     """
 
     savefield = "sum_grad_squared"
+    reads = ("sum_squares",)
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)

@@ -18,11 +18,11 @@ class Variance(BackpropExtension):
     """
 
     savefield = "variance"
+    reads = ("total", "sum_squares")
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
-        total, squares = grads.moments()
         n = grads.size[1]
-        return (squares / n - (total / n).square()).clamp(min=0)
+        return (grads.sum_squares() / n - (grads.total() / n).square()).clamp(min=0)

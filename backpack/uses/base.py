@@ -7,7 +7,7 @@ parameter's own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ SCRATCH = 2**20
 class Individual(ABC):
     """Individual gradients ``[v, n, *p]`` of one parameter, held as factors; what quantities read.
 
-    Each contraction has a generic definition through ``dense``, in bounded chunks. A subclass overrides those
-    for which it knows a cheaper way.
+    Each reduction has a generic definition through ``_dense``, in bounded chunks. A subclass gives closed forms
+    where it knows a cheaper way. What was computed is kept for the next reader.
     """
 
     shape: torch.Size
@@ -34,7 +34,7 @@ class Individual(ABC):
         """Number of seeds and of samples, ``(v, n)``."""
 
     @abstractmethod
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         """The individual gradients themselves, ``[v, n, *p]``."""
 
     @abstractmethod
@@ -45,32 +45,80 @@ class Individual(ABC):
     def scaled(self, factor: Tensor) -> Individual:
         """Sample ``n`` multiplied by ``factor[n]``."""
 
+    def dense(self) -> Tensor:
+        """The individual gradients themselves, ``[v, n, *p]``."""
+        return self._read("dense")
+
+    def total(self) -> Tensor:
+        """Sum over seeds and samples, ``[*p]``."""
+        return self._read("total")
+
+    def sum_squares(self) -> Tensor:
+        """Sum of squares over seeds and samples, ``[*p]``."""
+        return self._read("sum_squares")
+
+    def sample_squares(self) -> Tensor:
+        """Sum of squares over seeds, ``[n, *p]``."""
+        return self._read("sample_squares")
+
+    def norms(self) -> Tensor:
+        """Squared Euclidean norms, ``[v, n]``."""
+        return self._read("norms")
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Compute several of the reductions above for less than each alone."""
+        known = self._known
+        missing = [name for name in dict.fromkeys(names) if name not in known]
+        if "dense" in missing:
+            known["dense"] = self._dense()
+        swept = []
+        for name in missing:
+            if name != "dense":
+                value = self.closed(name)
+                if value is None:
+                    swept.append(name)
+                else:
+                    known[name] = value
+        if swept:
+            known.update(self._sweep(swept))
+
+    def closed(self, name: str) -> Tensor | None:
+        """This reduction by a closed form; ``None`` where individual gradients, a few at a time, are as good."""
+        return None
+
+    @property
+    def _known(self) -> dict[str, Tensor]:
+        return vars(self).setdefault("_results", {})
+
+    def _read(self, name: str) -> Tensor:
+        self.prepare([name])
+        return self._known[name]
+
+    def _sweep(self, names: list[str]) -> dict[str, Tensor]:
+        """These reductions from one pass over the individual gradients."""
+        collected: dict[str, list[Tensor]] = {name: [] for name in names}
+        for piece in self.chunks():
+            dense = piece.dense()
+            if "total" in collected:
+                accumulate(collected["total"], dense.sum((0, 1)))
+            squares = dense.square() if names != ["total"] else dense
+            if "sum_squares" in collected:
+                accumulate(collected["sum_squares"], squares.sum((0, 1)))
+            if "sample_squares" in collected:
+                collected["sample_squares"].append(squares.sum(0))
+            if "norms" in collected:
+                collected["norms"].append(squares.flatten(2).sum(2))
+        return {name: torch.cat(parts, int(name == "norms")) if len(parts) > 1 else parts[0] for name, parts in collected.items()}
+
     def chunks(self) -> Iterator[Individual]:
-        """Pieces of a few samples each, whose ``dense`` fits into the scratch."""
+        """Pieces of a few samples each, whose individual gradients fit into the scratch."""
+        if "dense" in self._known:
+            yield self
+            return
         seeds, samples = self.size
         step = max(1, SCRATCH // max(1, seeds * self.shape.numel()))
         for start in range(0, samples, step):
             yield self.narrow(start, min(start + step, samples))
-
-    def total(self) -> Tensor:
-        """Sum over seeds and samples, ``[*p]``."""
-        return sum_of(chunk.dense().sum((0, 1)) for chunk in self.chunks())
-
-    def sum_squares(self) -> Tensor:
-        """Sum of squares over seeds and samples, ``[*p]``."""
-        return sum_of(chunk.dense().square().sum((0, 1)) for chunk in self.chunks())
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """``total()`` and ``sum_squares()``, for less than both."""
-        return self.total(), self.sum_squares()
-
-    def sample_squares(self) -> Tensor:
-        """Sum of squares over seeds, ``[n, *p]``."""
-        return torch.cat([chunk.dense().square().sum(0) for chunk in self.chunks()])
-
-    def norms(self) -> Tensor:
-        """Squared Euclidean norms, ``[v, n]``."""
-        return torch.cat([chunk.dense().square().flatten(2).sum(2) for chunk in self.chunks()], 1)
 
     def dots(self, other: Individual) -> Tensor:
         """Dot products with other individual gradients of the same parameter, ``[v, n, w, m]``."""
@@ -113,9 +161,11 @@ class Use(ABC):
         """
 
 
-def sum_of(terms: Iterator[Tensor]) -> Tensor:
-    """Sum of one tensor at least, into the first where no gradient is tracked."""
-    result = next(terms)
-    for term in terms:
-        result = result + term if torch.is_grad_enabled() else result.add_(term)
-    return result
+def accumulate(terms: list[Tensor], term: Tensor) -> None:
+    """Add to the only entry of ``terms``, in place where no gradient is tracked."""
+    if not terms:
+        terms.append(term)
+    elif torch.is_grad_enabled():
+        terms[0] = terms[0] + term
+    else:
+        terms[0].add_(term)

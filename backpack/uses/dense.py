@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backpack.memory import product
 from backpack.samples import Rows
-from backpack.uses.base import SCRATCH, Individual, Use, sum_of
+from backpack.uses.base import SCRATCH, Individual, Use, accumulate
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class Dense(Individual):
     def scaled(self, factor: Tensor) -> Dense:
         return replace(self, grad=self.grad * factor[:, None, None, None])
 
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         v, n, g, s, o = self.grad.shape
         i = self.x.shape[3]
         matrix = (n, g, i, o) if self.flipped else (n, g, o, i)
@@ -64,43 +64,47 @@ class Dense(Individual):
         matrix = matrix.transpose(-1, -2) if self.flipped else matrix
         return matrix.reshape(*matrix.shape[:-3], *self.shape)
 
-    def total(self) -> Tensor:
-        v, n, g, s, o = self.grad.shape
-        left = self.grad.sum(0).permute(1, 3, 0, 2).reshape(g, o, n * s)
-        return self._to_parameter(left @ self.x.permute(1, 0, 2, 3).reshape(g, n * s, -1))
-
-    def sum_squares(self) -> Tensor:
-        v, n, g, s, o = self.grad.shape
-        if s == 1:
-            left = self.grad.square().sum(0).permute(1, 3, 0, 2).reshape(g, o, n)
-            return self._to_parameter(left @ self.x.square().permute(1, 0, 2, 3).reshape(g, n, -1))
-        squares = (chunk._matrices().square().sum(0) for chunk in self._slices())
-        return self._to_parameter(sum_of(squares).unflatten(1, (v, o)).sum(1))
-
-    def _slices(self) -> Iterator[Dense]:
-        return self.chunks()  # type: ignore[return-value]
-
-    def sample_squares(self) -> Tensor:
-        v, n, g, s, o = self.grad.shape
-        if s == 1:
-            left = self.grad.square().sum(0).transpose(2, 3)
-            return self._to_parameter(left @ self.x.square())
-        squares = [c._matrices().square().unflatten(2, (v, o)).sum(2) for c in self._slices()]
-        return self._to_parameter(torch.cat(squares))
-
-    def _gram_is_smaller(self) -> bool:
+    def closed(self, name: str) -> Tensor | None:
         v, n, g, s, o = self.grad.shape
         i = self.x.shape[3]
-        return s * (v * o + i) < v * o * i
-
-    def norms(self) -> Tensor:
-        v, n, g, s, o = self.grad.shape
-        if s == 1:
-            return (self.grad.square().sum((3, 4)) * self.x.square().sum((2, 3))).sum(2)
-        if self._gram_is_smaller():
+        if name == "norms" and s > 1 and s * (v * o + i) < v * o * i:
             return self.sample_dots(self)
-        squares = [c._matrices().square().unflatten(2, (v, o)).sum((1, 3, 4)) for c in self._slices()]
-        return torch.cat(squares).T
+        if s > 1:
+            return None
+        if name == "norms":
+            return (self.grad.square().sum((3, 4)) * self.x.square().sum((2, 3))).sum(2)
+        x, grad = self.x, self.grad
+        if name == "total":
+            grad = grad.sum(0)
+        else:
+            x, grad = x.square(), grad.square().sum(0)
+        if name == "sample_squares":
+            return self._to_parameter(grad.transpose(2, 3) @ x)
+        return self._to_parameter(grad[:, :, 0].permute(1, 2, 0) @ x[:, :, 0].transpose(0, 1))
+
+    def _sweep(self, names: list[str]) -> dict[str, Tensor]:
+        if "dense" in self._known:
+            return super()._sweep(names)
+        v, o = self.grad.shape[0], self.grad.shape[4]
+        collected: dict[str, list[Tensor]] = {name: [] for name in names}
+        for piece in self.chunks():
+            matrices = piece._matrices()  # type: ignore[attr-defined]
+            if "total" in collected:
+                accumulate(collected["total"], matrices.sum(0))
+            if names != ["total"]:
+                matrices = matrices.square() if torch.is_grad_enabled() else matrices.square_()
+            if "sum_squares" in collected:
+                accumulate(collected["sum_squares"], matrices.sum(0))
+            if "sample_squares" in collected:
+                collected["sample_squares"].append(matrices.unflatten(2, (v, o)).sum(2))
+            if "norms" in collected:
+                collected["norms"].append(matrices.unflatten(2, (v, o)).sum((1, 3, 4)))
+        found = {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in collected.items()}
+        for name in names:
+            if name in ("total", "sum_squares"):
+                found[name] = found[name].unflatten(1, (v, o)).sum(1)
+            found[name] = found[name].T if name == "norms" else self._to_parameter(found[name])
+        return found
 
     def sample_dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Dense) or self.flipped != other.flipped:
@@ -123,11 +127,24 @@ class Dense(Individual):
             inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0])
             outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :])
             return (outputs * inputs[None, :, None]).sum(4)
-        if n * m * s * t * (v * w * o + self.x.shape[3]) < (v * n + w * m) * s * o * self.x.shape[3]:
+        i = self.x.shape[3]
+        if n * m * s * t * (v * w * o + i) < (v * n + w * m) * s * o * i:
             inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x)
             outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad)
             return (outputs * inputs).sum((4, 5, 6)).permute(0, 2, 1, 3)
-        return super().dots(other)
+        step = max(1, SCRATCH // max(1, (v * n + w * m) * g * i))
+        terms: list[Tensor] = []
+        for start in range(0, o, step):  # a few rows of all samples' matrices at a time
+            left = self._rows(start, start + step)
+            right = left if other is self else other._rows(start, start + step)
+            accumulate(terms, left @ right.T)
+        return terms[0].reshape(n, v, m, w).permute(1, 0, 3, 2)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """Rows of all samples' and seeds' matrices, ``[n v, ...]``."""
+        part = replace(self, grad=self.grad[..., start:stop])
+        matrices = part._matrices().unflatten(2, (self.grad.shape[0], -1))
+        return matrices.transpose(1, 2).reshape(self.grad.shape[0] * self.grad.shape[1], -1)
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ class Explicit(Individual):
     def scaled(self, factor: Tensor) -> Explicit:
         return Explicit(self.value * factor.reshape(-1, *[1] * len(self.shape)))
 
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         return self.value
 
     def chunks(self) -> Iterator[Explicit]:

@@ -35,17 +35,16 @@ class Joint(Individual):
     def scaled(self, factor: Tensor) -> Joint:
         return Joint([part.scaled(factor) for part in self.parts])
 
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         return sum((part.dense() for part in self.parts[1:]), start=self.parts[0].dense())
 
-    def total(self) -> Tensor:
-        return sum((part.total() for part in self.parts[1:]), start=self.parts[0].total())
-
-    def norms(self) -> Tensor:
-        result = sum((part.norms() for part in self.parts[1:]), start=self.parts[0].norms())
-        for a, b in combinations(self.parts, 2):
-            result = result + 2 * a.sample_dots(b)
-        return result
+    def closed(self, name: str) -> Tensor | None:
+        if name == "total":
+            return sum((part.total() for part in self.parts[1:]), start=self.parts[0].total())
+        if name == "norms":
+            norms = sum((part.norms() for part in self.parts[1:]), start=self.parts[0].norms())
+            return sum((2 * a.sample_dots(b) for a, b in combinations(self.parts, 2)), start=norms)
+        return None
 
     def dots(self, other: Individual) -> Tensor:
         others = other.parts if isinstance(other, Joint) else [other]

@@ -39,12 +39,9 @@ class Lookup(Individual):
         table = grad.new_zeros(rows * self.shape[0], self.shape[1])
         return table.index_add(0, index.flatten(), grad.flatten(0, 2)).reshape(rows, *self.shape)
 
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         v, n = self.size
         return self._scatter(self.grad, v * n).reshape(v, n, *self.shape)
-
-    def total(self) -> Tensor:
-        return self._scatter(self.grad, 1)[0]
 
     def _same_row(self, other: Lookup) -> Tensor:
         return (self.index[:, :, None] == other.index[:, None, :]).to(self.grad.dtype)
@@ -59,14 +56,15 @@ class Lookup(Individual):
             pieces.append((same @ part.grad).square() / same.sum(2, keepdim=True))
         return torch.cat(pieces, 1)
 
-    def sum_squares(self) -> Tensor:
-        return self._scatter(self._squares(), 1)[0]
-
-    def sample_squares(self) -> Tensor:
-        return self._scatter(self._squares(), self.size[1])
-
-    def norms(self) -> Tensor:
-        return self._squares().sum((2, 3))
+    def closed(self, name: str) -> Tensor | None:
+        if name == "total":
+            return self._scatter(self.grad, 1)[0]
+        squares = self._squares()
+        if name == "norms":
+            return squares.sum((2, 3))
+        if name == "sum_squares":
+            return self._scatter(squares, 1)[0]
+        return self._scatter(squares, self.size[1])
 
     def dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Lookup):

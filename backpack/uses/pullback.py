@@ -37,7 +37,7 @@ class Pullback(Individual):
     def scaled(self, factor: Tensor) -> Pullback:
         return replace(self, grad=self.grad * factor.reshape(-1, *[1] * (self.grad.dim() - 2)))
 
-    def dense(self) -> Tensor:
+    def _dense(self) -> Tensor:
         return map_samples(self.pull, self.grad, self.data)
 
 
