@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
 from torch.nn import Module, RNNBase
 
-from backpack.engine import EXTENDED, HERE, Block, attach, detach
+from backpack.engine import EXTENDED, HERE, Block, attach, detach, drop_interrupted
 from backpack.extensions.backprop_extension import BackpropExtension
 
 M = TypeVar("M", bound=Module)
@@ -82,12 +83,22 @@ class backpack:
         self._arguments = (exts, extension_hook, debug, retain_graph)
 
     def __enter__(self) -> None:
+        drop_interrupted()
         HERE.blocks.append(Block(*self._arguments))
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        HERE.blocks.pop().clear()
+        block = HERE.blocks.pop()
+        block.clear()
+        if HERE.blocks:
+            HERE.blocks[-1].task = max(HERE.blocks[-1].task, block.task)
+        if kind is None and block.extensions and block.task == -1:
+            warnings.warn(
+                "No backward pass of an extended module ran inside this backpack(...) block, so nothing was computed. "
+                "Call extend(model) before the forward pass, and loss.backward() inside the block.",
+                stacklevel=2,
+            )
 
 
 class disable:

@@ -7,9 +7,11 @@ active extensions ask for.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -56,6 +58,7 @@ class _Thread(threading.local):
         self.recording: Recording | None = None
         self.root: Module | None = None
         self.depth = 0
+        self.frame: FrameType | None = None
         self.disabled = 0
         self.muted = False
 
@@ -311,19 +314,25 @@ def trainable(module: Module) -> list[Tensor]:
     return [p for p in module._parameters.values() if p is not None and p.requires_grad]
 
 
-def watch(module: Module) -> list[tuple[str, Tensor]]:
-    """See to it that each trainable parameter has its hook; returns them with their names."""
+def watch(module: Module, seen: set[tuple[int, int]]) -> list[tuple[str, Tensor]]:
+    """See to it that each trainable parameter has its hook; returns them with their names.
+
+    ``seen`` spares those of earlier calls. (Should a number in it be used again by a new parameter, that one's
+    results are computed when the backward pass ends instead of while it runs.)
+    """
     found = []
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 path = f"{prefix}.{name}" if prefix else name
                 found.append((path, parameter))
-                watched = WATCHED.get(parameter)
-                if watched is None:
-                    hook = parameter.register_hook(_parameter_hook(TensorWeakRef(parameter), path, HERE.blocks))
-                    watched = WATCHED[parameter] = Watched(hook, WeakSet())
-                watched.owners.add(owner)
+                if (id(owner), id(parameter)) not in seen:
+                    seen.add((id(owner), id(parameter)))
+                    watched = WATCHED.get(parameter)
+                    if watched is None:
+                        hook = parameter.register_hook(_parameter_hook(TensorWeakRef(parameter), path, HERE.blocks))
+                        watched = WATCHED[parameter] = Watched(hook, WeakSet())
+                    watched.owners.add(owner)
     return found
 
 
@@ -347,6 +356,7 @@ class Extended:
     handles: list[RemovableHandle]
     settled: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     batch_axis: int = 0
+    seen: set[tuple[int, int]] = field(default_factory=set)
 
 
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
@@ -373,17 +383,30 @@ def detach(module: Module) -> None:
 
 def _enter(module: Module, args: Any, kwargs: Any) -> None:
     """The outermost extended module opens the recording."""
+    drop_interrupted()
     if HERE.recording is not None:
         HERE.depth += module is HERE.root
         return
     extended = EXTENDED.get(module)
     if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
         return
-    parameters = watch(module)
+    parameters = watch(module, extended.seen)
     if parameters:
         recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled)
         recording.__enter__()
-        HERE.recording, HERE.root, HERE.depth = recording, module, 1
+        HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, sys._getframe(1)
+
+
+def drop_interrupted() -> None:
+    """Close the recording of a forward pass that ended without running its hooks, as a keyboard interrupt does."""
+    if HERE.recording is None:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not HERE.frame:
+        frame = frame.f_back
+    if frame is None:
+        HERE.recording.__exit__(None, None, None)
+        HERE.recording = HERE.root = HERE.frame = None
 
 
 def _leave(module: Module, args: Any, output: Any) -> None:
@@ -391,7 +414,7 @@ def _leave(module: Module, args: Any, output: Any) -> None:
     if module is HERE.root:
         HERE.depth -= 1
         if HERE.depth == 0:
-            recording, HERE.recording, HERE.root = HERE.recording, None, None
+            recording, HERE.recording, HERE.root, HERE.frame = HERE.recording, None, None, None
             assert recording is not None
             recording.__exit__(None, None, None)
             HERE.muted = True
@@ -399,12 +422,14 @@ def _leave(module: Module, args: Any, output: Any) -> None:
                 recording.settle(output)
             finally:
                 HERE.muted = False
-    if HERE.disabled or module._modules or module not in EXTENDED or trainable(module):
+    if HERE.disabled or module._modules:
         return
-    leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
-    tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad), None)
-    if tensor is not None:
-        with unobserved():
+    with unobserved():
+        if trainable(module) or module not in EXTENDED:
+            return
+        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if tensor is not None:
             tensor.register_hook(_module_hook(module, HERE.blocks))
 
 

@@ -47,15 +47,21 @@ class Source:
 class Call:
     """One call that combines sources with data: its uses, and where the samples lie in its output."""
 
-    name: str
+    function: Any
     n: int
-    uses: list[tuple[Source, Use]]
+    sources: list[Source]
     layouts: list[Layout]
     shape: torch.Size
     problem: str | None = None
+    uses: list[tuple[Source, Use]] = field(default_factory=list)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     alternative: Source | None = None
     """The output as a tensor without samples, where the shapes allow that too."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{_name(self.function)} of parameter {' and '.join(dict.fromkeys(s.name for s in self.sources))}"
 
     @property
     def layout(self) -> Layout:
@@ -111,22 +117,25 @@ class Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in EXPANDED:
-            with self:
-                return looked_into(func)(*args, **kwargs)
         tensors = _tensors(args, kwargs)
-        if not any(id(tensor) in self.sources for tensor in tensors):
+        for tensor in tensors:
+            if id(tensor) in self.sources:
+                break
+        else:
             out = func(*args, **kwargs)
-            for result in _tensors((out,), {}):
+            for result in (out,) if isinstance(out, Tensor) else _tensors((out,), {}):
                 if not result.requires_grad and any(map(self._is_data, tensors)):
                     self._data[id(result)] = result
             return out
+        if func in EXPANDED:
+            with self:
+                return looked_into(func)(*args, **kwargs)
         given = args
-        if is_in_place(func) and func not in RULES and id(args[0]) not in self.sources:
+        if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
-        if torch.is_grad_enabled() and any(o.requires_grad for o in _tensors((out,), {})):
-            self._observe(func, given, kwargs, out)
+        if torch.is_grad_enabled() and any([o.requires_grad for o in _tensors((out,), {})]):
+            self._observe(func, given, kwargs, out, tensors)
         return out
 
     def _is_data(self, tensor: Tensor) -> bool:
@@ -137,8 +146,9 @@ class Recording(TorchFunctionMode):
         """Whether a constant has a first axis of the samples' number."""
         return id(tensor) not in self.sources and tensor.dim() > 0 and tensor.shape[0] == self.n
 
-    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        tensors = _tensors(args, kwargs)
+    def _observe(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tensors: list[Tensor]
+    ) -> None:
         sources = [self.sources[id(t)] for t in tensors if id(t) in self.sources]
         if any(map(self._is_data, tensors)):
             self._record(func, args, kwargs, out, sources)
@@ -174,7 +184,6 @@ class Recording(TorchFunctionMode):
     ) -> None:
         given, outputs = out, _tensors((out,), {})
         out = outputs[0]
-        name = f"{_name(func)} of parameter {' and '.join(dict.fromkeys(s.name for s in sources))}"
         rule = RULES.get(func)
         operation = None if rule is None else rule(given, *args, **kwargs)
         axes = range(out.dim()) if operation is None else operation.axes
@@ -193,11 +202,12 @@ class Recording(TorchFunctionMode):
                     f"has an output of shape {list(out.shape)}, in which no axis of the {self.n} samples can be found "
                     f"(the samples are counted along the first axis of the first tensor given to the extended module)"
                 )
-        call = Call(name, self.n or 0, [], found, out.shape, problem, alternative=alternative)
+        sources = list(dict.fromkeys(sources))
+        call = Call(func, self.n or 0, sources, found, out.shape, problem, alternative=alternative)
         if operation is not None and operation.refused is not None:
             call.problem = operation.refused
         explained = operation.uses if operation is not None else []
-        for source in dict.fromkeys(sources):
+        for source in sources:
             own = [use for tensor, use in explained if tensor is source.tensor]
             if not own and given is not out and call.problem is None:
                 call.problem = "returns several tensors, of which the parameter is no weight"
