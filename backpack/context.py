@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch.nn import Module, RNNBase
 
-from backpack.engine import EXTENDED, HERE, Block, attach, detach, drop_interrupted
+from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.hooks import EXTENDED, attach, detach, drop_interrupted
 
 M = TypeVar("M", bound=Module)
 

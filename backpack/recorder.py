@@ -10,6 +10,7 @@ parameters.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,9 +23,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from backpack.operations import EXPANDED, RULES, Operation
+from backpack.operations import EXPANDED, RULES
 from backpack.samples import Layout, Rows, layouts
-from backpack.uses import Individual, PullbackUse, Use
+from backpack.uses import PullbackUse, Use
 
 
 @dataclass(eq=False)
@@ -52,6 +53,7 @@ class Call:
     sources: list[Source]
     layouts: list[Layout]
     shape: torch.Size
+    outputs: int
     problem: str | None = None
     uses: list[tuple[Source, Use]] = field(default_factory=list)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -110,6 +112,9 @@ class Recording(TorchFunctionMode):
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
         first = next((t for t in tensors if t.dim() > axis), None)
         self.n: int | None = None if first is None else first.shape[axis]
+        self.uses: Counter[int] = Counter()
+        self.start: list[GradientEdge] = []
+        self.widest = 1
         self._undecided: list[tuple[Any, Call, GradientEdge]] = []
         self._count = 0
 
@@ -203,7 +208,7 @@ class Recording(TorchFunctionMode):
                     f"(the samples are counted along the first axis of the first tensor given to the extended module)"
                 )
         sources = list(dict.fromkeys(sources))
-        call = Call(func, self.n or 0, sources, found, out.shape, problem, alternative=alternative)
+        call = Call(func, self.n or 0, sources, found, out.shape, len(outputs), problem, alternative=alternative)
         if operation is not None and operation.refused is not None:
             call.problem = operation.refused
         explained = operation.uses if operation is not None else []
@@ -214,8 +219,13 @@ class Recording(TorchFunctionMode):
             call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
         self._decide(call, out, len(axes))
+        self.uses.update(id(source.tensor) for source, _ in call.uses)
+        first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in self.sources)
         for place, output in enumerate(outputs):
             if output.requires_grad:
+                self.widest = max(self.widest, output.numel())
+                if first:
+                    self.start.append(get_gradient_edge(output))
                 self._deliver(call, place, output)
 
     def _pullbacks(
@@ -226,7 +236,10 @@ class Recording(TorchFunctionMode):
         data = [
             place
             for place, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and call.n and self._is_data(leaf) and layouts(leaf.shape, call.n, range(leaf.dim()))
+            if isinstance(leaf, Tensor)
+            and call.n
+            and self._is_data(leaf)
+            and layouts(leaf.shape, call.n, range(leaf.dim()))
         ]
         function = _out_of_place(func) if is_in_place(func) else func
         for place, leaf in enumerate(leaves):

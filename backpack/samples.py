@@ -31,6 +31,12 @@ class Layout:
             return tensor.unflatten(leading, (self.factor, self.n)).movedim(leading + 1, leading)
         return tensor.unflatten(leading, (self.n, self.factor))
 
+    def join(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """Undo ``split``."""
+        if self.factor == 1:
+            return tensor.movedim(leading, leading + self.axis) if self.axis else tensor
+        return (tensor.transpose(leading, leading + 1) if self.strided else tensor).flatten(leading, leading + 1)
+
     def owners(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The sample each entry belongs to, broadcastable to ``shape``."""
         index = torch.arange(self.n, device=device)
@@ -88,7 +94,9 @@ class Subset:
         """Equal for subsets that select the same samples in the same order."""
         if self._entries is None:
             return None
-        return str(self._entries) if isinstance(self._entries, slice) else (self._entries.dtype, *self._entries.tolist())
+        return (
+            str(self._entries) if isinstance(self._entries, slice) else (self._entries.dtype, *self._entries.tolist())
+        )
 
     def rows(self, n: int, device: torch.device) -> Tensor | None:
         """The selected samples of a batch of ``n`` as an index tensor; ``None`` for all of them.

@@ -1,10 +1,26 @@
 """The quantities that a backward pass can compute."""
 
+from backpack.extensions.batch_diag_ggn import BatchDiagGGNExact, BatchDiagGGNMC
 from backpack.extensions.batch_dot_grad import BatchDotGrad
 from backpack.extensions.batch_grad import BatchGrad
 from backpack.extensions.batch_l2_grad import BatchL2Grad
 from backpack.extensions.clipped_grad import ClippedGrad
+from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
+from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.sum_grad_squared import SumGradSquared
 from backpack.extensions.variance import Variance
 
-__all__ = ["BatchDotGrad", "BatchGrad", "BatchL2Grad", "ClippedGrad", "SumGradSquared", "Variance"]
+__all__ = [
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchDotGrad",
+    "BatchGrad",
+    "BatchL2Grad",
+    "ClippedGrad",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumGradSquared",
+    "Variance",
+]

@@ -25,6 +25,8 @@ class BackpropExtension:
     """
 
     savefield: str = ""
+    seeds: str | None = None
+    """``None``: of first order. Otherwise which columns of the loss Hessian's root are pulled back."""
     needs_all_parameters = False
     reads: tuple[str, ...] = ()
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
@@ -38,7 +40,7 @@ class BackpropExtension:
         """The samples that contribute, as they were given; ``None`` for all."""
         return self.subset.given
 
-    def compute(self, grads: Individual) -> Tensor:
+    def compute(self, grads: Individual) -> Any:
         """The result for one parameter, from its individual gradients."""
         raise NotImplementedError(f"{type(self).__name__} does not define compute().")
 
@@ -50,6 +52,6 @@ class BackpropExtension:
         """What the result of each parameter needs to know of all."""
         raise NotImplementedError(f"{type(self).__name__} does not define combine().")
 
-    def compute_jointly(self, grads: Individual, joint: Tensor) -> Tensor:
+    def compute_jointly(self, grads: Individual, joint: Tensor) -> Any:
         """The result for one parameter, given what ``combine`` returned."""
         raise NotImplementedError(f"{type(self).__name__} does not define compute_jointly().")

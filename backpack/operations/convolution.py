@@ -33,7 +33,13 @@ def unfold(x: Tensor, kernel: Sequence[int], out: Sequence[int], stride: Size, d
 
 
 def _patches(
-    x: Tensor, kernel: Sequence[int], out: Sequence[int], stride: Size, padding: Sequence[int], dilation: Size, groups: int
+    x: Tensor,
+    kernel: Sequence[int],
+    out: Sequence[int],
+    stride: Size,
+    padding: Sequence[int],
+    dilation: Size,
+    groups: int,
 ) -> Tensor:
     """Patches of ``[b, c, *spatial]`` as columns, ``[b, g, c/g * kernel, out]``; ``padding`` as ``F.pad`` takes it."""
     if any(padding):

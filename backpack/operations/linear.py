@@ -40,9 +40,7 @@ def shift(out: Tensor, bias: Tensor | None, axis: int = -1) -> ElementwiseUse:
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operation | None:
     if weight.dim() != 2:
         return None
-    return Operation(
-        leading_axes(out), [(weight, DenseUse((input,), rows_of, grad_rows_of)), (bias, shift(out, bias))]
-    )
+    return Operation(leading_axes(out), [(weight, DenseUse((input,), rows_of, grad_rows_of)), (bias, shift(out, bias))])
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -60,9 +58,7 @@ def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scale: Any) 
 
 
 @rule(F.bilinear)
-def bilinear(
-    out: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Operation:
+def bilinear(out: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operation:
     def pairs(x: Tensor, y: Tensor) -> Tensor:
         return rows_of((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2))
 

@@ -50,7 +50,13 @@ STEPS: dict[Any, Step] = {
 
 
 def _direction(
-    step: Step, linear: Linear, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, back: bool
+    step: Step,
+    linear: Linear,
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    biased: bool,
+    back: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one direction over ``x[n, t, i]``: its outputs ``[n, t, h]`` and last state."""
     w_ih, w_hh = weights[:2]
@@ -106,7 +112,9 @@ def _whole(step: Step) -> Callable[..., Operation]:
             return Operation((0,), [], "takes a packed sequence, which is not supported: pad the sequences instead")
         if dropout > 0 and train and num_layers > 1:
             return Operation(
-                (0,), [], "drops out between its layers, with masks that cannot be seen. Stack layers with torch.nn.Dropout"
+                (0,),
+                [],
+                "drops out between its layers, with masks that cannot be seen. Stack layers with torch.nn.Dropout",
             )
         options = {"num_layers": num_layers, "bidirectional": bidirectional}
         options |= {"has_biases": has_biases, "batch_first": batch_first}

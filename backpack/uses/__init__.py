@@ -2,6 +2,7 @@
 
 from backpack.uses.base import Individual, Use
 from backpack.uses.dense import Dense, DenseUse
+from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
 from backpack.uses.joint import Joint, join
 from backpack.uses.lookup import Lookup, LookupUse
@@ -10,6 +11,7 @@ from backpack.uses.pullback import Pullback, PullbackUse
 __all__ = [
     "Dense",
     "DenseUse",
+    "Derived",
     "ElementwiseUse",
     "Explicit",
     "Individual",

@@ -108,7 +108,10 @@ class Individual(ABC):
                 collected["sample_squares"].append(squares.sum(0))
             if "norms" in collected:
                 collected["norms"].append(squares.flatten(2).sum(2))
-        return {name: torch.cat(parts, int(name == "norms")) if len(parts) > 1 else parts[0] for name, parts in collected.items()}
+        return {
+            name: torch.cat(parts, int(name == "norms")) if len(parts) > 1 else parts[0]
+            for name, parts in collected.items()
+        }
 
     def chunks(self) -> Iterator[Individual]:
         """Pieces of a few samples each, whose individual gradients fit into the scratch."""

@@ -38,9 +38,7 @@ def get_mnist_dataloader(batch_size: int = 64, shuffle: bool = True) -> DataLoad
     return DataLoader(load_mnist_dataset(), batch_size=batch_size, shuffle=shuffle)
 
 
-def load_one_batch_mnist(
-    batch_size: int = 64, shuffle: bool = True, flat: bool = False
-) -> tuple[Tensor, Tensor]:
+def load_one_batch_mnist(batch_size: int = 64, shuffle: bool = True, flat: bool = False) -> tuple[Tensor, Tensor]:
     """One batch of digits, without any download up to 1,000 of them: these are shipped with the package.
 
     Larger batches are taken from :func:`load_mnist_dataset`.

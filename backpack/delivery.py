@@ -1,0 +1,97 @@
+"""What a backward pass has delivered so far: cotangents, by the parameters whose uses they reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.recorder import Call, Source
+from backpack.samples import Subset
+from backpack.uses import Individual, Use, join
+
+
+@dataclass(eq=False)
+class Arrival:
+    """Cotangents ``[v, ...]`` that reached the outputs of one use."""
+
+    call: Call
+    use: Use
+    grads: dict[int, Tensor]
+
+    def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
+        """The individual gradients of the samples in ``subset``."""
+        device = next(iter(self.grads.values())).device
+        rows = self.call.rows(subset.rows(self.call.n, device))
+        return self.use.arrive(self.grads, rows, shape, dtype)
+
+
+@dataclass(eq=False)
+class Contributions:
+    """All that reached one parameter, or one tensor computed from parameters."""
+
+    tensor: Tensor
+    arrivals: list[Arrival]
+    further: dict[Any, list[Individual]]
+
+    def individual(self, subset: Subset) -> Individual:
+        """The individual gradients of the samples in ``subset``."""
+        counts = {arrival.call.n for arrival in self.arrivals}
+        if len(counts) > 1:
+            raise RuntimeError(
+                f"A parameter of shape {list(self.tensor.shape)} was used with batches of {sorted(counts)} samples: "
+                f"which of them belong together cannot be told. Let one call of the extended module see the whole "
+                f"batch."
+            )
+        parts = [a.individual(subset, self.tensor.shape, self.tensor.dtype) for a in self.arrivals]
+        return join([*parts, *self.further.get(subset.key, [])])
+
+
+@dataclass(eq=False)
+class Delivery:
+    """The store of one pass."""
+
+    arrivals: dict[int, list[Arrival]] = field(default_factory=dict)
+    further: dict[int, dict[Any, list[Individual]]] = field(default_factory=dict)
+    sources: dict[int, Source] = field(default_factory=dict)
+    grads: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.arrivals or id(tensor) in self.further
+
+    def clear(self) -> None:
+        """Forget all."""
+        for store in (self.arrivals, self.further, self.sources, self.grads):
+            store.clear()
+
+    def receive(self, call: Call, place: int, grads: Tensor) -> list[Source]:
+        """Note the cotangents ``[v, ...]`` of one of a call's outputs; the sources that it is the first for."""
+        if id(call) in self.grads:
+            self.grads[id(call)][place] = grads
+            return []
+        uses = [(source, use) for source, use in call.uses if not source.void]
+        if not uses:
+            return []
+        call.check()
+        found = self.grads[id(call)] = {place: grads}
+        for source, use in uses:
+            self.sources[id(source.tensor)] = source
+            self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, use, found))
+        return [source for source, _ in uses]
+
+    def derive(self, source: Source, parameter: Tensor, key: Any, individual: Individual) -> None:
+        """Note individual gradients of a parameter that came through a computed tensor."""
+        self.further.setdefault(id(parameter), {}).setdefault(key, []).append(individual)
+        self.sources.setdefault(id(parameter), Source(parameter, (parameter,), source.name))
+
+    def fetch(self, tensor: Tensor) -> Contributions:
+        """Take out what has reached one parameter."""
+        key = id(tensor)
+        self.sources.pop(key, None)
+        return Contributions(tensor, self.arrivals.pop(key, []), self.further.pop(key, {}))
+
+    def computed(self) -> list[Source]:
+        """The sources that are no parameters."""
+        return [source for source in self.sources.values() if source.tensor.grad_fn is not None]

@@ -1,0 +1,54 @@
+"""What the second-order extensions have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.extensions.backprop_extension import BackpropExtension
+
+
+class CurvatureExtension(BackpropExtension):
+    """A quantity read from pulled-back columns of a root of the loss Hessian.
+
+    Args:
+        subsampling: As for every extension.
+        chunk_size: How many columns are pulled back at a time; ``None``: as many as bounded memory allows.
+        mc_samples: How many columns are drawn (where they are).
+
+    Raises:
+        ValueError: ``chunk_size`` or ``mc_samples`` is not positive.
+    """
+
+    seeds = "exact"
+    additive = True
+
+    def __init__(
+        self,
+        savefield: str | None = None,
+        subsampling: Any = None,
+        chunk_size: int | None = None,
+        mc_samples: int = 1,
+    ) -> None:
+        super().__init__(savefield, subsampling)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be positive, got {chunk_size}.")
+        if mc_samples < 1:
+            raise ValueError(f"mc_samples must be positive, got {mc_samples}.")
+        self.chunk_size = chunk_size
+        self.mc_samples = mc_samples
+
+    def merge(self, results: list[Tensor]) -> Tensor:
+        """The result of all columns, from those of some each."""
+        return sum(results[1:], start=results[0])
+
+
+class Concatenated(CurvatureExtension):
+    """A quantity that keeps the columns apart, along its first axis."""
+
+    additive = False
+
+    def merge(self, results: list[Tensor]) -> Tensor:
+        return torch.cat(results)

@@ -1,0 +1,41 @@
+"""The diagonal of the generalized Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.curvature import CurvatureExtension
+from backpack.uses import Individual
+
+
+class DiagGGNExact(CurvatureExtension):
+    """Diagonal of the generalized Gauss-Newton matrix of the loss, ``diag_ggn_exact`` of shape ``p``.
+
+    ``sum_n J_n^T H_n J_n``, with ``J_n`` the Jacobian of the model's output and ``H_n`` the Hessian of the loss with
+    respect to it, reduction included (Schraudolph, 2002, section 3).
+    """
+
+    savefield = "diag_ggn_exact"
+    reads = ("sum_squares",)
+
+    def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
+        super().__init__(subsampling=subsampling, chunk_size=chunk_size)
+
+    def compute(self, grads: Individual) -> Tensor:
+        return grads.sum_squares()
+
+
+class DiagGGNMC(DiagGGNExact):
+    """Monte-Carlo estimate of the GGN diagonal, ``diag_ggn_mc`` of shape ``p``.
+
+    The loss Hessian is replaced by the mean over ``mc_samples`` of outer products of gradients at labels drawn from
+    the model's predictive distribution, whose expectation it is (Martens & Grosse, 2015, section 2.2).
+    """
+
+    savefield = "diag_ggn_mc"
+    seeds = "sampled"
+
+    def __init__(self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None) -> None:
+        CurvatureExtension.__init__(self, None, subsampling, chunk_size, mc_samples)

@@ -1,0 +1,42 @@
+"""A root of the generalized Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.curvature import Concatenated
+from backpack.uses import Individual
+
+
+class SqrtGGNExact(Concatenated):
+    """Root of the GGN, ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
+
+    ``C`` counts the columns of a root of the loss Hessian: classes for cross entropy (times positions), outputs for
+    the squared error. With ``V^T`` the results of all parameters as ``[C * N, P]``, the GGN is ``V V^T``, reduction
+    included. With ``subsampling``, ``N`` is replaced by the selected samples in the order given.
+    """
+
+    savefield = "sqrt_ggn_exact"
+    reads = ("dense",)
+    seeds = "documented"
+
+    def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
+        super().__init__(subsampling=subsampling, chunk_size=chunk_size)
+
+    def compute(self, grads: Individual) -> Tensor:
+        return grads.dense()
+
+
+class SqrtGGNMC(SqrtGGNExact):
+    """Monte-Carlo estimate of a root of the GGN, ``sqrt_ggn_mc`` of shape ``[mc_samples, N, *p]``.
+
+    Holds the factor ``1 / sqrt(mc_samples)``, so that ``V V^T`` estimates the GGN without a further one.
+    """
+
+    savefield = "sqrt_ggn_mc"
+    seeds = "sampled"
+
+    def __init__(self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None) -> None:
+        Concatenated.__init__(self, None, subsampling, chunk_size, mc_samples)

@@ -1,0 +1,257 @@
+"""All hooks: on extended modules, on their parameters, on the outputs of recorded calls and of losses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Module
+from torch.nn.modules.loss import _Loss
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from backpack.compat import graph_is_kept, unobserved
+from backpack.engine import HERE, WATCHED, Block, Watched, trainable
+from backpack.losses import ROOTS
+from backpack.recorder import Call, Recording
+from backpack.seeds import MARK, LossCall, Origin, SeedPass, tap
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hooks on tensors
+
+
+def _block(home: list[Block]) -> Block | None:
+    """The block that a hook belongs to. Backward passes on a GPU run on PyTorch's threads: then that of the forward."""
+    blocks = HERE.blocks or home
+    return blocks[-1] if blocks and not HERE.muted and HERE.inner is None else None
+
+
+def deliver(call: Call, place: int, out: Tensor) -> None:
+    """Attach the hooks that bring the cotangent of a call's output."""
+    home = HERE.blocks
+    kept = [call]
+
+    def on_cotangent(grad: Tensor) -> None:
+        if HERE.muted or not kept:
+            return
+        if isinstance(HERE.inner, SeedPass):
+            tap(HERE.inner, kept[0], place, grad)
+            return
+        block = _block(home)
+        if block is not None:
+            block.receive(kept[0], place, grad[None])
+        if not graph_is_kept() and not (block is not None and block.retain_graph):
+            kept.clear()
+
+    out.register_hook(on_cotangent)
+    for tensor in {source.tensor for source, _ in call.uses if source.tensor.grad_fn is not None}:
+        _hook_source(tensor, home)
+
+
+def _hook_source(tensor: Tensor, home: list[Block]) -> None:
+    """On a tensor computed from parameters: by its number, since a hook that held it would keep its graph alive."""
+    if tensor in COMPUTED:
+        return
+    COMPUTED[tensor] = True
+    key = id(tensor)
+
+    def on_total(grad: Tensor) -> None:
+        block = _block(home)
+        if block is not None:
+            block.source_done(key)
+
+    tensor.register_hook(on_total)
+
+
+COMPUTED: Any = WeakTensorKeyDictionary()
+"""Tensors computed from parameters that have their hook."""
+
+
+def watch(module: Module, seen: set[tuple[int, int]]) -> list[tuple[str, Tensor]]:
+    """See to it that each trainable parameter has its hook; returns them with their names.
+
+    ``seen`` spares those of earlier calls. (Should a number in it be used again by a new parameter, that one's
+    results are computed when the backward pass ends instead of while it runs.)
+    """
+    found = []
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                path = f"{prefix}.{name}" if prefix else name
+                found.append((path, parameter))
+                if (id(owner), id(parameter)) not in seen:
+                    seen.add((id(owner), id(parameter)))
+                    watched = WATCHED.get(parameter)
+                    if watched is None:
+                        hook = parameter.register_hook(_parameter_hook(TensorWeakRef(parameter), path, HERE.blocks))
+                        watched = WATCHED[parameter] = Watched(hook, WeakSet())
+                    watched.owners.add(owner)
+    return found
+
+
+def _parameter_hook(parameter: Any, name: str, home: list[Block]) -> Callable[[Tensor], None]:
+    def on_total(grad: Tensor) -> None:
+        block = _block(home)
+        if block is not None:
+            block.parameter_done(parameter(), name, received=True)
+
+    return on_total
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hooks on modules
+
+
+@dataclass(eq=False)
+class Extended:
+    """What is kept of an extended module."""
+
+    handles: list[RemovableHandle]
+    settled: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    batch_axis: int = 0
+    seen: set[tuple[int, int]] = field(default_factory=set)
+
+
+EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
+
+
+def attach(module: Module, batch_axis: int = 0) -> None:
+    """Put the hooks on one module."""
+    if module not in EXTENDED:
+        enter = module.register_forward_pre_hook(_enter, with_kwargs=True)
+        leave = module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+        EXTENDED[module] = Extended([enter, leave], batch_axis=batch_axis)
+
+
+def detach(module: Module) -> None:
+    """Take all hooks off one module and its parameters."""
+    extended = EXTENDED.pop(module, None)
+    for handle in extended.handles if extended is not None else ():
+        handle.remove()
+    for parameter in module._parameters.values():
+        watched = None if parameter is None else WATCHED.pop(parameter, None)
+        if watched is not None:
+            watched.handle.remove()
+
+
+def _enter(module: Module, args: Any, kwargs: Any) -> None:
+    """The outermost extended module opens the recording."""
+    drop_interrupted()
+    if HERE.recording is not None:
+        HERE.depth += module is HERE.root
+        return
+    extended = EXTENDED.get(module)
+    if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
+        return
+    parameters = watch(module, extended.seen)
+    if parameters:
+        recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled)
+        recording.__enter__()
+        HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, sys._getframe(1)
+
+
+def drop_interrupted() -> None:
+    """Close the recording of a forward pass that ended without running its hooks, as a keyboard interrupt does."""
+    if HERE.recording is None:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not HERE.frame:
+        frame = frame.f_back
+    if frame is None:
+        HERE.recording.__exit__(None, None, None)
+        HERE.recording = HERE.root = HERE.frame = None
+
+
+def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
+    """The outermost extended module closes the recording; any other notes its output."""
+    if module is HERE.root:
+        HERE.depth -= 1
+        if HERE.depth == 0:
+            recording, HERE.recording, HERE.root, HERE.frame = HERE.recording, None, None, None
+            assert recording is not None
+            recording.__exit__(None, None, None)
+            HERE.muted = True
+            try:
+                recording.settle(output)
+            finally:
+                HERE.muted = False
+            _mark(recording, module, args, kwargs, output)
+    if HERE.disabled or module._modules:
+        return
+    with unobserved():
+        if trainable(module) or module not in EXTENDED:
+            return
+        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if tensor is not None:
+            if _is_loss(module, tensor):
+                _hook_loss(module, args, kwargs, tensor)
+            tensor.register_hook(_module_hook(module, HERE.blocks))
+
+
+def _mark(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
+    """Leave at the outputs what a pull-back of seeds will need to know."""
+    axis = EXTENDED[module].batch_axis
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    edges = [get_gradient_edge(tensor) for tensor in inputs]
+    for place, tensor in enumerate(tree_leaves(output)):
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None and recording.n:
+            edge = get_gradient_edge(tensor)
+            own = axis if tensor.dim() > axis and tensor.shape[axis] == recording.n else None
+            edge.node.metadata[(MARK, edge.output_nr)] = Origin(
+                n=recording.n,
+                axis=own,
+                place=place,
+                start=recording.start,
+                inputs=edges,
+                uses=recording.uses,
+                widest=recording.widest,
+                root=ref(module),
+                arguments=(args, kwargs),
+                input_axis=axis,
+            )
+
+
+def _is_loss(module: Module, output: Tensor) -> bool:
+    """Whether a module without parameters is a loss: PyTorch's are known, others return a scalar."""
+    return isinstance(module, (_Loss, *ROOTS)) or (output.dim() == 0 and HERE.recording is None)
+
+
+def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    """On the output of a loss: second-order quantities start from its input when the cotangent arrives."""
+    kwargs = dict(kwargs)
+    input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
+    if not isinstance(input, Tensor) or not input.requires_grad:
+        return
+    home = HERE.blocks
+    kept = [LossCall(loss, input, get_gradient_edge(input), args, kwargs)]
+
+    def on_cotangent(grad: Tensor) -> None:
+        block = _block(home)
+        if HERE.muted or HERE.inner is not None or not kept:
+            return
+        if block is not None and block.second_order:
+            block.enter_pass()
+            block.loss_seen = True
+            kept[0].run(block, grad)
+        if not graph_is_kept() and not (block is not None and block.retain_graph):
+            kept.clear()
+
+    output.register_hook(on_cotangent)
+
+
+def _module_hook(module: Module, home: list[Block]) -> Callable[[Tensor], None]:
+    def on_cotangent(grad: Tensor) -> None:
+        receiver = HERE.inner or _block(home)
+        if receiver is not None and not HERE.muted:
+            receiver.module_passed(module)
+
+    return on_cotangent

@@ -1,0 +1,23 @@
+"""Losses: the root of their Hessian with respect to their input, one family a file."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from backpack.losses import cross_entropy, elementwise
+from backpack.losses.base import ROOTS, LossRoot, root_of
+from backpack.losses.functional import functional
+from backpack.samples import Layout
+
+__all__ = ["ROOTS", "LossRoot", "cross_entropy", "elementwise", "loss_root", "root_of"]
+
+
+def loss_root(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    """The root for a call ``loss(input, *args, **kwargs)``; the rule is that of the nearest base class."""
+    for cls in type(loss).__mro__:
+        if cls in ROOTS and cls.forward is type(loss).forward:
+            return ROOTS[cls](loss, input, layout, args, kwargs, outer)
+    return functional(loss, input, layout, args, kwargs, outer)

@@ -1,0 +1,108 @@
+"""Cross entropy: ``H = a (diag(p) - p p^T)`` for each position, ``p`` the softmax and ``a`` its weight in the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Module
+
+from backpack.losses.base import LossRoot, root_of
+from backpack.samples import Layout
+
+
+class SoftmaxRoot(LossRoot):
+    """Of ``positions`` softmaxes a sample; ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``.
+
+    With ``q = sqrt(p)``, a unit vector, ``diag(p) - p p^T = diag(q) (I - q q^T) diag(q)``, and the columns but the
+    last of the Householder matrix that maps ``q`` to the last axis are a root of ``I - q q^T``: ``c - 1`` columns.
+    """
+
+    def __init__(self, probability: Tensor, weight: Tensor, shape: torch.Size, axis: int) -> None:
+        self.probability, self.weight = probability, weight
+        self.shape, self.axis = shape, axis
+        self.positions, self.classes = probability.shape[1:]
+        self.columns = self.positions * (self.classes - 1)
+
+    @property
+    def documented_columns(self) -> int:
+        return self.positions * self.classes
+
+    def exact(self, start: int, stop: int) -> Tensor:
+        place, entry, p, scale = self._columns(start, min(stop, self.columns), self.classes - 1)
+        q = p.sqrt()
+        axis = q.clone()
+        axis[:, :, -1] += 1
+        rest = axis * (q.gather(2, entry) / axis[:, :, -1:])
+        columns = -q * rest * scale
+        columns.scatter_add_(2, entry, q.gather(2, entry) * scale)
+        return self._place(columns, place)
+
+    def documented(self, start: int, stop: int) -> Tensor:
+        place, entry, p, scale = self._columns(start, min(stop, self.documented_columns), self.classes)
+        own = p.gather(2, entry).sqrt() * scale
+        columns = -p * own
+        columns.scatter_add_(2, entry, own)
+        return self._place(columns, place)
+
+    def _columns(self, start: int, stop: int, each: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For columns ``start`` to ``stop``: position, class ``[v, n, 1]``, softmax ``[v, n, c]``, scale ``[v, n, 1]``."""
+        number = torch.arange(start, stop, device=self.probability.device)
+        place = number // each
+        p = self.probability[:, place].transpose(0, 1)
+        scale = self.weight[:, place].T.sqrt().unsqueeze(2)
+        entry = (number % each)[:, None, None].expand(-1, p.shape[1], 1)
+        return place, entry, p, scale
+
+    def _place(self, columns: Tensor, place: Tensor) -> Tensor:
+        """Columns of single positions ``[v, n, c]`` among zeros for the other positions, ``[v, n, d]``."""
+        if self.positions == 1:
+            return columns
+        seeds = columns.new_zeros(len(columns), *self.probability.shape)
+        seeds[torch.arange(len(columns), device=place.device), :, place] = columns
+        return self._restore(seeds)
+
+    def _restore(self, seeds: Tensor) -> Tensor:
+        """``[..., n, s, c]`` to ``[..., n, d]``, in the order of the input."""
+        leading = seeds.dim() - 2
+        rest = [size for axis, size in enumerate(self.shape[1:]) if axis != self.axis]
+        return seeds.reshape(*seeds.shape[:-2], *rest, self.classes).movedim(-1, leading + self.axis).flatten(leading)
+
+    def sampled(self) -> Tensor:
+        drawn = torch.multinomial(self.probability.flatten(0, 1), 1).reshape(*self.weight.shape, 1)
+        column = -self.probability.scatter_add(2, drawn, -torch.ones_like(drawn, dtype=self.probability.dtype))
+        return self._restore(column * self.weight.sqrt().unsqueeze(2))
+
+
+@root_of(CrossEntropyLoss)
+def cross_entropy(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    assert isinstance(loss, CrossEntropyLoss)
+    target = args[0] if args else kwargs["target"]
+    classes = input.shape[min(1, input.dim() - 1)]
+    weight = input.new_ones(classes) if loss.weight is None else loss.weight.to(input.dtype)
+    smoothing = loss.label_smoothing
+    if target.is_floating_point():
+        per_class = weight.reshape(-1, *[1] * (input.dim() - 2))
+        mass = (((1 - smoothing) * target + smoothing / classes) * per_class).sum(1)
+        count = mass.new_tensor(float(mass.numel()))
+    else:
+        counted = target != loss.ignore_index
+        own = weight[target.where(counted, target.new_zeros(()))] * counted
+        mass = (1 - smoothing) * own + smoothing / classes * weight.sum() * counted
+        count = own.sum()
+    if loss.reduction == "mean":
+        mass = mass / count
+    elif loss.reduction == "none":
+        mass = mass * outer
+    axis = 0 if layout.factor == 1 else 1
+    split = layout.split(input)
+    probability = split.movedim(axis + 1, -1).softmax(-1)
+    return SoftmaxRoot(
+        probability.reshape(len(split), -1, classes),
+        layout.split(mass).reshape(len(split), -1),
+        split.shape,
+        axis,
+    )

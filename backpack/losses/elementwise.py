@@ -1,0 +1,76 @@
+"""Losses whose Hessian is diagonal: it is PyTorch's own second derivative of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    GaussianNLLLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    Module,
+    MSELoss,
+    NLLLoss,
+    PoissonNLLLoss,
+    SmoothL1Loss,
+    SoftMarginLoss,
+)
+
+from backpack.losses.base import Diagonal, LossRoot, root_of
+from backpack.losses.functional import hessian_product
+from backpack.samples import Layout
+
+
+@root_of(
+    GaussianNLLLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    NLLLoss,
+    PoissonNLLLoss,
+    SmoothL1Loss,
+    SoftMarginLoss,
+    BCELoss,
+)
+def elementwise(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    return Diagonal(_second_derivative(loss, input, layout, args, kwargs, outer))
+
+
+@root_of(MSELoss)
+def mean_squared_error(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    """Sampled: the gradient at targets drawn from ``N(f, 1/2)``."""
+    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
+    return Diagonal(hessian, lambda: hessian.sqrt() * torch.randn_like(hessian))
+
+
+@root_of(BCEWithLogitsLoss)
+def binary_cross_entropy(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    """Sampled: the gradient at labels drawn from the model's Bernoulli distributions."""
+    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
+    probability = layout.split(input).flatten(1).sigmoid()
+
+    def draw() -> Tensor:
+        # The weight of each entry is its second derivative over p (1 - p), which cancels in what follows.
+        odds = ((1 - probability) / probability).sqrt()
+        drawn = torch.bernoulli(probability)
+        return hessian.sqrt() * torch.where(drawn > 0, -odds, 1 / odds)
+
+    return Diagonal(hessian, draw)
+
+
+def _second_derivative(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> Tensor:
+    diagonal = hessian_product(loss, input, args, kwargs, outer)(torch.ones_like(input))
+    return layout.split(diagonal).flatten(1)

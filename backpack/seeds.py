@@ -1,0 +1,375 @@
+"""Second order: roots of the loss Hessian are pulled back by autograd through whatever graph it recorded.
+
+When the cotangent reaches the loss, columns of a root of its Hessian (*seeds*) are sent through the graph from the
+loss's input on, some at a time, before the ordinary backward pass goes on. The same hooks as in first order bring
+the cotangents to the uses of the parameters, now with a seed axis.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves, tree_map
+
+from backpack.delivery import Delivery
+from backpack.engine import HERE, Block
+from backpack.losses import LossRoot, loss_root
+from backpack.recorder import Call
+from backpack.samples import Layout, Subset, layouts
+from backpack.uses import Derived, Individual
+
+MARK = "backpack"
+BUDGET = 2**24
+"""Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
+
+
+class Curvature(Protocol):
+    """What is needed to know of a second-order extension."""
+
+    savefield: str
+    subset: Subset
+    reads: tuple[str, ...]
+    seeds: str
+    mc_samples: int
+    chunk_size: int | None
+
+    def compute(self, grads: Individual) -> Any:
+        """The result of some seeds for one parameter."""
+
+    additive: bool
+
+    def merge(self, results: list[Any]) -> Any:
+        """The result of all seeds, from those of some each."""
+
+
+@dataclass(eq=False)
+class Origin:
+    """What a forward pass of an extended module leaves at the node of each of its outputs.
+
+    ``start``: the first uses of parameters; ``inputs``: inputs that require a gradient; ``place``: of this output
+    among the leaves of all; ``uses``: how often each source was used; ``widest``: entries of the largest output of
+    a call.
+    """
+
+    n: int
+    axis: int | None
+    place: int
+    start: list[GradientEdge]
+    inputs: list[GradientEdge]
+    uses: Counter[int]
+    widest: int
+    root: ref[Module]
+    arguments: tuple[Any, Any]
+    input_axis: int
+    looped: bool = False
+
+    def targets(self) -> Iterator[GradientEdge]:
+        """Where a pull-back may stop: at the first uses, and at inputs that come from no extended module."""
+        yield from self.start
+        for edge in self.inputs:
+            if next(origins(edge), None) is None:
+                yield edge
+
+
+def origins(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Origin]]:
+    """The outputs of extended modules that a tensor was computed from, and theirs in turn."""
+    pending, visited = [edge], set()
+    while pending:
+        edge = pending.pop()
+        if edge in visited:
+            continue
+        visited.add(edge)
+        origin = edge.node.metadata.get((MARK, edge.output_nr))
+        if origin is None:
+            pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
+        else:
+            yield edge, origin
+            pending += origin.inputs
+
+
+@dataclass(eq=False)
+class LossCall:
+    """One call of an extended loss."""
+
+    loss: Module
+    input: Tensor
+    edge: GradientEdge
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: Block, outer: Tensor) -> None:
+        """Compute the second-order extensions of a block; ``outer`` is the cotangent of the loss."""
+        found = list(origins(self.edge))
+        if not found:
+            raise RuntimeError(
+                f"The input of {type(self.loss).__name__} does not come from an extended module: second-order extensions "
+                f"need extend(model) before the forward pass."
+            )
+        self._check(outer)
+        output, origin = found[0]
+        layout = self._layout(output, origin)
+        root = loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer)
+        groups: dict[Any, list[Any]] = {}
+        for extension in block.second_order:
+            key = (extension.seeds, extension.mc_samples, extension.subset.key, extension.chunk_size)
+            groups.setdefault(key, []).append(extension)
+        for place, extensions in enumerate(groups.values()):
+            last = place == len(groups) - 1 and not block.first_order
+            SeedPass(block, extensions, self, root, layout, found, last).run()
+
+    def _check(self, outer: Tensor) -> None:
+        for value in tree_leaves((self.args, self.kwargs)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"A further argument of {type(self.loss).__name__}, of shape {list(value.shape)}, requires a gradient: "
+                    f"second-order extensions differentiate the loss with respect to its first argument alone."
+                )
+        if outer.dim() == 0 and outer.item() != 1:
+            warnings.warn(
+                f"The output of {type(self.loss).__name__} was multiplied by a factor ({outer.item():.3g}) before "
+                f"backward(): second-order extensions are those of the loss itself, without the factor.",
+                stacklevel=2,
+            )
+
+    def _layout(self, output: GradientEdge, origin: Origin) -> Layout:
+        """Where the samples lie in the input of the loss."""
+        shape = self.input.shape
+        axes = (0,) if isinstance(self.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
+        possible = layouts(shape, origin.n, axes)
+        if self.edge == output:
+            possible = [layout for layout in possible if layout.factor == 1 and layout.axis == origin.axis] or possible
+        elif len(possible) > 1 or (possible and possible[0].factor > 1):
+            possible = [layout for layout in possible if self._fits(layout, output, origin)]
+        if len(possible) != 1 and not (possible and origin.n == 1):
+            raise RuntimeError(
+                f"The input of {type(self.loss).__name__}, of shape {list(shape)}, does not show where the {origin.n} samples "
+                f"lie: let them be counted by its first axis, alone or together with the positions."
+            )
+        return possible[0]
+
+    def _fits(self, layout: Layout, output: GradientEdge, origin: Origin) -> bool:
+        """Whether the first half of the samples, in this layout, comes from the first half of the module's output."""
+        first = layout.owners(self.input.shape, self.input.device) < layout.n // 2
+        seed = first.to(self.input.dtype).expand(self.input.shape)
+        (grad,) = torch.autograd.grad(self.edge, output, seed, retain_graph=True)
+        if origin.axis is None:
+            return False
+        others = grad.narrow(origin.axis, layout.n // 2, layout.n - layout.n // 2)
+        return not bool(others.any())
+
+
+@dataclass(eq=False)
+class SeedPass:
+    """Seeds of one kind, for extensions that share them, pulled back chunk by chunk.
+
+    ``last``: nothing else will be computed for the block, so that modules are done when this pass is through them.
+    """
+
+    block: Block
+    extensions: list[Curvature]
+    loss: LossCall
+    root: LossRoot
+    layout: Layout
+    found: list[tuple[GradientEdge, Origin]]
+    last: bool
+    delivery: Delivery = field(default_factory=Delivery)
+    results: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
+    final: bool = False
+    batched: bool = True
+    count: int = 0
+    finished: set[int] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Pull back all seeds and store the results."""
+        self.subset = self.extensions[0].subset
+        edge, rows = self.loss.edge, self.subset.rows(self.layout.n, self.loss.input.device)
+        select: Tensor | None = None
+        if rows is not None:
+            own = self._selected(rows)
+            if own is not None:
+                edge, select, self.subset = own, rows, Subset()
+                self.found = list(origins(edge))
+        self.uses = sum((origin.uses for origin in unique(origin.uses for _, origin in self.found)), Counter())
+        targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
+        HERE.inner = self
+        try:
+            for number, seeds in self._chunks():
+                seeds = self._place(seeds, rows, select)
+                self.final = number >= self.columns
+                self._pull(edge, targets, seeds)
+                self._finish()
+        finally:
+            HERE.inner = None
+            self.delivery.clear()
+            self.results.clear()
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
+        first = self.extensions[0]
+        number = {
+            "exact": self.root.columns,
+            "documented": self.root.documented_columns,
+            "sampled": first.mc_samples,
+        }
+        self.columns = number[first.seeds]
+        looped = torch.is_grad_enabled() or any(origin.looped for _, origin in self.found)
+        widest = max(origin.widest for _, origin in self.found)
+        chunk = 1 if looped else first.chunk_size or max(1, BUDGET // widest)
+        for start in range(0, self.columns, chunk):
+            stop = min(start + chunk, self.columns)
+            if first.seeds == "sampled":
+                seeds = torch.stack([self.root.sampled() for _ in range(start, stop)]) / self.columns**0.5
+            else:
+                seeds = getattr(self.root, first.seeds)(start, stop)
+            yield stop, seeds
+        if self.columns == 0:
+            yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
+
+    def _place(self, seeds: Tensor, rows: Tensor | None, select: Tensor | None) -> Tensor:
+        """``[v, n, d]`` in the form of the loss's input; of the selected samples only."""
+        layout = self.layout
+        shape = layout.split(self.loss.input).shape[1:]
+        if select is not None:
+            seeds, layout = seeds[:, select], replace(layout, n=len(select))
+        elif rows is not None:
+            chosen = torch.zeros(layout.n, dtype=seeds.dtype, device=seeds.device)
+            chosen[rows] = 1
+            seeds = seeds * chosen[:, None]
+        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1)
+
+    def _pull(self, edge: GradientEdge, targets: list[GradientEdge], seeds: Tensor) -> None:
+        create = torch.is_grad_enabled()
+
+        def pull(seed: Tensor) -> Tensor:
+            torch.autograd.grad(edge, targets, seed, retain_graph=True, create_graph=create, allow_unused=True)
+            return seed.new_zeros(())
+
+        self.count = len(seeds)
+        self.batched = len(seeds) > 1
+        if self.batched:
+            torch.vmap(pull)(seeds)
+        else:
+            pull(seeds[0])
+
+    def _selected(self, rows: Tensor) -> GradientEdge | None:
+        """The graph of the selected samples alone, where running the module on them gives the same output."""
+        edge, origin = self.found[0]
+        root = origin.root()
+        if root is None or edge != self.loss.edge or self.layout.factor > 1 or len(self.found) > 1:
+            return None
+        if any(module.training and module._buffers for module in root.modules()):
+            return None  # running statistics would be updated once more
+
+        def select(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            for axis in (origin.input_axis, 0):
+                if value.dim() > axis and value.shape[axis] == origin.n:
+                    return value.index_select(axis, rows)
+            return value
+
+        args, kwargs = tree_map(select, origin.arguments)
+        with torch.enable_grad(), torch.random.fork_rng(enabled=root.training):
+            output = tree_leaves(root(*args, **kwargs))[origin.place]
+        expected = self.loss.input.index_select(self.layout.axis, rows)
+        if not _agree(output, expected):
+            return None
+        return get_gradient_edge(output)
+
+    def receive(self, call: Call, place: int, grads: Tensor) -> None:
+        """Note cotangents of one of a call's outputs; finish parameters that have no other use."""
+        for source in self.delivery.receive(call, place, grads):
+            if self.uses[id(source.tensor)] == 1 and source.tensor.grad_fn is None and call.outputs == 1:
+                self._compute(source.tensor)
+
+    def _finish(self) -> None:
+        """Parameters with several uses, and those behind computed tensors."""
+        HERE.inner, HERE.muted = None, True
+        try:
+            for source in self.delivery.computed():
+                grads = self.delivery.fetch(source.tensor).individual(self.subset)
+                for parameter in source.parameters:
+                    derived = Derived(grads, source.tensor, parameter)
+                    self.delivery.derive(source, parameter, self.subset.key, derived)
+            for source in list(self.delivery.sources.values()):
+                self._compute(source.tensor)
+            self.delivery.clear()
+        finally:
+            HERE.inner, HERE.muted = self, False
+
+    def _compute(self, parameter: Tensor) -> None:
+        grads = self.delivery.fetch(parameter).individual(self.subset)
+        grads.prepare(name for extension in self.extensions for name in extension.reads)
+        for extension in self.extensions:
+            results = self.results.setdefault((id(extension), id(parameter)), [])
+            results.append(extension.compute(grads))
+            if len(results) > 1 and extension.additive:
+                results[:] = [extension.merge(results)]
+            if self.final:
+                setattr(
+                    parameter,
+                    extension.savefield,
+                    extension.merge(results) if len(results) > 1 else results[0],
+                )
+        if self.final and self.last:
+            self.finished.add(id(parameter))
+            self.block.owners_done(parameter, self.finished)
+
+    def module_passed(self, module: Module) -> None:
+        """The cotangents of a module without parameters have arrived."""
+        if self.final and self.last:
+            self.block.module_done(module)
+
+
+class Tap(torch.autograd.Function):
+    """Identity that hands the cotangents of all seeds at once to the running pass, from inside ``torch.vmap``."""
+
+    @staticmethod
+    def forward(grad: Tensor, call: Call, place: int) -> Tensor:
+        """A cotangent that is the same for all seeds."""
+        Tap._deliver(grad.expand(HERE.inner.count, *grad.shape), call, place)  # type: ignore[union-attr]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved: seeds in several are pulled back without a further graph."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, grad: Tensor, call: Call, place: int) -> tuple[Tensor, int]:
+        """The cotangents of all seeds."""
+        Tap._deliver(grad.movedim(in_dims[0], 0), call, place)
+        return grad, in_dims[0]
+
+    @staticmethod
+    def _deliver(grads: Tensor, call: Call, place: int) -> None:
+        assert HERE.inner is not None
+        HERE.inner.receive(call, place, grads)
+
+
+def tap(receiver: SeedPass, call: Call, place: int, grad: Tensor) -> None:
+    """Bring a cotangent to the running pass."""
+    if receiver.batched:
+        Tap.apply(grad, call, place)
+    else:
+        receiver.receive(call, place, grad[None])
+
+
+def _agree(output: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding only."""
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    size = max(1e-30, expected.abs().max().item())
+    return output.shape == expected.shape and torch.allclose(output, expected, rtol=tolerance, atol=tolerance * size)
+
+
+def unique(counters: Iterable[Counter[int]]) -> list[Counter[int]]:
+    """Each object once."""
+    return list({id(counter): counter for counter in counters}.values())
