@@ -180,10 +180,9 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             recording.__exit__(None, None, None)
             HERE.muted = True
             try:
-                recording.settle(output)
+                _conclude(recording, module, args, kwargs, output)
             finally:
                 HERE.muted = False
-            _mark(recording, module, args, kwargs, output)
     if HERE.disabled or module._modules:
         return
     with unobserved():
@@ -197,27 +196,31 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             tensor.register_hook(_module_hook(module, HERE.blocks))
 
 
-def _mark(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
-    """Leave at the outputs what a pull-back of seeds will need to know."""
+def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
+    """Settle where samples lie, and leave at the outputs what a pull-back of seeds will need to know."""
     axis = EXTENDED[module].batch_axis
+    outputs = [
+        (place, tensor, recording.layout_of(tensor, place, axis))
+        for place, tensor in enumerate(tree_leaves(output))
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None
+    ]
+    recording.settle([(tensor, layout) for _, tensor, layout in outputs if layout is not None])
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
     edges = [get_gradient_edge(tensor) for tensor in inputs]
-    for place, tensor in enumerate(tree_leaves(output)):
-        if isinstance(tensor, Tensor) and tensor.grad_fn is not None and recording.n:
-            edge = get_gradient_edge(tensor)
-            own = axis if tensor.dim() > axis and tensor.shape[axis] == recording.n else None
-            edge.node.metadata[(MARK, edge.output_nr)] = Origin(
-                n=recording.n,
-                axis=own,
-                place=place,
-                start=recording.start,
-                inputs=edges,
-                uses=recording.uses,
-                widest=recording.widest,
-                root=ref(module),
-                arguments=(args, kwargs),
-                input_axis=axis,
-            )
+    for place, tensor, layout in outputs:
+        edge = get_gradient_edge(tensor)
+        edge.node.metadata[(MARK, edge.output_nr)] = Origin(
+            n=recording.n or 0,
+            layout=layout,
+            place=place,
+            start=recording.start,
+            inputs=edges,
+            uses=recording.uses,
+            widest=recording.widest,
+            root=ref(module),
+            arguments=(args, kwargs),
+            input_axis=axis,
+        )
 
 
 def _is_loss(module: Module, output: Tensor) -> bool:

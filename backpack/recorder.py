@@ -115,6 +115,7 @@ class Recording(TorchFunctionMode):
         self.uses: Counter[int] = Counter()
         self.start: list[GradientEdge] = []
         self.widest = 1
+        self._anchor: tuple[GradientEdge, Layout] | None = None
         self._undecided: list[tuple[Any, Call, GradientEdge]] = []
         self._count = 0
 
@@ -219,7 +220,7 @@ class Recording(TorchFunctionMode):
             call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
         self._decide(call, out, len(axes))
-        self.uses.update(id(source.tensor) for source, _ in call.uses)
+        self.uses.update(id(p) for source, _ in call.uses for p in source.parameters)
         first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in self.sources)
         for place, output in enumerate(outputs):
             if output.requires_grad:
@@ -257,6 +258,8 @@ class Recording(TorchFunctionMode):
             self._adopt(call, call.layouts)
             return
         if (certain or fixed) and call.alternative is None:
+            if self._anchor is None and out.requires_grad:
+                self._anchor = (get_gradient_edge(out), call.layout)
             return
         key = (self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
         known = self._settled.get(key)
@@ -275,24 +278,52 @@ class Recording(TorchFunctionMode):
         else:
             call.uses = []
 
-    def settle(self, output: Any) -> None:
-        """Decide between the layouts that the shapes allow, by which entries the first half of the samples reaches."""
+    def settle(self, outputs: list[tuple[Tensor, Layout]]) -> None:
+        """Decide between the layouts that the shapes allow, by which entries the first half of the samples reaches.
+
+        ``outputs``: those of the module, and where their samples lie.
+        """
         if not self._undecided:
             return
         undecided, self._undecided = self._undecided, []
-        outputs = [
-            leaf
-            for leaf in pytree.tree_leaves(output)
-            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 0 and leaf.shape[0] == self.n
-        ]
         grads: Iterable[Tensor | None] = [None] * len(undecided)
         if outputs:
-            seeds = [_seed(o) for o in outputs]
+            seeds = [_seed(output, layout) for output, layout in outputs]
             edges = [edge for _, _, edge in undecided]
-            grads = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
+            )
         for (key, call, _), grad in zip(undecided, grads, strict=True):
             self._choose(key, call, grad)
             call.alternative = None
+
+    def layout_of(self, output: Tensor, place: int, axis: int) -> Layout | None:
+        """Where the samples lie in an output of the module; ``None`` if that cannot be told.
+
+        They are looked for along ``axis``; failing that, by what the output depends on.
+        """
+        if not self.n or output.dim() == 0:
+            return None
+        if output.dim() > axis and output.shape[axis] == self.n:
+            return Layout(self.n, axis)
+        possible = layouts(output.shape, self.n, range(output.dim()))
+        key = (place, tuple((f.axis, f.factor > 1, f.strided) for f in possible))
+        if key in self._settled:
+            possible = [f for f in possible if (f.axis, f.factor > 1, f.strided) == self._settled[key]]
+        elif self.n > 1:
+            possible = [layout for layout in possible if self._anchored(output, layout)]
+        if len(possible) != 1:
+            return None
+        self._settled[key] = (possible[0].axis, possible[0].factor > 1, possible[0].strided)
+        return possible[0]
+
+    def _anchored(self, output: Tensor, layout: Layout) -> bool:
+        """Whether the first half of the samples, in this layout, depends on the first half of a certain call."""
+        if self._anchor is None:
+            return False
+        edge, known = self._anchor
+        (grad,) = torch.autograd.grad(output, edge, _seed(output, layout), retain_graph=True, allow_unused=True)
+        return grad is not None and bool(grad.any()) and is_of_first_half(grad, known)
 
     def _choose(self, key: Any, call: Call, grad: Tensor | None) -> None:
         if grad is None or not grad.any():
@@ -302,11 +333,7 @@ class Recording(TorchFunctionMode):
                     f"the module's output does not tell which: let it have the samples along its first axis"
                 )
             return
-        fitting = []
-        for layout in call.layouts:
-            others = layout.owners(grad.shape, grad.device) >= call.n // 2
-            if not (grad.ne(0) & others).any():
-                fitting.append(layout)
+        fitting = [layout for layout in call.layouts if is_of_first_half(grad, layout)]
         if len(fitting) == 1:
             self._adopt(call, fitting)
             self._settled[key] = (fitting[0].axis, fitting[0].factor > 1, fitting[0].strided)
@@ -337,11 +364,16 @@ def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def _seed(output: Tensor) -> Tensor:
+def _seed(output: Tensor, layout: Layout) -> Tensor:
     """Entries between 0.5 and 2.5 in the first half of the samples, zero in the others."""
     seed = torch.arange(output.numel(), device=output.device).cos().add(1.5).to(output.dtype).reshape(output.shape)
-    seed[len(seed) // 2 :] = 0
-    return seed
+    return seed * (layout.owners(output.shape, output.device) < layout.n // 2)
+
+
+def is_of_first_half(grad: Tensor, layout: Layout) -> bool:
+    """Whether all entries but those of the first half of the samples are zero."""
+    others = layout.owners(grad.shape, grad.device) >= layout.n // 2
+    return not bool((grad.ne(0) & others).any())
 
 
 def _name(func: Any) -> str:

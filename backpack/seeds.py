@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block
 from backpack.losses import LossRoot, loss_root
-from backpack.recorder import Call
+from backpack.recorder import Call, is_of_first_half
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
@@ -61,7 +61,7 @@ class Origin:
     """
 
     n: int
-    axis: int | None
+    layout: Layout | None
     place: int
     start: list[GradientEdge]
     inputs: list[GradientEdge]
@@ -146,7 +146,7 @@ class LossCall:
         axes = (0,) if isinstance(self.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
         possible = layouts(shape, origin.n, axes)
         if self.edge == output:
-            possible = [layout for layout in possible if layout.factor == 1 and layout.axis == origin.axis] or possible
+            possible = [layout for layout in possible if layout == origin.layout]
         elif len(possible) > 1 or (possible and possible[0].factor > 1):
             possible = [layout for layout in possible if self._fits(layout, output, origin)]
         if len(possible) != 1 and not (possible and origin.n == 1):
@@ -161,10 +161,7 @@ class LossCall:
         first = layout.owners(self.input.shape, self.input.device) < layout.n // 2
         seed = first.to(self.input.dtype).expand(self.input.shape)
         (grad,) = torch.autograd.grad(self.edge, output, seed, retain_graph=True)
-        if origin.axis is None:
-            return False
-        others = grad.narrow(origin.axis, layout.n // 2, layout.n - layout.n // 2)
-        return not bool(others.any())
+        return origin.layout is not None and is_of_first_half(grad, origin.layout)
 
 
 @dataclass(eq=False)
@@ -198,7 +195,7 @@ class SeedPass:
             if own is not None:
                 edge, select, self.subset = own, rows, Subset()
                 self.found = list(origins(edge))
-        self.uses = sum((origin.uses for origin in unique(origin.uses for _, origin in self.found)), Counter())
+        self.uses = sum(unique(origin.uses for _, origin in self.found), Counter())
         targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
         HERE.inner = self
         try:
