@@ -23,6 +23,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
     the first tensor that the module is called with (axis 1 for a recurrent layer with ``batch_first=False``).
 
     Args:
+        module: A model, or a loss.
         debug: Print what is extended.
         use_converter: Accepted for compatibility; no conversion is needed.
 

@@ -112,7 +112,7 @@ class Block:
 
     def __post_init__(self) -> None:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
-        self.second_order = [extension for extension in self.extensions if extension.seeds is not None]
+        self.second_order: list[Any] = [extension for extension in self.extensions if extension.seeds is not None]
 
     def clear(self) -> None:
         """Forget what a backward pass delivered."""

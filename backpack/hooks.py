@@ -209,7 +209,8 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
     edges = [get_gradient_edge(tensor) for tensor in inputs]
     for place, tensor, layout in outputs:
         edge = get_gradient_edge(tensor)
-        edge.node.metadata[(MARK, edge.output_nr)] = Origin(
+        metadata: Any = edge.node.metadata
+        metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
             layout=layout,
             place=place,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -41,10 +42,8 @@ def _take(size: int) -> mmap.mmap:
         if len(memory) == size:
             return _unused.pop(place)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        pass
     return memory
 
 

@@ -140,7 +140,7 @@ class Recording(TorchFunctionMode):
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
-        if torch.is_grad_enabled() and any([o.requires_grad for o in _tensors((out,), {})]):
+        if torch.is_grad_enabled() and any(o.requires_grad for o in _tensors((out,), {})):
             self._observe(func, given, kwargs, out, tensors)
         return out
 
@@ -193,6 +193,8 @@ class Recording(TorchFunctionMode):
         rule = RULES.get(func)
         operation = None if rule is None else rule(given, *args, **kwargs)
         axes = range(out.dim()) if operation is None else operation.axes
+        found: list[Layout]
+        problem: str | None
         if self.n is None:
             found, problem = [], "cannot be told by samples, since the module was called without a tensor"
         elif self.n == 0:

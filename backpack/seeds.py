@@ -46,6 +46,7 @@ class Curvature(Protocol):
         """The result of some seeds for one parameter."""
 
     additive: bool
+    whole: bool
 
     def merge(self, results: list[Any]) -> Any:
         """The result of all seeds, from those of some each."""
@@ -88,7 +89,8 @@ def origins(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Origin]]:
         if edge in visited:
             continue
         visited.add(edge)
-        origin = edge.node.metadata.get((MARK, edge.output_nr))
+        metadata: Any = edge.node.metadata
+        origin = metadata.get((MARK, edge.output_nr))
         if origin is None:
             pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
         else:
@@ -111,8 +113,8 @@ class LossCall:
         found = list(origins(self.edge))
         if not found:
             raise RuntimeError(
-                f"The input of {type(self.loss).__name__} does not come from an extended module: second-order extensions "
-                f"need extend(model) before the forward pass."
+                f"The input of {type(self.loss).__name__} does not come from an extended module: second-order "
+                f"extensions need extend(model) before the forward pass."
             )
         self._check(outer)
         output, origin = found[0]
@@ -120,7 +122,7 @@ class LossCall:
         root = loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer)
         groups: dict[Any, list[Any]] = {}
         for extension in block.second_order:
-            key = (extension.seeds, extension.mc_samples, extension.subset.key, extension.chunk_size)
+            key = (extension.seeds, extension.mc_samples, extension.subset.key, extension.chunk_size, extension.whole)
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
             last = place == len(groups) - 1 and not block.first_order
@@ -130,8 +132,8 @@ class LossCall:
         for value in tree_leaves((self.args, self.kwargs)):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
-                    f"A further argument of {type(self.loss).__name__}, of shape {list(value.shape)}, requires a gradient: "
-                    f"second-order extensions differentiate the loss with respect to its first argument alone."
+                    f"A further argument of {type(self.loss).__name__}, of shape {list(value.shape)}, requires a "
+                    f"gradient: second-order extensions differentiate the loss by its first argument alone."
                 )
         if outer.dim() == 0 and outer.item() != 1:
             warnings.warn(
@@ -151,8 +153,8 @@ class LossCall:
             possible = [layout for layout in possible if self._fits(layout, output, origin)]
         if len(possible) != 1 and not (possible and origin.n == 1):
             raise RuntimeError(
-                f"The input of {type(self.loss).__name__}, of shape {list(shape)}, does not show where the {origin.n} samples "
-                f"lie: let them be counted by its first axis, alone or together with the positions."
+                f"The input of {type(self.loss).__name__}, of shape {list(shape)}, does not show where the {origin.n} "
+                f"samples lie: let them be counted by its first axis, alone or together with the positions."
             )
         return possible[0]
 
@@ -220,7 +222,9 @@ class SeedPass:
         self.columns = number[first.seeds]
         looped = torch.is_grad_enabled() or any(origin.looped for _, origin in self.found)
         widest = max(origin.widest for _, origin in self.found)
-        chunk = 1 if looped else first.chunk_size or max(1, BUDGET // widest)
+        chunk = first.chunk_size or max(1, BUDGET // widest)
+        if looped or first.whole:
+            chunk = 1 if looped else self.columns
         for start in range(0, self.columns, chunk):
             stop = min(start + chunk, self.columns)
             if first.seeds == "sampled":

@@ -6,6 +6,7 @@ from backpack.extensions.batch_grad import BatchGrad
 from backpack.extensions.batch_l2_grad import BatchL2Grad
 from backpack.extensions.clipped_grad import ClippedGrad
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
+from backpack.extensions.ggn_gram import GGNGram
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.sum_grad_squared import SumGradSquared
 from backpack.extensions.variance import Variance
@@ -19,6 +20,7 @@ __all__ = [
     "ClippedGrad",
     "DiagGGNExact",
     "DiagGGNMC",
+    "GGNGram",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",

@@ -24,6 +24,8 @@ class CurvatureExtension(BackpropExtension):
 
     seeds = "exact"
     additive = True
+    whole = False
+    """Whether all columns are needed at a time."""
 
     def __init__(
         self,

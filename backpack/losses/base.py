@@ -65,8 +65,8 @@ class Diagonal(LossRoot):
         smallest = hessian.min().item() if hessian.numel() else 0.0
         if smallest < 0:
             raise ValueError(
-                f"The Hessian of the loss with respect to its input has the eigenvalue {smallest:.3g} at this point: it "
-                f"is not positive semidefinite, so that it has no root and the model no Gauss-Newton matrix."
+                f"The Hessian of the loss with respect to its input has the eigenvalue {smallest:.3g} at this point: "
+                f"it is not positive semidefinite, so that it has no root and the model no Gauss-Newton matrix."
             )
         self.scale = hessian.sqrt()
         self.columns = hessian.shape[1]

@@ -47,7 +47,7 @@ class SoftmaxRoot(LossRoot):
         return self._place(columns, place)
 
     def _columns(self, start: int, stop: int, each: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For columns ``start`` to ``stop``: position, class ``[v, n, 1]``, softmax ``[v, n, c]``, scale ``[v, n, 1]``."""
+        """Of some columns: position, class ``[v, n, 1]``, softmax ``[v, n, c]``, scale ``[v, n, 1]``."""
         number = torch.arange(start, stop, device=self.probability.device)
         place = number // each
         p = self.probability[:, place].transpose(0, 1)

@@ -134,7 +134,7 @@ class Individual(ABC):
 
     def sample_dots(self, other: Individual) -> Tensor:
         """Dot products with another's gradients of the same sample and seed, ``[v, n]``."""
-        pieces = []
+        pieces: list[Tensor] = []
         for a in self.chunks():
             start = sum(p.shape[1] for p in pieces)
             b = other.narrow(start, start + a.size[1])

@@ -1,0 +1,41 @@
+"""The Gram matrix of the generalized Gauss-Newton matrix's root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.curvature import CurvatureExtension
+from backpack.uses import Individual
+
+
+class GGNGram(CurvatureExtension):
+    """Gram matrix ``V^T V`` of the GGN's root ``V``, ``ggn_gram`` of shape ``[C * N, C * N]``, per parameter.
+
+    Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them. The sum over parameters
+    (``total``) has the nonzero eigenvalues of the GGN (Dangel, Tatzel & Hennig, 2022, section 3).
+    """
+
+    savefield = "ggn_gram"
+    seeds = "documented"
+    whole = True
+
+    def __init__(self, subsampling: Any = None) -> None:
+        super().__init__(subsampling=subsampling)
+
+    def compute(self, grads: Individual) -> Tensor:
+        return grads.dots(grads).flatten(2, 3).flatten(0, 1)
+
+    @staticmethod
+    def total(parameters: Iterable[Tensor]) -> Tensor:
+        """The Gram matrix over all these parameters that have one, ``[C * N, C * N]``.
+
+        Raises:
+            ValueError: None of them has one.
+        """
+        grams = [vars(parameter)["ggn_gram"] for parameter in parameters if "ggn_gram" in vars(parameter)]
+        if not grams:
+            raise ValueError("No parameter has .ggn_gram: run backward() inside backpack(GGNGram()) first.")
+        return sum(grams[1:], start=grams[0])
