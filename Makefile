@@ -1,15 +1,18 @@
 # demo      runs an example; installs nothing but what it needs
 # check     what a machine can see: ruff, mypy
 # test      the quick tests; test-all: every test
-# bench     measurements
+# bench     measurements, beside other packages; takes hours with all of them: `benchmarks/run.py --help`
 # docs      the API's pages, in docs/_build
 # clean     removes what the above leave, except the environment and downloaded data
 #
-# Everything runs in .venv, made on first use and brought up to date when the files that describe it change.
+# Everything runs in .venv, made on first use and brought up to date when the files that describe it change; what `bench`
+# compares with is in benchmarks/.venv-peers, since the original has the name of this package.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALL := PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip install --quiet
+PEERS := benchmarks/.venv-peers
+INSTALL_PEERS := PIP_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install --quiet
 DESCRIPTION := pyproject.toml constraints.txt Makefile
 WORKERS ?= 2
 # One thread for each worker: with PyTorch's default of one for each core, the workers get in each other's way.
@@ -32,15 +35,15 @@ test: $(VENV)/.develop
 test-all: $(VENV)/.develop
 	$(PYTEST)
 
-bench: $(VENV)/.develop
-	$(PYTHON) benchmarks/run.py
+bench: $(VENV)/.develop $(PEERS)/.made
+	$(PYTHON) benchmarks/run.py $(BENCH)
 
 docs: $(VENV)/.docs
 	$(PYTHON) -m pdoc --docformat google --output-directory docs/_build backpack
 
 clean:
 	rm -rf build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(PEERS)/*' -prune -exec rm -rf {} +
 
 $(PYTHON):
 	python3 -m venv $(VENV)
@@ -59,4 +62,12 @@ $(VENV)/.develop: $(DESCRIPTION) | $(PYTHON)
 
 $(VENV)/.docs: $(DESCRIPTION) | $(PYTHON)
 	$(INSTALL) --editable '.[docs]'
+	touch $@
+
+# Without their dependencies: the original's bring torchvision, and with it a second, CUDA build of PyTorch; curvlinops'
+# bring the original, in any version.
+$(PEERS)/.made: constraints.txt Makefile
+	python3 -m venv $(PEERS)
+	$(INSTALL_PEERS) torch numpy packaging scipy tqdm opt_einsum einops einconv linear_operator
+	$(INSTALL_PEERS) --no-deps backpack-for-pytorch==1.7.1 unfoldNd opacus==1.6.0 curvlinops-for-pytorch==3.0.1
 	touch $@

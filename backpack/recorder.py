@@ -166,11 +166,14 @@ class Recording(TorchFunctionMode):
 
     def _spreads(self, sources: list[Source], out: Any) -> bool:
         """Whether sources without a sample axis were copied to one a sample, as it seems."""
-        if self.n is None or not isinstance(out, Tensor) or out.dim() == 0 or self.n in (0, 1) or out.shape[0] % self.n:
+        if not self.n or self.n == 1 or not isinstance(out, Tensor):
             return False
-        return all(
-            s.tensor.numel() < out.numel() and (s.tensor.dim() < out.dim() or s.tensor.shape[0] == 1) for s in sources
-        )
+        for source in (s.tensor for s in sources):
+            own = [1] * (out.dim() - source.dim()) + list(source.shape)
+            grown = [size for size, before in zip(out.shape, own, strict=False) if before == 1 and size % self.n == 0]
+            if source.numel() >= out.numel() or not grown:
+                return False
+        return True
 
     def _derive(self, sources: list[Source], out: Any) -> None:
         parameters = tuple({id(p): p for s in sources for p in s.parameters}.values())

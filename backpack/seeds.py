@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block
+from backpack.looped import must_loop
 from backpack.losses import LossRoot, loss_root
 from backpack.recorder import Call, is_of_first_half
 from backpack.samples import Layout, Subset, layouts
@@ -71,7 +72,6 @@ class Origin:
     root: ref[Module]
     arguments: tuple[Any, Any]
     input_axis: int
-    looped: bool = False
 
     def targets(self) -> Iterator[GradientEdge]:
         """Where a pull-back may stop: at the first uses, and at inputs that come from no extended module."""
@@ -201,7 +201,7 @@ class SeedPass:
         targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
         HERE.inner = self
         try:
-            for number, seeds in self._chunks():
+            for number, seeds in self._chunks(edge):
                 seeds = self._place(seeds, rows, select)
                 self.final = number >= self.columns
                 self._pull(edge, targets, seeds)
@@ -211,7 +211,7 @@ class SeedPass:
             self.delivery.clear()
             self.results.clear()
 
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
         first = self.extensions[0]
         number = {
@@ -220,7 +220,7 @@ class SeedPass:
             "sampled": first.mc_samples,
         }
         self.columns = number[first.seeds]
-        looped = torch.is_grad_enabled() or any(origin.looped for _, origin in self.found)
+        looped = torch.is_grad_enabled() or must_loop(edge)
         widest = max(origin.widest for _, origin in self.found)
         chunk = first.chunk_size or max(1, BUDGET // widest)
         if looped or first.whole:

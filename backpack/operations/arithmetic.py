@@ -57,3 +57,11 @@ def mul(out: Tensor, input: Any, other: Any) -> Operation | None:
 @rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
 def expand(out: Tensor, input: Tensor, *sizes: Any, **kwargs: Any) -> Operation:
     return _broadcast(out, [(input, _shift(out, input))])
+
+
+@rule(Tensor.repeat)
+def repeat(out: Tensor, input: Tensor, *sizes: Any, **kwargs: Any) -> Operation | None:
+    own = _own(out, input) or ()
+    if any(before not in (1, after) for before, after in zip(own, out.shape, strict=True)):
+        return None
+    return _broadcast(out, [(input, _shift(out, input))])

@@ -1,0 +1,129 @@
+"""What is measured: networks and quantities. Nothing here but PyTorch: every environment imports this file."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Positions(nn.Module):
+    """The mean over positions, ``[N, T, D]`` to ``[N, D]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Block(nn.Module):
+    """One layer of GPT-2, without dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.projection(mixed)
+        return x + self.narrow(self.activation(self.wide(self.norm2(x))))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def three_c_three_d() -> nn.Module:
+    def pooled(*convolution: int, padding: int = 0) -> list[nn.Module]:
+        return [nn.Conv2d(*convolution, padding=padding), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
+
+    dense = [nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)]
+    layers = [*pooled(3, 64, 5), *pooled(64, 96, 3), *pooled(96, 128, 3, padding=1), nn.Flatten(), *dense]
+    return nn.Sequential(*layers)
+
+
+def all_cnn_c() -> nn.Module:
+    sizes = [(3, 96, 3, 1, 1), (96, 96, 3, 1, 1), (96, 96, 3, 2, 1), (96, 192, 3, 1, 1), (192, 192, 3, 1, 1)]
+    sizes += [(192, 192, 3, 2, 1), (192, 192, 3, 1, 0), (192, 192, 1, 1, 0), (192, 100, 1, 1, 0)]
+    layers = [layer for size in sizes for layer in (nn.Conv2d(*size), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
+
+
+def conv1d() -> nn.Module:
+    layers = [nn.Conv1d(8, 32, 5), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(32, 64, 5), nn.ReLU(), nn.MaxPool1d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 29, 10))
+
+
+def embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(1000, 64), Positions(), nn.Linear(64, 10))
+
+
+def grouped() -> nn.Module:
+    layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 1, 1, groups=8), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, 2, 1, groups=64), nn.ReLU(), nn.Conv2d(64, 128, 1), nn.ReLU(), nn.AvgPool2d(8)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
+
+
+def gpt2_block() -> nn.Module:
+    return nn.Sequential(Block(256, 4), nn.LayerNorm(256), Positions(), nn.Linear(256, 10))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int, int | None]] = {
+    "MLP": (mlp, 128, (784,), 10, None),
+    "3C3D": (three_c_three_d, 32, (3, 32, 32), 10, None),
+    "All-CNN-C": (all_cnn_c, 16, (3, 32, 32), 100, None),
+    "Conv1d": (conv1d, 64, (8, 128), 10, None),
+    "Embedding": (embedding, 64, (32,), 10, 1000),
+    "Grouped": (grouped, 32, (3, 32, 32), 10, None),
+    "GPT-2 block": (gpt2_block, 8, (128, 256), 10, None),
+    "3C3D, N=128": (three_c_three_d, 128, (3, 32, 32), 10, None),
+}
+"""Name to model, batch size, shape of one sample, number of classes, number of words (``None``: real inputs)."""
+
+SUBSAMPLED = "3C3D, N=128"
+"""The network of the series on sub-sampling, and of nothing else."""
+
+
+def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model, inputs and targets; the same ones every time."""
+    model, n, shape, classes, words = NETWORKS[name]
+    torch.manual_seed(0)
+    X = torch.randn(n, *shape) if words is None else torch.randint(words, (n, *shape))
+    return model(), X, torch.randint(classes, (n,))
+
+
+QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
+    "nothing": [],
+    "BatchGrad": [("BatchGrad", {})],
+    "BatchL2Grad": [("BatchL2Grad", {})],
+    "SumGradSquared": [("SumGradSquared", {})],
+    "Variance": [("Variance", {})],
+    "BatchDotGrad": [("BatchDotGrad", {})],
+    "ClippedGrad": [("ClippedGrad", {"max_norm": 1e-3})],
+    "BatchL2Grad, SumGradSquared, Variance": [("BatchL2Grad", {}), ("SumGradSquared", {}), ("Variance", {})],
+    "DiagGGNExact": [("DiagGGNExact", {})],
+    "DiagGGNMC": [("DiagGGNMC", {})],
+    "BatchDiagGGNExact": [("BatchDiagGGNExact", {})],
+    "BatchDiagGGNMC": [("BatchDiagGGNMC", {})],
+    "SqrtGGNExact": [("SqrtGGNExact", {})],
+    "SqrtGGNMC": [("SqrtGGNMC", {})],
+    "DiagHessian": [("DiagHessian", {})],
+    "BatchDiagHessian": [("BatchDiagHessian", {})],
+    "KFAC": [("KFAC", {})],
+    "KFLR": [("KFLR", {})],
+    "KFRA": [("KFRA", {})],
+}
+"""Name to extensions and their arguments; those that this package does not have (yet) are left out."""
+
+
+def extensions_of(quantity: str, n: int) -> Sequence[tuple[str, dict[str, Any]]]:
+    """The extensions of a quantity, ``BatchGrad@4`` being the one for 4 of the ``n`` samples."""
+    name, _, count = quantity.partition("@")
+    if not count:
+        return QUANTITIES[name]
+    chosen = [i * n // int(count) for i in range(int(count))]
+    return [(extension, {**kwargs, "subsampling": chosen}) for extension, kwargs in QUANTITIES[name]]

@@ -1,0 +1,215 @@
+"""One implementation in a process of its own: measures what it is asked for, one line of JSON each way.
+
+The original has the name of this package, so that they need an environment and a process each.
+"""
+
+import gc
+import json
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from subjects import PLAIN, extensions_of, make
+from torch import Tensor, nn
+
+Step = Callable[[], Any]
+Read = Callable[[], Iterable[Any]]
+"""Collects what a step has computed, once it has run."""
+
+
+class NotOffered(Exception):
+    """The implementation has no such quantity."""
+
+
+def plain(model: nn.Module, X: Tensor, y: Tensor, quantity: str = "") -> tuple[Step, Read]:
+    lossfunc = nn.CrossEntropyLoss()
+
+    def step() -> None:
+        model.zero_grad()
+        lossfunc(model(X), y).backward()
+
+    return step, lambda: []
+
+
+def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+    """This package or the original: whichever the environment has."""
+    from backpack import backpack, extend, extensions
+
+    wanted = extensions_of(quantity, len(X))
+    missing = [name for name, _ in wanted if not hasattr(extensions, name)]
+    if missing:
+        raise NotOffered(", ".join(missing))
+    lossfunc = extend(nn.CrossEntropyLoss())
+    extend(model)
+    fields = [getattr(extensions, name)(**arguments).savefield for name, arguments in wanted]
+
+    def step() -> None:
+        model.zero_grad()
+        loss = lossfunc(model(X), y)
+        with backpack(*[getattr(extensions, name)(**arguments) for name, arguments in wanted]):
+            loss.backward()
+
+    return step, lambda: [getattr(p, field) for field in fields for p in model.parameters()]
+
+
+def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+    """Individual gradients as ``torch.func`` users write them; their sum, the gradient, is not taken."""
+    if quantity != "BatchGrad":
+        raise NotOffered(quantity)
+    lossfunc = nn.CrossEntropyLoss()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+
+    def one(parameters: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, parameters, (x.unsqueeze(0),))
+        return lossfunc(output, label.unsqueeze(0)) / len(X)
+
+    individual = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
+
+    def step() -> None:
+        found.clear()
+        found.update(individual(parameters, X, y))
+
+    return step, found.values
+
+
+def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+    if quantity != "BatchGrad":
+        raise NotOffered(quantity)
+    from opacus import GradSampleModule
+
+    lossfunc = nn.CrossEntropyLoss()
+    # "sum": leave the loss's own 1/N in place, as the others do.
+    wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum")
+
+    def step() -> None:
+        wrapped.zero_grad()
+        lossfunc(wrapped(X), y).backward()
+
+    return step, lambda: [p.grad_sample for p in wrapped.parameters()]
+
+
+def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+    kinds = {"KFAC": "mc", "KFLR": "type-2"}
+    if quantity not in kinds:
+        raise NotOffered(quantity)
+    from curvlinops import KFACLinearOperator
+
+    arguments = {"fisher_type": kinds[quantity], "check_deterministic": False}
+
+    def step() -> None:
+        operator = KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)], **arguments)
+        operator.compute_kronecker_factors()
+
+    return step, lambda: []
+
+
+IMPLEMENTATIONS = {
+    "backpack": of_backpack,
+    "torch.func": of_functorch,
+    "Opacus": of_opacus,
+    "curvlinops": of_curvlinops,
+}
+
+
+class Subject:
+    """A network and a quantity, beside plain PyTorch on a network of its own."""
+
+    def __init__(self, implementation: str, net: str, quantity: str) -> None:
+        self.plain, _ = plain(*make(net))
+        own = plain if quantity == PLAIN else IMPLEMENTATIONS[implementation]
+        self.step, self.read = own(*make(net), quantity)
+
+    def prepare(self) -> dict[str, Any]:
+        """Warm up; the sum of squares of all results lets implementations be compared."""
+        self.step()
+        with torch.no_grad():
+            tensors = [value for value in self.read() if isinstance(value, Tensor)]
+            return {"squares": sum(torch.linalg.vector_norm(t).item() ** 2 for t in tensors)}
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """Medians of a round of about so many seconds, in which both take turns."""
+        times: list[tuple[float, float]] = []
+        timed(self.plain), timed(self.step)  # the caches hold another process's data
+        start = perf_counter()
+        while len(times) < 3 or perf_counter() - start < seconds:
+            times.append((timed(self.plain), timed(self.step)))
+            if perf_counter() - start > 10 * seconds:
+                break
+        return dict(zip(("plain", "quantity"), map(median, zip(*times, strict=True)), strict=True))
+
+    def peak(self) -> dict[str, Any]:
+        """How far two further steps raise the resident memory of this process above its present size, in bytes."""
+        gc.collect()
+        before = reset_peak()
+        for _ in range(2):
+            self.step()
+        return {"peak": status("VmHWM") - before}
+
+
+def timed(step: Step) -> float:
+    start = perf_counter()
+    step()
+    return perf_counter() - start
+
+
+def status(field: str) -> int:
+    """A size of this process, from Linux, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(field)
+
+
+def reset_peak() -> int:
+    """Let the peak of this process's memory start from its present size, which is returned."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+class Worker:
+    """Answers requests."""
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+        self.subject: Subject | None = None
+
+    def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
+        if do == "versions":
+            return {"torch": torch.__version__, "backpack": version("backpack-for-pytorch")}
+        if do == "prepare":
+            self.subject = None
+            gc.collect()
+            self.subject = Subject(self.implementation, **arguments)
+            return self.subject.prepare()
+        assert self.subject is not None
+        return getattr(self.subject, do)(**arguments)
+
+
+def main(implementation: str, bytes_at_most: int) -> None:
+    # A quantity that does not fit is to fail by itself, not to take the machine with it.
+    resource.setrlimit(resource.RLIMIT_AS, (bytes_at_most, bytes_at_most))
+    warnings.simplefilter("ignore")
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    worker = Worker(implementation)
+    for line in sys.stdin:
+        try:
+            reply = worker.answer(**json.loads(line))
+        except NotOffered:
+            reply = {"missing": True}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(reply), file=channel, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,93 @@
+"""Individual gradients and what is made of them, against a loop over samples."""
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, build
+from truth import Problem, close, individual_gradients, plain_gradients
+
+from backpack import backpack, extend
+from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
+
+
+def subsets(n: int) -> dict[str, tuple[object, list[int]]]:
+    """How users write subsets, and the rows they mean."""
+    everything = list(range(n))
+    return {
+        "all": (None, everything),
+        "last": ([-1], [n - 1]),
+        "reversed": (slice(None, None, -1), everything[::-1]),
+        "duplicates": ([0, n - 1, 0], [0, n - 1, 0]),
+        "mask": (torch.tensor([i % 2 == 0 for i in everything]), everything[::2]),
+        "array": (np.array(everything[::-1]), everything[::-1]),
+        "range": (range(0, n, 2), everything[::2]),
+    }
+
+
+def laws(problem: Problem, choose, scale: float) -> None:
+    """Each quantity, each with its own subset, in one backward pass."""
+    truth = individual_gradients(problem, scale)
+    plain = plain_gradients(problem, scale)
+    bound = 0.7 * float(torch.stack([t.flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt().mean())
+    names = [choose(k) for k in range(6)]
+    chosen = [subsets(problem.n)[name] for name in names]
+    written, rows = [w for w, _ in chosen], [r for _, r in chosen]
+    extensions = [
+        BatchGrad(subsampling=written[0]),
+        BatchL2Grad(subsampling=written[1]),
+        SumGradSquared(subsampling=written[2]),
+        Variance(subsampling=written[3]),
+        BatchDotGrad(subsampling=written[4]),
+        ClippedGrad(bound, subsampling=written[5]),
+    ]
+    extend(problem.model)
+    loss = problem.loss(scale=scale)
+    with backpack(*extensions):
+        loss.backward()
+    norms = torch.stack([t[rows[5]].flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt()
+    floor = 1e-5 * max(t.abs().max() for t in truth.values())
+    for name, parameter in problem.parameters().items():
+        if name not in truth:
+            assert parameter.grad is None and not hasattr(parameter, "grad_batch"), name
+            continue
+        assert torch.equal(parameter.grad.to_dense(), plain[name].to_dense()), name
+        g = [truth[name][r] for r in rows]
+        flat = g[4].flatten(1)
+        expected = {
+            "grad_batch": g[0],
+            "batch_l2": g[1].flatten(1).square().sum(1),
+            "sum_grad_squared": g[2].square().sum(0),
+            "variance": g[3].square().mean(0) - g[3].mean(0).square(),
+            "batch_dot": flat @ flat.T,
+            "grad_clipped": torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g[5]),
+        }
+        largest = max(truth[name].abs().max(), floor)  # some gradients are zero but for rounding
+        for field, value in expected.items():
+            size = largest if field in ("grad_batch", "grad_clipped") else largest**2
+            assert close(getattr(parameter, field), value, size), (name, field, names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantities_of_all_samples_follow_from_individual_gradients(name):
+    laws(build(name), lambda k: "all", scale=1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_extension_selects_its_own_samples(name):
+    keys = list(subsets(3))[1:]
+    laws(build(name), lambda k: keys[(k + sum(map(ord, name))) % len(keys)], scale=0.25)
+
+
+def test_individual_gradients_are_differentiable():
+    torch.manual_seed(0)
+    model = extend(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double())
+    X = torch.randn(5, 3, dtype=torch.float64)
+    parameters = list(model.parameters())
+    with backpack(Variance()):
+        grads = torch.autograd.grad(model(X).square().sum(), parameters, create_graph=True)
+    found = torch.autograd.grad(sum(p.variance.sum() for p in parameters), parameters)
+    samples = [torch.autograd.grad(model(x[None]).square().sum(), parameters, create_graph=True) for x in X]
+    stacked = [torch.stack(g) for g in zip(*samples, strict=True)]
+    truth = torch.autograd.grad(sum((g.square().mean(0) - g.mean(0).square()).sum() for g in stacked), parameters)
+    assert all(close(f, t) for f, t in zip(found, truth, strict=True))
+    assert all(close(g, s.sum(0)) for g, s in zip(grads, stacked, strict=True))
