@@ -11,7 +11,7 @@ from torch.nn import Module, RNNBase
 
 from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.hooks import EXTENDED, attach, detach, drop_interrupted
+from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
 
 M = TypeVar("M", bound=Module)
 
@@ -39,6 +39,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         if debug:
             print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
         attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
+    watch(module, EXTENDED[module].seen)
     return module
 
 

@@ -69,7 +69,8 @@ class Delivery:
     def receive(self, call: Call, place: int, grads: Tensor) -> list[Source]:
         """Note the cotangents ``[v, ...]`` of one of a call's outputs; the sources that it is the first for."""
         if id(call) in self.grads:
-            self.grads[id(call)][place] = grads
+            known = self.grads[id(call)]
+            known[place] = torch.cat([known[place], grads]) if place in known else grads
             return []
         uses = [(source, use) for source, use in call.uses if not source.void]
         if not uses:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -84,7 +85,7 @@ def watch(module: Module, seen: set[tuple[int, int]]) -> list[tuple[str, Tensor]
     found = []
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                 path = f"{prefix}.{name}" if prefix else name
                 found.append((path, parameter))
                 if (id(owner), id(parameter)) not in seen:

@@ -257,9 +257,12 @@ class Recording(TorchFunctionMode):
         self._count += 1
         fixed = len(call.layouts) == 1 and axes == 1
         certain = len(call.layouts) == 1 and call.layout.axis == 0 and call.layout.factor == 1
-        if not call.layouts and call.alternative is not None:
-            call.problem = None
-        if not call.layouts or call.n == 1:
+        if not call.layouts:
+            if call.alternative is not None:
+                call.problem = None
+                self._adopt(call, [])
+            return
+        if call.n == 1:
             self._adopt(call, call.layouts)
             return
         if (certain or fixed) and call.alternative is None:

@@ -183,6 +183,7 @@ class SeedPass:
     delivery: Delivery = field(default_factory=Delivery)
     results: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
     final: bool = False
+    gathered: bool = False
     batched: bool = True
     count: int = 0
     finished: set[int] = field(default_factory=set)
@@ -205,7 +206,8 @@ class SeedPass:
                 seeds = self._place(seeds, rows, select)
                 self.final = number >= self.columns
                 self._pull(edge, targets, seeds)
-                self._finish()
+                if self.final or not self.gathered:
+                    self._finish()
         finally:
             HERE.inner = None
             self.delivery.clear()
@@ -223,6 +225,7 @@ class SeedPass:
         looped = torch.is_grad_enabled() or must_loop(edge)
         widest = max(origin.widest for _, origin in self.found)
         chunk = first.chunk_size or max(1, BUDGET // widest)
+        self.gathered = first.whole and looped
         if looped or first.whole:
             chunk = 1 if looped else self.columns
         for start in range(0, self.columns, chunk):
@@ -289,7 +292,12 @@ class SeedPass:
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note cotangents of one of a call's outputs; finish parameters that have no other use."""
         for source in self.delivery.receive(call, place, grads):
-            if self.uses[id(source.tensor)] == 1 and source.tensor.grad_fn is None and call.outputs == 1:
+            if (
+                not self.gathered
+                and self.uses[id(source.tensor)] == 1
+                and source.tensor.grad_fn is None
+                and call.outputs == 1
+            ):
                 self._compute(source.tensor)
 
     def _finish(self) -> None:

@@ -72,7 +72,9 @@ register("depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4), 3, 4, 6, 6)
 register("layer_norm", lambda: nn.LayerNorm(4), 3, 5, 4)
 register("layer_norm_2d", lambda: nn.LayerNorm((5, 4)), 3, 5, 4)
 register("layer_norm_no_bias", lambda: nn.LayerNorm(4, bias=False), 3, 5, 4)
-register("layer_norm_no_affine", lambda: nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2)), 3, 4)
+register(
+    "layer_norm_no_affine", lambda: nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2)), 3, 4
+)
 register("rms_norm", lambda: nn.RMSNorm(4), 3, 5, 4)
 register("group_norm", lambda: nn.GroupNorm(2, 4), 3, 4, 5)
 register("prelu", lambda: nn.PReLU(), 3, 4, 5)
@@ -82,7 +84,11 @@ for dims, shape in ((1, (5,)), (2, (3, 4)), (3, (2, 3, 2))):
     register(f"batch_norm{dims}d", lambda c=norm: c(4).eval(), 3, 4, *shape)
     register(f"instance_norm{dims}d", lambda c=instance: c(4, affine=True), 3, 4, *shape)
     register(
-        f"instance_norm{dims}d_stored", lambda c=instance: c(4, affine=True, track_running_stats=True).eval(), 3, 4, *shape
+        f"instance_norm{dims}d_stored",
+        lambda c=instance: c(4, affine=True, track_running_stats=True).eval(),
+        3,
+        4,
+        *shape,
     )
 register("batch_norm_plain", lambda: nn.BatchNorm1d(4).eval(), 3, 4)
 

@@ -1,0 +1,373 @@
+"""Blocks, hooks, errors: what users see of the machinery."""
+
+import copy
+import gc
+import pickle
+import tracemalloc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from truth import close
+
+from backpack import backpack, disable, extend, memory_cleanup, unextend
+from backpack.context import CTX
+from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, Variance
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()
+
+
+def batch(n=5):
+    return torch.randn(n, 3, dtype=torch.float64), torch.arange(n) % 2
+
+
+def truth(model, X, loss):
+    rows = [torch.autograd.grad(loss(model(x[None])), list(model.parameters())) for x in X]
+    return [torch.stack(g) for g in zip(*rows, strict=True)]
+
+
+def square(out):
+    return out.square().sum()
+
+
+def right(model, X):
+    for parameter in model.parameters():
+        parameter.grad = None
+    with backpack(BatchGrad()):
+        square(model(X)).backward()
+    expected = truth(model, X, square)
+    return all(close(p.grad_batch, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_extending_twice_changes_nothing():
+    model, (X, _) = extend(extend(net())), batch()
+    assert all(len(module._forward_hooks) == 1 for module in model.modules())
+    assert right(model, X)
+
+
+def test_unextend_and_remove_hooks_leave_nothing_behind():
+    for undo in (unextend, lambda model: CTX.remove_hooks()):
+        model, (X, _) = net(), batch()
+        extend(model)
+        assert right(model, X)
+        undo(model)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not any(p._backward_hooks for p in model.parameters())
+        assert right(extend(model), X)
+
+
+def test_memory_cleanup_deletes_results():
+    model, (X, _) = extend(net()), batch()
+    assert right(model, X)
+    memory_cleanup(model)
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrong", [BatchGrad, 3, "BatchGrad", nn.Linear(1, 1)])
+def test_what_is_no_extension_is_refused(wrong):
+    with pytest.raises(ValueError, match="backpack"):
+        backpack(wrong)
+
+
+def test_extend_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="Module"):
+        extend(square)
+
+
+def test_forward_may_run_outside_and_blocks_nest():
+    model, (X, _) = extend(net()), batch()
+    loss = square(model(X))
+    with backpack(BatchL2Grad()):
+        with backpack(BatchGrad()):
+            loss.backward()
+        assert not hasattr(model[0].weight, "batch_l2")
+        square(model(X)).backward()
+    assert hasattr(model[0].weight, "batch_l2") and hasattr(model[0].weight, "grad_batch")
+
+
+def test_results_are_overwritten_and_survive_zero_grad():
+    model, (X, _) = extend(net()), batch()
+    right(model, X)
+    model.zero_grad()
+    assert model[0].weight.grad_batch.shape == (5, 4, 3)
+    assert right(model, X[:2])
+
+
+def test_a_kept_result_is_not_overwritten():
+    model = extend(nn.Linear(600, 600))
+    X = torch.randn(4, 600)
+    with backpack(BatchGrad()):
+        square(model(X)).backward()
+    kept = model.weight.grad_batch
+    copied = kept.clone()
+    with backpack(BatchGrad()):
+        square(model(2 * X)).backward()
+    assert torch.equal(kept, copied) and not torch.equal(model.weight.grad_batch, copied)
+
+
+def test_disable_records_nothing_and_nests():
+    model, (X, _) = extend(net()), batch()
+    with disable():
+        with disable():
+            assert not disable.should_store_io()
+        assert not disable.should_store_io()
+        loss = square(model(X))
+    assert disable.should_store_io()
+    with pytest.raises(RuntimeError, match="none of its uses was seen"), backpack(BatchGrad()):
+        loss.backward()
+    assert right(model, X)
+
+
+def test_a_block_in_which_nothing_runs_warns():
+    model, (X, _) = net(), batch()
+    with pytest.warns(UserWarning, match="extend"), backpack(BatchGrad()):
+        square(model(X)).backward()
+
+
+def test_extension_hook_sees_each_leaf_once_in_backward_order_with_its_results():
+    model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss()), batch()
+    for extensions in ([BatchGrad()], [BatchGrad(), DiagGGNExact()], [DiagGGNExact()]):
+        seen = []
+
+        def hook(module):
+            seen.append(type(module).__name__)
+            for parameter in module.parameters():
+                for extension in extensions:  # noqa: B023
+                    delattr(parameter, extension.savefield)  # and thereby free its memory
+
+        with backpack(*extensions, extension_hook=hook):
+            lossfunc(model(X), y).backward()
+        assert sorted(seen) == ["CrossEntropyLoss", "Linear", "Linear", "ReLU"]
+        assert [name for name in seen if name in ("Linear", "ReLU")] == ["Linear", "ReLU", "Linear"]
+        assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_a_kept_graph_can_be_used_again(in_block):
+    model, (X, _) = extend(net()), batch()
+    loss = square(model(X))
+    expected = truth(model, X, square)
+    for _ in range(2):
+        with backpack(BatchGrad(), retain_graph=in_block):
+            loss.backward(retain_graph=True)
+        assert all(close(p.grad_batch, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_rows_of_a_jacobian_come_from_repeated_backward_passes():
+    model, (X, _) = extend(net()), batch()
+    out = model(X)
+    for k in range(2):
+        with backpack(BatchGrad(), retain_graph=True):
+            out[:, k].sum().backward(retain_graph=True)
+        expected = truth(model, X, lambda o: o[:, k].sum())  # noqa: B023
+        assert all(close(p.grad_batch, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_autograd_grad_and_chosen_inputs_work():
+    model, (X, _) = extend(net()), batch()
+    expected = truth(model, X, square)
+    parameters = list(model.parameters())
+    with backpack(BatchGrad()):
+        torch.autograd.grad(square(model(X)), parameters)
+    assert all(close(p.grad_batch, e) for p, e in zip(parameters, expected, strict=True))
+    memory_cleanup(model)
+    with backpack(BatchGrad()):
+        square(model(X)).backward(inputs=parameters[:1])
+    assert close(parameters[0].grad_batch, expected[0])
+    assert parameters[1].grad is None
+
+
+def test_other_losses_follow_autograd():
+    model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss(reduction="none")), batch()
+    with backpack(BatchGrad()):
+        (3 * lossfunc(model(X), y).sum()).backward()
+    each = [
+        torch.autograd.grad(3 * lossfunc(model(x[None]), t[None]).sum(), [*model.parameters()]) for x, t in zip(X, y)
+    ]
+    assert all(close(p.grad_batch, torch.stack(g)) for p, g in zip(model.parameters(), zip(*each), strict=True))
+
+
+def test_two_calls_of_the_model_are_joined():
+    model, (X, _) = extend(net()), batch()
+    with backpack(BatchGrad(), BatchL2Grad()):
+        (square(model(X)) + square(model(X.sin()))).backward()
+    expected = [a + b for a, b in zip(truth(model, X, square), truth(model, X.sin(), square), strict=True)]
+    assert all(close(p.grad_batch, e) for p, e in zip(model.parameters(), expected, strict=True))
+    assert all(
+        close(p.batch_l2, e.flatten(1).square().sum(1)) for p, e in zip(model.parameters(), expected, strict=True)
+    )
+
+
+def test_copies_pickles_and_state_dicts_hold_nothing_of_ours():
+    model, (X, _) = extend(net()), batch()
+    assert right(model, X)
+    twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    for other in (twin, loaded):
+        assert torch.equal(other(X), model(X))
+        assert right(extend(other), X)
+    assert right(model, X)
+
+
+class Failing(nn.Module):
+    error = None
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.linear(x)
+        if self.error is not None:
+            raise self.error
+        return h
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), MemoryError()])
+def test_after_an_exception_in_the_forward_pass_all_is_as_before(error):
+    model, (X, _) = extend(nn.Sequential(Failing(), nn.Linear(3, 2)).double()), batch()
+    model[0].error = error
+    with pytest.raises(type(error)):
+        model(X)
+    model[0].error = None
+    assert right(model, X)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_exception_in_the_backward_pass_all_is_as_before(error):
+    model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss()), batch()
+
+    def fail(module):
+        if isinstance(module, nn.ReLU):
+            raise error
+
+    for extensions in ([BatchGrad()], [DiagGGNExact()], [BatchGrad(), DiagGGNExact()]):
+        with backpack(*extensions, extension_hook=fail):
+            with pytest.raises(error):
+                lossfunc(model(X), y).backward()
+        assert right(model, X)
+
+
+class Outside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+
+    def forward(self, x):
+        return x.sin()
+
+
+def test_a_parameter_whose_use_was_not_seen_is_an_error_that_names_it():
+    model, (X, _) = extend(nn.Sequential(nn.Linear(3, 3).double(), Outside())), batch()
+    with pytest.raises(RuntimeError, match=r"Parameter 1\.weight of shape \[3, 3\]"), backpack(BatchGrad()):
+        (square(model(X)) + model[1].weight.sum()).backward()
+
+
+def test_an_empty_batch_is_an_error():
+    model = extend(net())
+    with pytest.raises(RuntimeError, match="batch of size 0"), backpack(BatchGrad()):
+        square(model(torch.zeros(0, 3, dtype=torch.float64))).backward()
+
+
+def test_a_sample_axis_that_cannot_be_found_is_an_error():
+    class Lost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x[1:])
+
+    with pytest.raises(RuntimeError, match=r"linear\.weight.* no axis of the 5 samples"), backpack(BatchGrad()):
+        square(extend(Lost().double())(batch()[0])).backward()
+
+
+@pytest.mark.parametrize(
+    ("layer", "X", "words"),
+    [
+        (nn.BatchNorm1d(3), torch.randn(4, 3), "statistics of the batch.*eval"),
+        (nn.Embedding(4, 3, max_norm=1.0), torch.tensor([[0, 1], [2, 3]]), "max_norm"),
+        (nn.LSTM(3, 2, num_layers=2, dropout=0.5, batch_first=True), torch.randn(4, 5, 3), "drops out"),
+        (nn.EmbeddingBag(4, 3, mode="max"), torch.tensor([[0, 1], [2, 3]]), "maximum"),
+    ],
+)
+def test_layers_without_individual_gradients_say_so(layer, X, words):
+    out = extend(layer)(X)
+    with pytest.raises(RuntimeError, match=words), backpack(BatchGrad()):
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+
+def test_an_input_modified_in_place_is_an_error():
+    model, (X, _) = extend(nn.Linear(3, 2).double()), batch()
+    out = model(X)
+    X.add_(1)
+    with pytest.raises(RuntimeError, match="modified"), backpack(BatchGrad()):
+        out.sum().backward()
+
+
+def test_packed_sequences_are_refused():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    model = extend(nn.GRU(2, 2))
+    with pytest.raises(RuntimeError, match="packed|samples"), backpack(BatchGrad()):
+        model(packed)[0].data.sum().backward()
+
+
+def test_debug_prints_what_is_done(capsys):
+    model = extend(net(), debug=True)
+    with backpack(BatchGrad(), debug=True):
+        square(model(batch()[0])).backward()
+    printed = capsys.readouterr().out
+    assert "Extending" in printed and "BatchGrad on parameter 0.weight" in printed
+
+
+def test_frozen_parameters_are_left_alone():
+    model, (X, _) = extend(net()), batch()
+    model[0].requires_grad_(False)
+    with backpack(BatchGrad()):
+        square(model(X)).backward()
+    assert not hasattr(model[0].weight, "grad_batch") and model[2].weight.grad_batch.shape == (5, 2, 4)
+
+
+class Hook:
+    def __call__(self, grad):
+        return None
+
+
+def test_graphs_die_without_the_garbage_collector():
+    model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss()), batch()
+    gc.collect()
+    gc.disable()
+    try:
+        out = model(X)
+        loss = lossfunc(out, y)
+        hook = Hook()
+        out.register_hook(hook)
+        alive = weakref.ref(hook)
+        del hook
+        with backpack(BatchGrad(), DiagGGNExact(subsampling=[0])):
+            loss.backward()
+        del out, loss
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_thousand_steps_hold_no_more_than_ten():
+    model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss()), batch()
+
+    def steps(count):
+        for _ in range(count):
+            with backpack(BatchGrad(subsampling=[1]), Variance(), DiagGGNExact()):
+                lossfunc(model(X), y).backward()
+        gc.collect()
+        return sum(issubclass(type(entry), torch.Tensor) for entry in gc.get_objects())
+
+    tracemalloc.start()
+    tensors, (before, _) = steps(10), tracemalloc.get_traced_memory()
+    assert steps(1000) <= tensors
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 100_000

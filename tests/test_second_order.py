@@ -1,0 +1,278 @@
+"""The generalized Gauss-Newton matrix against explicit Jacobians and loss Hessians."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from truth import close
+
+from backpack import backpack, extend
+from backpack.extensions import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    GGNGram,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
+
+
+def explicit(model, X, lossfunc, y, n):
+    """Per parameter the samples' GGN diagonals ``[n, *p]``, and the whole GGN."""
+    parameters = list(model.parameters())
+    out = model(X)
+    size = out.numel()
+    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(size, size)
+    rows = []
+    for unit in torch.eye(size, dtype=out.dtype):
+        grads = torch.autograd.grad(out, parameters, unit.reshape(out.shape), retain_graph=True, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
+    owner = torch.arange(size) // (size // n)
+    diagonals = []
+    jacobians = [torch.stack([row[k].flatten() for row in rows]) for k in range(len(parameters))]
+    for jacobian, parameter in zip(jacobians, parameters, strict=True):
+        own = [jacobian * (owner == s)[:, None] for s in range(n)]
+        diagonals.append(torch.stack([(j * (hessian @ j)).sum(0).reshape(parameter.shape) for j in own]))
+    jacobian = torch.cat(jacobians, 1)
+    return diagonals, jacobian.T @ hessian @ jacobian
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.out = nn.Conv2d(2, 2, 3, padding=1), nn.GroupNorm(2, 2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        h = x + self.norm(self.a(x)).relu_()
+        return self.out((h + self.a(h)).mean((2, 3)))
+
+
+class Sequences(nn.Module):
+    """A tiny transformer with a tied output, whose logits are ``[N, C, T]`` or ``[N * T, C]``."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.words, self.places = nn.Embedding(6, 4), nn.Embedding(5, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.flat = flat
+
+    def forward(self, index):
+        h = self.layer(self.words(index) + self.places(torch.arange(index.shape[1])))
+        out = h @ self.words.weight.T
+        return out.reshape(-1, 6) if self.flat else out.transpose(1, 2)
+
+
+class Last(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.out = layer(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.out(self.layer(x)[0][:, -1])
+
+
+class Custom(nn.Module):
+    def forward(self, out, target):
+        return (out.logsumexp(1) * target.sum(1)).mean() + ((out - target) ** 4).mean()
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def cnn():
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3))
+
+
+def values(*shape):
+    return torch.rand(shape, dtype=torch.float64)
+
+
+LABELS = torch.tensor([0, 2, 1, 2])
+WEIGHT = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+LOSSES = {
+    "cross_entropy": (nn.CrossEntropyLoss(), lambda: LABELS),
+    "cross_entropy_sum": (nn.CrossEntropyLoss(reduction="sum"), lambda: LABELS),
+    "cross_entropy_options": (
+        nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1, ignore_index=1),
+        lambda: LABELS,
+    ),
+    "cross_entropy_probabilities": (
+        nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1),
+        lambda: values(4, 3).softmax(1),
+    ),
+    "mse": (nn.MSELoss(), lambda: values(4, 3)),
+    "mse_sum": (nn.MSELoss(reduction="sum"), lambda: values(4, 3)),
+    "bce_logits": (nn.BCEWithLogitsLoss(weight=WEIGHT, pos_weight=WEIGHT), lambda: values(4, 3).round()),
+    "huber": (nn.HuberLoss(), lambda: values(4, 3)),
+    "smooth_l1": (nn.SmoothL1Loss(beta=2.0), lambda: values(4, 3)),
+    "poisson": (nn.PoissonNLLLoss(), lambda: values(4, 3)),
+    "custom": (Custom(), lambda: values(4, 3)),
+}
+NETWORKS = {
+    "mlp": (mlp, lambda: values(4, 4)),
+    "cnn": (cnn, lambda: values(4, 2, 6, 6)),
+    "tied": (Tied, lambda: values(4, 2, 4, 4)),
+    "lstm": (lambda: Last(nn.LSTM), lambda: values(4, 3, 4)),
+    "gru": (lambda: Last(nn.GRU), lambda: values(4, 3, 4)),
+    "weight_norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ELU(), nn.Linear(5, 3)),
+        lambda: values(4, 4),
+    ),
+    "sigmoid_bce": (lambda: nn.Sequential(mlp(), nn.Sigmoid()), lambda: values(4, 4)),
+}
+
+
+def problems():
+    for name in LOSSES:
+        yield pytest.param("mlp", name, id=f"mlp-{name}")
+    for name in NETWORKS:
+        yield pytest.param(name, "bce" if name == "sigmoid_bce" else "cross_entropy", id=name)
+
+
+def make(network, loss):
+    torch.manual_seed(0)
+    build, data = NETWORKS[network]
+    lossfunc, target = (nn.BCELoss(), lambda: values(4, 3).round()) if loss == "bce" else LOSSES[loss]
+    return extend(build().double()), data(), extend(lossfunc), target()
+
+
+def check(model, X, lossfunc, y, n):
+    diagonals, ggn = explicit(model, X, lossfunc, y, n)
+    plain = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()))
+    first, last = [0], [n - 1, 0]
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss = lossfunc(model(X), y)
+    with backpack(
+        DiagGGNExact(chunk_size=2), BatchDiagGGNExact(subsampling=last), SqrtGGNExact(), GGNGram(), BatchGrad(first)
+    ):
+        loss.backward()
+    roots = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in model.parameters()], 2).flatten(0, 1)
+    for parameter, grad, truth in zip(model.parameters(), plain, diagonals, strict=True):
+        assert torch.equal(parameter.grad, grad)
+        size = 1e-6 * ggn.abs().max()
+        assert close(parameter.diag_ggn_exact, truth.sum(0), size, 1e-9)
+        assert close(parameter.diag_ggn_exact_batch, truth[last], size, 1e-9)
+    assert close(roots.T @ roots, ggn, rtol=1e-9)
+    assert close(GGNGram.total(model.parameters()), roots @ roots.T, rtol=1e-9)
+    loss = lossfunc(model(X), y)
+    with backpack(DiagGGNExact(subsampling=first), BatchDiagGGNExact(), SqrtGGNExact(subsampling=last)):
+        loss.backward()
+    selected = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in model.parameters()], 2)
+    assert close(selected, roots.unflatten(0, (-1, n))[:, last], rtol=1e-9)
+    for parameter, truth in zip(model.parameters(), diagonals, strict=True):
+        assert close(parameter.diag_ggn_exact, truth[0], 1e-6 * ggn.abs().max(), 1e-9)
+        assert close(parameter.diag_ggn_exact_batch, truth, 1e-6 * ggn.abs().max(), 1e-9)
+
+
+@pytest.mark.parametrize(("network", "loss"), list(problems()))
+def test_ggn_is_exact(network, loss):
+    check(*make(network, loss), n=4)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_ggn_of_sequences_counts_whole_sequences_as_samples(flat):
+    torch.manual_seed(0)
+    index, target = torch.randint(0, 6, (3, 4)), torch.randint(0, 6, (3, 4))
+    target[0, 1] = -100
+    model, lossfunc = extend(Sequences(flat).double()), extend(nn.CrossEntropyLoss())
+    check(model, index, lossfunc, target.flatten() if flat else target, n=3)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy_options", "mse", "bce_logits", "poisson", "custom"])
+def test_sampled_diagonals_average_to_the_exact_ones(loss):
+    """Within five standard errors, estimated from independent draws, entry by entry."""
+    model, X, lossfunc, y = make("mlp", loss)
+    diagonals, _ = explicit(model, X, lossfunc, y, 4)
+    draws = 1500
+    with backpack(SqrtGGNMC(draws), DiagGGNMC(draws, subsampling=[2]), BatchDiagGGNMC(draws, chunk_size=400)):
+        lossfunc(model(X), y).backward()
+    for parameter, truth in zip(model.parameters(), diagonals, strict=True):
+        each = parameter.sqrt_ggn_mc.square() * draws
+        error = 5 * each.std(0) / draws**0.5 + 1e-12
+        assert bool(((each.mean(0) - truth).abs() <= error).all())
+        assert bool(((parameter.diag_ggn_mc_batch - truth).abs() <= 1.5 * error).all())
+        assert bool(((parameter.diag_ggn_mc - truth[2]).abs() <= 1.5 * error[2]).all())
+
+
+def test_dropout_masks_of_the_forward_pass_are_those_of_the_selected_samples():
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double().train())
+    lossfunc, X = extend(nn.CrossEntropyLoss()), values(4, 4)
+    state = torch.get_rng_state()
+    with backpack(BatchDiagGGNExact()):
+        lossfunc(model(X), LABELS).backward()
+    whole = [p.diag_ggn_exact_batch[[3, 1]] for p in model.parameters()]
+    torch.set_rng_state(state)
+    with backpack(BatchDiagGGNExact(subsampling=[3, 1])):
+        lossfunc(model(X), LABELS).backward()
+    assert all(close(p.diag_ggn_exact_batch, w) for p, w in zip(model.parameters(), whole, strict=True))
+
+
+def test_an_operator_without_batching_rule_is_looped_without_a_warning():
+    model = extend(nn.Sequential(nn.Linear(4, 3), nn.Mish(), nn.Linear(3, 3)).double())
+    check(model, values(4, 4), extend(nn.CrossEntropyLoss()), LABELS, 4)
+
+
+def test_a_loss_that_was_not_extended_is_refused():
+    model = extend(mlp().double())
+    with pytest.raises(RuntimeError, match="extended loss"), backpack(DiagGGNExact()):
+        nn.CrossEntropyLoss()(model(values(4, 4)), LABELS).backward()
+
+
+def test_a_concave_loss_is_refused():
+    class Concave(nn.Module):
+        def forward(self, out, target):
+            return -(out - target).square().mean()
+
+    model, lossfunc = extend(mlp().double()), extend(Concave())
+    with pytest.raises(ValueError, match="not positive semidefinite"), backpack(DiagGGNExact()):
+        lossfunc(model(values(4, 4)), values(4, 3)).backward()
+    with backpack(BatchGrad()):  # nothing is left half-done
+        lossfunc(model(values(4, 4)), values(4, 3)).backward()
+
+
+def test_a_loss_that_couples_samples_is_refused():
+    class Coupled(nn.Module):
+        def forward(self, out, target):
+            return (out.sum(0) - target.sum(0)).square().sum()
+
+    model, lossfunc = extend(mlp().double()), extend(Coupled())
+    with pytest.raises(ValueError, match="couples the samples"), backpack(DiagGGNExact()):
+        lossfunc(model(values(4, 4)), values(4, 3)).backward()
+
+
+def test_a_rescaled_loss_warns_and_ignores_the_factor():
+    model, X, lossfunc, y = make("mlp", "cross_entropy")
+    with backpack(DiagGGNExact()):
+        lossfunc(model(X), y).backward()
+    expected = [p.diag_ggn_exact for p in model.parameters()]
+    with pytest.warns(UserWarning, match="factor"), backpack(DiagGGNExact()):
+        (2 * lossfunc(model(X), y)).backward()
+    assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_results_are_differentiable():
+    model, X, lossfunc, y = make("mlp", "cross_entropy")
+    parameters = list(model.parameters())
+    with backpack(DiagGGNExact()), warnings.catch_warnings():
+        torch.autograd.grad(lossfunc(model(X), y), parameters, create_graph=True)
+    found = torch.autograd.grad(sum(p.diag_ggn_exact.sum() for p in parameters), parameters)
+
+    def trace(*weights):
+        out = torch.func.functional_call(model, dict(zip(dict(model.named_parameters()), weights, strict=True)), X)
+        p = out.softmax(1)
+        root = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
+        total = 0
+        for column in root.unbind(2):
+            for n in range(4):
+                grads = torch.autograd.grad(out[n], weights, column[n] / 2, create_graph=True)
+                total = total + sum(g.square().sum() for g in grads)
+        return total
+
+    truth = torch.autograd.grad(trace(*parameters), parameters)
+    assert all(close(f, t, 1e-6) for f, t in zip(found, truth, strict=True))
