@@ -133,7 +133,7 @@ def test_extension_hook_sees_each_leaf_once_in_backward_order_with_its_results()
         seen = []
 
         def hook(module):
-            seen.append(type(module).__name__)
+            seen.append(type(module).__name__)  # noqa: B023
             for parameter in module.parameters():
                 for extension in extensions:  # noqa: B023
                     delattr(parameter, extension.savefield)  # and thereby free its memory
@@ -184,10 +184,12 @@ def test_other_losses_follow_autograd():
     model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss(reduction="none")), batch()
     with backpack(BatchGrad()):
         (3 * lossfunc(model(X), y).sum()).backward()
-    each = [
-        torch.autograd.grad(3 * lossfunc(model(x[None]), t[None]).sum(), [*model.parameters()]) for x, t in zip(X, y)
-    ]
-    assert all(close(p.grad_batch, torch.stack(g)) for p, g in zip(model.parameters(), zip(*each), strict=True))
+    expected = []
+    for x, label in zip(X, y, strict=True):
+        loss = 3 * lossfunc(model(x[None]), label[None]).sum()
+        expected.append(torch.autograd.grad(loss, list(model.parameters())))
+    for parameter, grads in zip(model.parameters(), zip(*expected, strict=True), strict=True):
+        assert close(parameter.grad_batch, torch.stack(grads))
 
 
 def test_two_calls_of_the_model_are_joined():
@@ -245,9 +247,8 @@ def test_after_an_exception_in_the_backward_pass_all_is_as_before(error):
             raise error
 
     for extensions in ([BatchGrad()], [DiagGGNExact()], [BatchGrad(), DiagGGNExact()]):
-        with backpack(*extensions, extension_hook=fail):
-            with pytest.raises(error):
-                lossfunc(model(X), y).backward()
+        with backpack(*extensions, extension_hook=fail), pytest.raises(error):
+            lossfunc(model(X), y).backward()
         assert right(model, X)
 
 
