@@ -96,7 +96,11 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model(), X, torch.randint(classes, (n,))
 
 
+PLAIN = "plain"
+"""No extended module at all: what the noise between two plain gradients is."""
+
 QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
+    PLAIN: [],
     "nothing": [],
     "BatchGrad": [("BatchGrad", {})],
     "BatchL2Grad": [("BatchL2Grad", {})],
