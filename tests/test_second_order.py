@@ -276,3 +276,12 @@ def test_results_are_differentiable():
 
     truth = torch.autograd.grad(trace(*parameters), parameters)
     assert all(close(f, t, 1e-6) for f, t in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("lossfunc", [nn.NLLLoss(), nn.L1Loss()])
+def test_a_loss_that_is_linear_in_its_input_warns_of_zeros(lossfunc):
+    model, linear = extend(nn.Sequential(mlp(), nn.LogSoftmax(1)).double()), extend(lossfunc)
+    target = LABELS if isinstance(lossfunc, nn.NLLLoss) else values(4, 3)
+    with pytest.warns(UserWarning, match="linear in its input"), backpack(DiagGGNExact()):
+        linear(model(values(4, 4)), target).backward()
+    assert not any(p.diag_ggn_exact.any() for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -40,7 +41,14 @@ from backpack.samples import Layout
 def elementwise(
     loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
-    return Diagonal(_second_derivative(loss, input, layout, args, kwargs, outer))
+    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
+    if not hessian.any():
+        warnings.warn(
+            f"{type(loss).__name__} is linear in its input here: its Hessian and all second-order results are zero. "
+            f"For a classifier, use CrossEntropyLoss on the logits instead of NLLLoss on their log-softmax.",
+            stacklevel=2,
+        )
+    return Diagonal(hessian)
 
 
 @root_of(MSELoss)
