@@ -4,6 +4,7 @@
 ``p.grad_batch`` on each parameter. The package, from the outside in:
 
 - ``context``: what users call.
+- ``dataset``: the quantities of a whole data set.
 - ``extensions``: the quantities, one a file.
 - ``engine``: the backward pass; ``recorder``: the forward pass.
 - ``operations``: how PyTorch's functions use their parameters, one family a file.
@@ -15,8 +16,10 @@
 
 from backpack import extensions
 from backpack.context import backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
+from backpack.dataset import accumulate
 
 __all__ = [
+    "accumulate",
     "backpack",
     "convert_module_to_backpack",
     "disable",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
 
+from backpack.extensions.merging import Joined, Merging
 from backpack.samples import Subset
 from backpack.uses import Individual
 
@@ -30,6 +32,10 @@ class BackpropExtension:
     needs_all_parameters = False
     reads: tuple[str, ...] = ()
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
+    batches: Merging | Joined | None = None
+    """How results of batches become that of a data set; ``None``: they can't."""
+    fixes_scale = False
+    """Whether what is computed of a batch depends on the scale of the whole data set's loss."""
 
     def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
         if savefield is not None:
@@ -39,6 +45,21 @@ class BackpropExtension:
     def get_subsampling(self) -> Any:
         """The samples that contribute, as they were given; ``None`` for all."""
         return self.subset.given
+
+    def on_batch(self, rows: list[int] | None, factor: float) -> BackpropExtension:
+        """What to compute of one batch of a data set, whose results are merged as its ``batches`` says.
+
+        Args:
+            rows: The samples of the batch that contribute.
+            factor: With which the batch's loss enters that of the data set.
+        """
+        part = copy.copy(self)
+        part.subset = Subset(rows)
+        return part
+
+    def of_whole(self, merged: Any) -> Any:
+        """The result for a data set, from what its batches' results were merged to."""
+        return merged
 
     def compute(self, grads: Individual) -> Any:
         """The result for one parameter, from its individual gradients."""

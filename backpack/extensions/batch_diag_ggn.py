@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
+from backpack.extensions.merging import Joined
 from backpack.uses import Individual
 
 
@@ -19,6 +20,7 @@ class BatchDiagGGNExact(CurvatureExtension):
 
     savefield = "diag_ggn_exact_batch"
     reads = ("sample_squares",)
+    batches = Joined(1)
 
     def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
         super().__init__(subsampling=subsampling, chunk_size=chunk_size)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.batch_grad import BatchGrad
 from backpack.uses import Individual
 
 
@@ -14,7 +15,8 @@ class BatchDotGrad(BackpropExtension):
     """Pairwise dot products of the individual gradients, ``batch_dot`` of shape ``[N, N]``, per parameter.
 
     Of the gradients as ``BatchGrad`` scales them; the diagonal is ``batch_l2``. The sum over all parameters is the
-    Gram matrix of the gradients (the empirical neural tangent kernel of the loss).
+    Gram matrix of the gradients (the empirical neural tangent kernel of the loss). Over a data set, individual
+    gradients of all samples are kept until the end.
     """
 
     savefield = "batch_dot"
@@ -24,3 +26,12 @@ class BatchDotGrad(BackpropExtension):
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dots(grads)[0, :, 0]
+
+    def on_batch(self, rows: list[int] | None, factor: float) -> BatchGrad:
+        part = BatchGrad(rows)
+        part.savefield = self.savefield
+        return part
+
+    def of_whole(self, merged: Tensor) -> Tensor:
+        flat = merged.flatten(1)
+        return flat @ flat.T

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Joined
 from backpack.uses import Individual
 
 
@@ -20,6 +21,7 @@ class BatchGrad(BackpropExtension):
 
     savefield = "grad_batch"
     reads = ("dense",)
+    batches = Joined(1)
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Joined
 from backpack.uses import Individual
 
 
@@ -19,6 +20,7 @@ class BatchL2Grad(BackpropExtension):
 
     savefield = "batch_l2"
     reads = ("norms",)
+    batches = Joined(2)
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Summed
 from backpack.uses import Individual
 
 
@@ -27,6 +28,8 @@ class ClippedGrad(BackpropExtension):
     savefield = "grad_clipped"
     reads = ("norms",)
     needs_all_parameters = True
+    batches = Summed(1)
+    fixes_scale = True
 
     def __init__(self, max_norm: float, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)
@@ -43,3 +46,8 @@ class ClippedGrad(BackpropExtension):
 
     def compute_jointly(self, grads: Individual, joint: Tensor) -> Tensor:
         return grads.scaled(joint).total()
+
+    def on_batch(self, rows: list[int] | None, factor: float) -> ClippedGrad:
+        part = ClippedGrad(self.max_norm / factor, rows)
+        part.savefield = self.savefield
+        return part

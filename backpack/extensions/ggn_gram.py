@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
+from backpack.extensions.sqrt_ggn import SqrtGGNExact
 from backpack.uses import Individual
 
 
@@ -15,7 +16,8 @@ class GGNGram(CurvatureExtension):
     """Gram matrix ``V^T V`` of the GGN's root ``V``, ``ggn_gram`` of shape ``[C * N, C * N]``, per parameter.
 
     Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them. The sum over parameters
-    (``total``) has the nonzero eigenvalues of the GGN (Dangel, Tatzel & Hennig, 2022, section 3).
+    (``total``) has the nonzero eigenvalues of the GGN (Dangel, Tatzel & Hennig, 2022, section 3). Over a data set, the
+    columns of all samples are kept until the end.
     """
 
     savefield = "ggn_gram"
@@ -27,6 +29,17 @@ class GGNGram(CurvatureExtension):
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dots(grads).flatten(2, 3).flatten(0, 1)
+
+    def on_batch(self, rows: list[int] | None, factor: float) -> SqrtGGNExact:
+        part = SqrtGGNExact(rows)
+        part.savefield = self.savefield
+        return part
+
+    def of_whole(self, merged: Tensor) -> Tensor:
+        columns, samples = merged.shape[:2]
+        flat = merged.movedim(1, 0).flatten(0, 1).flatten(1)  # in the order in which they are stored: no copy
+        gram = (flat @ flat.T).unflatten(0, (samples, columns)).unflatten(2, (samples, columns))
+        return gram.permute(1, 0, 3, 2).reshape(columns * samples, -1)
 
     @staticmethod
     def total(parameters: Iterable[Tensor]) -> Tensor:

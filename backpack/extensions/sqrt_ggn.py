@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import Concatenated
+from backpack.extensions.merging import Joined
 from backpack.uses import Individual
 
 
@@ -20,6 +21,7 @@ class SqrtGGNExact(Concatenated):
 
     savefield = "sqrt_ggn_exact"
     reads = ("dense",)
+    batches = Joined(0.5, axis=1)
     seeds = "documented"
 
     def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:

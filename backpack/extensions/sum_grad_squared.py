@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Summed
 from backpack.uses import Individual
 
 
@@ -19,6 +20,7 @@ class SumGradSquared(BackpropExtension):
 
     savefield = "sum_grad_squared"
     reads = ("sum_squares",)
+    batches = Summed(2)
 
     def __init__(self, subsampling: Any = None) -> None:
         super().__init__(subsampling=subsampling)

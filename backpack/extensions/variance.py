@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Moments
 from backpack.uses import Individual
 
 
@@ -26,3 +27,17 @@ class Variance(BackpropExtension):
     def compute(self, grads: Individual) -> Tensor:
         n = grads.size[1]
         return (grads.sum_squares() / n - (grads.total() / n).square()).clamp(min=0)
+
+    def on_batch(self, rows: list[int] | None, factor: float) -> _MeanAndVariance:
+        part = _MeanAndVariance(rows)
+        part.savefield = self.savefield
+        return part
+
+
+class _MeanAndVariance(Variance):
+    """The variance with the mean, from which that of several batches follows."""
+
+    batches = Moments()
+
+    def compute(self, grads: Individual) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grads.total() / grads.size[1], super().compute(grads)

@@ -1,0 +1,122 @@
+"""Where the results of batches are kept until all have come."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.dataset.processes import Processes
+from backpack.extensions.merging import Merging
+
+
+@dataclass(eq=False)
+class Sums:
+    """The merged results of one extension for one parameter."""
+
+    merging: Merging
+    state: list[Tensor] = field(default_factory=list)
+
+    def add(self, result: Any, factor: float, samples: int, device: torch.device | None) -> None:
+        """Merge the result of one more batch."""
+        state = [part if device is None else part.to(device) for part in self.merging.state(result, factor, samples)]
+        if self.state:
+            self.merging.merge(self.state, state)
+        else:
+            self.state = [part.clone() for part in state]  # a result may share its memory
+
+    def reduce(self, processes: Processes) -> None:
+        """Merge with those of the other processes."""
+        known = next(s for s in processes.all_objects([(p.shape, p.dtype, p.device) for p in self.state]) if s)
+        own = self.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in known]
+        self.state = self.merging.reduce(own, processes.all_sum)
+
+
+@dataclass(eq=False)
+class Rows:
+    """Results of single samples in memory: ``places`` says which samples they are."""
+
+    chunks: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
+
+    def add(self, rows: Tensor, places: Tensor, device: torch.device | None) -> None:
+        """Keep those of one more batch."""
+        self.chunks.append(rows if device is None else rows.to(device))
+        self.places.append(places)
+
+    def pack(self) -> tuple[Tensor, Tensor]:
+        """As one tensor each."""
+        if len(self.chunks) > 1:
+            self.chunks, self.places = [torch.cat(self.chunks)], [torch.cat(self.places)]
+        return self.chunks[0], self.places[0]
+
+    def gather(self, processes: Processes) -> None:
+        """Fetch those of the other processes."""
+        own = self.pack() if self.chunks else None
+        shape, dtype, device = next(
+            s for s in processes.all_objects(own and (own[0].shape[1:], own[0].dtype, own[0].device)) if s
+        )
+        rows, places = own or (torch.zeros(0, *shape, dtype=dtype, device=device), torch.zeros(0, dtype=torch.int64))
+        self.chunks, self.places = [processes.all_rows(rows)], [processes.all_rows(places)]
+
+    def finish(self, order: Tensor) -> Tensor:
+        """Those of the samples at the places ``order``; zero where nothing came."""
+        rows, places = self.pack()
+        self.chunks.clear()
+        if torch.equal(places, order):
+            return rows
+        where = torch.full((int(order.max()) + 1,), -1)
+        where[order] = torch.arange(len(order))
+        result = rows.new_zeros(len(order), *rows.shape[1:])
+        result[where[places].to(rows.device)] = rows
+        return result
+
+
+@dataclass(eq=False)
+class FileRows:
+    """Results of single samples in a file of NumPy's format, written at their places as they come."""
+
+    path: Path
+    count: int
+    file: Any = None
+
+    def add(self, rows: Tensor, places: Tensor, device: torch.device | None) -> None:
+        """Write those of one more batch."""
+        import numpy
+
+        values = rows.to("cpu", torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype).numpy()
+        if self.file is None:
+            self.file = self._open(numpy, values)
+        self.file[places.numpy()] = values
+
+    def _open(self, numpy: Any, values: Any) -> Any:
+        """Several processes may do so at a time: all write the same header, and no one shortens the file."""
+        shape = (self.count, *values.shape[1:])
+        header = {"descr": numpy.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": shape}
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            numpy.lib.format.write_array_header_1_0(file, header)
+            start = file.tell()
+            size = max(1, values[:1].nbytes * self.count)
+            try:
+                os.posix_fallocate(file.fileno(), 0, start + size)  # a full disk is an error now, not a crash later
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"There is no room for the {size:,} bytes of {self.path}: {error.strerror}"
+                ) from error
+        return numpy.memmap(self.path, values.dtype, "r+", start, shape)
+
+    def flush(self) -> None:
+        """Have the system write what it holds back."""
+        if self.file is not None:
+            self.file.flush()
+
+    def finish(self) -> Tensor:
+        """The file, as a tensor."""
+        import numpy
+
+        self.flush()
+        return torch.from_numpy(numpy.load(self.path, mmap_mode="r+"))

@@ -1,0 +1,162 @@
+"""How the results of batches become that of all their samples as one batch.
+
+The loss of the whole is the sum over batches of ``factor`` times the batch's own loss, and a result of ``degree``
+``d`` is ``c^d`` times as large for ``c`` times the loss. States are lists of tensors, so that they can be stored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AllSum = Callable[[Tensor], Tensor]
+"""Returns the sum of a tensor over all processes."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In a data type in which many terms can be added."""
+    return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+class Merging(ABC):
+    """One way to merge; the state of a part of the data is a list of tensors."""
+
+    @abstractmethod
+    def state(self, result: Any, factor: float, samples: int) -> list[Tensor]:
+        """That of a batch whose loss enters with ``factor`` and whose ``samples`` contribute."""
+
+    @abstractmethod
+    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
+        """Add another part to a state, in place."""
+
+    @abstractmethod
+    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
+        """The state of all processes' data, from that of one."""
+
+    @abstractmethod
+    def finish(self, state: list[Tensor], factor: float, samples: int) -> Any:
+        """The result, with a last factor of the loss; ``samples`` counts those of parts without a result as well."""
+
+    @abstractmethod
+    def scale(self, result: Any, factor: float) -> Any:
+        """The result for ``factor`` times the loss."""
+
+
+@dataclass(frozen=True)
+class Summed(Merging):
+    """A sum over samples."""
+
+    degree: float
+
+    def state(self, result: Tensor, factor: float, samples: int) -> list[Tensor]:
+        return [self.scale(wide(result.detach()), factor)]
+
+    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
+        state[0] += other[0]
+
+    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
+        return [all_sum(state[0])]
+
+    def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
+        return self.scale(state[0], factor)
+
+    def scale(self, result: Tensor, factor: float) -> Tensor:
+        return result if factor == 1 else result * factor**self.degree
+
+
+@dataclass(frozen=True)
+class Averaged(Summed):
+    """A mean over samples, without the scale of the loss."""
+
+    degree: float = 0.0
+
+    def state(self, result: Tensor, factor: float, samples: int) -> list[Tensor]:
+        return [wide(result.detach()) * samples]
+
+    def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
+        return state[0] / samples
+
+
+@dataclass(frozen=True)
+class Listed(Merging):
+    """A list of results, each with its own way (or of fewer results)."""
+
+    parts: tuple[Summed, ...]
+
+    def state(self, result: list[Tensor], factor: float, samples: int) -> list[Tensor]:
+        return [part.state(own, factor, samples)[0] for part, own in zip(self.parts, result, strict=False)]
+
+    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
+        for own, more in zip(state, other, strict=True):
+            own += more
+
+    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
+        return [all_sum(own) for own in state]
+
+    def finish(self, state: list[Tensor], factor: float, samples: int) -> list[Tensor]:
+        return [part.finish([own], factor, samples) for part, own in zip(self.parts, state, strict=False)]
+
+    def scale(self, result: list[Tensor], factor: float) -> list[Tensor]:
+        return [part.scale(own, factor) for part, own in zip(self.parts, result, strict=False)]
+
+
+@dataclass(frozen=True)
+class Moments(Merging):
+    """A population variance, from pairs ``(mean, variance)`` (Chan, Golub & LeVeque, 1979, eq. 2.1).
+
+    The state is the number of samples, their mean, and the sum of their squared deviations.
+    """
+
+    def state(self, result: tuple[Tensor, Tensor], factor: float, samples: int) -> list[Tensor]:
+        mean, variance = (wide(moment.detach()) for moment in result)
+        return [torch.tensor(samples, dtype=torch.float64), mean * factor, variance * (factor**2 * samples)]
+
+    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
+        (n, mean, deviation), (m, mean_, deviation_) = state, other
+        before, more = n.item(), m.item()
+        difference = mean_ - mean
+        deviation += deviation_ + difference.square() * (before * more / (before + more))
+        mean += difference * (more / (before + more))
+        n += more
+
+    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
+        n, mean, deviation = state
+        total = all_sum(n.clone())
+        common = all_sum(mean * n.item()) / max(1.0, total.item())
+        return [total, common, all_sum(deviation + (mean - common).square() * n.item())]
+
+    def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
+        n = state[0].item()
+        if n < samples:  # of the others, the gradient is zero
+            state = [part.clone() for part in state]
+            zero = torch.zeros_like(state[1])
+            self.merge(state, [torch.tensor(samples - n, dtype=torch.float64), zero, zero])
+        return state[2] * (factor**2 / samples)
+
+    def scale(self, result: Tensor, factor: float) -> Tensor:
+        return result if factor == 1 else result * factor**2
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Results of single samples, along ``axis``."""
+
+    degree: float
+    axis: int = 0
+
+    def rows(self, result: Tensor, factor: float) -> Tensor:
+        """``[samples, ...]`` of a batch whose loss enters with ``factor``."""
+        return self.scale(result.detach(), factor).movedim(self.axis, 0)
+
+    def finish(self, rows: Tensor, factor: float) -> Tensor:
+        """The result, from the rows of all samples and a last factor of the loss."""
+        return self.scale(rows, factor).movedim(0, self.axis)
+
+    def scale(self, result: Tensor, factor: float) -> Tensor:
+        """The result for ``factor`` times the loss."""
+        return result if factor == 1 else result * factor**self.degree

@@ -1,0 +1,80 @@
+"""What the mean of a loss divides by: the number of its entries, or the sum of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    GaussianNLLLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    Module,
+    MSELoss,
+    NLLLoss,
+    PoissonNLLLoss,
+    SmoothL1Loss,
+    SoftMarginLoss,
+)
+
+COUNTS: dict[type[Module], Callable[[Any, Tensor, Tensor], float]] = {}
+"""Loss module to the function of the module, its input and its target that returns what its mean divides by."""
+
+
+def counts(*losses: type[Module]) -> Callable[[Callable[[Any, Tensor, Tensor], float]], Any]:
+    """Register the function that follows for these losses."""
+
+    def register(function: Callable[[Any, Tensor, Tensor], float]) -> Any:
+        COUNTS.update(dict.fromkeys(losses, function))
+        return function
+
+    return register
+
+
+def denominator(loss: Module, output: Tensor, target: Any) -> float:
+    """By what a loss divides the sum over its entries; 1 for a sum. Zero where no entry counts.
+
+    Raises:
+        ValueError: The loss is not reduced, or how its mean is formed is not known.
+    """
+    reduction = getattr(loss, "reduction", None)
+    if reduction == "sum":
+        return 1.0
+    for cls in type(loss).__mro__:
+        if cls in COUNTS and cls.forward is type(loss).forward and reduction in ("mean", "batchmean"):
+            return COUNTS[cls](loss, output, target)
+    raise ValueError(
+        f"How {type(loss).__name__} (reduction={reduction!r}) divides the sum over its samples is not known. For a "
+        f"mean, pass denominator=function to accumulate(): it returns for a batch what is divided by, such as the "
+        f"number of samples. For a sum, give the loss an attribute reduction='sum'."
+    )
+
+
+@counts(CrossEntropyLoss, NLLLoss)
+def weights_of_targets(loss: Any, output: Tensor, target: Tensor) -> float:
+    """The sum of the targets' class weights; of targets that are probabilities, their number."""
+    if target.is_floating_point():
+        return target.numel() / target.shape[min(1, target.dim() - 1)]
+    counted = target != loss.ignore_index
+    if loss.weight is None:
+        return float(counted.sum())
+    return float((loss.weight.double()[target.where(counted, target.new_zeros(()))] * counted).sum())
+
+
+@counts(BCELoss, BCEWithLogitsLoss, GaussianNLLLoss, HuberLoss, L1Loss, MSELoss, PoissonNLLLoss, SmoothL1Loss)
+@counts(SoftMarginLoss)
+def entries(loss: Any, output: Tensor, target: Tensor) -> float:
+    """The number of entries."""
+    return float(torch.broadcast_shapes(output.shape, target.shape).numel())
+
+
+@counts(KLDivLoss)
+def divergences(loss: Any, output: Tensor, target: Tensor) -> float:
+    """The number of entries, or that of samples."""
+    return float(len(output)) if loss.reduction == "batchmean" else entries(loss, output, target)

@@ -1,0 +1,311 @@
+"""What is computed for a data set is what one giant batch would give."""
+
+import copy
+
+import numpy
+import pytest
+import torch
+from dataset_truth import flat, giant, parameters_of, problem
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
+from truth import close
+
+from backpack import accumulate, backpack
+from backpack.extensions import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    GGNGram,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.losses.base import Diagonal
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+def all_extensions(bound, rows=None):
+    return [
+        BatchGrad(rows),
+        BatchL2Grad(rows),
+        SumGradSquared(rows),
+        Variance(rows),
+        BatchDotGrad(rows),
+        ClippedGrad(bound, rows),
+        DiagGGNExact(rows),
+        BatchDiagGGNExact(rows),
+        SqrtGGNExact(rows),
+        GGNGram(rows),
+    ]
+
+
+def bound_of(truth):
+    return 0.7 * float(
+        torch.stack([flat(g, 1).square().sum(1) for g in truth["individual"].values()]).sum(0).sqrt().mean()
+    )
+
+
+def check(found, truth, bound, model):
+    """All extensions of ``all_extensions``, against individual gradients and roots of one giant batch."""
+    assert close(found.loss, truth["loss"])
+    norms = torch.stack([flat(g, 1).square().sum(1) for g in truth["individual"].values()]).sum(0).sqrt()
+    for name, parameter in parameters_of(model).items():
+        g, v = truth["individual"][name], truth["roots"][name]
+        assert close(found.grad[name], truth["grad"][name], g.abs().max())
+        assert parameter.grad is None
+        expected = {
+            "grad_batch": g,
+            "batch_l2": flat(g, 1).square().sum(1),
+            "sum_grad_squared": g.square().sum(0),
+            "variance": (g - g.mean(0)).square().mean(0),
+            "batch_dot": flat(g, 1) @ flat(g, 1).T,
+            "grad_clipped": torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g),
+            "diag_ggn_exact": v.square().sum((0, 1)),
+            "diag_ggn_exact_batch": v.square().sum(0),
+        }
+        for field, value in expected.items():
+            size = g.abs().max() if field == "grad_clipped" else g.square().max() if "dot" in field else 0
+            assert close(found[field][name], value, size), (name, field)
+            assert getattr(parameter, field) is found[field][name]
+        s = found["sqrt_ggn_exact"][name]
+        # Roots of one matrix differ by a rotation of each sample's columns, which a sample's own products do not see.
+        for k in range(s.shape[1]):
+            assert close(s[:, k].flatten(1).T @ s[:, k].flatten(1), v[:, k].flatten(1).T @ v[:, k].flatten(1), 1e-3)
+        assert close(found["ggn_gram"][name], flat(s, 2) @ flat(s, 2).T)
+
+
+def targets(kind, n=11):
+    if kind == "mse":
+        return torch.randn(n, 3, dtype=torch.float64)
+    if kind == "bce":
+        return torch.rand(n, 3, dtype=torch.float64).round()
+    y = torch.arange(n) % 3
+    if kind == "ignored":
+        y[4:8] = -100  # a whole batch
+        y[1] = -100
+    return y
+
+
+LOSSES = {
+    "mean": (nn.CrossEntropyLoss(), lambda y: len(y)),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), lambda y: 1),
+    "weighted": (nn.CrossEntropyLoss(weight=WEIGHT), lambda y: float(WEIGHT[y].sum())),
+    "ignored": (
+        nn.CrossEntropyLoss(weight=WEIGHT),
+        lambda y: float(sum(WEIGHT[label] for label in y.tolist() if label != -100)),
+    ),
+    "mse": (nn.MSELoss(), lambda y: y.numel()),
+    "bce": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), lambda y: y.numel()),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("rows", [None, [7, 2, -1, 2]])
+def test_results_equal_one_giant_batch(kind, rows):
+    lossfunc, divided = LOSSES[kind]
+    model, lossfunc, X, _ = problem(copy.deepcopy(lossfunc))
+    y = targets(kind)
+    truth = giant(model, lossfunc, X, y, divided(y), rows)
+    bound = bound_of(truth)
+    data = DataLoader(TensorDataset(X, y), batch_size=4)
+    found = accumulate(model, lossfunc, data, *all_extensions(bound, rows))
+    assert found.samples == 11
+    check(found, truth, bound, model)
+
+
+def test_without_knowing_the_whole_beforehand_the_result_is_the_same():
+    """An iterable of unknown length, read once."""
+    model, lossfunc, X, y = problem()
+    truth = giant(model, lossfunc, X, y, 11)
+    reads = []
+
+    def batches():
+        reads.append(1)
+        yield from zip(X.split(4), y.split(4), strict=True)
+
+    found = accumulate(model, lossfunc, batches(), Variance(), BatchGrad(), DiagGGNExact())
+    assert reads == [1]
+    for name, g in truth["individual"].items():
+        assert close(found["grad_batch"][name], g) and close(found["variance"][name], g.var(0, correction=0))
+        assert close(found["diag_ggn_exact"][name], truth["roots"][name].square().sum((0, 1)))
+
+
+@pytest.mark.parametrize("rows", [None, [7, 2, -1, 2]])
+def test_results_of_samples_are_streamed_to_files_in_the_order_of_the_data(rows, tmp_path):
+    model, lossfunc, X, y = problem()
+    truth = giant(model, lossfunc, X, y, 11, rows)
+    bound = bound_of(truth)
+    data = DataLoader(TensorDataset(X, y), batch_size=4)
+    found = accumulate(model, lossfunc, data, *all_extensions(bound, rows), stream=tmp_path / "new" / "results")
+    check(found, truth, bound, model)
+    files = sorted(path.name for path in (tmp_path / "new" / "results").iterdir())
+    assert "grad_batch.0.weight.npy" in files and len(files) == 6 * 4
+    stored = numpy.load(tmp_path / "new" / "results" / "sqrt_ggn_exact.0.weight.npy")
+    assert torch.equal(torch.from_numpy(stored).movedim(0, 1), found["sqrt_ggn_exact"]["0.weight"])
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_batch(tmp_path):
+    model, lossfunc, X, y = problem()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        accumulate(model, lossfunc, [(X, y)], BatchGrad(), stream=tmp_path / "file")
+
+
+@pytest.mark.parametrize("extension", [DiagGGNMC(3), SqrtGGNMC(3), BatchDiagGGNMC(3)])
+def test_sampled_quantities_are_those_of_the_draws(extension, monkeypatch):
+    """With draws that do not depend on the batch, batches and one giant batch see the same ones."""
+
+    def draw(self):
+        return torch.arange(self.scale.shape[1]).cos().sign() * self.scale
+
+    monkeypatch.setattr(Diagonal, "sampled", draw)
+    model, _, X, _ = problem()
+    lossfunc, y = nn.MSELoss(), targets("mse")
+    whole = accumulate(model, lossfunc, [(X, y)], extension)[extension.savefield]
+    with backpack(extension):
+        lossfunc(model(X), y).backward()
+    for name, parameter in model.named_parameters():
+        assert close(whole[name], getattr(parameter, extension.savefield))
+    parts = accumulate(model, lossfunc, list(zip(X.split(4), y.split(4), strict=True)), extension)
+    assert all(close(parts[extension.savefield][name], whole[name]) for name in whole)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, extra=None):
+        return {"hidden": None, "logits": self.linear(x) + extra["shift"][0]}
+
+
+@pytest.mark.parametrize("form", ["mapping", "pair of mapping", "pair of tuple", "own", "user mapping"])
+def test_batches_of_any_form_are_understood(form):
+    torch.manual_seed(0)
+    model, lossfunc = Two().double(), nn.CrossEntropyLoss()
+    X, shift, y = torch.randn(5, 4).double(), torch.randn(5, 3).double(), torch.tensor([0, 2, 1, 1, 0])
+    forward = None
+
+    def batch(rows):
+        extra = {"shift": (shift[rows],)}
+        if form == "mapping":
+            return {"x": X[rows], "extra": extra, "labels": y[rows]}
+        if form == "user mapping":
+            return BatchEncoding({"x": X[rows], "extra": extra, "labels": y[rows]})
+        if form == "pair of mapping":
+            return {"x": X[rows], "extra": extra}, y[rows]
+        if form == "pair of tuple":
+            return [(X[rows], extra), y[rows]]
+        return X[rows], extra, y[rows], "id"
+
+    if form == "own":
+
+        def forward(model, batch):
+            return model(batch[0], extra=batch[1])["logits"], batch[2]
+
+    found = accumulate(model, lossfunc, [batch(slice(0, 3)), batch(slice(3, 5))], BatchGrad(), forward=forward)
+    truth = [
+        torch.autograd.grad(
+            lossfunc(model(X[[k]], {"shift": (shift[[k]],)})["logits"], y[[k]]) / 5, model.linear.weight
+        )
+        for k in range(5)
+    ]
+    assert close(found["grad_batch"]["linear.weight"], torch.cat([g[None] for (g,) in truth]))
+
+
+class Sometimes(nn.Module):
+    """Uses its second layer for batches with a positive first entry only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.first(x) + (self.second(x) if x[0, 0] > 0 else 0)
+
+
+def test_a_parameter_that_some_batches_do_not_use_has_zeros_for_their_samples():
+    torch.manual_seed(0)
+    model, lossfunc = Sometimes().double(), nn.MSELoss()
+    X, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    X[:, 0] = torch.tensor([1.0, 1, -1, -1, 1])
+    found = accumulate(model, lossfunc, [(X[:2], y[:2]), (X[2:4], y[2:4]), (X[4:], y[4:])], BatchGrad(), Variance())
+    for name, parameter in model.named_parameters():
+        grads = []
+        for k in range(5):
+            (grad,) = torch.autograd.grad(lossfunc(model(X[[k]]), y[[k]]) / 5, parameter, allow_unused=True)
+            grads.append(torch.zeros_like(parameter) if grad is None else grad)
+        g = torch.stack(grads)
+        assert close(found["grad_batch"][name], g) and close(found["variance"][name], g.var(0, correction=0))
+
+
+def test_gradients_that_are_there_stay():
+    model, lossfunc, X, y = problem()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    accumulate(model, lossfunc, [(X, y)], SumGradSquared())
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"lossfunc": nn.CrossEntropyLoss(reduction="none")}, ValueError, "reduction='none'"),
+        ({"lossfunc": nn.MultiMarginLoss()}, ValueError, "denominator=function"),
+        ({"dataloader": [torch.zeros(2, 4)]}, TypeError, "pair .inputs, targets.*forward="),
+        ({"dataloader": ["text"]}, TypeError, "no tensor"),
+        ({"dataloader": []}, ValueError, "empty"),
+        ({"extension": BatchGrad}, ValueError, "instances"),
+        ({"extension": BackpropExtension("own")}, ValueError, "no meaning for a data set"),
+        ({"extension": BatchGrad([11])}, IndexError, "11 is out of range for a batch of 11"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(change, error, words):
+    model, lossfunc, X, y = problem()
+    given = {"lossfunc": lossfunc, "dataloader": [(X, y)], "extension": BatchGrad(), **change}
+    with pytest.raises(error, match=words):
+        accumulate(model, given["lossfunc"], given["dataloader"], given["extension"])
+
+
+def test_a_batch_whose_first_tensor_is_another_than_the_models_is_refused():
+    model, lossfunc, X, y = problem()
+    with pytest.raises(ValueError, match="has 2 samples, but the model was called with"):
+        accumulate(
+            model,
+            lossfunc,
+            [(torch.zeros(2, 1), X, y)],
+            Variance(),
+            forward=lambda model, batch: (model(batch[1]), batch[2]),
+        )
+
+
+def test_a_loss_of_the_users_own_says_what_its_mean_divides_by():
+    class Own(nn.Module):
+        def forward(self, out, target):
+            return (out - target).square().sum(1).mean()
+
+    model, _, X, _ = problem()
+    y = targets("mse")
+    batches = list(zip(X.split(4), y.split(4), strict=True))
+    found = accumulate(model, Own(), batches, Variance(), DiagGGNExact(), denominator=lambda batch: len(batch[0]))
+    truth = giant(model, nn.MSELoss(), X, y, 11)
+    for name, g in truth["individual"].items():
+        assert close(found["variance"][name], g.var(0, correction=0))
+        assert close(found["diag_ggn_exact"][name], truth["roots"][name].square().sum((0, 1)))
+
+
+def test_nothing_is_printed_unless_there_is_a_terminal(capfd):
+    model, lossfunc, X, y = problem()
+    accumulate(model, lossfunc, [(X, y)] * 3, SumGradSquared())
+    assert capfd.readouterr() == ("", "")
+    accumulate(model, lossfunc, [(X, y)] * 3, SumGradSquared(), progress=True)
+    assert "/3 [" in capfd.readouterr().err
