@@ -9,9 +9,10 @@
 - ``engine``: the backward pass; ``recorder``: the forward pass.
 - ``operations``: how PyTorch's functions use their parameters, one family a file.
 - ``uses``: the few forms of such uses, and what can be computed of each.
+- ``passages``: what users' rules and hooks can read of the forward pass.
 - ``samples``: where samples lie in tensors, and subsets of them.
 - ``compat``: the few names of PyTorch that are not public.
-- ``utils``: helpers for users.
+- ``utils``, ``custom_module``, ``core``: helpers for users, under the original's names.
 """
 
 from backpack import extensions

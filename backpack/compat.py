@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch.autograd import Variable
+from torch.autograd.graph import Node
 
 
 def graph_task() -> int:
@@ -16,6 +17,11 @@ def graph_task() -> int:
 def graph_is_kept() -> bool:
     """Whether the running backward pass was started with ``retain_graph=True``."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def running_node() -> Node | None:
+    """The node of the graph whose hooks or function run on this thread."""
+    return torch._C._current_autograd_node()
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from torch.nn import Module, RNNBase
 
 from backpack.engine import HERE, Block
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
 from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
+from backpack.passages import forget
 
 M = TypeVar("M", bound=Module)
 
@@ -130,16 +131,12 @@ class CTX:
 
 
 def memory_cleanup(module: Module) -> None:
-    """Delete all results from the module's parameters."""
-    fields = {cls.savefield for cls in subclasses(BackpropExtension)}
+    """Delete all results from the module's parameters, and what a retained graph left readable on its submodules."""
     for parameter in module.parameters():
-        for field in fields & vars(parameter).keys():
+        for field in FIELDS & vars(parameter).keys():
             delattr(parameter, field)
-
-
-def subclasses(cls: type[BackpropExtension]) -> set[type[BackpropExtension]]:
-    """All classes derived from ``cls``."""
-    return {cls}.union(*(subclasses(child) for child in cls.__subclasses__()))
+    for child in module.modules():
+        forget(child)
 
 
 def convert_module_to_backpack(module: M, debug: bool) -> M:

@@ -23,6 +23,7 @@ class Arrival:
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in ``subset``."""
+        self.call.check()
         device = next(iter(self.grads.values())).device
         rows = self.call.rows(subset.rows(self.call.n, device))
         return self.use.arrive(self.grads, rows, shape, dtype)
@@ -75,7 +76,6 @@ class Delivery:
         uses = [(source, use) for source, use in call.uses if not source.void]
         if not uses:
             return []
-        call.check()
         found = self.grads[id(call)] = {place: grads}
         for source, use in uses:
             self.sources[id(source.tensor)] = source

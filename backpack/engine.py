@@ -8,7 +8,8 @@ active extensions ask for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -20,14 +21,31 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backpack.compat import graph_task, when_backward_ends
+from backpack.compat import graph_task, running_node, when_backward_ends
 from backpack.delivery import Contributions, Delivery
+from backpack.passages import Passage, serve
 from backpack.recorder import Call, Recording
 from backpack.samples import Subset
 from backpack.uses import Derived, Explicit, Individual
 
 
-class Quantity(Protocol):
+class Ruled(Protocol):
+    """What is needed to know of an extension that may have rules of users."""
+
+    rules: dict[type[Module], Any]
+
+    @property
+    def has_rules_only(self) -> bool:
+        """Whether nothing is computed but by rules."""
+
+    def rule_for(self, module: Module) -> Any:
+        """The user's rule for a module, if there is one."""
+
+    def missing(self, name: str) -> None:
+        """Say that there is none for the module of a parameter."""
+
+
+class Quantity(Ruled, Protocol):
     """What the engine needs to know of an extension."""
 
     savefield: str
@@ -55,8 +73,8 @@ class Receiver(Protocol):
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note the cotangents ``[v, ...]`` of one of a call's outputs."""
 
-    def module_passed(self, module: Module) -> None:
-        """The cotangent of a module without parameters has arrived."""
+    def module_passed(self, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
+        """The cotangents of a module's outputs have arrived."""
 
 
 class _Thread(threading.local):
@@ -93,6 +111,27 @@ def trainable(module: Module) -> list[Tensor]:
     return [p for p in module._parameters.values() if p is not None and p.requires_grad]
 
 
+def by_rule(extension: Ruled, parameter: Tensor) -> bool:
+    """Whether a user's rule computes the result of a parameter."""
+    if not extension.rules or parameter not in WATCHED:
+        return False
+    for module in WATCHED[parameter].owners:
+        rule = extension.rule_for(module)
+        if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
+            return True
+    return False
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """What happens inside is not recorded, nor delivered."""
+    HERE.muted, before = True, HERE.muted
+    try:
+        yield
+    finally:
+        HERE.muted = before
+
+
 @dataclass(eq=False)
 class Block:
     """One ``with backpack(...)``: its extensions, and what the running backward pass has delivered so far."""
@@ -107,18 +146,22 @@ class Block:
     seen: set[int] = field(default_factory=set)
     hooked: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
+    passages: dict[int, Passage] = field(default_factory=dict)
+    pulled: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    applied: set[tuple[int, int]] = field(default_factory=set)
     grad_mode: bool = False
     loss_seen: bool = False
 
     def __post_init__(self) -> None:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
         self.second_order: list[Any] = [extension for extension in self.extensions if extension.seeds is not None]
+        self.with_rules = [extension for extension in self.extensions if extension.rules]
 
     def clear(self) -> None:
         """Forget what a backward pass delivered."""
         self.delivery.clear()
         self.postponed.clear()
-        for store in (self.seen, self.hooked, self.finished):
+        for store in (self.seen, self.hooked, self.finished, self.passages, self.pulled, self.applied):
             store.clear()
 
     def enter_pass(self) -> None:
@@ -133,17 +176,20 @@ class Block:
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note the cotangent of one of a call's outputs, ``[1, ...]``."""
         self.enter_pass()
+        self._check_loss()
+        self.seen.update(id(p) for source in call.sources for p in source.parameters)
+        for extension in self.first_order:
+            extension.subset.rows(call.n, grads.device)
+        if self.first_order:
+            self.delivery.receive(call, place, grads)
+
+    def _check_loss(self) -> None:
         if self.second_order and not self.loss_seen:
             names = ", ".join(type(extension).__name__ for extension in self.second_order)
             raise RuntimeError(
                 f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) "
                 f"before the forward pass, and call backward() on its output."
             )
-        self.seen.update(id(p) for source in call.sources for p in source.parameters)
-        for extension in self.first_order:
-            extension.subset.rows(call.n, grads.device)
-        if self.first_order:
-            self.delivery.receive(call, place, grads)
 
     def source_done(self, key: int) -> None:
         """Pull the individual gradients of a computed tensor on to its parameters; its graph is still there."""
@@ -151,15 +197,12 @@ class Block:
             return
         source = self.delivery.sources[key]
         contributions = self.delivery.fetch(source.tensor)
-        HERE.muted, before = True, HERE.muted
-        try:
+        with muted():
             for subset_key, subset in self._subsets().items():
                 grads = contributions.individual(subset)
                 for parameter in source.parameters:
                     pulled = Explicit(Derived(grads, source.tensor, parameter).dense())
                     self.delivery.derive(source, parameter, subset_key, pulled)
-        finally:
-            HERE.muted = before
 
     def _subsets(self) -> dict[Any, Subset]:
         return {extension.subset.key: extension.subset for extension in self.first_order}
@@ -182,13 +225,17 @@ class Block:
 
     def _compute(self, parameter: Tensor, name: str) -> None:
         contributions = self.delivery.fetch(parameter)
-        for extension in self.first_order:
+        extensions = [extension for extension in self.first_order if not by_rule(extension, parameter)]
+        for extension in extensions:
             vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
+            if extension.has_rules_only:
+                extension.missing(name)
+        extensions = [extension for extension in extensions if not extension.has_rules_only]
         views: dict[Any, Individual] = {}
-        for key, subset in self._subsets().items():
+        for key, subset in {extension.subset.key: extension.subset for extension in extensions}.items():
             views[key] = contributions.individual(subset)
-            views[key].prepare(name for e in self.first_order if e.subset.key == key for name in e.reads)
-        for extension in self.first_order:
+            views[key].prepare(name for e in extensions if e.subset.key == key for name in e.reads)
+        for extension in extensions:
             grads = views[extension.subset.key]
             if self.debug:
                 print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
@@ -205,16 +252,53 @@ class Block:
             if all(id(p) in finished for p in trainable(module)):
                 self.module_done(module)
 
-    def module_passed(self, module: Module) -> None:
-        """The cotangent of a module without parameters has arrived."""
+    def module_passed(self, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
+        """The cotangents of a module's outputs have arrived."""
         self.enter_pass()
-        self.module_done(module)
+        if self.retain_graph:
+            passage.leave()
+        for extension in self.with_rules:
+            rule = extension.rule_for(passage.module)
+            if rule is not None:
+                self._apply(extension, rule, passage, g_out)
+        if not trainable(passage.module):
+            self.module_done(passage.module, passage)
+        elif self.extension_hook is not None:
+            self.passages[id(passage.module)] = passage
 
-    def module_done(self, module: Module) -> None:
+    def _apply(self, extension: Quantity, rule: Any, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
+        """Let a user's rule compute the results of a module's parameters."""
+        self._check_loss()
+        module, key = passage.module, (id(extension), id(passage.module))
+        if key in self.applied:
+            raise RuntimeError(
+                f"{type(module).__name__} was called several times, and the results of {type(rule).__name__} for each "
+                f"call can't be joined. Call it once, or do without the rule: none is needed for any module."
+            )
+        self.applied.add(key)
+        g_inp = passage.gradients(running_node(), g_out)
+        columns = torch.cat(self.pulled.pop(key)) if key in self.pulled else None
+        with muted(), passage.served():
+            rule.check_hyperparameters_module_extension(extension, module, g_inp, g_out)
+            for name in rule.params:
+                parameter = module._parameters.get(name)
+                if parameter is None or not parameter.requires_grad:
+                    continue
+                if parameter in WATCHED and len(WATCHED[parameter].owners) > 1:
+                    raise RuntimeError(
+                        f"Parameter {name} of {type(module).__name__} belongs to several modules: the result of "
+                        f"{type(rule).__name__} can't be joined with that of the others. Do without the rule."
+                    )
+                self.seen.add(id(parameter))
+                value = getattr(rule, name)(extension, module, g_inp, g_out, columns)
+                setattr(parameter, extension.savefield, value)
+
+    def module_done(self, module: Module, passage: Passage | None = None) -> None:
         """Tell the user that a module has all its results."""
         if self.extension_hook is not None and id(module) not in self.hooked:
             self.hooked.add(id(module))
-            self.extension_hook(module)
+            with muted(), serve(passage or self.passages.pop(id(module), None)):
+                self.extension_hook(module)
 
     def _end_pass(self) -> None:
         """What no hook of a parameter has fetched, and what needs all parameters."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -22,6 +23,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from backpack.compat import graph_is_kept, unobserved
 from backpack.engine import HERE, WATCHED, Block, Watched, trainable
 from backpack.losses import ROOTS
+from backpack.passages import LEFT, Passage, forget, is_ruled
 from backpack.recorder import Call, Recording
 from backpack.seeds import MARK, LossCall, Origin, SeedPass, tap
 
@@ -44,7 +46,7 @@ def deliver(call: Call, place: int, out: Tensor) -> None:
         if HERE.muted or not kept:
             return
         if isinstance(HERE.inner, SeedPass):
-            tap(HERE.inner, kept[0], place, grad)
+            tap(HERE.inner, partial(HERE.inner.receive, kept[0], place), grad)
             return
         block = _block(home)
         if block is not None:
@@ -134,6 +136,7 @@ def attach(module: Module, batch_axis: int = 0) -> None:
 
 def detach(module: Module) -> None:
     """Take all hooks off one module and its parameters."""
+    forget(module)
     extended = EXTENDED.pop(module, None)
     for handle in extended.handles if extended is not None else ():
         handle.remove()
@@ -184,17 +187,19 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
                 _conclude(recording, module, args, kwargs, output)
             finally:
                 HERE.muted = False
-    if HERE.disabled or module._modules:
+    if HERE.disabled or HERE.muted or not torch.is_grad_enabled() or (module._modules and not is_ruled(module)):
         return
     with unobserved():
-        if trainable(module) or module not in EXTENDED:
-            return
+        if LEFT:
+            forget(module)
         leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad), None)
-        if tensor is not None:
-            if _is_loss(module, tensor):
-                _hook_loss(module, args, kwargs, tensor)
-            tensor.register_hook(_module_hook(module, HERE.blocks))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if tensors and module in EXTENDED:
+            loss = not module._modules and not trainable(module) and _is_loss(module, tensors[0])
+            if loss:
+                _hook_loss(module, args, kwargs, tensors[0])
+            keep = loss or is_ruled(module) or bool(HERE.blocks and HERE.blocks[-1].extension_hook)
+            _hook_passage(Passage.of(module, (*args, *kwargs.values()), output, tensors, keep), tensors)
 
 
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -253,10 +258,23 @@ def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
     output.register_hook(on_cotangent)
 
 
-def _module_hook(module: Module, home: list[Block]) -> Callable[[Tensor], None]:
-    def on_cotangent(grad: Tensor) -> None:
-        receiver = HERE.inner or _block(home)
-        if receiver is not None and not HERE.muted:
-            receiver.module_passed(module)
+def _hook_passage(passage: Passage, tensors: list[Tensor]) -> None:
+    """On what a module's outputs were computed by: what came in and out may be read when its cotangents arrive."""
+    home, kept, numbers = HERE.blocks, [passage], passage.outputs
 
-    return on_cotangent
+    def on_cotangents(grads: Any) -> None:
+        block = _block(home)
+        receiver = HERE.inner or block
+        if HERE.muted or not kept:
+            return
+        if receiver is not None:
+            receiver.module_passed(kept[0], grads)
+        if HERE.inner is None and not graph_is_kept() and not (block is not None and block.retain_graph):
+            kept.clear()
+
+    if len(tensors) == 1 or tensors[0].grad_fn is None:
+        tensors[0].register_hook(lambda grad: on_cotangents((grad,)))
+    else:  # those of several outputs arrive together, if one node computed them
+        node = tensors[0].grad_fn
+        numbers[:] = [t.output_nr for t in tensors if t.grad_fn is node]
+        node.register_prehook(lambda grads: on_cotangents(tuple(grads[number] for number in numbers)))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 from weakref import ref
 
@@ -21,10 +22,11 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.delivery import Delivery
-from backpack.engine import HERE, Block
+from backpack.engine import HERE, Block, Ruled, by_rule, trainable
 from backpack.looped import must_loop
 from backpack.losses import LossRoot, loss_root
-from backpack.recorder import Call, is_of_first_half
+from backpack.passages import Passage
+from backpack.recorder import Call, Source, is_of_first_half
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
@@ -33,7 +35,7 @@ BUDGET = 2**24
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
 
 
-class Curvature(Protocol):
+class Curvature(Ruled, Protocol):
     """What is needed to know of a second-order extension."""
 
     savefield: str
@@ -125,7 +127,7 @@ class LossCall:
             key = (extension.seeds, extension.mc_samples, extension.subset.key, extension.chunk_size, extension.whole)
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
-            last = place == len(groups) - 1 and not block.first_order
+            last = place == len(groups) - 1 and not block.first_order and not block.with_rules
             SeedPass(block, extensions, self, root, layout, found, last).run()
 
     def _check(self, outer: Tensor) -> None:
@@ -184,6 +186,7 @@ class SeedPass:
     results: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
     final: bool = False
     gathered: bool = False
+    selected: bool = False
     batched: bool = True
     count: int = 0
     finished: set[int] = field(default_factory=set)
@@ -196,7 +199,7 @@ class SeedPass:
         if rows is not None:
             own = self._selected(rows)
             if own is not None:
-                edge, select, self.subset = own, rows, Subset()
+                edge, select, self.subset, self.selected = own, rows, Subset(), True
                 self.found = list(origins(edge))
         self.uses = sum(unique(origin.uses for _, origin in self.found), Counter())
         targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
@@ -298,7 +301,7 @@ class SeedPass:
                 and source.tensor.grad_fn is None
                 and call.outputs == 1
             ):
-                self._compute(source.tensor)
+                self._compute(source)
 
     def _finish(self) -> None:
         """Parameters with several uses, and those behind computed tensors."""
@@ -310,15 +313,23 @@ class SeedPass:
                     derived = Derived(grads, source.tensor, parameter)
                     self.delivery.derive(source, parameter, self.subset.key, derived)
             for source in list(self.delivery.sources.values()):
-                self._compute(source.tensor)
+                self._compute(source)
             self.delivery.clear()
         finally:
             HERE.inner, HERE.muted = self, False
 
-    def _compute(self, parameter: Tensor) -> None:
-        grads = self.delivery.fetch(parameter).individual(self.subset)
-        grads.prepare(name for extension in self.extensions for name in extension.reads)
-        for extension in self.extensions:
+    def _compute(self, source: Source) -> None:
+        parameter = source.tensor
+        contributions = self.delivery.fetch(parameter)
+        extensions = [extension for extension in self.extensions if not by_rule(extension, parameter)]
+        for extension in extensions:
+            if extension.has_rules_only and self.final:
+                extension.missing(source.name)
+        extensions = [extension for extension in extensions if not extension.has_rules_only]
+        if extensions:
+            grads = contributions.individual(self.subset)
+            grads.prepare(name for extension in extensions for name in extension.reads)
+        for extension in extensions:
             results = self.results.setdefault((id(extension), id(parameter)), [])
             results.append(extension.compute(grads))
             if len(results) > 1 and extension.additive:
@@ -333,19 +344,37 @@ class SeedPass:
             self.finished.add(id(parameter))
             self.block.owners_done(parameter, self.finished)
 
-    def module_passed(self, module: Module) -> None:
-        """The cotangents of a module without parameters have arrived."""
+    def module_passed(self, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
+        """The cotangents of a module's outputs have arrived."""
+        module = passage.module
+        for extension in self.extensions:
+            if extension.rules and extension.rule_for(module) is not None:
+                if len(g_out) > 1 or g_out[0] is None:
+                    raise RuntimeError(
+                        f"{type(module).__name__} has several outputs: {type(extension).__name__} can't take a rule "
+                        f"for it. Do without the rule: none is needed for any module."
+                    )
+                tap(self, partial(self._keep, (id(extension), id(module))), g_out[0])
         if self.final and self.last:
-            self.block.module_done(module)
+            known = None if self.selected else passage  # that of the selected samples is not what users expect
+            if not trainable(module):
+                self.block.module_done(module, known)
+            elif known is not None:
+                self.block.passages[id(module)] = known
+
+    def _keep(self, key: tuple[int, int], grads: Tensor) -> None:
+        """Note the cotangents ``[v, n, ...]`` of a module's output for a rule."""
+        rows = None if self.selected else self.subset.rows(self.layout.n, grads.device)
+        self.block.pulled.setdefault(key, []).append(grads if rows is None else grads.index_select(1, rows))
 
 
 class Tap(torch.autograd.Function):
     """Identity that hands the cotangents of all seeds at once to the running pass, from inside ``torch.vmap``."""
 
     @staticmethod
-    def forward(grad: Tensor, call: Call, place: int) -> Tensor:
+    def forward(grad: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
         """A cotangent that is the same for all seeds."""
-        Tap._deliver(grad.expand(HERE.inner.count, *grad.shape), call, place)  # type: ignore[union-attr]
+        receive(grad.expand(HERE.inner.count, *grad.shape))  # type: ignore[union-attr]
         return grad.view_as(grad)
 
     @staticmethod
@@ -353,23 +382,18 @@ class Tap(torch.autograd.Function):
         """Nothing is saved: seeds in several are pulled back without a further graph."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, grad: Tensor, call: Call, place: int) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, grad: Tensor, receive: Callable[[Tensor], None]) -> tuple[Tensor, int]:
         """The cotangents of all seeds."""
-        Tap._deliver(grad.movedim(in_dims[0], 0), call, place)
+        receive(grad.movedim(in_dims[0], 0))
         return grad, in_dims[0]
 
-    @staticmethod
-    def _deliver(grads: Tensor, call: Call, place: int) -> None:
-        assert HERE.inner is not None
-        HERE.inner.receive(call, place, grads)
 
-
-def tap(receiver: SeedPass, call: Call, place: int, grad: Tensor) -> None:
-    """Bring a cotangent to the running pass."""
-    if receiver.batched:
-        Tap.apply(grad, call, place)
+def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> None:
+    """Bring a cotangent to the running pass, as ``[v, ...]``."""
+    if running.batched:
+        Tap.apply(grad, receive)
     else:
-        receiver.receive(call, place, grad[None])
+        receive(grad[None])
 
 
 def _agree(output: Tensor, expected: Tensor) -> bool:

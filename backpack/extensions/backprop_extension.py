@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from backpack.extensions.merging import Joined, Merging
+from backpack.extensions.module_extension import ModuleExtension
+from backpack.passages import RULED
 from backpack.samples import Subset
 from backpack.uses import Individual
+
+FIELDS: set[str] = set()
+"""All savefields that extensions have had."""
 
 
 class BackpropExtension:
@@ -17,13 +24,16 @@ class BackpropExtension:
 
     Args:
         savefield: Name of the attribute that receives the result (default: that of the class).
+        module_exts: Class of modules to the rule that computes the results of its parameters.
+        fail_mode: Of an extension that has rules only, and meets a parameter without one: ``"ERROR"``, ``"WARNING"``
+            or ``"SILENT"``.
         subsampling: The samples that contribute, as integers (negative ones count from the end), a boolean mask, a
             slice or a range; ``None``: all. The result is what it would be if only these samples contributed to the
             loss, with the normalization of the full batch unchanged.
 
     Raises:
-        TypeError: ``subsampling`` holds something else.
-        ValueError: ``subsampling`` is empty or not one-dimensional.
+        TypeError: ``subsampling`` holds something else, or ``module_exts`` is no such mapping.
+        ValueError: ``subsampling`` is empty or not one-dimensional; ``fail_mode`` is none of the three.
     """
 
     savefield: str = ""
@@ -37,10 +47,33 @@ class BackpropExtension:
     fixes_scale = False
     """Whether what is computed of a batch depends on the scale of the whole data set's loss."""
 
-    def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
+    def __init__(
+        self,
+        savefield: str | None = None,
+        module_exts: dict[type[Module], ModuleExtension] | None = None,
+        fail_mode: str = "ERROR",
+        subsampling: Any = None,
+    ) -> None:
         if savefield is not None:
             self.savefield = savefield
+        if not self.savefield:
+            raise ValueError(f"{type(self).__name__} needs a savefield, the attribute that receives its results.")
+        if fail_mode not in ("ERROR", "WARNING", "SILENT"):
+            raise ValueError(f"fail_mode must be 'ERROR', 'WARNING' or 'SILENT', got {fail_mode!r}.")
+        if not isinstance(module_exts or {}, dict):
+            raise TypeError(f"module_exts must map classes of modules to rules, got {module_exts!r}.")
+        expects = getattr(self, "expects_backpropagation_quantities", None)
+        if self.seeds is None and expects is not None and expects():
+            raise TypeError(
+                f"{type(self).__name__} expects backpropagated quantities: derive it from "
+                f"backpack.extensions.secondorder.base.SecondOrderBackpropExtension."
+            )
+        FIELDS.add(self.savefield)
+        self.fail_mode = fail_mode
         self.subset = Subset(subsampling)
+        self.rules: dict[type[Module], ModuleExtension] = {}
+        for module, rule in (module_exts or {}).items():
+            self.set_module_extension(module, rule)
 
     def get_subsampling(self) -> Any:
         """The samples that contribute, as they were given; ``None`` for all."""
@@ -60,6 +93,52 @@ class BackpropExtension:
     def of_whole(self, merged: Any) -> Any:
         """The result for a data set, from what its batches' results were merged to."""
         return merged
+
+    def set_module_extension(self, module: type[Module], extension: ModuleExtension, overwrite: bool = False) -> None:
+        """Let a rule compute the results of the parameters of a class of modules, for this extension.
+
+        It holds for subclasses too, as long as they have the same ``forward``.
+
+        Raises:
+            TypeError: ``module`` is no class of modules, or ``extension`` no rule.
+            ValueError: There is a rule for the class already, and ``overwrite`` is not set.
+        """
+        if not (isinstance(module, type) and issubclass(module, Module)):
+            raise TypeError(f"A rule is for a class of modules, such as torch.nn.Linear; got {module!r}.")
+        if not isinstance(extension, ModuleExtension):
+            raise TypeError(
+                f"The rule for {module.__name__} must be an instance of ModuleExtension, got {extension!r}."
+            )
+        if module in self.rules and not overwrite:
+            raise ValueError(
+                f"{type(self).__name__} has a rule for {module.__name__} already, {self.rules[module]!r}: pass "
+                f"overwrite=True to replace it."
+            )
+        self.rules[module] = extension
+        RULED.add(module)
+
+    def rule_for(self, module: Module) -> ModuleExtension | None:
+        """The rule of the nearest base class that has one, and the same ``forward``."""
+        for cls in type(module).__mro__ if self.rules else ():
+            if cls in self.rules and cls.forward is type(module).forward:
+                return self.rules[cls]
+        return None
+
+    @property
+    def has_rules_only(self) -> bool:
+        """Whether nothing is computed but by rules."""
+        return type(self).compute is BackpropExtension.compute and not self.needs_all_parameters
+
+    def missing(self, name: str) -> None:
+        """Say that there is no rule for the module of a parameter, in the way that was asked for."""
+        message = (
+            f"{type(self).__name__} has no rule for the module of parameter {name}: register one with "
+            f"set_module_extension(), or let the extension define compute()."
+        )
+        if self.fail_mode == "ERROR":
+            raise NotImplementedError(message)
+        if self.fail_mode == "WARNING":
+            warnings.warn(message, stacklevel=2)
 
     def compute(self, grads: Individual) -> Any:
         """The result for one parameter, from its individual gradients."""

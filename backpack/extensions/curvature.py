@@ -34,7 +34,7 @@ class CurvatureExtension(BackpropExtension):
         chunk_size: int | None = None,
         mc_samples: int = 1,
     ) -> None:
-        super().__init__(savefield, subsampling)
+        super().__init__(savefield, subsampling=subsampling)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be positive, got {chunk_size}.")
         if mc_samples < 1:

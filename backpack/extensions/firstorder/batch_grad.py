@@ -1,0 +1,5 @@
+"""An import path of the original."""
+
+from backpack.extensions.batch_grad import BatchGrad
+
+__all__ = ["BatchGrad"]

@@ -1,0 +1,5 @@
+"""An import path of the original."""
+
+from backpack.extensions.batch_l2_grad import BatchL2Grad
+
+__all__ = ["BatchL2Grad"]

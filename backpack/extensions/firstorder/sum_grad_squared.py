@@ -1,0 +1,5 @@
+"""An import path of the original."""
+
+from backpack.extensions.sum_grad_squared import SumGradSquared
+
+__all__ = ["SumGradSquared"]

@@ -1,0 +1,5 @@
+"""An import path of the original."""
+
+from backpack.extensions.variance import Variance
+
+__all__ = ["Variance"]

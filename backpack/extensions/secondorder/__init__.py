@@ -1,0 +1,7 @@
+"""Import paths of the original that scripts use: quantities of second order."""
+
+from backpack.extensions.batch_diag_ggn import BatchDiagGGNExact, BatchDiagGGNMC
+from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
+from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
+
+__all__ = ["BatchDiagGGNExact", "BatchDiagGGNMC", "DiagGGNExact", "DiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"]
