@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,13 +14,17 @@ from backpack.samples import Subset
 from backpack.uses import Individual, Use, join
 
 
+class Cotangents(dict[int, Tensor]):
+    """Those of a call's outputs, by place; they live as long as one of its uses has not been computed."""
+
+
 @dataclass(eq=False)
 class Arrival:
     """Cotangents ``[v, ...]`` that reached the outputs of one use."""
 
     call: Call
     use: Use
-    grads: dict[int, Tensor]
+    grads: Cotangents
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in ``subset``."""
@@ -57,26 +62,26 @@ class Delivery:
     arrivals: dict[int, list[Arrival]] = field(default_factory=dict)
     further: dict[int, dict[Any, list[Individual]]] = field(default_factory=dict)
     sources: dict[int, Source] = field(default_factory=dict)
-    grads: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    grads: WeakValueDictionary[int, Cotangents] = field(default_factory=WeakValueDictionary)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self.arrivals or id(tensor) in self.further
 
     def clear(self) -> None:
         """Forget all."""
-        for store in (self.arrivals, self.further, self.sources, self.grads):
+        for store in (self.arrivals, self.further, self.sources):
             store.clear()
 
     def receive(self, call: Call, place: int, grads: Tensor) -> list[Source]:
         """Note the cotangents ``[v, ...]`` of one of a call's outputs; the sources that it is the first for."""
-        if id(call) in self.grads:
-            known = self.grads[id(call)]
+        known = self.grads.get(id(call))
+        if known is not None:
             known[place] = torch.cat([known[place], grads]) if place in known else grads
             return []
         uses = [(source, use) for source, use in call.uses if not source.void]
         if not uses:
             return []
-        found = self.grads[id(call)] = {place: grads}
+        found = self.grads[id(call)] = Cotangents({place: grads})
         for source, use in uses:
             self.sources[id(source.tensor)] = source
             self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, use, found))

@@ -38,9 +38,11 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _take(size: int) -> mmap.mmap:
-    for place, memory in enumerate(_unused):
-        if len(memory) == size:
-            return _unused.pop(place)
+    fitting = [memory for memory in _unused if size <= len(memory) <= 2 * size]
+    if fitting:
+        memory = min(fitting, key=len)
+        _unused.remove(memory)
+        return memory
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -56,6 +58,11 @@ def _give_back(memory: mmap.mmap) -> None:
 def release() -> None:
     """Return the memory that is kept for further results to the system."""
     _unused.clear()
+
+
+def contiguous(view: Tensor) -> Tensor:
+    """A copy of a strided view; differentiable where gradients are tracked."""
+    return view.contiguous() if torch.is_grad_enabled() else empty(view.shape, view).copy_(view)
 
 
 def product(operation: Callable[..., Tensor], left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:

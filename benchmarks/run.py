@@ -36,6 +36,8 @@ class Process:
 
     def __init__(self, python: str, implementation: str, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if python == PEERS:
+            environment.pop("PYTHONPATH", None)  # it may lead to this package, which has the original's name
         self.process = subprocess.Popen(
             [python, str(HERE / "worker.py"), implementation, str(LIMIT)],
             stdin=subprocess.PIPE,
@@ -54,11 +56,12 @@ class Process:
 
 def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int, seconds: float) -> dict[str, str]:
     """One row: what each implementation takes, as text."""
-    row, running = {}, {}
+    row, running, peaks = {}, {}, {}
     for name, process in processes.items():
-        answer = process.ask(do="prepare", net=net, quantity=quantity)
-        if "squares" in answer:
-            running[name] = process
+        answer = process.ask(do="build", net=net, quantity=quantity)
+        answer = answer or process.ask(do="peak")
+        if "peak" in answer:
+            running[name], peaks[name] = process, answer["peak"] / 2**20
         else:
             row[name] = "" if "missing" in answer else f"fails ({answer['error'][:40]})"
     ratios: dict[str, list[float]] = {name: [] for name in running}
@@ -67,9 +70,8 @@ def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int,
             answer = process.ask(do="measure", seconds=seconds)
             if "plain" in answer:
                 ratios[name].append(answer["quantity"] / answer["plain"])
-    for name, process in running.items():
-        peak = process.ask(do="peak").get("peak", 0) / 2**20
-        row[name] = f"{median(ratios[name]):.2f} ({peak:.0f})" if ratios[name] else "fails"
+    for name in running:
+        row[name] = f"{median(ratios[name]):.2f} ({peaks[name]:.0f})" if ratios[name] else "fails"
     return row
 
 

@@ -147,10 +147,10 @@ class Subject:
         return dict(zip(("plain", "quantity"), map(median, zip(*times, strict=True)), strict=True))
 
     def peak(self) -> dict[str, Any]:
-        """How far two further steps raise the resident memory of this process above its present size, in bytes."""
+        """How far the first three steps raise this process's resident memory above what it is now, in bytes."""
         gc.collect()
         before = reset_peak()
-        for _ in range(2):
+        for _ in range(3):
             self.step()
         return {"peak": status("VmHWM") - before}
 
@@ -185,11 +185,11 @@ class Worker:
     def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "versions":
             return {"torch": torch.__version__, "backpack": version("backpack-for-pytorch")}
-        if do == "prepare":
+        if do == "build":
             self.subject = None
             gc.collect()
             self.subject = Subject(self.implementation, **arguments)
-            return self.subject.prepare()
+            return {}
         assert self.subject is not None
         return getattr(self.subject, do)(**arguments)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack.memory import contiguous
 from backpack.operations.linear import shift
 from backpack.operations.registry import Operation, rule
 from backpack.uses import DenseUse
@@ -44,7 +45,7 @@ def _patches(
     """Patches of ``[b, c, *spatial]`` as columns, ``[b, g, c/g * kernel, out]``; ``padding`` as ``F.pad`` takes it."""
     if any(padding):
         x = F.pad(x, list(padding))
-    columns = unfold(x, kernel, out, stride, dilation)
+    columns = contiguous(unfold(x, kernel, out, stride, dilation))
     return columns.reshape(len(x), groups, -1, prod(out))
 
 

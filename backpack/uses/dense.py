@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from backpack.memory import product
+from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use, accumulate
 
@@ -17,47 +18,66 @@ from backpack.uses.base import SCRATCH, Individual, Use, accumulate
 class Dense(Individual):
     """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``.
 
-    ``x`` is ``[n, g, s, i]``, ``grad`` is ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is
-    ``[g, i, o]`` instead of ``[g, o, i]``.
+    ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
+    ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
     """
 
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     grad: Tensor
     shape: torch.Size
     flipped: bool = False
+    unfold: Callable[..., Tensor] | None = None
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The inputs of the linear map, ``[n, g, s, i]``."""
+        return self.inputs[0] if self.unfold is None else self.unfold(*self.inputs)
 
     @property
     def size(self) -> tuple[int, int]:
         return self.grad.shape[0], self.grad.shape[1]
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Those of the axes ``v n g s o i``."""
+        v, n, g, s, o = self.grad.shape
+        return v, n, g, s, o, self.x.shape[3] if self.unfold is None else self.shape.numel() // max(1, g * o)
+
     def narrow(self, start: int, stop: int) -> Dense:
-        return replace(self, x=self.x[start:stop], grad=self.grad[:, start:stop])
+        grad = self.grad[:, start:stop]
+        if "x" in vars(self):
+            return self._with(self.x[start:stop], grad)
+        return replace(self, inputs=tuple(tensor[start:stop] for tensor in self.inputs), grad=grad)
+
+    def _with(self, x: Tensor, grad: Tensor) -> Dense:
+        return replace(self, inputs=(x,), grad=grad, unfold=None)
 
     def scaled(self, factor: Tensor) -> Dense:
         return replace(self, grad=self.grad * factor[:, None, None, None])
 
     def _dense(self) -> Tensor:
-        v, n, g, s, o = self.grad.shape
-        i = self.x.shape[3]
+        v, n, g, s, o, i = self.sizes
         matrix = (n, g, i, o) if self.flipped else (n, g, o, i)
         if s == 1:
             left, right = self.grad[..., 0, :], self.x[:, :, 0]
             left, right = (right, left) if self.flipped else (left, right)
             result = product(torch.mul, left[..., None], right[..., None, :], (v, *matrix))
-        elif v == 1 and self.flipped:
-            result = product(torch.matmul, self.x.transpose(2, 3), self.grad[0], matrix)
-        elif v == 1:
-            result = product(torch.matmul, self.grad[0].transpose(2, 3), self.x, matrix)
         else:
-            result = self._matrices().unflatten(2, (v, o)).permute(2, 0, 1, 3, 4)
-            result = result.transpose(3, 4) if self.flipped else result
+            x = self.x
+            pairs = [(x.transpose(2, 3), seed) if self.flipped else (seed.transpose(2, 3), x) for seed in self.grad]
+            if torch.is_grad_enabled():
+                result = torch.stack([left @ right for left, right in pairs])
+            else:
+                result = empty((v, *matrix), self.grad)
+                for (left, right), out in zip(pairs, result, strict=True):
+                    torch.matmul(left, right, out=out)
         return result.reshape(v, n, *self.shape)
 
     def _matrices(self) -> Tensor:
         """All seeds in one product per sample and group, ``[n, g, v o, i]``."""
-        v, n, g, s, o = self.grad.shape
+        v, n, g, s, o, i = self.sizes
         left = self.grad[0] if v == 1 else self.grad.permute(1, 2, 3, 0, 4).reshape(n, g, s, v * o)
-        return left.transpose(2, 3) @ self.x
+        return product(torch.matmul, left.transpose(2, 3), self.x, (n, g, v * o, i))
 
     def _to_parameter(self, matrix: Tensor) -> Tensor:
         """``[..., g, o, i]`` to ``[..., *p]``."""
@@ -65,8 +85,7 @@ class Dense(Individual):
         return matrix.reshape(*matrix.shape[:-3], *self.shape)
 
     def closed(self, name: str) -> Tensor | None:
-        v, n, g, s, o = self.grad.shape
-        i = self.x.shape[3]
+        v, n, g, s, o, i = self.sizes
         if name == "norms" and s > 1 and s * (v * o + i) < v * o * i:
             return self.sample_dots(self)
         if s > 1:
@@ -82,37 +101,58 @@ class Dense(Individual):
             return self._to_parameter(grad.transpose(2, 3) @ x)
         return self._to_parameter(grad[:, :, 0].permute(1, 2, 0) @ x[:, :, 0].transpose(0, 1))
 
+    def chunks(self) -> Iterator[Dense]:
+        if "dense" in self._known:
+            yield self
+            return
+        v, n, g, s, o, i = self.sizes
+        step = max(1, SCRATCH // max(1, g * i * max(o, s)))
+        for start in range(0, n, step):
+            yield self.narrow(start, min(start + step, n))
+
+    def _seeds(self) -> Iterator[Dense]:
+        """Pieces of a few seeds each, whose matrices fit into the scratch."""
+        v, n, g, s, o, i = self.sizes
+        step = max(1, SCRATCH // max(1, n * g * i * max(o, s)))
+        for start in range(0, v, step):
+            yield self._with(self.x, self.grad[start : start + step])
+
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:
         if "dense" in self._known:
             return super()._sweep(names)
-        v, o = self.grad.shape[0], self.grad.shape[4]
-        collected: dict[str, list[Tensor]] = {name: [] for name in names}
-        for piece in self.chunks():
-            matrices = piece._matrices()  # type: ignore[attr-defined]
-            if "total" in collected:
-                accumulate(collected["total"], matrices.sum(0))
-            if names != ["total"]:
-                matrices = matrices.square() if torch.is_grad_enabled() else matrices.square_()
-            if "sum_squares" in collected:
-                accumulate(collected["sum_squares"], matrices.sum(0))
-            if "sample_squares" in collected:
-                collected["sample_squares"].append(matrices.unflatten(2, (v, o)).sum(2))
-            if "norms" in collected:
-                collected["norms"].append(matrices.unflatten(2, (v, o)).sum((1, 3, 4)))
-        found = {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in collected.items()}
-        for name in names:
-            if name in ("total", "sum_squares"):
-                found[name] = found[name].unflatten(1, (v, o)).sum(1)
-            found[name] = found[name].T if name == "norms" else self._to_parameter(found[name])
+        o = self.grad.shape[4]
+        summed: dict[str, list[Tensor]] = {name: [] for name in names if name in ("total", "sum_squares")}
+        pieces: dict[str, list[Tensor]] = {name: [] for name in names if name not in summed}
+        for samples in self.chunks():
+            own: dict[str, list[Tensor]] = {name: [] for name in pieces}
+            for part in samples._seeds():
+                matrices = part._matrices()
+                if "total" in summed:
+                    accumulate(summed["total"], matrices.sum(0).unflatten(1, (-1, o)).sum(1))
+                if names != ["total"]:
+                    matrices = matrices.square() if torch.is_grad_enabled() else matrices.square_()
+                if "sum_squares" in summed:
+                    accumulate(summed["sum_squares"], matrices.sum(0).unflatten(1, (-1, o)).sum(1))
+                if "sample_squares" in own:
+                    accumulate(own["sample_squares"], matrices.unflatten(2, (-1, o)).sum(2))
+                if "norms" in own:
+                    own["norms"].append(matrices.unflatten(2, (-1, o)).sum((1, 3, 4)).T)
+            for name, parts in own.items():
+                pieces[name].append(torch.cat(parts))
+        found = {name: self._to_parameter(total) for name, (total,) in summed.items()}
+        for name, parts in pieces.items():
+            found[name] = torch.cat(parts, 1) if name == "norms" else self._to_parameter(torch.cat(parts))
         return found
 
     def sample_dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Dense) or self.flipped != other.flipped:
             return super().sample_dots(other)
-        step = max(1, SCRATCH // (self.x.shape[1] * self.x.shape[2] * other.x.shape[2] * (1 + self.size[0])))
+        v, n, g, s, o, i = self.sizes
+        step = max(1, SCRATCH // (g * s * max(i, other.grad.shape[3] * (1 + v))))
         pieces = []
-        for start in range(0, self.size[1], step):
-            a, b = self.narrow(start, start + step), other.narrow(start, start + step)
+        for start in range(0, n, step):
+            a = self.narrow(start, start + step)
+            b = a if other is self else other.narrow(start, start + step)
             inputs = a.x @ b.x.transpose(2, 3)
             outputs = a.grad @ b.grad.transpose(3, 4)
             pieces.append((outputs * inputs).sum((2, 3, 4)))
@@ -121,13 +161,12 @@ class Dense(Individual):
     def dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Dense) or self.flipped != other.flipped:
             return super().dots(other)
-        v, n, g, s, o = self.grad.shape
+        v, n, g, s, o, i = self.sizes
         w, m, _, t, _ = other.grad.shape
         if s == t == 1:
             inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0])
             outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :])
             return (outputs * inputs[None, :, None]).sum(4)
-        i = self.x.shape[3]
         if n * m * s * t * (v * w * o + i) < (v * n + w * m) * s * o * i:
             inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x)
             outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad)
@@ -142,7 +181,7 @@ class Dense(Individual):
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows of all samples' and seeds' matrices, ``[n v, ...]``."""
-        part = replace(self, grad=self.grad[..., start:stop])
+        part = self._with(self.x, self.grad[..., start:stop])
         matrices = part._matrices().unflatten(2, (self.grad.shape[0], -1))
         return matrices.transpose(1, 2).reshape(self.grad.shape[0] * self.grad.shape[1], -1)
 
@@ -164,5 +203,5 @@ class DenseUse(Use):
         return self.inputs
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
-        x = self.unfold(*(rows.take(tensor).to(grad.dtype) for tensor in self.inputs))
-        return Dense(x, self.fold(grad), shape, self.flipped)
+        inputs = tuple(rows.take(tensor).to(grad.dtype) for tensor in self.inputs)
+        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold)

@@ -64,7 +64,7 @@ def join(parts: Sequence[Individual]) -> Individual:
 def _form(part: Individual) -> object:
     """Equal for uses that can be merged into one."""
     if isinstance(part, Dense):
-        return (Dense, part.flipped, part.x.shape[1], part.x.shape[3], part.grad.shape[4])
+        return (Dense, part.flipped, part.grad.shape[2], part.grad.shape[4])
     return type(part) if isinstance(part, (Explicit, Lookup)) else part
 
 
@@ -78,4 +78,5 @@ def _merge(group: list[Individual]) -> Individual:
     grad = torch.cat([part.grad for part in group], -2)  # type: ignore[attr-defined]
     if isinstance(first, Lookup):
         return replace(first, index=torch.cat([part.index for part in group], -1), grad=grad)  # type: ignore[attr-defined]
-    return replace(first, x=torch.cat([part.x for part in group], -2), grad=grad)  # type: ignore[attr-defined,type-var]
+    x = torch.cat([part.x for part in group], -2)  # type: ignore[attr-defined]
+    return replace(first, inputs=(x,), grad=grad, unfold=None)  # type: ignore[type-var]

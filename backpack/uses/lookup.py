@@ -79,7 +79,7 @@ class Lookup(Individual):
             a, b = self.narrow(start, start + step), other.narrow(start, start + step)
             if isinstance(b, Lookup):
                 pieces.append(((a._same_row(b) @ b.grad) * a.grad).sum((2, 3)))
-            elif isinstance(b, Dense) and not b.flipped and b.x.shape[1] == 1:
+            elif isinstance(b, Dense) and not b.flipped and b.grad.shape[2] == 1:
                 index = a.index[None, :, None, :].expand(b.size[0], -1, b.grad.shape[3], -1)
                 columns = b.grad[:, :, 0].gather(3, index)
                 pieces.append((columns * (b.x[:, 0] @ a.grad.transpose(2, 3))).sum((2, 3)))
@@ -89,7 +89,7 @@ class Lookup(Individual):
 
 
 def _positions(other: Individual) -> int:
-    return other.index.shape[1] if isinstance(other, Lookup) else other.x.shape[2] if isinstance(other, Dense) else 1
+    return other.index.shape[1] if isinstance(other, Lookup) else other.grad.shape[3] if isinstance(other, Dense) else 1
 
 
 @dataclass(eq=False)

@@ -77,7 +77,7 @@ class Replay:
         for (input, weight, bias, _), grad in zip(maps, pulled, strict=True):
             v, n = grad.shape[:2]
             x = input if create else input.detach()
-            dense = Dense(x.reshape(n, 1, -1, x.shape[-1]), grad.reshape(v, n, 1, -1, grad.shape[-1]), weight.shape)
+            dense = Dense((x.reshape(n, 1, -1, x.shape[-1]),), grad.reshape(v, n, 1, -1, grad.shape[-1]), weight.shape)
             found.setdefault(id(weight), []).append(dense)
             if bias is not None:
                 found.setdefault(id(bias), []).append(Explicit(grad.reshape(v, n, -1, grad.shape[-1]).sum(2)))
