@@ -31,7 +31,7 @@ from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
 MARK = "backpack"
-BUDGET = 2**24
+BUDGET = 2**22
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
 
 
@@ -227,7 +227,7 @@ class SeedPass:
         self.columns = number[first.seeds]
         looped = torch.is_grad_enabled() or must_loop(edge)
         widest = max(origin.widest for _, origin in self.found)
-        chunk = first.chunk_size or max(1, BUDGET // widest)
+        chunk = first.chunk_size or max(1, round(BUDGET / widest))
         self.gathered = first.whole and looped
         if looped or first.whole:
             chunk = 1 if looped else self.columns
