@@ -26,7 +26,8 @@ class Variance(BackpropExtension):
 
     def compute(self, grads: Individual) -> Tensor:
         n = grads.size[1]
-        return (grads.sum_squares() / n - (grads.total() / n).square()).clamp(min=0)
+        mean = grads.total() / n
+        return (grads.sum_squares() / n).addcmul(mean, mean, value=-1).clamp(min=0)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> _MeanAndVariance:
         part = _MeanAndVariance(rows)

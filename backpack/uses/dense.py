@@ -98,8 +98,9 @@ class Dense(Individual):
         else:
             x, grad = x.square(), grad.square().sum(0)
         if name == "sample_squares":
-            return self._to_parameter(grad.transpose(2, 3) @ x)
-        return self._to_parameter(grad[:, :, 0].permute(1, 2, 0) @ x[:, :, 0].transpose(0, 1))
+            return self._to_parameter(product(torch.matmul, grad.transpose(2, 3), x, (n, g, o, i)))
+        left, right = grad[:, :, 0].permute(1, 2, 0), x[:, :, 0].transpose(0, 1)
+        return self._to_parameter(product(torch.matmul, left, right, (g, o, i)))
 
     def chunks(self) -> Iterator[Dense]:
         if "dense" in self._known:
