@@ -184,6 +184,7 @@ class SeedPass:
     last: bool
     delivery: Delivery = field(default_factory=Delivery)
     results: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
+    first: bool = True
     final: bool = False
     gathered: bool = False
     selected: bool = False
@@ -211,6 +212,7 @@ class SeedPass:
                 self._pull(edge, targets, seeds)
                 if self.final or not self.gathered:
                     self._finish()
+                    self.first = False
         finally:
             HERE.inner = None
             self.delivery.clear()
@@ -327,11 +329,18 @@ class SeedPass:
                 extension.missing(source.name)
         extensions = [extension for extension in extensions if not extension.has_rules_only]
         if extensions:
+            if self.first:
+                for extension in extensions:
+                    vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
             grads = contributions.individual(self.subset)
             grads.prepare(name for extension in extensions for name in extension.reads)
+        values: list[Any] = []
         for extension in extensions:
+            value = extension.compute(grads)
+            # Results are merged in place: none may be another's.
+            values.append(value.clone() if any(value is other for other in values) else value)
             results = self.results.setdefault((id(extension), id(parameter)), [])
-            results.append(extension.compute(grads))
+            results.append(values[-1])
             if len(results) > 1 and extension.additive:
                 results[:] = [extension.merge(results)]
             if self.final:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.uses.base import accumulate
 
 
 class CurvatureExtension(BackpropExtension):
@@ -43,8 +44,11 @@ class CurvatureExtension(BackpropExtension):
         self.mc_samples = mc_samples
 
     def merge(self, results: list[Tensor]) -> Tensor:
-        """The result of all columns, from those of some each."""
-        return sum(results[1:], start=results[0])
+        """The result of all columns, from those of some each; the first one may be overwritten."""
+        terms = results[:1]
+        for result in results[1:]:
+            accumulate(terms, result)
+        return terms[0]
 
 
 class Concatenated(CurvatureExtension):

@@ -25,9 +25,8 @@ class Variance(BackpropExtension):
         super().__init__(subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
-        n = grads.size[1]
-        mean = grads.total() / n
-        return (grads.sum_squares() / n).addcmul(mean, mean, value=-1).clamp(min=0)
+        n, total = grads.size[1], grads.total()
+        return grads.sum_squares().addcmul(total, total, value=-1 / n).div_(n).clamp_(min=0)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> _MeanAndVariance:
         part = _MeanAndVariance(rows)
