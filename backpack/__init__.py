@@ -17,10 +17,11 @@
 
 from backpack import extensions
 from backpack.context import backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
-from backpack.dataset import accumulate
+from backpack.dataset import accumulate, across_processes
 
 __all__ = [
     "accumulate",
+    "across_processes",
     "backpack",
     "convert_module_to_backpack",
     "disable",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import Node
+from torch.nn import Module
 
 
 def graph_task() -> int:
@@ -27,6 +30,21 @@ def running_node() -> Node | None:
 def when_backward_ends(callback: Callable[[], None]) -> None:
     """Run ``callback`` after the running backward pass has done all its work, unless it fails."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def is_fully_sharded(module: Module) -> bool:
+    """Whether ``torch.distributed.fsdp.fully_shard`` was applied to a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def gathered_parameters(module: Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of a fully sharded module in its forward pass: the whole parameters that it uses, and the sharded ones."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        for parameter in group.fsdp_params if group is not None else ():
+            yield parameter._unsharded_param, parameter.sharded_param
 
 
 unobserved = torch._C.DisableTorchFunction

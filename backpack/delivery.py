@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backpack.recorder import Call, Source
 from backpack.samples import Subset
-from backpack.uses import Individual, Use, join
+from backpack.uses import Individual, PullbackUse, Use, join
 
 
 class Cotangents(dict[int, Tensor]):
@@ -50,6 +50,12 @@ class Contributions:
                 f"A parameter of shape {list(self.tensor.shape)} was used with batches of {sorted(counts)} samples: "
                 f"which of them belong together cannot be told. Let one call of the extended module see the whole "
                 f"batch."
+            )
+        if self.tensor.untyped_storage().size() == 0 and any(isinstance(a.use, PullbackUse) for a in self.arrivals):
+            raise RuntimeError(
+                f"A parameter of shape {list(self.tensor.shape)} of a fully sharded module is needed again after its "
+                f"module's backward pass has freed it: its function has no rule, and it has several uses or an "
+                f"extension needs all parameters. Leave its module out of fully_shard()."
             )
         parts = [a.individual(subset, self.tensor.shape, self.tensor.dtype) for a in self.arrivals]
         return join([*parts, *self.further.get(subset.key, [])])

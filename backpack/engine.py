@@ -106,6 +106,10 @@ WATCHED: Any = WeakTensorKeyDictionary()
 """Parameter to ``Watched``."""
 
 
+SHARDED: Any = WeakTensorKeyDictionary()
+"""Whole parameter that a fully sharded module has gathered to a weak reference to the sharded one."""
+
+
 def trainable(module: Module) -> list[Tensor]:
     """The parameters of the module itself that receive gradients."""
     return [p for p in module._parameters.values() if p is not None and p.requires_grad]
@@ -314,4 +318,13 @@ class Block:
                     for found, _ in own:
                         value = extension.compute_jointly(found.individual(extension.subset), joint)
                         setattr(found.tensor, extension.savefield, value)
+        self._hand_over()
         self.clear()
+
+    def _hand_over(self) -> None:
+        """Move results from gathered parameters, which users do not see, to the sharded ones."""
+        for whole, reference in list(SHARDED.items()):
+            sharded = reference()
+            for extension in self.extensions if sharded is not None else ():
+                if extension.savefield in vars(whole):
+                    setattr(sharded, extension.savefield, vars(whole).pop(extension.savefield))

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from backpack.compat import graph_is_kept, unobserved
-from backpack.engine import HERE, WATCHED, Block, Watched, trainable
+from backpack.compat import gathered_parameters, graph_is_kept, is_fully_sharded, unobserved
+from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled
-from backpack.recorder import Call, Recording
+from backpack.recorder import Call, Recording, Source
 from backpack.seeds import MARK, LossCall, Origin, SeedPass, tap
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -151,6 +151,8 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
     drop_interrupted()
     if HERE.recording is not None:
         HERE.depth += module is HERE.root
+        if is_fully_sharded(module):
+            _watch_gathered(module, HERE.recording)
         return
     extended = EXTENDED.get(module)
     if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
@@ -160,6 +162,18 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
         recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled)
         recording.__enter__()
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, sys._getframe(1)
+        if is_fully_sharded(module):
+            _watch_gathered(module, recording)
+
+
+def _watch_gathered(module: Module, recording: Recording) -> None:
+    """Record uses of the whole parameters that a fully sharded module has gathered for its forward pass."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for whole, sharded in gathered_parameters(module):
+        if whole.requires_grad:
+            SHARDED[whole] = TensorWeakRef(sharded)
+            recording.sources[id(whole)] = Source(whole, (whole,), names.get(id(whole), "of a fully sharded module"))
+    watch(module, EXTENDED[module].seen)
 
 
 def drop_interrupted() -> None:

@@ -7,6 +7,8 @@ What users' own functions do in their backward pass is not known: for them seeds
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
@@ -50,17 +52,30 @@ LOOPED = frozenset(
 )
 
 
-def must_loop(edge: GradientEdge) -> bool:
-    """Whether a graph holds such a node."""
+def nodes(edge: GradientEdge) -> Iterator[Node]:
+    """All nodes of a graph."""
     pending: list[Node | None] = [edge.node]
     visited = set()
     while pending:
         node = pending.pop()
         if node is not None and node not in visited:
-            if isinstance(node, BackwardCFunction):
-                return True
-            if node.name().removesuffix("_copy").rstrip("0123456789") in LOOPED:
-                return True
+            yield node
             visited.add(node)
             pending += [following for following, _ in node.next_functions]
-    return False
+
+
+def must_loop(edge: GradientEdge) -> bool:
+    """Whether a graph holds such a node."""
+    return any(
+        isinstance(node, BackwardCFunction) or node.name().removesuffix("_copy").rstrip("0123456789") in LOOPED
+        for node in nodes(edge)
+    )
+
+
+def counts_backward_passes(edge: GradientEdge) -> bool:
+    """Whether a graph is of ``DistributedDataParallel(static_graph=True)``, in its first backward pass.
+
+    It would take the pull-back of seeds for that pass, and exchange gradients before they are there.
+    """
+    wrappers = [node.ddp_weakref() for node in nodes(edge) if node.name() == "_DDPSinkBackward"]  # type: ignore[attr-defined]
+    return any(ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued for ddp in wrappers)

@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
+from backpack.compat import is_fully_sharded
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block, Ruled, by_rule, trainable
-from backpack.looped import must_loop
+from backpack.looped import counts_backward_passes, must_loop
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
 from backpack.recorder import Call, Source, is_of_first_half
@@ -131,6 +132,12 @@ class LossCall:
             SeedPass(block, extensions, self, root, layout, found, last).run()
 
     def _check(self, outer: Tensor) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and counts_backward_passes(self.edge):
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) would take the pull-back of seeds for its first backward "
+                "pass: leave static_graph out, or run one backward pass without second-order extensions before."
+            )
         for value in tree_leaves((self.args, self.kwargs)):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
@@ -277,6 +284,8 @@ class SeedPass:
             return None
         if any(module.training and module._buffers for module in root.modules()):
             return None  # running statistics would be updated once more
+        if any(map(is_fully_sharded, root.modules())):
+            return None  # processes would not gather parameters in step
 
         def select(value: Any) -> Any:
             if not isinstance(value, Tensor):

@@ -7,6 +7,20 @@ import copy
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
+from truth import close
+
+from backpack.extensions import (
+    BatchDiagGGNExact,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    GGNGram,
+    SqrtGGNExact,
+    SumGradSquared,
+    Variance,
+)
 
 
 def parameters_of(model):
@@ -57,3 +71,81 @@ def problem(lossfunc=None, n=11):
     X = torch.randn(n, 4, dtype=torch.float64)
     y = torch.arange(n) % 3
     return model, lossfunc or nn.CrossEntropyLoss(), X, y
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+def all_extensions(bound, rows=None):
+    return [
+        BatchGrad(rows),
+        BatchL2Grad(rows),
+        SumGradSquared(rows),
+        Variance(rows),
+        BatchDotGrad(rows),
+        ClippedGrad(bound, rows),
+        DiagGGNExact(rows),
+        BatchDiagGGNExact(rows),
+        SqrtGGNExact(rows),
+        GGNGram(rows),
+    ]
+
+
+def bound_of(truth):
+    return 0.7 * float(
+        torch.stack([flat(g, 1).square().sum(1) for g in truth["individual"].values()]).sum(0).sqrt().mean()
+    )
+
+
+def check(found, truth, bound, model):
+    """All extensions of ``all_extensions``, against individual gradients and roots of one giant batch."""
+    assert close(found.loss, truth["loss"])
+    norms = torch.stack([flat(g, 1).square().sum(1) for g in truth["individual"].values()]).sum(0).sqrt()
+    for name, parameter in parameters_of(model).items():
+        g, v = truth["individual"][name], truth["roots"][name]
+        assert close(found.grad[name], truth["grad"][name], g.abs().max())
+        assert parameter.grad is None
+        expected = {
+            "grad_batch": g,
+            "batch_l2": flat(g, 1).square().sum(1),
+            "sum_grad_squared": g.square().sum(0),
+            "variance": (g - g.mean(0)).square().mean(0),
+            "batch_dot": flat(g, 1) @ flat(g, 1).T,
+            "grad_clipped": torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g),
+            "diag_ggn_exact": v.square().sum((0, 1)),
+            "diag_ggn_exact_batch": v.square().sum(0),
+        }
+        for field, value in expected.items():
+            size = {"grad_clipped": g.abs().max(), "batch_dot": g.square().max(), "variance": g.square().max()}
+            assert close(found[field][name], value, size.get(field, 0)), (name, field)
+            assert getattr(parameter, field) is found[field][name]
+        s = found["sqrt_ggn_exact"][name]
+        # Roots of one matrix differ by a rotation of each sample's columns, which a sample's own products do not see.
+        for k in range(s.shape[1]):
+            assert close(s[:, k].flatten(1).T @ s[:, k].flatten(1), v[:, k].flatten(1).T @ v[:, k].flatten(1), 1e-3)
+        assert close(found["ggn_gram"][name], flat(s, 2) @ flat(s, 2).T)
+
+
+def targets(kind, n=11):
+    if kind == "mse":
+        return torch.randn(n, 3, dtype=torch.float64)
+    if kind == "bce":
+        return torch.rand(n, 3, dtype=torch.float64).round()
+    y = torch.arange(n) % 3
+    if kind == "ignored":
+        y[4:8] = -100  # a whole batch
+        y[1] = -100
+    return y
+
+
+LOSSES = {
+    "mean": (nn.CrossEntropyLoss(), lambda y: len(y)),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), lambda y: 1),
+    "weighted": (nn.CrossEntropyLoss(weight=WEIGHT), lambda y: float(WEIGHT[y].sum())),
+    "ignored": (
+        nn.CrossEntropyLoss(weight=WEIGHT),
+        lambda y: float(sum(WEIGHT[label] for label in y.tolist() if label != -100)),
+    ),
+    "mse": (nn.MSELoss(), lambda y: y.numel()),
+    "bce": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), lambda y: y.numel()),
+}

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from backpack.compat import is_fully_sharded
 from backpack.context import backpack, disable, extend
-from backpack.dataset.batches import Batch, Batches, apply, moved, samples_of
+from backpack.dataset.batches import Batch, Batches, apply, moved, samples_of, split
 from backpack.dataset.checkpoint import Checkpoint, Randomness, identity
+from backpack.dataset.collection import GRAD, Collection, part_of
 from backpack.dataset.processes import Processes
 from backpack.dataset.stores import FileRows, Rows, Sums
-from backpack.engine import trainable
+from backpack.engine import SHARDED, trainable
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merging import Joined, Summed
 from backpack.hooks import EXTENDED
 from backpack.losses.denominators import denominator as of_loss
-
-GRAD = "grad"
 
 
 @dataclass(eq=False)
@@ -122,27 +122,20 @@ class Run:
         group: Any,
     ) -> None:
         backpack(*extensions)  # refuses what is no extension
-        for extension in extensions:
-            if extension.on_batch(None, 1.0).batches is None:
-                raise ValueError(f"{type(extension).__name__} has no meaning for a data set: its results do not merge.")
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             model = model.module
         self.model, self.lossfunc = extend(model), extend(lossfunc)
+        self.sharded = [module for module in model.modules() if is_fully_sharded(module)]
+        for module in self.sharded:
+            module.reshard()  # type: ignore[operator]
         self.extensions = extensions
-        self.forward, self.denominator, self.scaler = forward or apply, denominator, scaler
+        self.forward, self.denominator, self.scaler = forward, denominator, scaler
         self.processes = Processes(group)
         self.batches = Batches(dataloader, EXTENDED[model].batch_axis, self.processes)
-        self.offload = None if offload is None else torch.device(offload)
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names = {id(p): name for name, p in self.parameters.items()}
-        if not self.parameters:
-            raise ValueError("The model has no parameter that requires a gradient.")
-        self.device = next(iter(self.parameters.values())).device
+        self.collection = Collection(model, extensions, None if offload is None else torch.device(offload))
+        self.device = next(iter(self.collection.parameters.values())).device
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.divided, self.seen, self.done = 0.0, 0, 0
-        self.sums: dict[tuple[str, str], Sums] = {}
-        self.rows: dict[tuple[str, str], Rows | FileRows] = {}
-        self.selected: dict[str, int] = dict.fromkeys((e.savefield for e in extensions), 0)
         self.checkpoint: Checkpoint | None = None
         self.random = Randomness(dataloader)
         self.began = self.random.read()
@@ -155,6 +148,10 @@ class Run:
 
     def save_to(self, path: Path, seconds: float) -> None:
         """Go on from a file, if it is there, and save to it from now on."""
+        if self.sharded:
+            raise ValueError(
+                "checkpoint= is not for models with fully_shard(): their processes could not go on in step."
+            )
         processes = self.processes
         if processes.count > 1:
             path = path.with_name(f"{path.name}.{processes.rank}-of-{processes.count}")
@@ -173,29 +170,23 @@ class Run:
             self._save()  # what cannot be written is an error now
             return
         tensors, header = found
+        collection = self.collection
         self.done, self.seen, self.divided = header["done"], header["seen"], header["divided"]
-        self.selected = header["selected"]
+        collection.selected = header["selected"]
         self.loss = tensors["loss"].to(self.device)
         self.began = self._randomness(tensors, "began"), header["began"]
         self.now = self._randomness(tensors, "now"), header["now"]
-        for key in header["sums"]:
-            merging = self._merging(key[1])
-            assert not isinstance(merging, Joined)
-            device = self.offload or self.device
-            state = [tensors[f"sums {key[0]} {key[1]} {k}"].to(device) for k in range(key[2])]
-            self.sums[key[0], key[1]] = Sums(merging, [part.cpu() if part.dim() == 0 else part for part in state])
-        for name, field_ in header["rows"]:
-            chunk = tensors[f"rows {name} {field_}"].to(self.offload or self.device)
-            self.rows[name, field_] = Rows([chunk], [tensors[f"places {name} {field_}"]])
+        device = collection.device or self.device
+        for name, savefield, count in header["sums"]:
+            state = [tensors[f"sums {name} {savefield} {k}"].to(device) for k in range(count)]
+            collection.sums[name, savefield] = Sums(collection.merging(savefield), state)
+        for name, savefield in header["rows"]:
+            chunk, places = tensors[f"rows {name} {savefield}"].to(device), tensors[f"places {name} {savefield}"]
+            collection.rows[name, savefield] = Rows([chunk], [places])
 
     @staticmethod
     def _randomness(tensors: dict[str, Tensor], when: str) -> dict[str, Tensor]:
         return {name.removeprefix(when + " "): value for name, value in tensors.items() if name.startswith(when)}
-
-    def _merging(self, savefield: str) -> Any:
-        if savefield == GRAD:
-            return Summed(1)
-        return next(e for e in self.extensions if e.savefield == savefield).on_batch(None, 1.0).batches
 
     def _save(self) -> None:
         assert self.checkpoint is not None
@@ -204,9 +195,9 @@ class Run:
         tensors |= {f"began {name}": value for name, value in self.began[0].items()}
         tensors |= {f"now {name}": value for name, value in now.items()}
         rows = []
-        for (name, savefield), sums in self.sums.items():
+        for (name, savefield), sums in self.collection.sums.items():
             tensors |= {f"sums {name} {savefield} {k}": part for k, part in enumerate(sums.state)}
-        for (name, savefield), store in self.rows.items():
+        for (name, savefield), store in self.collection.rows.items():
             if isinstance(store, FileRows):
                 store.flush()
             else:
@@ -216,10 +207,10 @@ class Run:
             "done": self.done,
             "seen": self.seen,
             "divided": self.divided,
-            "selected": self.selected,
+            "selected": self.collection.selected,
             "began": self.began[1],
             "now": text,
-            "sums": [(name, savefield, len(sums.state)) for (name, savefield), sums in self.sums.items()],
+            "sums": [(*key, len(sums.state)) for key, sums in self.collection.sums.items()],
             "rows": rows,
         }
         self.checkpoint.save(tensors, header)
@@ -236,7 +227,7 @@ class Run:
                 divided += self._divided(batch.content) if fixed else 0.0
             sums = self.processes.all_sum(torch.tensor([divided, total], dtype=torch.float64)).tolist()
             total = int(sums[1])
-            if fixed and getattr(self.lossfunc, "reduction", None) != "sum":
+            if fixed and not self._summed:
                 self.reference = sums[0]
         for extension in self.extensions:
             if extension.get_subsampling() is not None:
@@ -247,10 +238,18 @@ class Run:
         if self.folder is not None:
             self._prepare(self.folder, total or 0)
 
+    @property
+    def _summed(self) -> bool:
+        return getattr(self.lossfunc, "reduction", None) == "sum"
+
     def _divided(self, content: Any) -> float:
         """What the loss of a batch divides by, without its output where that can be."""
         if self.denominator is not None:
             return float(self.denominator(content))
+        if self.forward is None:
+            return of_loss(self.lossfunc, None, split(content)[1])
+        if self.sharded:
+            raise ValueError("With forward= and fully_shard(), pass denominator= as well: it must be known beforehand.")
         with torch.no_grad(), disable():
             output, target = self.forward(self.model, moved(content, self.device))
         return of_loss(self.lossfunc, output, target)
@@ -262,11 +261,12 @@ class Run:
         for extension in self.extensions:
             if isinstance(extension.on_batch(None, 1.0).batches, Joined):
                 rows = self.chosen.get(extension.savefield)
-                for name in self.parameters:
+                for name in self.collection.parameters:
                     path = folder / f"{extension.savefield}.{name}.npy"
                     if self.done == 0 and self.processes.rank == 0:
                         path.unlink(missing_ok=True)
-                    self.rows[name, extension.savefield] = FileRows(path, total if rows is None else len(rows))
+                    store = FileRows(path, total if rows is None else len(rows))
+                    self.collection.rows[name, extension.savefield] = store
         self.processes.all_objects(None)
 
     # -----------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ class Run:
 
     def all_batches(self, progress: bool | None) -> None:
         """Compute, from the batch on at which an earlier run ended."""
-        self._clear()
+        self.collection.clear()
         if self.done:
             self.random.write(*self.began)
         self._survey()
@@ -284,7 +284,7 @@ class Run:
         if self.done:
             self.random.write(*self.now)
         with _bar(progress if self.processes.rank == 0 else False, self.batches.rounds(), self.done) as advance:
-            for batch in batches:
+            for batch in self._in_step(batches) if self.sharded else batches:
                 self._step(batch)
                 self.done += 1
                 if self.checkpoint is not None and self.checkpoint.due:
@@ -293,10 +293,18 @@ class Run:
         if self.checkpoint is not None:
             self._save()
 
-    def _clear(self) -> None:
-        for parameter in self.parameters.values():
-            for extension in self.extensions:
-                vars(parameter).pop(extension.savefield, None)
+    def _in_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """As many batches as any process has, for parameters are gathered together; further ones do not count."""
+        last: Batch | None = None
+        while True:
+            batch = next(batches, None)
+            if not self.processes.all_sum(torch.tensor(batch is not None, dtype=torch.int64)).item():
+                return
+            if batch is None:
+                batch = last or next(self.batches.read_all())
+                batch.counts = False
+            last = batch
+            yield batch
 
     def _step(self, batch: Batch) -> None:
         content = moved(batch.content, self.device)
@@ -306,7 +314,7 @@ class Run:
             counted.append(samples_of((args, kwargs), EXTENDED[module].batch_axis))
 
         with self.model.register_forward_pre_hook(count, with_kwargs=True):
-            output, target = self.forward(self.model, content)
+            output, target = (self.forward or apply)(self.model, content)
         if counted[:1] != [batch.samples]:
             raise ValueError(
                 f"The first tensor of a batch has {batch.samples} samples, but the model was called with "
@@ -319,9 +327,10 @@ class Run:
             if loss.dim():
                 raise ValueError(f"The loss must be reduced to a number; it has shape {list(loss.shape)}.")
             self._differentiate(loss, factor, batch)
-        self.loss += loss.detach().double() * factor
-        self.divided += divided
-        self.seen += batch.samples
+        if batch.counts:
+            self.loss += loss.detach().double() * factor
+            self.divided += divided
+            self.seen += batch.samples
 
     @contextmanager
     def _finite(self, divided: float) -> Iterator[None]:
@@ -337,94 +346,76 @@ class Run:
             lossfunc.reduction = reduction
 
     def _differentiate(self, loss: Tensor, factor: float, batch: Batch) -> None:
-        parts: dict[str, tuple[BackpropExtension, Tensor]] = {}
-        for extension in self.extensions:
-            rows = None
-            places = torch.arange(batch.start, batch.start + batch.samples)
-            if extension.savefield in self.chosen:
-                chosen = self.chosen[extension.savefield] - batch.start
-                places = ((chosen >= 0) & (chosen < batch.samples)).nonzero().flatten()
-                rows = chosen[places].tolist()
-            if len(places):
-                parts[extension.savefield] = (extension.on_batch(rows, factor), places)
-                self.selected[extension.savefield] += len(places)
-
-        def collect(parameters: Iterable[Tensor]) -> None:
-            for parameter in parameters:
-                for savefield, (part, places) in parts.items():
-                    result = vars(parameter).pop(savefield, None)
-                    if result is not None:
-                        self._keep(self.names[id(parameter)], savefield, part.batches, result, factor, places)
-
+        collection = self.collection
+        parts = [
+            part_of(extension, self.chosen.get(extension.savefield), batch.start, batch.samples, factor)
+            for extension in self.extensions
+        ]
+        for part in parts:
+            if not batch.counts:
+                part.places = None
+            if part.places is not None:
+                collection.selected[part.extension.savefield] += len(part.places)
+        if not self.sharded:  # else all processes pull back the same columns
+            parts = [part for part in parts if part.places is not None]
         block = backpack(
-            *(part for part, _ in parts.values()),
-            extension_hook=lambda module: collect(p for p in trainable(module) if id(p) in self.names),
+            *(part.extension for part in parts), extension_hook=lambda module: collection.take(trainable(module), parts)
         )
         with torch.autocast(self.device.type, enabled=False), block:
-            grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        collect(self.parameters.values())
-        for name, grad in zip(self.parameters, grads, strict=True):
-            if grad is not None:
-                self._keep(name, GRAD, Summed(1), grad.to_dense(), factor, None)
+            grads = self._gradients(loss)
+        collection.take(collection.parameters.values(), parts)
+        for name, grad in grads if batch.counts else ():
+            collection.keep(name, GRAD, Summed(1), grad.to_dense(), factor)
 
-    def _keep(self, name: str, savefield: str, merging: Any, result: Any, factor: float, places: Tensor | None) -> None:
-        if isinstance(merging, Joined):
-            assert places is not None
-            store = self.rows.setdefault((name, savefield), Rows())
-            store.add(merging.rows(result, factor), places, self.offload)
-        else:
-            sums = self.sums.setdefault((name, savefield), Sums(merging))
-            sums.add(result, factor, 0 if places is None else len(places), self.offload)
+    def _gradients(self, loss: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Those of one batch, without a trace on the parameters."""
+        parameters = self.collection.parameters
+        if not self.sharded:
+            grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            return [(name, grad) for name, grad in zip(parameters, grads, strict=True) if grad is not None]
+        # The backward pass of a sharded model has its effects when gradients are accumulated.
+        found: dict[str, Tensor] = {}
+        before = {name: parameter.grad for name, parameter in parameters.items()}
+        handles = []
+        for whole in SHARDED:
+            name = self.collection.name_of(whole)
+            if name is not None:
+                handles.append(whole.register_hook(lambda grad, name=name: found.__setitem__(name, grad.clone())))
+        try:
+            for parameter in parameters.values():
+                parameter.grad = None
+            loss.backward()
+            for name, parameter in parameters.items():
+                if name not in found and parameter.grad is not None:
+                    found[name] = parameter.grad
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
+        return found.items()
 
     # -----------------------------------------------------------------------------------------------------------
     # After the last batch
 
     def results(self, gather: bool) -> Accumulated:
         """Merge what the processes have, and give it to the parameters."""
-        processes = self.processes
+        processes, selected = self.processes, self.collection.selected
         counts = processes.all_sum(
-            torch.tensor([self.divided, self.seen, *self.selected.values()], dtype=torch.float64)
+            torch.tensor([self.divided, self.seen, *selected.values()], dtype=torch.float64)
         ).tolist()
         if counts[1] == 0:
             raise ValueError("The data set is empty.")
-        summed = getattr(self.lossfunc, "reduction", None) == "sum"
-        factor = 1.0 if summed else self.reference / counts[0]
-        selected = dict(zip(self.selected, map(int, counts[2:]), strict=True))
-        found = Accumulated(processes.all_sum(self.loss) * factor, int(counts[1]))
-        found.results = {extension.savefield: {} for extension in self.extensions}
-        for name, savefield in sorted(set().union(*processes.all_objects([*self.sums]))):
-            sums = self.sums.setdefault((name, savefield), Sums(self._merging(savefield)))
-            if processes.count > 1:
-                sums.reduce(processes)
-            value = sums.merging.finish(sums.state, factor, selected.get(savefield, 0))
-            (found.grad if savefield == GRAD else found.results[savefield])[name] = value
-            del self.sums[name, savefield]
-        for (_, savefield), store in self.rows.items():  # those of parameters that all batches use are complete
-            if isinstance(store, Rows):
-                own = torch.cat(store.places)
-                if len(own) > len(found.places.get(savefield, ())):
-                    found.places[savefield] = own
-        whole = {e.savefield for e in self.extensions if type(e).of_whole is not BackpropExtension.of_whole}
-        for name, savefield in sorted(set().union(*processes.all_objects([*self.rows]))):
-            store = self.rows.pop((name, savefield), None) or Rows()
-            if isinstance(store, FileRows):
-                processes.all_objects(store.flush())  # type: ignore[func-returns-value]
-                rows = store.finish()
-            elif processes.count == 1 or gather or savefield in whole:
-                if processes.count > 1:
-                    store.gather(processes)
-                rows = store.finish(torch.arange(selected[savefield]))
-            elif store.chunks:
-                rows = store.finish(found.places[savefield])
-            else:
-                continue
-            found.results[savefield][name] = self._merging(savefield).finish(rows, factor)
-        for extension in self.extensions:
-            values = found.results[extension.savefield]
-            for name in values:
-                values[name] = extension.of_whole(values[name])
-                setattr(self.parameters[name], extension.savefield, values[name])
-        return found
+        factor = 1.0 if self._summed else self.reference / counts[0]
+        if self.reference != 1 and abs(factor - 1) > 1e-9:
+            raise RuntimeError(
+                f"What the loss of the data set divides by was {self.reference} when it was read first, and "
+                f"{counts[0]} at the second time: let all passes over the data give the same targets, of the shape of "
+                f"the outputs."
+            )
+        everything = dict(zip(selected, map(int, counts[2:]), strict=True))
+        found, places = self.collection.finish(processes, factor, everything, gather)
+        return Accumulated(processes.all_sum(self.loss) * factor, int(counts[1]), found.pop(GRAD), found, places)
 
 
 @contextmanager

@@ -40,19 +40,22 @@ def samples_of(batch: Any, axis: int) -> int:
     raise TypeError(f"The batches of the data set hold no tensor: got {type(batch).__name__}.")
 
 
-def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
-    """The model's output for a batch ``(inputs, targets)`` or a mapping with ``labels``, and the targets."""
+def split(batch: Any) -> tuple[Any, Any]:
+    """The inputs and the targets of a batch ``(inputs, targets)`` or a mapping with ``labels``."""
     if isinstance(batch, Mapping) and "labels" in batch:
-        inputs: Any = {key: value for key, value in batch.items() if key != "labels"}
-        target = batch["labels"]
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, target = batch
-    else:
-        raise TypeError(
-            f"A batch must be a pair (inputs, targets) or a mapping with 'labels'; got {type(batch).__name__}. Pass "
-            f"forward=function to accumulate(), a function of the model and a batch that returns the two arguments of "
-            f"the loss."
-        )
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise TypeError(
+        f"A batch must be a pair (inputs, targets) or a mapping with 'labels'; got {type(batch).__name__}. Pass "
+        f"forward=function to accumulate(), a function of the model and a batch that returns the two arguments of the "
+        f"loss."
+    )
+
+
+def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
+    """The model's output for a batch, and the targets."""
+    inputs, target = split(batch)
     if isinstance(inputs, Mapping):
         output = model(**inputs)
     elif isinstance(inputs, (tuple, list)):
@@ -67,12 +70,12 @@ def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
 
 @dataclass(eq=False)
 class Batch:
-    """One batch: its number in the data set, the number of its first sample, how many it has, and what it holds."""
+    """One batch: the number of its first sample in the data set, how many it has, and what it holds."""
 
-    number: int
     start: int
     samples: int
     content: Any
+    counts: bool = True
 
 
 @dataclass(eq=False)
@@ -125,12 +128,16 @@ class Batches:
         if self.processes.count > 1 and self._sampled:
             yield from self._own()
             return
-        start = 0
-        for number, content in enumerate(self.loader):
-            samples = samples_of(content, self.axis)
+        for number, batch in enumerate(self.read_all()):
             if number % self.processes.count == self.processes.rank:
-                yield Batch(number, start, samples, content)
-            start += samples
+                yield batch
+
+    def read_all(self) -> Iterator[Batch]:
+        """The batches of all processes."""
+        start = 0
+        for content in self.loader:
+            yield Batch(start, samples_of(content, self.axis), content)
+            start += samples_of(content, self.axis)
 
     def _own(self) -> Iterator[Batch]:
         """As ``read``, without reading the others' samples; all processes follow the order that the first one draws."""
@@ -153,5 +160,4 @@ class Batches:
         for indices in order:
             starts.append(starts[-1] + len(indices))
         for place, content in enumerate(own):
-            number = rank + place * count
-            yield Batch(number, starts[number], samples_of(content, self.axis), content)
+            yield Batch(starts[rank + place * count], samples_of(content, self.axis), content)

@@ -31,7 +31,7 @@ class Sums:
 
     def reduce(self, processes: Processes) -> None:
         """Merge with those of the other processes."""
-        known = next(s for s in processes.all_objects([(p.shape, p.dtype, p.device) for p in self.state]) if s)
+        known = next(s for s in processes.all_objects([(p.shape, p.dtype, p.device.type) for p in self.state]) if s)
         own = self.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in known]
         self.state = self.merging.reduce(own, processes.all_sum)
 
@@ -58,7 +58,7 @@ class Rows:
         """Fetch those of the other processes."""
         own = self.pack() if self.chunks else None
         shape, dtype, device = next(
-            s for s in processes.all_objects(own and (own[0].shape[1:], own[0].dtype, own[0].device)) if s
+            s for s in processes.all_objects(own and (own[0].shape[1:], own[0].dtype, own[0].device.type)) if s
         )
         rows, places = own or (torch.zeros(0, *shape, dtype=dtype, device=device), torch.zeros(0, dtype=torch.int64))
         self.chunks, self.places = [processes.all_rows(rows)], [processes.all_rows(places)]

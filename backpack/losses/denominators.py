@@ -23,22 +23,24 @@ from torch.nn import (
     SoftMarginLoss,
 )
 
-COUNTS: dict[type[Module], Callable[[Any, Tensor, Tensor], float]] = {}
+COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {}
 """Loss module to the function of the module, its input and its target that returns what its mean divides by."""
 
 
-def counts(*losses: type[Module]) -> Callable[[Callable[[Any, Tensor, Tensor], float]], Any]:
+def counts(*losses: type[Module]) -> Callable[[Callable[[Any, Tensor | None, Tensor], float]], Any]:
     """Register the function that follows for these losses."""
 
-    def register(function: Callable[[Any, Tensor, Tensor], float]) -> Any:
+    def register(function: Callable[[Any, Tensor | None, Tensor], float]) -> Any:
         COUNTS.update(dict.fromkeys(losses, function))
         return function
 
     return register
 
 
-def denominator(loss: Module, output: Tensor, target: Any) -> float:
+def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
     """By what a loss divides the sum over its entries; 1 for a sum. Zero where no entry counts.
+
+    An ``output`` that is not known is taken to have the target's shape.
 
     Raises:
         ValueError: The loss is not reduced, or how its mean is formed is not known.
@@ -57,7 +59,7 @@ def denominator(loss: Module, output: Tensor, target: Any) -> float:
 
 
 @counts(CrossEntropyLoss, NLLLoss)
-def weights_of_targets(loss: Any, output: Tensor, target: Tensor) -> float:
+def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The sum of the targets' class weights; of targets that are probabilities, their number."""
     if target.is_floating_point():
         return target.numel() / target.shape[min(1, target.dim() - 1)]
@@ -69,12 +71,12 @@ def weights_of_targets(loss: Any, output: Tensor, target: Tensor) -> float:
 
 @counts(BCELoss, BCEWithLogitsLoss, GaussianNLLLoss, HuberLoss, L1Loss, MSELoss, PoissonNLLLoss, SmoothL1Loss)
 @counts(SoftMarginLoss)
-def entries(loss: Any, output: Tensor, target: Tensor) -> float:
+def entries(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries."""
-    return float(torch.broadcast_shapes(output.shape, target.shape).numel())
+    return float(torch.broadcast_shapes(target.shape if output is None else output.shape, target.shape).numel())
 
 
 @counts(KLDivLoss)
-def divergences(loss: Any, output: Tensor, target: Tensor) -> float:
+def divergences(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries, or that of samples."""
-    return float(len(output)) if loss.reduction == "batchmean" else entries(loss, output, target)
+    return float(len(target)) if loss.reduction == "batchmean" else entries(loss, output, target)

@@ -1,0 +1,224 @@
+"""What several processes compute, against one giant batch: ``in_processes.py RANK COUNT FILE FOLDER [MODE]``."""
+
+import copy
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from dataset_truth import LOSSES, all_extensions, bound_of, check, giant, parameters_of, problem, targets
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from truth import close
+
+from backpack import accumulate, across_processes, backpack, extend
+from backpack.extensions import BatchGrad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
+
+RANK, COUNT = int(sys.argv[1]), int(sys.argv[2])
+ROWS = (None, [7, 2, -1, 2])
+
+
+def plain(model):
+    return model
+
+
+def parallel(model):
+    return DistributedDataParallel(model)
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (COUNT,))
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPERS = (plain, parallel, sharded)
+
+
+def data_sets(folder, thorough):
+    chosen = [(None, "ignored", False), (ROWS[1], "mean", False), (None, "mean", True)]
+    if thorough:
+        chosen = [(rows, kind, stream) for rows in ROWS for kind in LOSSES for stream in (False, True)]
+    for wrap in WRAPPERS:
+        for rows, kind, stream in chosen:
+            lossfunc, divided = LOSSES[kind]
+            model, lossfunc, X, _ = problem(copy.deepcopy(lossfunc))
+            y = targets(kind)
+            truth = giant(model, lossfunc, X, y, divided(y), rows)
+            bound = bound_of(truth)
+            data = DataLoader(TensorDataset(X, y), batch_size=4)  # three batches, of 4, 4 and 3
+            model = wrap(model)
+            where = {"stream": Path(folder) / f"{wrap.__name__}-{rows}-{kind}"} if stream else {"gather": True}
+            found = accumulate(model, lossfunc, data, *all_extensions(bound, rows), **where)
+            check(found, truth, bound, model.module if wrap is parallel else model)
+
+
+def own_samples_stay():
+    model, lossfunc, X, y = problem()
+    truth = giant(model, lossfunc, X, y, 11)
+    for data in (DataLoader(TensorDataset(X, y), batch_size=4), [*zip(X.split(4), y.split(4), strict=True)]):
+        found = accumulate(model, lossfunc, data, BatchGrad(), Variance([1, 9, 10]))
+        places = found.places["grad_batch"] if "grad_batch" in found.places else torch.arange(0)
+        numbers = [n for k in range(3) if k % COUNT == RANK for n in range(4 * k, min(4 * k + 4, 11))]
+        assert places.tolist() == numbers
+        for name, g in truth["individual"].items():
+            assert close(found["variance"][name], g[[1, 9, 10]].var(0, correction=0))
+            if numbers:
+                assert close(found["grad_batch"][name], g[numbers])
+
+
+def order_is_shared():
+    """Each process would draw another one by itself."""
+    model, lossfunc, X, y = problem()
+    torch.manual_seed(RANK)
+    data = DataLoader(TensorDataset(X, y), batch_size=3, shuffle=True)
+    found = accumulate(model, lossfunc, data, BatchGrad(), SumGradSquared(), gather=True)
+    truth = giant(model, lossfunc, X, y, 11)
+    for name, g in truth["individual"].items():
+        assert close(found["sum_grad_squared"][name], g.square().sum(0))
+        assert close(found["grad_batch"][name].sum(0), g.sum(0), g.abs().max())
+        assert len(found["grad_batch"][name]) == 11
+
+
+class Failing(list):
+    """Data that fail at the process's second batch."""
+
+    fail = True
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if self.fail and number == COUNT + RANK:
+                raise InterruptedError
+            yield batch
+
+
+def resumed(folder):
+    model, lossfunc, X, y = problem()
+    data = Failing(zip(X.split(2), y.split(2), strict=True))
+    extensions = [Variance(), DiagGGNMC(), BatchGrad()]
+    where = {"checkpoint": Path(folder) / "checkpoint", "checkpoint_seconds": 0, "gather": True}
+    torch.manual_seed(RANK)
+    try:
+        accumulate(model, lossfunc, data, *extensions, **where)
+    except InterruptedError:
+        data.fail = False
+    again = accumulate(model, lossfunc, data, *extensions, **where)
+    torch.manual_seed(RANK)
+    whole = accumulate(model, lossfunc, data, *extensions, gather=True)
+    for extension in extensions:
+        for name, value in whole[extension.savefield].items():
+            assert torch.equal(again[extension.savefield][name], value)
+
+
+def divided_twice_is_refused():
+    model, lossfunc, X, y = problem()
+    data = TensorDataset(X, y)
+    try:
+        accumulate(model, lossfunc, DataLoader(data, sampler=DistributedSampler(data)), BatchGrad())
+    except ValueError as error:
+        assert "DistributedSampler" in str(error)
+    else:
+        raise AssertionError
+
+
+def training_loops():
+    """Four samples a process; the gradient is that of DistributedDataParallel and fully_shard."""
+    n = 4 * COUNT
+    own = slice(4 * RANK, 4 * RANK + 4)
+    for wrap in (parallel, sharded):
+        for rows, outside in ((None, False), ([5, 2, -1, 2], False), ([6], True)):
+            model, lossfunc, X, y = problem(n=n)
+            truth = giant(model, lossfunc, X, y, n, rows)
+            bound = bound_of(truth)
+            inner, lossfunc = model, extend(lossfunc)
+            model = extend(wrap(model)) if outside else wrap(extend(model))
+            for _ in range(2):
+                model.zero_grad()
+                with across_processes(inner, *all_extensions(bound, rows), samples=4, gather=True):
+                    lossfunc(model(X[own]), y[own]).backward()
+            found = {}
+            for name, p in parameters_of(inner).items():
+                for extension in all_extensions(bound):
+                    field = extension.savefield
+                    found.setdefault(field, {})[name] = getattr(p, field)
+                grad = p.grad.full_tensor() if wrap is sharded else p.grad
+                assert close(grad, truth["grad"][name], truth["individual"][name].abs().max())
+                p.grad = None
+
+            class Found(dict):
+                loss, grad = truth["loss"], truth["grad"]  # noqa: B023
+
+            check(Found(found), truth, bound, inner)
+
+
+def blocks_of_one_process():
+    """Inside ``backpack(...)`` results are those of the process's own batch, whatever is around the model."""
+    for wrap in WRAPPERS:
+        for kind in ("mean", "mse"):
+            lossfunc = extend(LOSSES[kind][0])
+            model, _, X, _ = problem(n=8)
+            y = targets(kind, 8)
+            X, y = X + RANK, y
+            truth = giant(model, lossfunc, X, y, y.numel() if kind == "mse" else 8)
+            model = wrap(extend(model))
+            with backpack(BatchGrad(), Variance([2, 3]), DiagGGNExact()):
+                lossfunc(model(X), y).backward()
+            for name, p in parameters_of(model.module if wrap is parallel else model).items():
+                g = truth["individual"][name]
+                assert close(p.grad_batch, g) and close(p.variance, g[2:4].var(0, correction=0))
+                assert close(p.diag_ggn_exact, truth["roots"][name].square().sum((0, 1)))
+
+
+def static_graph_is_refused():
+    model, lossfunc, X, y = problem()
+    lossfunc, model = extend(lossfunc), DistributedDataParallel(extend(model), static_graph=True)
+    with backpack(BatchGrad()):
+        lossfunc(model(X), y).backward()
+    model, _, X, y = problem()
+    model = DistributedDataParallel(extend(model), static_graph=True)
+    loss = lossfunc(model(X), y)
+    try:
+        with backpack(DiagGGNExact()):
+            loss.backward()
+    except RuntimeError as error:
+        assert "static_graph" in str(error)
+    else:
+        raise AssertionError
+    for p in model.parameters():  # the process group is as before
+        dist.all_reduce(p.detach().clone())
+
+
+def one_dies():
+    model, lossfunc, X, y = problem()
+
+    def batches():
+        for number, batch in enumerate(zip(X.split(2), y.split(2), strict=True)):
+            if RANK == 1 and number == 3:
+                os._exit(9)
+            yield batch
+
+    accumulate(model, lossfunc, batches(), Variance())
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[3]}", rank=RANK, world_size=COUNT, timeout=timedelta(seconds=60)
+    )
+    if len(sys.argv) > 5:
+        one_dies()
+    for scenario in (blocks_of_one_process, own_samples_stay, order_is_shared, divided_twice_is_refused,
+                     static_graph_is_refused, training_loops):  # fmt: skip
+        scenario()
+    resumed(sys.argv[4])
+    data_sets(sys.argv[4], thorough=COUNT == 4)
+    dist.barrier()
+    dist.destroy_process_group()
+    print("done")
