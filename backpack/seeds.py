@@ -55,6 +55,9 @@ class Curvature(Ruled, Protocol):
     def merge(self, results: list[Any]) -> Any:
         """The result of all seeds, from those of some each."""
 
+    def complete(self, result: Any, grads: Individual) -> Any:
+        """Add to the result of all seeds what does not depend on them."""
+
 
 @dataclass(eq=False)
 class Origin:
@@ -123,13 +126,24 @@ class LossCall:
         output, origin = found[0]
         layout = self._layout(output, origin)
         root = loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer)
+        if root.notice is not None and any(extension.seeds != "gradient" for extension in block.second_order):
+            warnings.warn(root.notice, stacklevel=2)
         groups: dict[Any, list[Any]] = {}
         for extension in block.second_order:
             key = (extension.seeds, extension.mc_samples, extension.subset.key, extension.chunk_size, extension.whole)
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
             last = place == len(groups) - 1 and not block.first_order and not block.with_rules
-            SeedPass(block, extensions, self, root, layout, found, last).run()
+            SeedPass(block, extensions, self, root, layout, found, outer, last).run()
+
+    def grad(self, layout: Layout, outer: Tensor) -> Tensor:
+        """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            point = self.input if create else self.input.detach().requires_grad_()
+            value = self.loss.forward(point, *self.args, **self.kwargs)
+            (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=create)
+        return layout.split(grad).flatten(1)
 
     def _check(self, outer: Tensor) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -179,7 +193,8 @@ class LossCall:
 class SeedPass:
     """Seeds of one kind, for extensions that share them, pulled back chunk by chunk.
 
-    ``last``: nothing else will be computed for the block, so that modules are done when this pass is through them.
+    ``outer``: the cotangent of the loss. ``last``: nothing else will be computed for the block, so that modules are
+    done when this pass is through them.
     """
 
     block: Block
@@ -188,6 +203,7 @@ class SeedPass:
     root: LossRoot
     layout: Layout
     found: list[tuple[GradientEdge, Origin]]
+    outer: Tensor
     last: bool
     delivery: Delivery = field(default_factory=Delivery)
     results: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
@@ -232,6 +248,7 @@ class SeedPass:
             "exact": self.root.columns,
             "documented": self.root.documented_columns,
             "sampled": first.mc_samples,
+            "gradient": 1,
         }
         self.columns = number[first.seeds]
         looped = torch.is_grad_enabled() or must_loop(edge)
@@ -242,7 +259,9 @@ class SeedPass:
             chunk = 1 if looped else self.columns
         for start in range(0, self.columns, chunk):
             stop = min(start + chunk, self.columns)
-            if first.seeds == "sampled":
+            if first.seeds == "gradient":
+                seeds = self.root.weighed(self.loss.grad(self.layout, self.outer))[None]
+            elif first.seeds == "sampled":
                 seeds = torch.stack([self.root.sampled() for _ in range(start, stop)]) / self.columns**0.5
             else:
                 seeds = getattr(self.root, first.seeds)(start, stop)
@@ -353,11 +372,8 @@ class SeedPass:
             if len(results) > 1 and extension.additive:
                 results[:] = [extension.merge(results)]
             if self.final:
-                setattr(
-                    parameter,
-                    extension.savefield,
-                    extension.merge(results) if len(results) > 1 else results[0],
-                )
+                merged = extension.merge(results) if len(results) > 1 else results[0]
+                setattr(parameter, extension.savefield, extension.complete(merged, grads))
         if self.final and self.last:
             self.finished.add(id(parameter))
             self.block.owners_done(parameter, self.finished)

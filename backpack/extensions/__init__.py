@@ -7,6 +7,8 @@ from backpack.extensions.batch_l2_grad import BatchL2Grad
 from backpack.extensions.clipped_grad import ClippedGrad
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
 from backpack.extensions.ggn_gram import GGNGram
+from backpack.extensions.kfac import KFAC
+from backpack.extensions.kflr import KFLR
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.sum_grad_squared import SumGradSquared
 from backpack.extensions.variance import Variance
@@ -21,6 +23,8 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "GGNGram",
+    "KFAC",
+    "KFLR",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",

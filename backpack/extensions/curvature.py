@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.uses import Individual
 from backpack.uses.base import accumulate
 
 
@@ -43,12 +44,16 @@ class CurvatureExtension(BackpropExtension):
         self.chunk_size = chunk_size
         self.mc_samples = mc_samples
 
-    def merge(self, results: list[Tensor]) -> Tensor:
+    def merge(self, results: list[Any]) -> Any:
         """The result of all columns, from those of some each; the first one may be overwritten."""
         terms = results[:1]
         for result in results[1:]:
             accumulate(terms, result)
         return terms[0]
+
+    def complete(self, result: Any, grads: Individual) -> Any:
+        """Add to the result of all columns what does not depend on them; ``grads``: of the last ones."""
+        return result
 
 
 class Concatenated(CurvatureExtension):

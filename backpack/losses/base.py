@@ -22,6 +22,8 @@ class LossRoot(ABC):
 
     columns: int
     """Number of columns of the exact root."""
+    notice: str | None = None
+    """What to warn of where columns of the root are used."""
 
     @abstractmethod
     def exact(self, start: int, stop: int) -> Tensor:
@@ -31,6 +33,13 @@ class LossRoot(ABC):
     def sampled(self) -> Tensor:
         """A random column, ``[n, d]``, whose outer product has the Hessian as its expectation."""
 
+    @abstractmethod
+    def weighed(self, grad: Tensor) -> Tensor:
+        """The gradient of the loss, ``[n, d]``, divided by the square root of the weight that each term has in it.
+
+        A term is what the loss sums or averages; entries that do not count are zero.
+        """
+
     def documented(self, start: int, stop: int) -> Tensor:
         """As ``exact``, of a root with one column per output, for results that keep the axis of the columns."""
         return self.exact(start, stop)
@@ -39,6 +48,23 @@ class LossRoot(ABC):
     def documented_columns(self) -> int:
         """Number of columns that ``documented`` has."""
         return self.columns
+
+
+def divided(grad: Tensor, weight: Tensor) -> Tensor:
+    """By the square root of a weight, which is zero only where the gradient is."""
+    return torch.where(weight > 0, grad / weight.sqrt(), torch.zeros_like(grad))
+
+
+def term_weight(loss: Module, input: Tensor, layout: Layout, outer: Tensor, terms: int | None = None) -> Tensor:
+    """What the reduction of a loss of so many terms (default: one an entry) multiplies them by.
+
+    Broadcastable to ``[n, d]``; one where a loss does not say how it is reduced.
+    """
+    reduction = getattr(loss, "reduction", "sum")
+    if reduction == "none" and outer.shape == input.shape:
+        return layout.split(outer).flatten(1)
+    count = {"mean": terms or input.numel(), "batchmean": layout.n}.get(reduction, 1)
+    return input.new_tensor(1 / count)
 
 
 Rule = Callable[[Module, Tensor, Layout, tuple[Any, ...], dict[str, Any], Tensor], LossRoot]
@@ -59,9 +85,12 @@ def root_of(*losses: type[Module]) -> Callable[[Rule], Rule]:
 
 
 class Diagonal(LossRoot):
-    """The root of a loss whose entries do not interact: ``hessian`` is the diagonal ``[n, d]``."""
+    """The root of a loss whose entries do not interact: ``hessian`` is the diagonal ``[n, d]``.
 
-    def __init__(self, hessian: Tensor, draw: Callable[[], Tensor] | None = None) -> None:
+    ``weight``, broadcastable to it: what the reduction multiplies the entries by.
+    """
+
+    def __init__(self, hessian: Tensor, weight: Tensor, draw: Callable[[], Tensor] | None = None) -> None:
         smallest = hessian.min().item() if hessian.numel() else 0.0
         if smallest < 0:
             raise ValueError(
@@ -70,7 +99,7 @@ class Diagonal(LossRoot):
             )
         self.scale = hessian.sqrt()
         self.columns = hessian.shape[1]
-        self._draw = draw
+        self._weight, self._draw = weight, draw
 
     def exact(self, start: int, stop: int) -> Tensor:
         stop = min(stop, self.columns)
@@ -78,6 +107,9 @@ class Diagonal(LossRoot):
         place = torch.arange(stop - start, device=seeds.device)
         seeds[place, :, place + start] = self.scale[:, start:stop].T
         return seeds
+
+    def weighed(self, grad: Tensor) -> Tensor:
+        return divided(grad, self._weight)
 
     def sampled(self) -> Tensor:
         if self._draw is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
-from backpack.losses.base import LossRoot, root_of
+from backpack.losses.base import LossRoot, divided, root_of
 from backpack.samples import Layout
 
 
@@ -68,6 +68,10 @@ class SoftmaxRoot(LossRoot):
         leading = seeds.dim() - 2
         rest = [size for axis, size in enumerate(self.shape[1:]) if axis != self.axis]
         return seeds.reshape(*seeds.shape[:-2], *rest, self.classes).movedim(-1, leading + self.axis).flatten(leading)
+
+    def weighed(self, grad: Tensor) -> Tensor:
+        weight = self._restore(self.weight.unsqueeze(2).expand_as(self.probability))
+        return divided(grad, weight)
 
     def sampled(self) -> Tensor:
         drawn = torch.multinomial(self.probability.flatten(0, 1), 1).reshape(*self.weight.shape, 1)

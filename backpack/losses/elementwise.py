@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn import (
     SoftMarginLoss,
 )
 
-from backpack.losses.base import Diagonal, LossRoot, root_of
+from backpack.losses.base import Diagonal, LossRoot, root_of, term_weight
 from backpack.losses.functional import hessian_product
 from backpack.samples import Layout
 
@@ -42,13 +41,14 @@ def elementwise(
     loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
+    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, NLLLoss) else None
+    root = Diagonal(hessian, term_weight(loss, input, layout, outer, terms))
     if not hessian.any():
-        warnings.warn(
+        root.notice = (
             f"{type(loss).__name__} is linear in its input here: its Hessian and all second-order results are zero. "
-            f"For a classifier, use CrossEntropyLoss on the logits instead of NLLLoss on their log-softmax.",
-            stacklevel=2,
+            f"For a classifier, use CrossEntropyLoss on the logits instead of NLLLoss on their log-softmax."
         )
-    return Diagonal(hessian)
+    return root
 
 
 @root_of(MSELoss)
@@ -57,7 +57,8 @@ def mean_squared_error(
 ) -> LossRoot:
     """Sampled: the gradient at targets drawn from ``N(f, 1/2)``."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
-    return Diagonal(hessian, lambda: hessian.sqrt() * torch.randn_like(hessian))
+    weight = term_weight(loss, input, layout, outer)
+    return Diagonal(hessian, weight, lambda: hessian.sqrt() * torch.randn_like(hessian))
 
 
 @root_of(BCEWithLogitsLoss)
@@ -74,7 +75,7 @@ def binary_cross_entropy(
         drawn = torch.bernoulli(probability)
         return hessian.sqrt() * torch.where(drawn > 0, -odds, 1 / odds)
 
-    return Diagonal(hessian, draw)
+    return Diagonal(hessian, term_weight(loss, input, layout, outer), draw)
 
 
 def _second_derivative(

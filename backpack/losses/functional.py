@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.losses.base import LossRoot
+from backpack.losses.base import LossRoot, divided, term_weight
 from backpack.samples import Layout
 
 TOLERANCE = 1e-4
@@ -39,9 +39,10 @@ def hessian_product(
 
 
 class DenseRoot(LossRoot):
-    """From the dense Hessian of each sample, ``[n, d, d]``."""
+    """From the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
 
-    def __init__(self, hessian: Tensor) -> None:
+    def __init__(self, hessian: Tensor, weight: Tensor) -> None:
+        self._weight = weight
         values, vectors = torch.linalg.eigh(hessian)
         tolerance = TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2
         if values.numel() and values.min() < -tolerance * values.abs().max():
@@ -55,6 +56,9 @@ class DenseRoot(LossRoot):
 
     def exact(self, start: int, stop: int) -> Tensor:
         return self.root[start:stop]
+
+    def weighed(self, grad: Tensor) -> Tensor:
+        return divided(grad, self._weight)
 
     def sampled(self) -> Tensor:
         return torch.einsum("vnd,vn->nd", self.root, torch.randn_like(self.root[:, :, 0]))
@@ -85,4 +89,4 @@ def functional(
             f"{type(loss).__name__} couples the samples of a batch: its Hessian with respect to its input of shape "
             f"{list(input.shape)} is not block-diagonal over the {n} samples, as second-order extensions need it."
         )
-    return DenseRoot((hessian + hessian.transpose(1, 2)) / 2)
+    return DenseRoot((hessian + hessian.transpose(1, 2)) / 2, term_weight(loss, input, layout, outer))

@@ -127,5 +127,33 @@ def transposed_convolution(
         patches = _patches(batch, kernel, spatial, stride, pads, dilation, groups)
         return _positions(patches, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    use = DenseUse((input,), rows, columns, flipped=True)
+    # For Kronecker factors, the map with the matrix ``weight.transpose(0, 1)``: the input, with zeros between its
+    # entries, is convolved with the reversed kernel.
+    steps, gaps = _each(stride, dims), _each(dilation, dims)
+    starts = [d * (k - 1) - p for d, k, p in zip(gaps, kernel, _each(padding, dims), strict=True)]
+
+    def spread(x: Tensor) -> Tensor:
+        batch = x.flatten(0, x.dim() - dims - 2)
+        sides: list[int] = []
+        for axis in range(dims):
+            batch = _with_gaps(batch, 2 + axis, steps[axis])
+            needed = out.shape[2 + axis] + gaps[axis] * (kernel[axis] - 1)
+            sides = [starts[axis], needed - starts[axis] - batch.shape[2 + axis], *sides]
+        patches = unfold(F.pad(batch, sides), kernel, out.shape[2:], 1, dilation).flip(list(range(2, 2 + dims)))
+        return _positions(patches.reshape(len(batch), groups, -1, prod(out.shape[2:])), len(x)).transpose(2, 3)
+
+    def channels(grad: Tensor) -> Tensor:
+        v, n = grad.shape[:2]
+        batch = grad.reshape(-1, groups, weight.shape[1], prod(out.shape[2:]))
+        return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
+
+    use = DenseUse((input,), rows, columns, flipped=True, other=(spread, channels))
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
+
+
+def _with_gaps(x: Tensor, axis: int, step: int) -> Tensor:
+    """Zeros between the entries along an axis, which are then ``step`` apart."""
+    if step == 1:
+        return x
+    apart = torch.stack([x, *[torch.zeros_like(x)] * (step - 1)], axis + 1).flatten(axis, axis + 1)
+    return apart.narrow(axis, 0, apart.shape[axis] - step + 1)

@@ -7,12 +7,16 @@ parameter's own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from backpack.samples import Rows
+
+if TYPE_CHECKING:
+    from backpack.uses.linear_map import LinearMap
 
 SCRATCH = 2**20
 """Entries of scratch that a reduction over individual gradients may fill at a time."""
@@ -122,6 +126,10 @@ class Individual(ABC):
         step = max(1, SCRATCH // max(1, seeds * self.shape.numel()))
         for start in range(0, samples, step):
             yield self.narrow(start, min(start + step, samples))
+
+    def maps(self) -> Sequence[LinearMap]:
+        """The linear maps that the parameter is the matrix of; none: it has no Kronecker factors."""
+        return []
 
     def dots(self, other: Individual) -> Tensor:
         """Dot products with other individual gradients of the same parameter, ``[v, n, w, m]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,14 +12,16 @@ from torch import Tensor
 from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use, accumulate
+from backpack.uses.linear_map import LinearMap, diagonal_blocks, second_moment
 
 
 @dataclass(eq=False)
-class Dense(Individual):
+class Dense(LinearMap):
     """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``.
 
     ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
     ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
+    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one.
     """
 
     inputs: tuple[Tensor, ...]
@@ -27,6 +29,7 @@ class Dense(Individual):
     shape: torch.Size
     flipped: bool = False
     unfold: Callable[..., Tensor] | None = None
+    other: Callable[[], Dense] | None = None
 
     @cached_property
     def x(self) -> Tensor:
@@ -180,6 +183,53 @@ class Dense(Individual):
             accumulate(terms, left @ right.T)
         return terms[0].reshape(n, v, m, w).permute(1, 0, 3, 2)
 
+    def maps(self) -> Sequence[LinearMap]:
+        return [self] if self.other is None else [self.other()]
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
+        outputs = self.grad.shape[4]
+        rows = self.shape.numel() // outputs if self.flipped else self.grad.shape[2] * outputs
+        return rows, self.shape.numel() // rows
+
+    @property
+    def rows(self) -> range:  # type: ignore[override]
+        return range(self.matrix[0])
+
+    @property
+    def inputs_first(self) -> bool:  # type: ignore[override]
+        return self.flipped
+
+    def output_factor(self, approx: str | None) -> Tensor:
+        """Of independent groups: block-diagonal."""
+        grad = self.grad
+        if approx != "expand" and grad.shape[3] > 1:
+            grad = grad.sum(3, keepdim=True)
+        return self._output_blocks(_moments(grad.flatten(0, 1)))
+
+    def input_factor(self, approx: str | None) -> Tensor:
+        """The mean over groups."""
+        n, g, s, i = self.x.shape
+        x = self.x.mean(2, keepdim=True) if approx == "reduce" and s > 1 else self.x
+        return self._input_blocks(_moments(x) / (n * s if approx == "expand" else n))
+
+    def _output_blocks(self, blocks: Tensor) -> Tensor:
+        return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+
+    def _input_blocks(self, blocks: Tensor) -> Tensor:
+        return blocks[0] if len(blocks) == 1 else blocks.mean(0)
+
+    def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
+        outputs, inputs = (columns, rows) if self.flipped else (rows, columns)
+        grad = self.grad @ diagonal_blocks(outputs, self.grad.shape[2])
+        shape = torch.Size((rows.shape[1], columns.shape[1]))
+        return replace(self, inputs=(self.x @ inputs,), grad=grad, shape=shape, unfold=None, other=None)
+
+    def transposed(self) -> Dense | None:
+        if self.grad.shape[2] > 1 or self.other is not None:
+            return None
+        return replace(self, flipped=not self.flipped, shape=torch.Size(self.matrix[::-1]))
+
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows of all samples' and seeds' matrices, ``[n v, ...]``."""
         part = self._with(self.x, self.grad[..., start:stop])
@@ -187,22 +237,63 @@ class Dense(Individual):
         return matrices.transpose(1, 2).reshape(self.grad.shape[0] * self.grad.shape[1], -1)
 
 
+class Transposed(Dense):
+    """The same with the matrix ``[o, g i]``: groups of inputs whose outputs are summed."""
+
+    def _dense(self) -> Tensor:
+        v, n, g, s, o = self.grad.shape
+        blocks = replace(self, shape=torch.Size((g, o, self.x.shape[3])))
+        return self._to_parameter(Dense._dense(blocks))
+
+    def _to_parameter(self, matrix: Tensor) -> Tensor:
+        return matrix.transpose(-3, -2).reshape(*matrix.shape[:-3], *self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.grad.shape[4], self.shape.numel() // self.grad.shape[4]
+
+    def _output_blocks(self, blocks: Tensor) -> Tensor:
+        return blocks.mean(0)
+
+    def _input_blocks(self, blocks: Tensor) -> Tensor:
+        return torch.block_diag(*blocks)
+
+    def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
+        blocks = diagonal_blocks(columns, self.grad.shape[2])
+        return replace(self, inputs=(self.x @ blocks,), grad=self.grad @ rows)
+
+
+def _moments(rows: Tensor) -> Tensor:
+    """``sum_ns rows[n g s a] rows[n g s b]``, ``[g, a, b]``."""
+    return second_moment(rows.transpose(0, 1).flatten(1, 2))
+
+
 @dataclass(eq=False)
 class DenseUse(Use):
     """A linear map of what ``unfold`` makes of the recorded ``inputs``.
 
     ``unfold`` takes the inputs as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent ``[v, n, ...]`` to
-    ``[v, n, g, s, o]``.
+    ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not wanted for them.
     """
 
     inputs: tuple[Tensor, ...]
     unfold: Callable[..., Tensor]
     fold: Callable[[Tensor], Tensor]
     flipped: bool = False
+    other: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
 
     def recorded(self) -> tuple[Tensor, ...]:
         return self.inputs
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
         inputs = tuple(rows.take(tensor).to(grad.dtype) for tensor in self.inputs)
-        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold)
+        other: Callable[[], Dense] | None = None
+        if self.other is not None:
+            unfold, fold = self.other
+
+            def other() -> Dense:
+                x, g = unfold(*inputs), fold(grad)
+                cls = Dense if x.shape[1] == 1 else Transposed
+                return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
+
+        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, other)

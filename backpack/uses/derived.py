@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual
+from backpack.uses.linear_map import LinearMap
 from backpack.uses.pullback import map_samples
 
 
@@ -41,3 +43,64 @@ class Derived(Individual):
             return found[0]
 
         return map_samples(pull, self.inner.dense(), ())
+
+    def maps(self) -> Sequence[LinearMap]:
+        """Those of a transposed parameter, and of some of its rows."""
+        tensor, parameter = self.tensor, self.parameter
+        own = self.inner.maps()
+        if tensor._base is not parameter or tensor.dim() < 2:
+            return []
+        if tensor.dim() == 2 and tensor.shape == parameter.shape[::-1] and tensor.stride() == parameter.stride()[::-1]:
+            found = [a.transposed() for a in own]
+            return [] if None in found else [a for a in found if a is not None]
+        if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
+            return []
+        start = (tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+        if any(a.inputs_first or a.matrix[0] != len(tensor) for a in own):
+            return []
+        return [Rows(a, range(start, start + len(tensor)), len(parameter)) for a in own]
+
+
+@dataclass(eq=False)
+class Rows(LinearMap):
+    """Individual gradients of ``count`` rows, of which a map uses some, side by side."""
+
+    inner: LinearMap
+    rows: range
+    count: int
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size((self.count, *self.inner.shape[1:]))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.inner.size
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.count, self.inner.matrix[1]
+
+    def narrow(self, start: int, stop: int) -> Rows:
+        raise NotImplementedError("Only Kronecker factors are read of a map.")
+
+    def scaled(self, factor: Tensor) -> Rows:
+        raise NotImplementedError("Only Kronecker factors are read of a map.")
+
+    def _dense(self) -> Tensor:
+        dense = self.inner.dense()
+        whole = dense.new_zeros(*self.size, *self.shape)
+        whole[:, :, self.rows.start : self.rows.stop] = dense
+        return whole
+
+    def output_factor(self, approx: str | None) -> Tensor:
+        inner = self.inner.output_factor(approx)
+        whole = inner.new_zeros(self.count, self.count)
+        whole[self.rows.start : self.rows.stop, self.rows.start : self.rows.stop] = inner
+        return whole
+
+    def input_factor(self, approx: str | None) -> Tensor:
+        return self.inner.input_factor(approx)
+
+    def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
+        return self.inner.rotated(rows[self.rows.start : self.rows.stop], columns)

@@ -12,6 +12,7 @@ from torch import Tensor
 from backpack.uses.base import Individual
 from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
+from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup
 
 
@@ -46,6 +47,12 @@ class Joint(Individual):
             return sum((2 * a.sample_dots(b) for a, b in combinations(self.parts, 2)), start=norms)
         return None
 
+    def maps(self) -> Sequence[LinearMap]:
+        found = [part.maps() for part in self.parts]
+        if not all(found) or len({a.matrix for maps in found for a in maps}) > 1:
+            return []
+        return [a for maps in found for a in maps]
+
     def dots(self, other: Individual) -> Tensor:
         others = other.parts if isinstance(other, Joint) else [other]
         terms = [a.dots(b) for a in self.parts for b in others]
@@ -64,7 +71,7 @@ def join(parts: Sequence[Individual]) -> Individual:
 def _form(part: Individual) -> object:
     """Equal for uses that can be merged into one."""
     if isinstance(part, Dense):
-        return (Dense, part.flipped, part.grad.shape[2], part.grad.shape[4])
+        return (Dense, part.flipped, part.grad.shape[2], part.grad.shape[4], part.other)
     return type(part) if isinstance(part, (Explicit, Lookup)) else part
 
 
@@ -77,6 +84,7 @@ def _merge(group: list[Individual]) -> Individual:
         return Explicit(sum((part.dense() for part in group[1:]), start=first.value))
     grad = torch.cat([part.grad for part in group], -2)  # type: ignore[attr-defined]
     if isinstance(first, Lookup):
-        return replace(first, index=torch.cat([part.index for part in group], -1), grad=grad)  # type: ignore[attr-defined]
+        index = torch.cat([part.index for part in group], -1)  # type: ignore[attr-defined]
+        return replace(first, index=index, grad=grad, mask=torch.cat([part.mask for part in group], -1))  # type: ignore[attr-defined]
     x = torch.cat([part.x for part in group], -2)  # type: ignore[attr-defined]
     return replace(first, inputs=(x,), grad=grad, unfold=None)  # type: ignore[type-var]

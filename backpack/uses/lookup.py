@@ -10,22 +10,28 @@ from torch import Tensor
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use
 from backpack.uses.dense import Dense
+from backpack.uses.linear_map import LinearMap, second_moment
 
 
 @dataclass(eq=False)
-class Lookup(Individual):
-    """Individual gradients whose row ``index[n s]`` receives ``grad[v n s d]``; ``index`` is ``[n, s]``."""
+class Lookup(LinearMap):
+    """Individual gradients whose row ``index[n s]`` receives ``grad[v n s d]``; ``index`` is ``[n, s]``.
+
+    ``mask[n s]`` says where a row is looked up indeed (elsewhere, ``grad`` is zero).
+    """
 
     index: Tensor
     grad: Tensor
     shape: torch.Size
+    mask: Tensor
+    inputs_first = True
 
     @property
     def size(self) -> tuple[int, int]:
         return self.grad.shape[0], self.grad.shape[1]
 
     def narrow(self, start: int, stop: int) -> Lookup:
-        return replace(self, index=self.index[start:stop], grad=self.grad[:, start:stop])
+        return replace(self, index=self.index[start:stop], grad=self.grad[:, start:stop], mask=self.mask[start:stop])
 
     def scaled(self, factor: Tensor) -> Lookup:
         return replace(self, grad=self.grad * factor[:, None, None])
@@ -65,6 +71,34 @@ class Lookup(Individual):
         if name == "sum_squares":
             return self._scatter(squares, 1)[0]
         return self._scatter(squares, self.size[1])
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.shape[0], self.shape[1]
+
+    @property
+    def rows(self) -> range:  # type: ignore[override]
+        return range(self.shape[0])
+
+    def output_factor(self, approx: str | None) -> Tensor:
+        grad = self.grad if approx == "expand" else self.grad.sum(2)
+        return second_moment(grad.flatten(0, -2))
+
+    def input_factor(self, approx: str | None) -> Tensor:
+        """The diagonal, which is all that there is but for ``"reduce"``."""
+        n, s = self.index.shape
+        weight = self.mask.to(self.grad.dtype)
+        if approx == "reduce":
+            weight = weight * (self._same_row(self) @ weight[..., None])[..., 0] / s**2
+        elif approx == "expand":
+            weight = weight / s
+        return weight.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), weight.flatten()) / n
+
+    def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
+        grad = self.grad @ columns
+        if rows.dim() == 1:
+            return replace(self, grad=grad)
+        return Dense((rows[self.index].unsqueeze(1),), grad.unsqueeze(2), self.shape, flipped=True)
 
     def dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Lookup):
@@ -109,11 +143,15 @@ class LookupUse(Use):
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Lookup:
         index = rows.take(self.index)
+        mask = torch.ones_like(index, dtype=torch.bool)
         if self.bag:
             grad = grad.unsqueeze(-2).expand(*grad.shape[:-1], index.shape[-1], -1)
         if self.weight is not None:
-            grad = grad * rows.take(self.weight).unsqueeze(-1)
+            weight = rows.take(self.weight)
+            grad, mask = grad * weight.unsqueeze(-1), weight != 0
         if self.padding is not None:
-            grad = grad.masked_fill((index == self.padding).unsqueeze(-1), 0)
+            mask = index != self.padding
+            grad = grad.masked_fill(~mask.unsqueeze(-1), 0)
         index = index.reshape(len(index), -1)
-        return Lookup(index, grad.reshape(*grad.shape[:2], index.shape[1], -1), shape)
+        grad = grad.reshape(*grad.shape[:2], index.shape[1], -1)
+        return Lookup(index, grad, shape, mask.reshape(index.shape))

@@ -1,0 +1,77 @@
+"""What the extensions that compute Kronecker factors have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.extensions.curvature import CurvatureExtension
+from backpack.uses import Individual
+from backpack.uses.kronecker import APPROXIMATIONS, complete, output_factors
+
+FISHER = {"mc": "sampled", "exact": "exact", "empirical": "gradient"}
+"""Which columns take the place of the root of the loss Hessian."""
+
+
+class KroneckerExtension(CurvatureExtension):
+    """Kronecker factors of each parameter's block of the generalized Gauss-Newton matrix, a list of tensors.
+
+    Their Kronecker product approximates the block in row-major order, as the original's does.
+
+    - The matrix of a linear map (linear layers, convolutions, attention projections, recurrent weights) of shape
+      ``[out, in]``, of a convolution ``[out, in, *kernel]``: ``[B, A]``. ``B``, with ``out`` rows, is the sum over
+      samples and columns of the outer products of the cotangents: it carries the scale of the loss. ``A``, with
+      ``in * kernel`` rows, is the mean over samples of the inputs' outer products. A matrix of shape ``[in, out]`` has
+      ``[A, B]``. The factors of transposed convolutions refer to ``weight.transpose(0, 1)``.
+    - Grouped convolutions: ``B`` is block-diagonal over groups; ``A``, with ``in / groups * kernel`` rows, is the mean
+      over them (transposed: ``A`` is block-diagonal, ``B`` the mean).
+    - Embeddings: ``[A, B]``; ``A``, the mean count of each word, is diagonal and stored with one axis.
+    - Biases, weights of normalizations, and all else: one factor, the exact block, of shape ``[p, p]``.
+    - A parameter with several uses: those of one form, as of an unrolled cell, count as further positions; the factors
+      of others, as of an embedding that is the output layer as well, are summed. Rows of a parameter that are used by
+      themselves, as in cross attention, count like groups.
+
+    ``approx`` says what is done with ``S`` positions of a sample, ``x_s`` and ``g_s``. The default is that of the
+    original, ``sum_s x_s x_s^T`` and ``(sum_s g_s) (sum_s g_s)^T`` (for convolutions: Grosse & Martens, 2016, with this
+    simplification of ``B``). Eschenhagen et al. (2023): ``"expand"``, ``1/S sum_s x_s x_s^T`` and ``sum_s g_s g_s^T``
+    (equation 7); ``"reduce"``, ``x x^T`` with ``x = 1/S sum_s x_s`` and ``(sum_s g_s) (sum_s g_s)^T`` (equation 9).
+
+    Args:
+        subsampling: The samples that contribute. ``A`` is the mean over them, ``B`` keeps the full batch's scale.
+        approx: ``None``, ``"expand"`` or ``"reduce"``.
+        fisher: ``"exact"``: the generalized Gauss-Newton matrix. ``"mc"``: its estimate by ``mc_samples`` labels for
+            each sample, drawn from the model's predictive distribution. ``"empirical"``: the gradients at the labels
+            of the batch, of each term of the loss before reduction; their outer products are weighed as the loss
+            weighs the terms (in a mean over ``N`` samples: by ``1/N``).
+
+    Raises:
+        ValueError: An argument is none of these.
+    """
+
+    def __init__(
+        self,
+        savefield: str | None = None,
+        subsampling: Any = None,
+        chunk_size: int | None = None,
+        mc_samples: int = 1,
+        approx: str | None = None,
+        fisher: str = "exact",
+    ) -> None:
+        super().__init__(savefield, subsampling, chunk_size, mc_samples)
+        if approx not in APPROXIMATIONS:
+            raise ValueError(f'approx must be None, "expand" or "reduce", got {approx!r}.')
+        if fisher not in FISHER:
+            raise ValueError(f'fisher must be "mc", "exact" or "empirical", got {fisher!r}.')
+        self.approx = approx
+        self.fisher = fisher
+        self.seeds = FISHER[fisher]
+
+    def compute(self, grads: Individual) -> Any:
+        return output_factors(grads, self.approx)
+
+    def merge(self, results: list[list[Tensor]]) -> list[Tensor]:
+        return [sum(terms[1:], start=terms[0]) for terms in zip(*results, strict=True)]
+
+    def complete(self, result: list[Tensor], grads: Individual) -> Any:
+        return complete(grads, result, self.approx)

@@ -1,0 +1,84 @@
+"""Kronecker factors: second moments of the inputs and of the cotangents of linear maps.
+
+A parameter that is the matrix ``W[r c]`` of a linear map has the factors ``[F_r, F_c]`` of its rows and columns, so
+that ``F_r kron F_c`` approximates its curvature in row-major order. One of them is the *output factor*, a sum over
+seeds of outer products of cotangents; the other, the *input factor*, a mean over samples, does not depend on the seeds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backpack.uses.base import Individual, accumulate
+from backpack.uses.joint import join
+from backpack.uses.linear_map import second_moment
+
+APPROXIMATIONS = (None, "expand", "reduce")
+"""How positions within a sample are treated: input factor; output factor.
+
+``None``: sum of outer products over positions; outer product of the sum. ``"expand"``: mean of outer products; sum of
+outer products. ``"reduce"``: outer product of the mean; outer product of the sum.
+"""
+
+LARGEST = 2**12
+"""Entries of a parameter of several axes up to which one factor of all of them is formed."""
+
+
+def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
+    """What of the factors depends on the seeds, and is additive over them: one tensor a map.
+
+    Raises:
+        ValueError: The parameter is no matrix of a linear map, and too large for one factor.
+    """
+    maps = grads.maps()
+    return [a.output_factor(approx) for a in maps] if maps else [_full(grads)]
+
+
+def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
+    """The factors, given the output factors of all seeds; summed over maps.
+
+    Input factors of maps that use some of the rows each count in proportion to their rows.
+    """
+    maps = grads.maps()
+    if not maps:
+        return outputs
+    used = len(set().union(*(a.rows for a in maps)))
+    factors: list[list[Tensor]] = [[], []]
+    for a, output in zip(maps, outputs, strict=True):
+        input = a.input_factor(approx) * (len(a.rows) / used)
+        for place, factor in enumerate((input, output) if a.inputs_first else (output, input)):
+            factors[place].append(factor)
+    return [_sum(terms) for terms in factors]
+
+
+def rotated(grads: Individual, bases: list[Tensor]) -> Tensor:
+    """Second moments of the individual gradients along the axes of a Kronecker-factored basis."""
+    maps = grads.maps()
+    if maps:
+        return join([a.rotated(*bases) for a in maps]).sum_squares()
+    terms: list[Tensor] = []
+    for piece in grads.chunks():
+        accumulate(terms, (piece.dense().flatten(2) @ bases[0]).square().sum((0, 1)))
+    return terms[0]
+
+
+def _full(grads: Individual) -> Tensor:
+    size = grads.shape.numel()
+    if len(grads.shape) > 1 and size > LARGEST:
+        raise ValueError(
+            f"A parameter of shape {list(grads.shape)} is not the matrix of a linear map, so that its curvature has no "
+            f"Kronecker factors; the whole, of shape [{size}, {size}], is formed up to {LARGEST} entries of the "
+            f"parameter only. Freeze the parameter with requires_grad_(False) for this backward pass."
+        )
+    terms: list[Tensor] = []
+    for piece in grads.chunks():
+        accumulate(terms, second_moment(piece.dense().reshape(-1, size)))
+    return terms[0]
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """Of factors, some of them diagonal."""
+    if len({term.dim() for term in terms}) > 1:
+        terms = [torch.diag(term) if term.dim() == 1 else term for term in terms]
+    return sum(terms[1:], start=terms[0])

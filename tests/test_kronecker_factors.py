@@ -1,0 +1,353 @@
+"""Kronecker factors against their defining sums, from explicit Jacobians, and against the exact block of the GGN."""
+
+import pytest
+import torch
+from cases import CASES, build
+from test_second_order import LABELS, NETWORKS, explicit, make, values
+from torch import nn
+from truth import close
+
+from backpack import backpack, extend
+from backpack.extensions import KFAC, KFLR
+from backpack.utils.kroneckers import kfacs_to_mat
+
+LINEAR = {  # layer, shape of the inputs, axis of the channels in inputs and outputs
+    "linear": (lambda: nn.Linear(3, 2), (4, 3), -1),
+    "sequence": (lambda: nn.Linear(3, 2), (4, 3, 3), -1),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 2, stride=2, padding=1), (4, 2, 5), 1),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 2, dilation=2, padding=1), (4, 2, 3, 4), 1),
+    "grouped": (lambda: nn.Conv2d(4, 6, 2, groups=2), (4, 4, 3, 2), 1),
+    "depthwise": (lambda: nn.Conv1d(3, 6, 2, groups=3), (4, 3, 4), 1),
+    "transposed1d": (lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (4, 2, 3), 1),
+    "transposed2d": (lambda: nn.ConvTranspose2d(2, 3, (2, 3), stride=(3, 2), dilation=2, padding=1), (4, 2, 2, 2), 1),
+    "transposed_grouped": (lambda: nn.ConvTranspose1d(4, 6, 2, groups=2), (4, 4, 3), 1),
+}
+
+
+class Rest(nn.Module):
+    """From the output of a layer to a prediction, mixing positions."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.out = nn.Linear(size, 3)
+
+    def forward(self, z):
+        return self.out(z.tanh().flatten(1))
+
+
+def definition(layer, rest, X, lossfunc, y, axis, approx, chosen):
+    """``[B, A]`` and the bias's factor, as sums over samples and positions of explicit inputs and curvatures."""
+    n = len(X)
+    z = layer(X).detach()
+    out = rest(z)
+    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(out.numel(), -1)
+    jacobian = torch.autograd.functional.jacobian(rest, z).reshape(out.numel(), *z.shape)
+    jacobian = jacobian.movedim(axis if axis < 0 else axis + 1, -1).reshape(out.numel(), n, -1, z.shape[axis])
+    curvature = torch.einsum("anso,ab,bmtp->nsomtp", jacobian, hessian, jacobian)
+    own = curvature.diagonal(dim1=0, dim2=3)[..., chosen]  # [s o t p n]
+    summed = own.sum((0, 2, 4))
+    B = own.diagonal(dim1=0, dim2=2).sum((2, 3)) if approx == "expand" else summed
+    weight = layer.weight.detach()
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    # The output is linear in the weight: its derivative by row o of the weight is the input, where o is an output.
+    derivative = torch.autograd.functional.jacobian(
+        lambda w: torch.func.functional_call(layer, {"weight": w}, (X,)), weight
+    ).movedim(axis % z.dim(), z.dim() - 1)
+    derivative = derivative.reshape(n, -1, z.shape[axis], *weight.shape)[chosen]  # [n s o *p]
+    groups = getattr(layer, "groups", 1)
+    outputs = z.shape[axis] // groups
+    inputs = []
+    for g in range(groups):
+        first = derivative[:, :, g * outputs]
+        if transposed:
+            rows = slice(g * len(weight) // groups, (g + 1) * len(weight) // groups)
+            inputs.append(first[:, :, rows, 0].flatten(2))
+        else:
+            inputs.append(first[:, :, g * outputs].flatten(2))
+    moments = []
+    for x in inputs:
+        x = x.mean(1, keepdim=True) if approx == "reduce" else x
+        moments.append(torch.einsum("nsi,nsj->ij", x, x) / len(x) / (x.shape[1] if approx == "expand" else 1))
+    blocks = [B[g * outputs : (g + 1) * outputs, g * outputs : (g + 1) * outputs] for g in range(groups)]
+    if transposed:
+        return torch.stack(blocks).mean(0), torch.block_diag(*moments), summed
+    return torch.block_diag(*blocks), torch.stack(moments).mean(0), summed
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_factors_are_their_defining_sums(name, approx):
+    make_layer, shape, axis = LINEAR[name]
+    layer, X = make_layer().double(), torch.randn(shape, dtype=torch.float64)
+    rest, lossfunc = Rest(layer(X)[0].numel()).double(), nn.CrossEntropyLoss()
+    B, A, bias = definition(layer, rest, X, lossfunc, LABELS, axis, approx, [0, 1, 2, 3])
+    B_few, A_few, bias_few = definition(layer, rest, X, lossfunc, LABELS, axis, approx, [3, 1])
+    model, loss = extend(nn.Sequential(layer, rest)), extend(lossfunc)
+    with backpack(KFLR(approx=approx, chunk_size=1), KFAC(fisher="exact", approx=approx, subsampling=[3, 1])):
+        loss(model(X), LABELS).backward()
+    for found, truth in zip(layer.weight.kflr + layer.bias.kflr, (B, A, bias), strict=True):
+        assert close(found, truth, rtol=1e-9)
+    for found, truth in zip(layer.weight.kfac + layer.bias.kfac, (B_few, A_few, bias_few), strict=True):
+        assert close(found, truth, rtol=1e-9)
+
+
+def block(ggn, parameters, wanted):
+    start = 0
+    for parameter in parameters:
+        stop = start + parameter.numel()
+        if parameter is wanted:
+            return ggn[start:stop, start:stop]
+        start = stop
+    raise AssertionError
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+def test_product_of_one_samples_factors_is_the_block(approx):
+    model, X, lossfunc, y = make("mlp", "cross_entropy_options")
+    _, ggn = explicit(model, X[:1], lossfunc, y[:1], 1)
+    with backpack(KFLR(approx=approx)):
+        lossfunc(model(X[:1]), y[:1]).backward()
+    for parameter in model.parameters():
+        assert close(kfacs_to_mat(parameter.kflr), block(ggn, list(model.parameters()), parameter), 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mse_sum"])
+def test_product_of_the_last_layers_factors_is_the_block_where_the_loss_is_quadratic(loss):
+    model, X, lossfunc, y = make("mlp", loss)
+    _, ggn = explicit(model, X, lossfunc, y, 4)
+    with backpack(KFLR()):
+        lossfunc(model(X), y).backward()
+    parameters = list(model.parameters())
+    for parameter in parameters[-2:]:
+        assert close(kfacs_to_mat(parameter.kflr), block(ggn, parameters, parameter), rtol=1e-9)
+
+
+def test_expand_is_exact_for_deep_linear_nets_whose_loss_sums_over_positions():
+    """Eschenhagen et al. (2023), section 3.2."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+    X, y = values(4, 3, 4), values(4, 3, 3)
+    _, ggn = explicit(model, X, nn.MSELoss(), y, 4)
+    extend(model)
+    with backpack(KFLR(approx="expand")):
+        extend(nn.MSELoss())(model(X), y).backward()
+    parameters = list(model.parameters())
+    for weight in parameters[::2]:
+        assert close(kfacs_to_mat(weight.kflr), block(ggn, parameters, weight), rtol=1e-9)
+
+
+class Averaged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x)).mean(1)
+
+
+def test_reduce_is_exact_for_deep_linear_nets_that_average_positions():
+    """Eschenhagen et al. (2023), section 3.3."""
+    model = Averaged().double()
+    X, y = values(4, 3, 4), values(4, 3)
+    _, ggn = explicit(model, X, nn.MSELoss(), y, 4)
+    extend(model)
+    with backpack(KFLR(approx="reduce")):
+        extend(nn.MSELoss())(model(X), y).backward()
+    parameters = list(model.parameters())
+    for weight in (model.a.weight, model.b.weight):
+        assert close(kfacs_to_mat(weight.kflr), block(ggn, parameters, weight), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_factors_multiply_to_the_shape_of_the_parameter(name):
+    model, X, lossfunc, y = make(name, "bce" if name == "sigmoid_bce" else "cross_entropy")
+    with backpack(KFLR(), KFAC(fisher="exact", approx="expand")):
+        lossfunc(model(X), y).backward()
+    _, ggn = explicit(model, X, lossfunc, y, 4)
+    for parameter in model.parameters():
+        product = kfacs_to_mat(parameter.kflr)
+        assert product.shape == (parameter.numel(), parameter.numel())
+        if len(parameter.kflr) == 1:
+            truth = block(ggn, list(model.parameters()), parameter)
+            assert close(product, truth, 1e-3, 1e-9) and close(parameter.kfac[0], truth, 1e-3, 1e-9)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy_options", "mse", "bce_logits"])
+def test_sampled_factors_average_to_the_exact_ones(loss):
+    """Within five standard errors of independent draws, entry by entry; input factors are the same."""
+    model, X, lossfunc, y = make("mlp", loss)
+    draws = []
+    for _ in range(30):
+        with backpack(KFAC(mc_samples=40, chunk_size=23), KFLR()):
+            lossfunc(model(X), y).backward()
+        draws.append([p.kfac for p in model.parameters()])
+    for place, parameter in enumerate(model.parameters()):
+        each = torch.stack([draw[place][0] for draw in draws])
+        error = 5 * each.std(0) / len(draws) ** 0.5 + 1e-12
+        assert bool(((each.mean(0) - parameter.kflr[0]).abs() <= error).all())
+        assert all(torch.equal(a, b) for a, b in zip(draws[0][place][1:], parameter.kflr[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loss", "terms"),
+    [("cross_entropy", 4), ("cross_entropy_sum", 1), ("mse", 12), ("mse_sum", 1), ("bce_logits", 12), ("nll", 4)],
+)
+def test_empirical_factors_are_those_of_the_gradients_at_the_labels(loss, terms):
+    """Of the loss before its mean over so many terms; the mean of their outer products."""
+    if loss == "nll":
+        model, X = extend(nn.Sequential(NETWORKS["mlp"][0](), nn.LogSoftmax(1)).double()), values(4, 4)
+        lossfunc, y = extend(nn.NLLLoss()), LABELS
+    else:
+        model, X, lossfunc, y = make("mlp", loss)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    inputs, outputs = [], []
+    h = X
+    for layer in model[0] if loss == "nll" else model:
+        inputs.append(h)
+        h = layer(h)
+        outputs.append(h)
+    h = model[1](h) if loss == "nll" else h
+    grads = torch.autograd.grad(lossfunc(h, y), outputs)
+    with backpack(KFAC(fisher="empirical")):
+        lossfunc(model(X), y).backward()
+    for layer, x, g in zip(model[0] if loss == "nll" else model, inputs, grads, strict=True):
+        if layer not in linears:
+            continue
+        B = terms * g.T @ g
+        assert close(layer.weight.kfac[0], B, rtol=1e-9) and close(layer.bias.kfac[0], B, rtol=1e-9)
+        assert close(layer.weight.kfac[1], x.T @ x / 4, rtol=1e-9)
+
+
+class Words(nn.Module):
+    """An embedding, by itself or the output layer as well, by either of two ways to write a product."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.words, self.tied = nn.Embedding(5, 3, padding_idx=1), tied
+
+    def forward(self, index):
+        h = self.words(index).sum(1).tanh()
+        if self.tied == "linear":
+            return nn.functional.linear(h, self.words.weight)
+        return h @ self.words.weight.T if self.tied == "matmul" else h
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+@pytest.mark.parametrize("tied", [None, "linear", "matmul"])
+def test_factors_of_an_embedding_are_those_of_one_hot_inputs(tied, approx):
+    """With the input factor's diagonal only; those of an output layer with the same weight are added."""
+    model, lossfunc = Words(tied).double(), nn.MSELoss()
+    index = torch.tensor([[0, 1, 2, 4], [2, 0, 0, 1], [4, 4, 1, 3]])
+    y = values(3, 5 if tied else 3)
+    z = model.words(index).detach()
+
+    def rest(z):
+        h = z.sum(1).tanh()
+        return h @ model.words.weight.detach().T if tied else h
+
+    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), rest(z)).reshape(y.numel(), -1)
+    jacobian = torch.autograd.functional.jacobian(rest, z).flatten(0, 1)  # [a n s o]
+    jacobian = jacobian * (index != 1)[None, :, :, None]
+    B = torch.einsum("anso,ab,bntp->onstp", jacobian, hessian, jacobian)
+    B = torch.einsum("onssp->op", B) if approx == "expand" else B.sum((1, 2, 3))
+    hot = nn.functional.one_hot(index, 5).double() * (index != 1)[:, :, None]
+    hot = hot.mean(1, keepdim=True) if approx == "reduce" else hot
+    A = hot.square().sum((0, 1)) / 3 / (4 if approx == "expand" else 1)
+    if tied:
+        h = z.sum(1).tanh()
+        own = hessian.reshape(3, 5, 3, 5).diagonal(dim1=0, dim2=2).sum(2)
+        A, B = torch.diag(A) + own, B + h.T @ h / 3
+    extend(model)
+    with backpack(KFLR(approx=approx)):
+        extend(lossfunc)(model(index), y).backward()
+    found = model.words.weight.kflr
+    assert close(found[0], A, rtol=1e-9) and close(found[1], B, rtol=1e-9)
+
+
+def test_uses_of_one_form_count_as_further_positions():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.a(self.a(x).tanh())
+
+    model, X, y = Twice().double(), values(4, 3), values(4, 3)
+    first = model.a(X).detach()
+    inner = torch.stack([torch.autograd.functional.jacobian(lambda z: model.a(z.tanh()), z) for z in first])
+    H = 2 * torch.eye(3, dtype=torch.float64) / 12
+    g = inner + torch.eye(3, dtype=torch.float64)  # both uses' derivatives of the output
+    inputs = torch.stack([X, first.tanh()], 1)
+    expand = sum(j.T @ H @ j for j in inner) + 4 * H
+    extend(model)
+    with backpack(KFLR(), KFAC(fisher="exact", approx="expand")):
+        extend(nn.MSELoss())(model(X), y).backward()
+    assert close(model.a.weight.kflr[0], sum(j.T @ H @ j for j in g), rtol=1e-9)
+    assert close(model.a.weight.kflr[1], torch.einsum("nsi,nsj->ij", inputs, inputs) / 4, rtol=1e-9)
+    assert close(model.a.weight.kfac[0], expand, rtol=1e-9)
+    assert close(model.a.weight.kfac[1], torch.einsum("nsi,nsj->ij", inputs, inputs) / 8, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_parts_of_a_matrix_that_are_used_by_themselves(kind):
+    """Rows: like groups, with weights in proportion to their number. Columns: no matrix of a linear map."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x):
+            if kind == "columns":
+                return nn.functional.linear(x[:, :2], self.weight[:, :2])
+            a, b = self.weight.split([2, 3])
+            return torch.cat([nn.functional.linear(x, a), nn.functional.linear(x.sin(), b)], 1)
+
+    model, X, y = Parts().double(), values(4, 3), values(4, 5)
+    _, ggn = explicit(model, X, nn.MSELoss(), y, 4)
+    extend(model)
+    with backpack(KFLR()):
+        extend(nn.MSELoss())(model(X), y).backward()
+    if kind == "columns":
+        assert len(model.weight.kflr) == 1 and close(model.weight.kflr[0], ggn, rtol=1e-9)
+        return
+    B, A = model.weight.kflr
+    assert close(B, 4 * 2 / 20 * torch.eye(5, dtype=torch.float64), rtol=1e-9)
+    assert close(A, (2 * X.T @ X + 3 * X.sin().T @ X.sin()) / 20, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_parameter_has_factors_that_multiply_to_its_size(name):
+    problem = build(name)
+    model, lossfunc = extend(problem.model), extend(nn.MSELoss(reduction="sum"))
+    out = problem.output()
+    with backpack(KFAC(approx="expand"), KFLR(subsampling=[0])):
+        lossfunc(out, torch.zeros_like(out)).backward()
+    for name, parameter in problem.parameters().items():
+        if parameter.grad is not None:
+            for factors in (parameter.kfac, parameter.kflr):
+                product = kfacs_to_mat(factors)
+                assert product.shape == (parameter.numel(), parameter.numel()), name
+                assert bool((torch.linalg.eigvalsh(product) > -1e-9 * product.abs().max() - 1e-30).all())
+    assert model is problem.model
+
+
+def test_what_is_no_matrix_and_too_large_is_refused():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(65, 64))
+
+        def forward(self, x):
+            return (x[:, None, None] * self.table).sum(1)
+
+    model = extend(Table())
+    words = r"shape \[65, 64\] is not the matrix of a linear map.*requires_grad_"
+    with pytest.raises(ValueError, match=words), backpack(KFLR()):
+        extend(nn.MSELoss())(model(torch.ones(2)), torch.ones(2, 64)).backward()
+
+
+@pytest.mark.parametrize("arguments", [{"approx": "sum"}, {"fisher": "sampled"}, {"mc_samples": 0}])
+def test_what_is_no_choice_is_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        KFAC(**arguments)
