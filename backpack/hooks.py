@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from backpack import averaged as averaged  # it registers a pass
 from backpack.compat import gathered_parameters, graph_is_kept, is_fully_sharded, unobserved
 from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, trainable
 from backpack.losses import ROOTS

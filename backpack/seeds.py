@@ -51,6 +51,7 @@ class Curvature(Ruled, Protocol):
 
     additive: bool
     whole: bool
+    backprop: str
 
     def merge(self, results: list[Any]) -> Any:
         """The result of all seeds, from those of some each."""
@@ -130,11 +131,12 @@ class LossCall:
             warnings.warn(root.notice, stacklevel=2)
         groups: dict[Any, list[Any]] = {}
         for extension in block.second_order:
-            key = (extension.seeds, extension.mc_samples, extension.subset.key, extension.chunk_size, extension.whole)
+            how = (extension.seeds, extension.mc_samples, extension.chunk_size, extension.whole, extension.backprop)
+            key = (extension.subset.key, *how)
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
             last = place == len(groups) - 1 and not block.first_order and not block.with_rules
-            SeedPass(block, extensions, self, root, layout, found, outer, last).run()
+            PASSES[extensions[0].backprop](block, extensions, self, root, layout, found, outer, last).run()
 
     def grad(self, layout: Layout, outer: Tensor) -> Tensor:
         """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
@@ -244,13 +246,6 @@ class SeedPass:
     def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
         first = self.extensions[0]
-        number = {
-            "exact": self.root.columns,
-            "documented": self.root.documented_columns,
-            "sampled": first.mc_samples,
-            "gradient": 1,
-        }
-        self.columns = number[first.seeds]
         looped = torch.is_grad_enabled() or must_loop(edge)
         widest = max(origin.widest for _, origin in self.found)
         chunk = first.chunk_size or max(1, round(BUDGET / widest))
@@ -259,15 +254,30 @@ class SeedPass:
             chunk = 1 if looped else self.columns
         for start in range(0, self.columns, chunk):
             stop = min(start + chunk, self.columns)
-            if first.seeds == "gradient":
-                seeds = self.root.weighed(self.loss.grad(self.layout, self.outer))[None]
-            elif first.seeds == "sampled":
-                seeds = torch.stack([self.root.sampled() for _ in range(start, stop)]) / self.columns**0.5
-            else:
-                seeds = getattr(self.root, first.seeds)(start, stop)
-            yield stop, seeds
+            yield stop, self._seeds(start, stop)
         if self.columns == 0:
             yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
+
+    def _seeds(self, start: int, stop: int) -> Tensor:
+        """Some of the seeds, ``[v, n, d]``."""
+        kind = self.extensions[0].seeds
+        if kind == "gradient":
+            return self.root.weighed(self.loss.grad(self.layout, self.outer))[None]
+        if kind == "sampled":
+            return torch.stack([self.root.sampled() for _ in range(start, stop)]) / self.columns**0.5
+        return getattr(self.root, kind)(start, stop)
+
+    @property
+    def columns(self) -> int:
+        """The number of seeds."""
+        first = self.extensions[0]
+        number = {
+            "exact": self.root.columns,
+            "documented": self.root.documented_columns,
+            "sampled": first.mc_samples,
+            "gradient": 1,
+        }
+        return number[first.seeds]
 
     def _place(self, seeds: Tensor, rows: Tensor | None, select: Tensor | None) -> Tensor:
         """``[v, n, d]`` in the form of the loss's input; of the selected samples only."""
@@ -281,19 +291,17 @@ class SeedPass:
             seeds = seeds * chosen[:, None]
         return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1)
 
-    def _pull(self, edge: GradientEdge, targets: list[GradientEdge], seeds: Tensor) -> None:
+    def _pull(self, edge: GradientEdge, targets: list[GradientEdge], seeds: Tensor) -> Tensor:
+        """Send seeds through the graph; the cotangents that reach the last target (``[v]``: none do)."""
         create = torch.is_grad_enabled()
 
         def pull(seed: Tensor) -> Tensor:
-            torch.autograd.grad(edge, targets, seed, retain_graph=True, create_graph=create, allow_unused=True)
-            return seed.new_zeros(())
+            found = torch.autograd.grad(edge, targets, seed, retain_graph=True, create_graph=create, allow_unused=True)
+            return seed.new_zeros(()) if found[-1] is None else found[-1]
 
         self.count = len(seeds)
         self.batched = len(seeds) > 1
-        if self.batched:
-            torch.vmap(pull)(seeds)
-        else:
-            pull(seeds[0])
+        return torch.vmap(pull)(seeds) if self.batched else pull(seeds[0])[None]
 
     def _selected(self, rows: Tensor) -> GradientEdge | None:
         """The graph of the selected samples alone, where running the module on them gives the same output."""
@@ -318,7 +326,7 @@ class SeedPass:
         with torch.enable_grad(), torch.random.fork_rng(enabled=root.training):
             output = tree_leaves(root(*args, **kwargs))[origin.place]
         expected = self.loss.input.index_select(self.layout.axis, rows)
-        if not _agree(output, expected):
+        if not agree(output, expected):
             return None
         return get_gradient_edge(output)
 
@@ -402,6 +410,10 @@ class SeedPass:
         self.block.pulled.setdefault(key, []).append(grads if rows is None else grads.index_select(1, rows))
 
 
+PASSES: dict[str, type[SeedPass]] = {"sqrt": SeedPass}
+"""How curvature is pulled back: the root's columns by themselves; ``averaged.py`` adds a mean over the batch."""
+
+
 class Tap(torch.autograd.Function):
     """Identity that hands the cotangents of all seeds at once to the running pass, from inside ``torch.vmap``."""
 
@@ -430,7 +442,7 @@ def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> N
         receive(grad[None])
 
 
-def _agree(output: Tensor, expected: Tensor) -> bool:
+def agree(output: Tensor, expected: Tensor) -> bool:
     """Whether two outputs differ by rounding only."""
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     size = max(1e-30, expected.abs().max().item())

@@ -6,9 +6,12 @@ from backpack.extensions.batch_grad import BatchGrad
 from backpack.extensions.batch_l2_grad import BatchL2Grad
 from backpack.extensions.clipped_grad import ClippedGrad
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
+from backpack.extensions.ekfac import EKFAC
 from backpack.extensions.ggn_gram import GGNGram
+from backpack.extensions.hbp import HBP
 from backpack.extensions.kfac import KFAC
 from backpack.extensions.kflr import KFLR
+from backpack.extensions.kfra import KFRA
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.sum_grad_squared import SumGradSquared
 from backpack.extensions.variance import Variance
@@ -23,8 +26,11 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "GGNGram",
+    "EKFAC",
+    "HBP",
     "KFAC",
     "KFLR",
+    "KFRA",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",

@@ -28,6 +28,8 @@ class CurvatureExtension(BackpropExtension):
     additive = True
     whole = False
     """Whether all columns are needed at a time."""
+    backprop = "sqrt"
+    """How they are pulled back: by themselves, or their mean over the batch, module by module (``"average"``)."""
 
     def __init__(
         self,

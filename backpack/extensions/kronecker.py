@@ -32,10 +32,10 @@ class KroneckerExtension(CurvatureExtension):
       of others, as of an embedding that is the output layer as well, are summed. Rows of a parameter that are used by
       themselves, as in cross attention, count like groups.
 
-    ``approx`` says what is done with ``S`` positions of a sample, ``x_s`` and ``g_s``. The default is that of the
-    original, ``sum_s x_s x_s^T`` and ``(sum_s g_s) (sum_s g_s)^T`` (for convolutions: Grosse & Martens, 2016, with this
+    ``approx`` says what is done with ``S`` positions of a sample, inputs ``x_s`` and cotangents ``g_s``. The default is
+    that of the original, ``sum_s x_s x_s^T`` and ``(sum_s g_s) (sum_s g_s)^T`` (Grosse & Martens, 2016, with this
     simplification of ``B``). Eschenhagen et al. (2023): ``"expand"``, ``1/S sum_s x_s x_s^T`` and ``sum_s g_s g_s^T``
-    (equation 7); ``"reduce"``, ``x x^T`` with ``x = 1/S sum_s x_s`` and ``(sum_s g_s) (sum_s g_s)^T`` (equation 9).
+    (section 3.2); ``"reduce"``, ``x x^T`` with ``x = 1/S sum_s x_s``, and ``(sum_s g_s) (sum_s g_s)^T`` (section 3.3).
 
     Args:
         subsampling: The samples that contribute. ``A`` is the mean over them, ``B`` keeps the full batch's scale.

@@ -193,6 +193,10 @@ class Dense(LinearMap):
         return rows, self.shape.numel() // rows
 
     @property
+    def blocks(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.grad.shape[2], 1
+
+    @property
     def rows(self) -> range:  # type: ignore[override]
         return range(self.matrix[0])
 
@@ -251,6 +255,10 @@ class Transposed(Dense):
     @property
     def matrix(self) -> tuple[int, int]:  # type: ignore[override]
         return self.grad.shape[4], self.shape.numel() // self.grad.shape[4]
+
+    @property
+    def blocks(self) -> tuple[int, int]:  # type: ignore[override]
+        return 1, self.grad.shape[2]
 
     def _output_blocks(self, blocks: Tensor) -> Tensor:
         return blocks.mean(0)

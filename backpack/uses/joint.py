@@ -49,7 +49,7 @@ class Joint(Individual):
 
     def maps(self) -> Sequence[LinearMap]:
         found = [part.maps() for part in self.parts]
-        if not all(found) or len({a.matrix for maps in found for a in maps}) > 1:
+        if not all(found) or len({(a.matrix, a.blocks) for maps in found for a in maps}) > 1:
             return []
         return [a for maps in found for a in maps]
 

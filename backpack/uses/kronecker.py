@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backpack.uses.base import Individual, accumulate
 from backpack.uses.joint import join
-from backpack.uses.linear_map import second_moment
+from backpack.uses.linear_map import diagonal_blocks, second_moment
 
 APPROXIMATIONS = (None, "expand", "reduce")
 """How positions within a sample are treated: input factor; output factor.
@@ -52,8 +52,22 @@ def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> li
     return [_sum(terms) for terms in factors]
 
 
-def rotated(grads: Individual, bases: list[Tensor]) -> Tensor:
-    """Second moments of the individual gradients along the axes of a Kronecker-factored basis."""
+def eigenbases(grads: Individual, factors: list[Tensor]) -> list[Tensor]:
+    """Of each factor, of each of its blocks by itself; of a diagonal one: of one axis."""
+    maps = grads.maps()
+    blocks = maps[0].blocks if maps else (1, 1)
+    return [_basis(factor, number) for factor, number in zip(factors, blocks, strict=False)]
+
+
+def _basis(factor: Tensor, blocks: int) -> Tensor:
+    if factor.dim() == 1:
+        return torch.ones_like(factor)
+    bases = torch.linalg.eigh(diagonal_blocks(factor, blocks).double()).eigenvectors.to(factor.dtype)
+    return bases if blocks == 1 else torch.block_diag(*bases)
+
+
+def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
+    """Sums of squares of the individual gradients in a basis, with one axis for each of its factors."""
     maps = grads.maps()
     if maps:
         return join([a.rotated(*bases) for a in maps]).sum_squares()

@@ -15,6 +15,8 @@ class LinearMap(Individual):
 
     matrix: tuple[int, int]
     """Its shape, and the sizes of its two factors."""
+    blocks: tuple[int, int] = (1, 1)
+    """Of how many diagonal blocks the two factors consist."""
     rows: range
     """Those of the matrix that the map uses."""
     inputs_first = False

@@ -2,6 +2,21 @@
 
 from backpack.extensions.batch_diag_ggn import BatchDiagGGNExact, BatchDiagGGNMC
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
+from backpack.extensions.hbp import HBP
+from backpack.extensions.kfac import KFAC
+from backpack.extensions.kflr import KFLR
+from backpack.extensions.kfra import KFRA
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 
-__all__ = ["BatchDiagGGNExact", "BatchDiagGGNMC", "DiagGGNExact", "DiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"]
+__all__ = [
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "HBP",
+    "KFAC",
+    "KFLR",
+    "KFRA",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+]

@@ -1,0 +1,178 @@
+"""Second order, averaged: the mean curvature over the batch is pulled back through a chain of modules, one by one.
+
+With ``H`` the curvature in the output of a module, that in its input is ``1/N sum_n J_n^T H J_n`` (Botev, Ritter &
+Barber, 2017, section 4). It is kept as a root, ``H = S^T S`` with ``S`` of shape ``[v, d]``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Module, Sequential
+
+from backpack.engine import HERE
+from backpack.looped import must_loop
+from backpack.samples import Subset
+from backpack.seeds import BUDGET, PASSES, SeedPass, agree, origins, unique
+from backpack.uses.base import accumulate
+from backpack.uses.linear_map import second_moment
+
+LARGEST = 2**14
+"""Entries of one sample's output up to which the curvature in it is formed."""
+
+ELEMENTWISE = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid),
+    *(nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink),
+)
+"""Modules whose Jacobians are diagonal."""
+
+AFFINE = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.Flatten, nn.Identity, nn.Unflatten, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+)
+"""Modules whose Jacobians, and the cotangents at their parameters' uses, are the same for all samples."""
+
+
+@dataclass(eq=False)
+class AveragedPass(SeedPass):
+    """For extensions whose curvature is averaged over the batch after each module."""
+
+    def run(self) -> None:
+        """Pull back the mean curvature and store the results.
+
+        Raises:
+            RuntimeError: The model is no chain of modules, or running it once more gives something else.
+            ValueError: A module has too many outputs for a dense curvature matrix.
+        """
+        rows = self.extensions[0].subset.rows(self.layout.n, self.loss.input.device)
+        modules, inputs = self._forward(rows)
+        self.subset = Subset()
+        seeds = self._seeds(0, self.columns)
+        root = (seeds if rows is None else seeds[:, rows]).flatten(0, 1)
+        HERE.inner = self
+        try:
+            for module, x in zip(reversed(modules), reversed(inputs), strict=True):
+                root = self._through(module, x, root if len(root) <= root.shape[1] else _root(root.T @ root))
+        finally:
+            HERE.inner = None
+            self.delivery.clear()
+            self.results.clear()
+
+    def _forward(self, rows: Tensor | None) -> tuple[list[Module], list[Tensor]]:
+        """The modules of the chain, and their inputs, of the selected samples."""
+        name = type(self.extensions[0]).__name__
+        edge, origin = self.found[0]
+        root = origin.root()
+        (args, kwargs), alone = origin.arguments, edge == self.loss.edge and len(self.found) == 1
+        if root is None or not alone or len(args) != 1 or kwargs or (root._modules and not _is_sequential(root)):
+            raise RuntimeError(
+                f"{name} averages the curvature after each module of a chain, but the model, a {type(root).__name__}, "
+                f"is no torch.nn.Sequential of one input whose output is that of the loss. Write it as a Sequential, "
+                f"of any modules, or use KFLR."
+            )
+        modules = list(_chain(root))
+        parameters = [id(p) for module in modules for p in module.parameters()]
+        if len(set(parameters)) < len(parameters):
+            raise RuntimeError(f"{name}: two modules of the chain share a parameter. Use KFLR for such a model.")
+        if any(module.training and module._buffers for module in root.modules()):
+            raise RuntimeError(f"{name} runs the model once more, which would update running statistics: call eval().")
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
+        inputs, x = [], args[0] if rows is None else args[0].index_select(0, rows)
+        n = len(x)
+        with torch.no_grad(), torch.random.fork_rng(enabled=root.training):
+            for module in modules:
+                inputs.append(x)
+                x = module(x.clone())  # it may work in place
+                if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != n:
+                    raise RuntimeError(
+                        f"{name}: {type(module).__name__} in the chain returns no tensor whose first axis counts the "
+                        f"{n} samples."
+                    )
+                if x[0].numel() > LARGEST:
+                    raise ValueError(
+                        f"{name} needs the curvature in the output of {type(module).__name__}, of shape "
+                        f"{list(x.shape)}: a matrix of {x[0].numel()} rows. At most {LARGEST} are formed. Use KFAC."
+                    )
+        expected = self.loss.input if rows is None else self.loss.input.index_select(0, rows)
+        if not agree(x, expected):
+            raise RuntimeError(
+                f"{name} runs the model once more, module by module, and that gave another output than the forward "
+                f"pass: is there dropout in training mode? Call eval() first."
+            )
+        return modules, inputs
+
+    def _through(self, module: Module, x: Tensor, root: Tensor) -> Tensor:
+        """The root of the curvature in a module's output to that in its input ``x``; parameters on the way."""
+        n, size = len(x), root.shape[1]
+        if _is(module, ELEMENTWISE):
+            slope = self._pull_back(module, x, root.new_ones(1, n, size)).flatten(2)[0] / n**0.5
+            return _root((root.T @ root) * (slope.T @ slope))
+        if _is(module, AFFINE):
+            learns = any(p.requires_grad for p in module.parameters())
+            pulled = self._pull_back(module, x[:1], root.unsqueeze(1), final=not learns)
+            if learns:  # the inputs of all samples count, and no more cotangents
+                self._pull_back(module, x, root.new_zeros(1, n, size))
+            return pulled.flatten(1)
+        terms: list[Tensor] = []
+        step = max(1, BUDGET // (n * max(x[0].numel(), size)))
+        for start in range(0, len(root), step):
+            seeds = root[start : start + step, None].expand(-1, n, -1) / n**0.5
+            pulled = self._pull_back(module, x, seeds, final=start + step >= len(root))
+            accumulate(terms, second_moment(pulled.flatten(0, 1).flatten(1)))
+        return _root(terms[0])
+
+    def _pull_back(self, module: Module, x: Tensor, seeds: Tensor, final: bool = True) -> Tensor:
+        """Cotangents ``[v, n, ...]`` of a module's output to those of its input; its parameters are computed.
+
+        ``final``: these are the last ones for this module.
+        """
+        x = x.detach().requires_grad_(x.is_floating_point())
+        with torch.enable_grad():
+            out = module(x.clone())  # it may work in place
+        if not out.requires_grad:
+            return seeds.new_zeros(len(seeds), *x.shape)
+        edge = get_gradient_edge(out)
+        self.uses = sum(unique(origin.uses for _, origin in origins(edge)), Counter())
+        targets = [target for _, origin in origins(edge) for target in origin.targets()]
+        targets += [get_gradient_edge(x)] if x.requires_grad else []
+        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(edge) else len(seeds))
+        found = []
+        for number, piece in enumerate(pieces, start=1):
+            self.final = final and number == len(pieces)
+            grads = self._pull(edge, targets, piece)
+            found.append(grads if x.requires_grad and grads.dim() > 1 else seeds.new_zeros(len(piece), *x.shape))
+            self._finish()
+        return torch.cat(found)
+
+
+PASSES["average"] = AveragedPass
+
+
+def _is(module: Module, kinds: tuple[type[Module], ...]) -> bool:
+    """Whether the forward pass of a module is that of one of these classes."""
+    return any(type(module).forward is cls.forward for cls in kinds if isinstance(module, cls))
+
+
+def _is_sequential(module: Module) -> bool:
+    return isinstance(module, Sequential) and type(module).forward is Sequential.forward
+
+
+def _chain(module: Module) -> Iterator[Module]:
+    """The modules that a sequential one, however nested, runs one after the other."""
+    if not _is_sequential(module):
+        yield module
+        return
+    for child in module._modules.values():
+        yield from _chain(child)  # type: ignore[arg-type]
+
+
+def _root(curvature: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(curvature)
+    return (vectors * values.clamp(min=0).sqrt()).T

@@ -1,0 +1,90 @@
+"""Kronecker factors by any combination of strategies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backpack.extensions.kronecker import KroneckerExtension
+
+
+class Curvature:
+    """The curvature of which there are factors."""
+
+    GGN = "ggn"
+
+
+class LossHessianStrategy:
+    """What is pulled back from the loss."""
+
+    EXACT = "exact"
+    SAMPLING = "sampling"
+    SUM = "sum"
+
+
+class BackpropStrategy:
+    """How it is pulled back."""
+
+    SQRT = "sqrt"
+    BATCH_AVERAGE = "average"
+
+
+class ExpectationApproximation:
+    """Where expectations over the batch are taken in a factor."""
+
+    BOTEV_MARTENS = "E[J^T E(H) J]"
+    CHEN = "E(J^T) E(H) E(J)"
+
+
+class HBP(KroneckerExtension):
+    """Kronecker factors of the generalized Gauss-Newton matrix by the strategies given: a list of tensors.
+
+    For what they are and for ``approx``, see ``KroneckerExtension``. The instances that have a name:
+
+    ============================ ======================== ====================
+    ``loss_hessian_strategy``    ``backprop_strategy``    as
+    ============================ ======================== ====================
+    ``"sampling"``               ``"sqrt"``               ``KFAC(mc_samples)``
+    ``"exact"``                  ``"sqrt"``               ``KFLR()``
+    ``"sum"`` or ``"exact"``     ``"average"``            ``KFRA()``
+    ============================ ======================== ====================
+
+    ``"sampling"`` with ``"average"`` is KFRA with the loss's Hessian estimated from ``mc_samples`` labels.
+
+    Args:
+        curv_type: ``"ggn"``.
+        loss_hessian_strategy: ``"exact"``, ``"sampling"``, or ``"sum"`` (the Hessian summed over samples).
+        backprop_strategy: ``"sqrt"`` (the columns of a root) or ``"average"`` (their mean after each module).
+        ea_strategy: ``"E[J^T E(H) J]"``.
+
+    Raises:
+        ValueError: Any other strategy, or ``"sum"`` with ``"sqrt"``: the summed Hessian has no columns of samples.
+    """
+
+    def __init__(
+        self,
+        curv_type: str,
+        loss_hessian_strategy: str,
+        backprop_strategy: str,
+        ea_strategy: str,
+        savefield: str = "hbp",
+        mc_samples: int = 1,
+        subsampling: Any = None,
+        approx: str | None = None,
+    ) -> None:
+        _one_of("curv_type", curv_type, "ggn")
+        _one_of("loss_hessian_strategy", loss_hessian_strategy, "exact", "sampling", "sum")
+        _one_of("backprop_strategy", backprop_strategy, "sqrt", "average")
+        _one_of("ea_strategy", ea_strategy, "E[J^T E(H) J]")
+        if loss_hessian_strategy == "sum" and backprop_strategy == "sqrt":
+            raise ValueError(
+                'loss_hessian_strategy="sum" needs backprop_strategy="average": a sum over samples has no columns of '
+                'samples. Take "exact" for "sqrt".'
+            )
+        fisher = "mc" if loss_hessian_strategy == "sampling" else "exact"
+        super().__init__(savefield, subsampling, None, mc_samples, approx, fisher)
+        self.backprop = backprop_strategy
+
+
+def _one_of(name: str, given: str, *known: str) -> None:
+    if given not in known:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {given!r}.")

@@ -1,0 +1,30 @@
+"""Kronecker factors from a curvature that is averaged over the batch after each module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backpack.extensions.kronecker import KroneckerExtension
+
+
+class KFRA(KroneckerExtension):
+    """Kronecker factors from the recursion of averaged curvatures, ``kfra``: a list of tensors.
+
+    For what they are and for ``approx``, see ``KroneckerExtension``. Instead of each sample's columns, the mean over
+    the batch of the curvature in a module's output is pulled back to its input, ``H' = 1/N sum_n J_n^T H J_n``, from
+    the sum over samples of the loss's Hessians on (Botev, Ritter & Barber, 2017, section 4). Within a module that holds
+    others, nothing is averaged.
+
+    The model must be a ``torch.nn.Sequential``, of any modules; it is run once more, module by module. A matrix with as
+    many rows as a sample has entries is formed for each module's output.
+
+    Raises (in the backward pass):
+        RuntimeError: The model is no such chain, or running it once more gives another output.
+        ValueError: An output is too large.
+    """
+
+    savefield = "kfra"
+    backprop = "average"
+
+    def __init__(self, subsampling: Any = None, approx: str | None = None) -> None:
+        super().__init__(subsampling=subsampling, approx=approx)

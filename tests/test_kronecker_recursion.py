@@ -1,0 +1,203 @@
+"""Factors from averaged curvatures, against a recursion over explicit Jacobians; strategies of HBP."""
+
+import pytest
+import torch
+from test_second_order import LABELS, Custom, make, values
+from torch import nn
+from truth import close
+
+from backpack import backpack, extend
+from backpack.extensions import HBP, KFAC, KFLR, KFRA, BatchGrad
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.scale = nn.Conv1d(2, 2, 3, padding=1), nn.LayerNorm(4), nn.Parameter(torch.rand(2, 1))
+
+    def forward(self, x):
+        return x + self.scale * self.norm(self.a(x)).relu_()
+
+
+def cnn():
+    first = nn.Sequential(nn.Conv2d(2, 3, 2, padding=1), nn.Sigmoid(), nn.MaxPool2d(2))
+    return nn.Sequential(first, nn.Conv2d(3, 2, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(2, 3))
+
+
+def mixed():
+    block = nn.Sequential(nn.Sequential(nn.Conv1d(2, 2, 2, groups=2), nn.BatchNorm1d(2)), nn.PReLU(), nn.Mish())
+    return nn.Sequential(Residual(), block, nn.AvgPool1d(3), nn.Flatten(), nn.Linear(2, 3), nn.Softmax(1)).eval()
+
+
+def words():
+    return nn.Sequential(nn.Embedding(5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
+
+
+CHAINS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2), nn.ELU(), nn.Linear(2, 3)), (4, 4)),
+    "alone": (lambda: nn.Linear(4, 3), (4, 4)),
+    "sequence": (lambda: nn.Sequential(nn.Linear(4, 2), nn.GELU(), nn.Flatten(), nn.Linear(4, 3)), (4, 2, 4)),
+    "cnn": (cnn, (4, 2, 3, 3)),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.Dropout(0.0), nn.Flatten(), nn.Linear(9, 3)),
+        (4, 2, 2),
+    ),
+    "mixed": (mixed, (4, 2, 4)),
+    "words": (words, None),
+}
+
+
+def flattened(module):
+    if type(module) is nn.Sequential:
+        return [leaf for child in module for leaf in flattened(child)]
+    return [module]
+
+
+def recursion(model, X, lossfunc, y, chosen):
+    """For each parameter the mean over the chosen samples of its curvature, ``[p, p]``, and the outputs' of modules."""
+    modules, inputs = flattened(model), [X]
+    for module in modules:
+        inputs.append(module(inputs[-1].clone()).detach())
+    out = inputs[-1]
+    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out)
+    H = sum(hessian[n, :, n] for n in chosen)
+    curvatures, outputs = {}, {}
+    for module, x in zip(reversed(modules), reversed(inputs[:-1]), strict=True):
+        outputs[module] = H
+        for name, parameter in module.named_parameters():
+
+            def of_parameter(p, module=module, name=name, x=x):
+                return torch.func.functional_call(module, {name: p}, (x.clone(),))
+
+            J = torch.autograd.functional.jacobian(of_parameter, parameter.detach()).reshape(len(x), len(H), -1)
+            curvatures[parameter] = sum(J[n].T @ H @ J[n] for n in chosen) / len(chosen)
+        if x.is_floating_point():
+
+            def of_input(x, module=module):
+                return module(x[None].clone())[0]
+
+            Js = [torch.autograd.functional.jacobian(of_input, x[n]).reshape(len(H), -1) for n in chosen]
+            H = sum(J.T @ H @ J for J in Js) / len(Js)
+    return curvatures, outputs
+
+
+def problem(name, loss):
+    build, shape = CHAINS[name]
+    model = build().double()
+    X = values(*shape) if shape else torch.randint(0, 5, (4, 2))
+    lossfunc, y = (nn.CrossEntropyLoss(), LABELS) if loss == "cross_entropy" else (Custom(), values(4, 3))
+    return model, X, lossfunc, y
+
+
+@pytest.mark.parametrize(("name", "loss"), [*((n, "cross_entropy") for n in CHAINS), ("mlp", "custom")])
+def test_kfra_is_the_averaged_recursion(name, loss):
+    model, X, lossfunc, y = problem(name, loss)
+    for chosen in (None, [3, 1]):
+        curvatures, outputs = recursion(model, X, lossfunc, y, chosen or range(4))
+        extend(model)
+        with backpack(KFRA(subsampling=chosen), KFLR(subsampling=chosen)):
+            extend(lossfunc)(model(X), y).backward()
+        size = 1e-6 * max(c.abs().max() for c in curvatures.values())
+        for parameter, truth in curvatures.items():
+            assert len(parameter.kfra) == len(parameter.kflr)
+            if len(parameter.kfra) == 1:
+                assert close(parameter.kfra[0], truth, size, 1e-9)
+        for module, H in outputs.items():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose1d)):
+                channels_last = isinstance(module, nn.Linear)
+                o = module.weight.shape[1 if isinstance(module, nn.ConvTranspose1d) else 0]
+                s = len(H) // o
+                blocks = H.reshape(s, o, s, o).sum((0, 2)) if channels_last else H.reshape(o, s, o, s).sum((1, 3))
+                assert close(module.weight.kfra[0], blocks, size, 1e-9)
+                assert close(module.weight.kfra[1], module.weight.kflr[1], size, 1e-12)
+
+
+def test_kfra_equals_kflr_for_one_sample():
+    model, X, lossfunc, y = make("mlp", "cross_entropy")
+    with backpack(KFRA(), KFLR()):
+        lossfunc(model(X[:1]), y[:1]).backward()
+    for parameter in model.parameters():
+        for a, b in zip(parameter.kfra, parameter.kflr, strict=True):
+            assert close(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "other"),
+    [
+        (("exact", "sqrt"), KFLR()),
+        (("sampling", "sqrt"), KFAC(mc_samples=3)),
+        (("sum", "average"), KFRA()),
+        (("exact", "average"), KFRA()),
+    ],
+)
+def test_hbp_is_the_general_form(strategies, other):
+    model, X, lossfunc, y = make("cnn", "cross_entropy")
+    for extension in (HBP("ggn", *strategies, "E[J^T E(H) J]", mc_samples=3), other):
+        torch.manual_seed(0)
+        with backpack(extension):
+            lossfunc(model(X), y).backward()
+    for parameter in model.parameters():
+        assert all(torch.equal(a, b) for a, b in zip(parameter.hbp, getattr(parameter, other.savefield), strict=True))
+
+
+def test_sampled_hessians_can_be_averaged():
+    model, X, lossfunc, y = make("mlp", "mse")
+    draws = []
+    for _ in range(30):
+        with backpack(HBP("ggn", "sampling", "average", "E[J^T E(H) J]", mc_samples=20), KFRA()):
+            lossfunc(model(X), y).backward()
+        draws.append([p.hbp[0] for p in model.parameters()])
+    for place, parameter in enumerate(model.parameters()):
+        each = torch.stack([draw[place] for draw in draws])
+        error = 5 * each.std(0) / len(draws) ** 0.5 + 1e-12
+        assert bool(((each.mean(0) - parameter.kfra[0]).abs() <= error).all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("hessian", "exact", "sqrt", "E[J^T E(H) J]"), "curv_type"),
+        (("ggn", "all", "sqrt", "E[J^T E(H) J]"), "loss_hessian_strategy"),
+        (("ggn", "exact", "mean", "E[J^T E(H) J]"), "backprop_strategy"),
+        (("ggn", "exact", "sqrt", "E(J^T) E(H) E(J)"), "ea_strategy"),
+        (("ggn", "sum", "sqrt", "E[J^T E(H) J]"), "no columns"),
+    ],
+)
+def test_strategies_that_do_not_go_together_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        HBP(*arguments)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.a(x).tanh()
+
+
+def shared():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+@pytest.mark.parametrize(
+    ("build", "words", "error"),
+    [
+        (Functional, "Functional, is no torch.nn.Sequential", RuntimeError),
+        (shared, "share a parameter", RuntimeError),
+        (lambda: nn.Sequential(nn.Linear(4, 30), nn.Dropout(0.5), nn.Linear(30, 3)), "dropout", RuntimeError),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.Unflatten(0, (2, 2)), nn.Flatten(0, 1)), "first axis", RuntimeError),
+        (lambda: nn.Sequential(nn.Linear(4, 16385), nn.Linear(16385, 3)), "16385 rows", ValueError),
+    ],
+)
+def test_what_is_no_chain_is_refused_and_nothing_is_left_behind(build, words, error):
+    model = extend(build())
+    lossfunc, X, y = extend(nn.CrossEntropyLoss()), torch.rand(4, 4), LABELS
+    with pytest.raises(error, match=words), backpack(KFRA()):
+        lossfunc(model(X), y).backward()
+    assert not any(hasattr(p, "kfra") for p in model.parameters())
+    with backpack(BatchGrad()):
+        lossfunc(model(X), y).backward()
+    assert all(hasattr(p, "grad_batch") for p in model.parameters())
