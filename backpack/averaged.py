@@ -146,7 +146,7 @@ class AveragedPass(SeedPass):
         found = []
         for number, piece in enumerate(pieces, start=1):
             self.final = final and number == len(pieces)
-            grads = self._pull(edge, targets, piece)
+            grads = self._pull([edge], targets, [piece])
             found.append(grads if x.requires_grad and grads.dim() > 1 else seeds.new_zeros(len(piece), *x.shape))
             self._finish()
         return torch.cat(found)

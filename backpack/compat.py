@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
 
@@ -45,6 +45,11 @@ def gathered_parameters(module: Module) -> Iterator[tuple[Tensor, Tensor]]:
     for group in groups:
         for parameter in group.fsdp_params if group is not None else ():
             yield parameter._unsharded_param, parameter.sharded_param
+
+
+def shape_at(edge: GradientEdge) -> torch.Size:
+    """The shape of the tensor that an edge of a graph stands for."""
+    return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
 unobserved = torch._C.DisableTorchFunction

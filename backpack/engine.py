@@ -89,6 +89,7 @@ class _Thread(threading.local):
         self.disabled = 0
         self.muted = False
         self.inner: Receiver | None = None
+        self.expanded = False
 
 
 HERE = _Thread()

@@ -21,12 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged as averaged  # it registers a pass
+from backpack import hessian as hessian  # as well
 from backpack.compat import gathered_parameters, graph_is_kept, is_fully_sharded, unobserved
 from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled
 from backpack.recorder import Call, Recording, Source
-from backpack.seeds import MARK, LossCall, Origin, SeedPass, tap
+from backpack.seeds import MARK, PASSES, LossCall, Origin, SeedPass, tap
 
 # ---------------------------------------------------------------------------------------------------------------
 # Hooks on tensors
@@ -160,7 +161,10 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
         return
     parameters = watch(module, extended.seen)
     if parameters:
-        recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled)
+        replace = HERE.expanded or any(
+            PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order
+        )
+        recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled, replace)
         recording.__enter__()
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, sys._getframe(1)
         if is_fully_sharded(module):
@@ -238,6 +242,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             start=recording.start,
             inputs=edges,
             uses=recording.uses,
+            calls=recording.calls,
             widest=recording.widest,
             root=ref(module),
             arguments=(args, kwargs),

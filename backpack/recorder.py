@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from backpack.operations import EXPANDED, RULES
+from backpack.operations import EXPANDED, REPLACED, RULES
 from backpack.samples import Layout, Rows, layouts
 from backpack.uses import PullbackUse, Use
 
@@ -94,6 +94,7 @@ class Recording(TorchFunctionMode):
         axis: The sample axis of that tensor.
         deliver: Called with each call and each of its outputs; attaches what brings the cotangent.
         settled: What earlier passes have found out about layouts.
+        replace: Replace fused functions by others, which have second derivatives.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class Recording(TorchFunctionMode):
         axis: int,
         deliver: Callable[[Call, int, Tensor], None],
         settled: dict[Any, tuple[Any, ...]],
+        replace: bool = False,
     ) -> None:
         super().__init__()
-        self._deliver = deliver
+        self._deliver, self._replace = deliver, replace
         self._settled = settled
         self.sources = {id(p): Source(p, (p,), name) for name, p in parameters if p.requires_grad}
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -113,6 +115,7 @@ class Recording(TorchFunctionMode):
         first = next((t for t in tensors if t.dim() > axis), None)
         self.n: int | None = None if first is None else first.shape[axis]
         self.uses: Counter[int] = Counter()
+        self.calls: list[ref[Call]] = []
         self.start: list[GradientEdge] = []
         self.widest = 1
         self._anchor: tuple[GradientEdge, Layout] | None = None
@@ -123,6 +126,11 @@ class Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._replace and func in REPLACED:
+            with self:
+                out = REPLACED[func](*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         tensors = _tensors(args, kwargs)
         for tensor in tensors:
             if id(tensor) in self.sources:
@@ -225,6 +233,7 @@ class Recording(TorchFunctionMode):
             call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
         self._decide(call, out, len(axes))
+        self.calls.append(ref(call))
         self.uses.update(id(p) for source, _ in call.uses for p in source.parameters)
         first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in self.sources)
         for place, output in enumerate(outputs):

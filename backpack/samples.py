@@ -55,6 +55,13 @@ def layouts(shape: Sequence[int], n: int, axes: Iterable[int]) -> list[Layout]:
     return found[:1] if n == 1 else found
 
 
+def layout_like(layout: Layout, tensor: Tensor) -> Layout:
+    """The layout of an argument, given that of the output: the same where the shape admits it."""
+    possible = layouts(tensor.shape, layout.n, range(tensor.dim()))
+    similar = [other for other in possible if other.strided == layout.strided]
+    return layout if layout in possible else (similar or possible)[0]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Some samples (``index``; ``None``: all) of tensors with this layout."""

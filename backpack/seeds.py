@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 from weakref import ref
 
@@ -52,6 +52,7 @@ class Curvature(Ruled, Protocol):
     additive: bool
     whole: bool
     backprop: str
+    semidefinite: bool
 
     def merge(self, results: list[Any]) -> Any:
         """The result of all seeds, from those of some each."""
@@ -65,8 +66,8 @@ class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
     ``start``: the first uses of parameters; ``inputs``: inputs that require a gradient; ``place``: of this output
-    among the leaves of all; ``uses``: how often each source was used; ``widest``: entries of the largest output of
-    a call.
+    among the leaves of all; ``uses``: how often each source was used; ``calls``: all that were recorded; ``widest``:
+    entries of the largest output of one.
     """
 
     n: int
@@ -75,6 +76,7 @@ class Origin:
     start: list[GradientEdge]
     inputs: list[GradientEdge]
     uses: Counter[int]
+    calls: list[ref[Call]]
     widest: int
     root: ref[Module]
     arguments: tuple[Any, Any]
@@ -126,9 +128,12 @@ class LossCall:
         self._check(outer)
         output, origin = found[0]
         layout = self._layout(output, origin)
-        root = loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer)
-        if root.notice is not None and any(extension.seeds != "gradient" for extension in block.second_order):
-            warnings.warn(root.notice, stacklevel=2)
+        root = cache(lambda: loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer))
+        if any(extension.semidefinite for extension in block.second_order):
+            root().require_semidefinite()
+            notice = root().notice
+            if notice is not None and any(extension.seeds != "gradient" for extension in block.second_order):
+                warnings.warn(notice, stacklevel=2)
         groups: dict[Any, list[Any]] = {}
         for extension in block.second_order:
             how = (extension.seeds, extension.mc_samples, extension.chunk_size, extension.whole, extension.backprop)
@@ -202,7 +207,7 @@ class SeedPass:
     block: Block
     extensions: list[Curvature]
     loss: LossCall
-    root: LossRoot
+    make_root: Callable[[], LossRoot]
     layout: Layout
     found: list[tuple[GradientEdge, Origin]]
     outer: Tensor
@@ -215,7 +220,10 @@ class SeedPass:
     selected: bool = False
     batched: bool = True
     count: int = 0
+    weights: Tensor | None = None
     finished: set[int] = field(default_factory=set)
+    twice = False
+    """Whether the model is differentiated twice, so that fused functions are to be replaced in forward passes."""
 
     def run(self) -> None:
         """Pull back all seeds and store the results."""
@@ -223,18 +231,18 @@ class SeedPass:
         edge, rows = self.loss.edge, self.subset.rows(self.layout.n, self.loss.input.device)
         select: Tensor | None = None
         if rows is not None:
-            own = self._selected(rows)
+            own = self._rerun(rows)
             if own is not None:
                 edge, select, self.subset, self.selected = own, rows, Subset(), True
                 self.found = list(origins(edge))
-        self.uses = sum(unique(origin.uses for _, origin in self.found), Counter())
+        self.uses = self._count_uses()
         targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
         HERE.inner = self
         try:
             for number, seeds in self._chunks(edge):
                 seeds = self._place(seeds, rows, select)
                 self.final = number >= self.columns
-                self._pull(edge, targets, seeds)
+                self._pull([edge], targets, [seeds])
                 if self.final or not self.gathered:
                     self._finish()
                     self.first = False
@@ -243,20 +251,27 @@ class SeedPass:
             self.delivery.clear()
             self.results.clear()
 
+    def _count_uses(self) -> Counter[int]:
+        """How often each parameter is used."""
+        return sum(unique(origin.uses for _, origin in self.found), Counter())
+
     def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
-        first = self.extensions[0]
-        looped = torch.is_grad_enabled() or must_loop(edge)
-        widest = max(origin.widest for _, origin in self.found)
-        chunk = first.chunk_size or max(1, round(BUDGET / widest))
-        self.gathered = first.whole and looped
-        if looped or first.whole:
-            chunk = 1 if looped else self.columns
+        whole, chunk = self.extensions[0].whole, self._chunk(edge)
+        self.gathered = whole and chunk == 1
+        if whole and not self.gathered:
+            chunk = self.columns
         for start in range(0, self.columns, chunk):
             stop = min(start + chunk, self.columns)
             yield stop, self._seeds(start, stop)
         if self.columns == 0:
             yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
+
+    def _chunk(self, edge: GradientEdge) -> int:
+        """How many seeds are pulled back from an edge at a time."""
+        if torch.is_grad_enabled() or must_loop(edge):
+            return 1
+        return self.extensions[0].chunk_size or max(1, round(BUDGET / max(origin.widest for _, origin in self.found)))
 
     def _seeds(self, start: int, stop: int) -> Tensor:
         """Some of the seeds, ``[v, n, d]``."""
@@ -266,6 +281,11 @@ class SeedPass:
         if kind == "sampled":
             return torch.stack([self.root.sampled() for _ in range(start, stop)]) / self.columns**0.5
         return getattr(self.root, kind)(start, stop)
+
+    @property
+    def root(self) -> LossRoot:
+        """Of the loss's Hessian."""
+        return self.make_root()
 
     @property
     def columns(self) -> int:
@@ -291,25 +311,28 @@ class SeedPass:
             seeds = seeds * chosen[:, None]
         return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1)
 
-    def _pull(self, edge: GradientEdge, targets: list[GradientEdge], seeds: Tensor) -> Tensor:
-        """Send seeds through the graph; the cotangents that reach the last target (``[v]``: none do)."""
+    def _pull(self, edges: list[GradientEdge], targets: list[GradientEdge], seeds: list[Tensor]) -> Tensor:
+        """Send seeds, given at each of the edges, through the graph.
+
+        Returns the cotangents that reach the last target (``[v]``: none do).
+        """
         create = torch.is_grad_enabled()
 
-        def pull(seed: Tensor) -> Tensor:
-            found = torch.autograd.grad(edge, targets, seed, retain_graph=True, create_graph=create, allow_unused=True)
-            return seed.new_zeros(()) if found[-1] is None else found[-1]
+        def pull(*seed: Tensor) -> Tensor:
+            found = torch.autograd.grad(edges, targets, seed, retain_graph=True, create_graph=create, allow_unused=True)
+            return seed[0].new_zeros(()) if found[-1] is None else found[-1]
 
-        self.count = len(seeds)
-        self.batched = len(seeds) > 1
-        return torch.vmap(pull)(seeds) if self.batched else pull(seeds[0])[None]
+        self.count = len(seeds[0])
+        self.batched = self.count > 1
+        return torch.vmap(pull)(*seeds) if self.batched else pull(*(seed[0] for seed in seeds))[None]
 
-    def _selected(self, rows: Tensor) -> GradientEdge | None:
+    def _rerun(self, rows: Tensor | None) -> GradientEdge | None:
         """The graph of the selected samples alone, where running the module on them gives the same output."""
         edge, origin = self.found[0]
         root = origin.root()
         if root is None or edge != self.loss.edge or self.layout.factor > 1 or len(self.found) > 1:
             return None
-        if any(module.training and module._buffers for module in root.modules()):
+        if any(b is not None for module in root.modules() if module.training for b in module._buffers.values()):
             return None  # running statistics would be updated once more
         if any(map(is_fully_sharded, root.modules())):
             return None  # processes would not gather parameters in step
@@ -318,14 +341,14 @@ class SeedPass:
             if not isinstance(value, Tensor):
                 return value
             for axis in (origin.input_axis, 0):
-                if value.dim() > axis and value.shape[axis] == origin.n:
+                if rows is not None and value.dim() > axis and value.shape[axis] == origin.n:
                     return value.index_select(axis, rows)
             return value
 
         args, kwargs = tree_map(select, origin.arguments)
         with torch.enable_grad(), torch.random.fork_rng(enabled=root.training):
             output = tree_leaves(root(*args, **kwargs))[origin.place]
-        expected = self.loss.input.index_select(self.layout.axis, rows)
+        expected = self.loss.input if rows is None else self.loss.input.index_select(self.layout.axis, rows)
         if not agree(output, expected):
             return None
         return get_gradient_edge(output)
@@ -369,7 +392,17 @@ class SeedPass:
                 for extension in extensions:
                     vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
             grads = contributions.individual(self.subset)
+            if self.weights is not None:
+                rows = self.subset.rows(self.weights.shape[1], self.weights.device)
+                grads = grads.weighted(self.weights if rows is None else self.weights[:, rows])
             grads.prepare(name for extension in extensions for name in extension.reads)
+            self._add(parameter, grads, extensions)
+        if self.final and self.last:
+            self.finished.add(id(parameter))
+            self.block.owners_done(parameter, self.finished)
+
+    def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
+        """Add what some seeds give to the results of a parameter."""
         values: list[Any] = []
         for extension in extensions:
             value = extension.compute(grads)
@@ -382,9 +415,6 @@ class SeedPass:
             if self.final:
                 merged = extension.merge(results) if len(results) > 1 else results[0]
                 setattr(parameter, extension.savefield, extension.complete(merged, grads))
-        if self.final and self.last:
-            self.finished.add(id(parameter))
-            self.block.owners_done(parameter, self.finished)
 
     def module_passed(self, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
         """The cotangents of a module's outputs have arrived."""
@@ -411,7 +441,8 @@ class SeedPass:
 
 
 PASSES: dict[str, type[SeedPass]] = {"sqrt": SeedPass}
-"""How curvature is pulled back: the root's columns by themselves; ``averaged.py`` adds a mean over the batch."""
+"""How curvature is pulled back: the root's columns by themselves; other files add a mean over the batch, and what has
+second derivatives of the model."""
 
 
 class Tap(torch.autograd.Function):

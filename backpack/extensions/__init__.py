@@ -1,11 +1,13 @@
 """The quantities that a backward pass can compute."""
 
 from backpack.extensions.batch_diag_ggn import BatchDiagGGNExact, BatchDiagGGNMC
+from backpack.extensions.batch_diag_hessian import BatchDiagHessian
 from backpack.extensions.batch_dot_grad import BatchDotGrad
 from backpack.extensions.batch_grad import BatchGrad
 from backpack.extensions.batch_l2_grad import BatchL2Grad
 from backpack.extensions.clipped_grad import ClippedGrad
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
+from backpack.extensions.diag_hessian import DiagHessian
 from backpack.extensions.ekfac import EKFAC
 from backpack.extensions.ggn_gram import GGNGram
 from backpack.extensions.hbp import HBP
@@ -19,12 +21,14 @@ from backpack.extensions.variance import Variance
 __all__ = [
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
+    "BatchDiagHessian",
     "BatchDotGrad",
     "BatchGrad",
     "BatchL2Grad",
     "ClippedGrad",
     "DiagGGNExact",
     "DiagGGNMC",
+    "DiagHessian",
     "GGNGram",
     "EKFAC",
     "HBP",

@@ -30,6 +30,8 @@ class CurvatureExtension(BackpropExtension):
     """Whether all columns are needed at a time."""
     backprop = "sqrt"
     """How they are pulled back: by themselves, or their mean over the batch, module by module (``"average"``)."""
+    semidefinite = True
+    """Whether the loss must have a positive semidefinite Hessian."""
 
     def __init__(
         self,

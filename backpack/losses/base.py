@@ -18,12 +18,31 @@ from backpack.samples import Layout
 
 
 class LossRoot(ABC):
-    """For each sample ``n`` a matrix ``S_n`` with ``S_n S_n^T`` the Hessian of the loss, reduction included."""
+    """For each sample ``n`` a matrix ``S_n`` with ``S_n S_n^T`` the Hessian of the loss, reduction included.
+
+    Where the Hessian is not positive semidefinite, ``S_n diag(signs_n) S_n^T`` is the Hessian.
+    """
 
     columns: int
     """Number of columns of the exact root."""
+    signs: Tensor | None = None
+    """Signs of the columns, ``[v, n]``; ``None``: all are positive."""
+    smallest: float = 0.0
+    """The smallest eigenvalue, where it is negative by more than rounding."""
     notice: str | None = None
     """What to warn of where columns of the root are used."""
+
+    def require_semidefinite(self) -> None:
+        """Raise where there is no root without signs.
+
+        Raises:
+            ValueError: The Hessian has a negative eigenvalue.
+        """
+        if self.smallest < 0:
+            raise ValueError(
+                f"The Hessian of the loss with respect to its input has the eigenvalue {self.smallest:.3g} at this "
+                f"point: it is not positive semidefinite, so that it has no root and the model no Gauss-Newton matrix."
+            )
 
     @abstractmethod
     def exact(self, start: int, stop: int) -> Tensor:
@@ -91,12 +110,10 @@ class Diagonal(LossRoot):
     """
 
     def __init__(self, hessian: Tensor, weight: Tensor, draw: Callable[[], Tensor] | None = None) -> None:
-        smallest = hessian.min().item() if hessian.numel() else 0.0
-        if smallest < 0:
-            raise ValueError(
-                f"The Hessian of the loss with respect to its input has the eigenvalue {smallest:.3g} at this point: "
-                f"it is not positive semidefinite, so that it has no root and the model no Gauss-Newton matrix."
-            )
+        self.smallest = min(0.0, hessian.min().item()) if hessian.numel() else 0.0
+        if self.smallest < 0:
+            self.signs = hessian.sign().T
+            hessian = hessian.abs()
         self.scale = hessian.sqrt()
         self.columns = hessian.shape[1]
         self._weight, self._draw = weight, draw

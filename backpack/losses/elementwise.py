@@ -45,7 +45,7 @@ def elementwise(
     root = Diagonal(hessian, term_weight(loss, input, layout, outer, terms))
     if not hessian.any():
         root.notice = (
-            f"{type(loss).__name__} is linear in its input here: its Hessian and all second-order results are zero. "
+            f"{type(loss).__name__} is linear in its input here: its Hessian and the Gauss-Newton matrix are zero. "
             f"For a classifier, use CrossEntropyLoss on the logits instead of NLLLoss on their log-softmax."
         )
     return root

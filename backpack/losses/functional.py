@@ -46,11 +46,9 @@ class DenseRoot(LossRoot):
         values, vectors = torch.linalg.eigh(hessian)
         tolerance = TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2
         if values.numel() and values.min() < -tolerance * values.abs().max():
-            raise ValueError(
-                f"The Hessian of the loss with respect to its input has the eigenvalue {values.min().item():.3g} at "
-                f"this point: it is not positive semidefinite, so that it has no root and the model no Gauss-Newton "
-                f"matrix."
-            )
+            self.smallest = values.min().item()
+            self.signs = values.sign().T
+            values = values.abs()
         self.root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).permute(2, 0, 1)
         self.columns = len(self.root)
 
@@ -70,7 +68,7 @@ def functional(
     """The root of a loss without a rule.
 
     Raises:
-        ValueError: The loss couples samples, or is not convex at this point.
+        ValueError: The loss couples samples.
     """
     product = hessian_product(loss, input, args, kwargs, outer)
     split = layout.split(input)

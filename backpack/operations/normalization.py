@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.operations.registry import Operation, rule
+from backpack.operations.registry import REPLACED, Operation, rule
 from backpack.uses import ElementwiseUse
 
 
@@ -99,6 +99,25 @@ def instance_norm(
         return _running(out, input, running_mean, running_var, weight, bias, eps)
     normalize = _over(lambda x: F.instance_norm(x, eps=eps), out.dim())
     return _affine((0,), _channels(out), input, normalize, weight, bias)
+
+
+def _instance_norm_by_groups(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """PyTorch joins samples and channels to one axis, in which the samples are hard to find."""
+    if not use_input_stats or running_mean is not None:
+        return NotImplemented
+    return F.group_norm(input, input.shape[1], weight, bias, eps)
+
+
+REPLACED[F.instance_norm] = _instance_norm_by_groups
 
 
 @rule(F.batch_norm)

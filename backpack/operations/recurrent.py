@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.operations.registry import Operation, rule
+from backpack.operations.registry import REPLACED, Operation, rule
 from backpack.uses.replay import Linear, Replay, ReplayUse
 
 Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -96,35 +97,49 @@ def _layers(step: Step, options: dict[str, Any], weights: Sequence[Tensor]) -> C
 
 
 def _whole(step: Step) -> Callable[..., Operation]:
-    def layer(
-        out: tuple[Tensor, ...],
-        input: Tensor,
-        hx: Any,
-        params: Any,
-        has_biases: Any,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: Any = None,
-    ) -> Operation:
-        if batch_first is None or not isinstance(has_biases, bool):
-            return Operation((0,), [], "takes a packed sequence, which is not supported: pad the sequences instead")
-        if dropout > 0 and train and num_layers > 1:
-            return Operation(
-                (0,),
-                [],
-                "drops out between its layers, with masks that cannot be seen. Stack layers with torch.nn.Dropout",
-            )
-        options = {"num_layers": num_layers, "bidirectional": bidirectional}
-        options |= {"has_biases": has_biases, "batch_first": batch_first}
+    def layer(out: Any, input: Tensor, hx: Any, params: Any, has_biases: Any, *rest: Any) -> Operation:
+        given = _options(has_biases, *rest)
+        if isinstance(given, str):
+            return Operation((0,), [], given)
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        axis = 0 if batch_first else 1
+        axis = 0 if given["batch_first"] else 1
         inputs = [(input, axis), *((state, 1) for state in states)]
-        replay = Replay(_layers(step, options, params), inputs, [axis] + [1] * len(states))
+        replay = Replay(_layers(step, given, params), inputs, [axis] + [1] * len(states))
         return Operation((axis,), [(weight, ReplayUse(replay, weight)) for weight in params])
 
     return layer
+
+
+def _options(
+    has_biases: Any, num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: Any = None
+) -> dict[str, Any] | str:
+    """What the steps depend on, or why they cannot be replayed."""
+    if batch_first is None or not isinstance(has_biases, bool):
+        return "takes a packed sequence, which is not supported: pad the sequences instead"
+    if dropout > 0 and train and num_layers > 1:
+        return "drops out between its layers, with masks that cannot be seen. Stack layers with torch.nn.Dropout"
+    options = {"num_layers": num_layers, "bidirectional": bidirectional}
+    return options | {"has_biases": has_biases, "batch_first": batch_first}
+
+
+def _whole_replaced(step: Step) -> Callable[..., Any]:
+    def layer(input: Tensor, hx: Any, params: Any, has_biases: Any, *rest: Any) -> Any:
+        given = _options(has_biases, *rest)
+        if isinstance(given, str):
+            return NotImplemented
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        return tuple(_layers(step, given, params)(F.linear, input, *states))
+
+    return layer
+
+
+def _cell_replaced(step: Step) -> Callable[..., Any]:
+    def cell(input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        found = step(F.linear(input, w_ih, b_ih), F.linear(states[0], w_hh, b_hh), states)
+        return found if len(states) > 1 else found[0]
+
+    return cell
 
 
 def _cell(step: Step) -> Callable[..., Operation]:
@@ -153,4 +168,9 @@ def _cell(step: Step) -> Callable[..., Operation]:
 
 
 for _function, _step in STEPS.items():
-    rule(_function)(_cell(_step) if _function.__name__.endswith("_cell") else _whole(_step))
+    if _function.__name__.endswith("_cell"):
+        rule(_function)(_cell(_step))
+        REPLACED[_function] = _cell_replaced(_step)
+    else:
+        rule(_function)(_whole(_step))
+        REPLACED[_function] = _whole_replaced(_step)

@@ -35,6 +35,10 @@ RULES: dict[Any, Rule] = {}
 EXPANDED: set[Any] = set()
 """Python functions that are looked into: what counts is the functions that they call."""
 
+REPLACED: dict[Any, Callable[..., Any]] = {}
+"""Fused functions without second derivatives by samples to what computes the same of functions that have them; it may
+return ``NotImplemented``."""
+
 
 def rule(*functions: Any) -> Callable[[Rule], Rule]:
     """Register the rule that follows for these functions."""

@@ -7,8 +7,9 @@ parameter's own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from backpack.samples import Rows
 
 if TYPE_CHECKING:
     from backpack.uses.linear_map import LinearMap
+I = TypeVar("I", bound="Individual")
 
 SCRATCH = 2**20
 """Entries of scratch that a reduction over individual gradients may fill at a time."""
@@ -31,6 +33,8 @@ class Individual(ABC):
 
     shape: torch.Size
     """Of the parameter."""
+    weights: Tensor | None = None
+    """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
 
     @property
     @abstractmethod
@@ -48,6 +52,13 @@ class Individual(ABC):
     @abstractmethod
     def scaled(self, factor: Tensor) -> Individual:
         """Sample ``n`` multiplied by ``factor[n]``."""
+
+    def weighted(self, weights: Tensor) -> Individual:
+        """The same, their squares weighed by ``weights[v, n]``, of any sign, before they are summed."""
+        found = copy(self)
+        vars(found).pop("_results", None)
+        found.weights = weights
+        return found
 
     def dense(self) -> Tensor:
         """The individual gradients themselves, ``[v, n, *p]``."""
@@ -106,12 +117,14 @@ class Individual(ABC):
             if "total" in collected:
                 accumulate(collected["total"], dense.sum((0, 1)))
             squares = dense.square() if names != ["total"] else dense
+            if "norms" in collected:
+                collected["norms"].append(squares.flatten(2).sum(2))
+            if piece.weights is not None:
+                squares = squares * piece.weights.reshape(*piece.weights.shape, *[1] * (squares.dim() - 2))
             if "sum_squares" in collected:
                 accumulate(collected["sum_squares"], squares.sum((0, 1)))
             if "sample_squares" in collected:
                 collected["sample_squares"].append(squares.sum(0))
-            if "norms" in collected:
-                collected["norms"].append(squares.flatten(2).sum(2))
         return {
             name: torch.cat(parts, int(name == "norms")) if len(parts) > 1 else parts[0]
             for name, parts in collected.items()
@@ -125,7 +138,14 @@ class Individual(ABC):
         seeds, samples = self.size
         step = max(1, SCRATCH // max(1, seeds * self.shape.numel()))
         for start in range(0, samples, step):
-            yield self.narrow(start, min(start + step, samples))
+            yield self._part(start, min(start + step, samples))
+
+    def _part(self: I, start: int, stop: int) -> I:
+        """As ``narrow``, with the weights."""
+        piece = self.narrow(start, stop)
+        if self.weights is not None:
+            piece.weights = self.weights[:, start:stop]
+        return piece  # type: ignore[return-value]
 
     def maps(self) -> Sequence[LinearMap]:
         """The linear maps that the parameter is the matrix of; none: it has no Kronecker factors."""
@@ -171,6 +191,24 @@ class Use(ABC):
             shape: Of the parameter.
         """
 
+    def data(self) -> tuple[Tensor, ...]:
+        """The recorded tensors that the individual gradients vary with, other than the parameter."""
+        return ()
+
+    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Individual:
+        """The derivative of what ``bind`` gives as ``data()[place]`` moves along ``direction``, ``[v, n, ...]``.
+
+        ``grad`` is ``[1, n, ...]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not vary with data.")
+
+    def curvature(self, grad: Tensor, rows: Rows, directions: Callable[[], Tensor]) -> Tensor | None:
+        """``u^T H_n u`` for ``directions()``, ``[k, *p]``: ``[n, k]``. ``None``: the output is linear in the parameter.
+
+        ``H_n`` is the Hessian of ``<grad_n, output_n>`` with respect to the parameter; ``grad`` is ``[1, n, ...]``.
+        """
+        return None
+
 
 def accumulate(terms: list[Tensor], term: Tensor) -> None:
     """Add to the only entry of ``terms``, in place where no gradient is tracked."""
@@ -180,3 +218,10 @@ def accumulate(terms: list[Tensor], term: Tensor) -> None:
         terms[0] = terms[0] + term
     else:
         terms[0].add_(term)
+
+
+def push_forward(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
+    """``J d`` by two reverse passes: forward mode has no rule for some functions, and compiles its rules at first."""
+    pulled = torch.func.vjp(function, x)
+    zero = torch.zeros_like(pulled[0])
+    return torch.func.vjp(lambda cotangent: pulled[1](cotangent)[0], zero)[1](direction)[0]

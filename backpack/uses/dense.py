@@ -12,6 +12,7 @@ from torch import Tensor
 from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use, accumulate
+from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap, diagonal_blocks, second_moment
 
 
@@ -98,8 +99,10 @@ class Dense(LinearMap):
         x, grad = self.x, self.grad
         if name == "total":
             grad = grad.sum(0)
-        else:
+        elif self.weights is None:
             x, grad = x.square(), grad.square().sum(0)
+        else:
+            x, grad = x.square(), torch.einsum("vngso,vn->ngso", grad.square(), self.weights)
         if name == "sample_squares":
             return self._to_parameter(product(torch.matmul, grad.transpose(2, 3), x, (n, g, o, i)))
         left, right = grad[:, :, 0].permute(1, 2, 0), x[:, :, 0].transpose(0, 1)
@@ -112,14 +115,17 @@ class Dense(LinearMap):
         v, n, g, s, o, i = self.sizes
         step = max(1, SCRATCH // max(1, g * i * max(o, s)))
         for start in range(0, n, step):
-            yield self.narrow(start, min(start + step, n))
+            yield self._part(start, min(start + step, n))
 
     def _seeds(self) -> Iterator[Dense]:
         """Pieces of a few seeds each, whose matrices fit into the scratch."""
         v, n, g, s, o, i = self.sizes
         step = max(1, SCRATCH // max(1, n * g * i * max(o, s)))
         for start in range(0, v, step):
-            yield self._with(self.x, self.grad[start : start + step])
+            part = self._with(self.x, self.grad[start : start + step])
+            if self.weights is not None:
+                part.weights = self.weights[start : start + step]
+            yield part
 
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:
         if "dense" in self._known:
@@ -135,12 +141,14 @@ class Dense(LinearMap):
                     accumulate(summed["total"], matrices.sum(0).unflatten(1, (-1, o)).sum(1))
                 if names != ["total"]:
                     matrices = matrices.square() if torch.is_grad_enabled() else matrices.square_()
+                if "norms" in own:
+                    own["norms"].append(matrices.unflatten(2, (-1, o)).sum((1, 3, 4)).T)
+                if part.weights is not None:
+                    matrices = (matrices.unflatten(2, (-1, o)) * part.weights.T[:, None, :, None, None]).flatten(2, 3)
                 if "sum_squares" in summed:
                     accumulate(summed["sum_squares"], matrices.sum(0).unflatten(1, (-1, o)).sum(1))
                 if "sample_squares" in own:
                     accumulate(own["sample_squares"], matrices.unflatten(2, (-1, o)).sum(2))
-                if "norms" in own:
-                    own["norms"].append(matrices.unflatten(2, (-1, o)).sum((1, 3, 4)).T)
             for name, parts in own.items():
                 pieces[name].append(torch.cat(parts))
         found = {name: self._to_parameter(total) for name, (total,) in summed.items()}
@@ -280,8 +288,9 @@ def _moments(rows: Tensor) -> Tensor:
 class DenseUse(Use):
     """A linear map of what ``unfold`` makes of the recorded ``inputs``.
 
-    ``unfold`` takes the inputs as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent ``[v, n, ...]`` to
-    ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not wanted for them.
+    ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
+    ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
+    wanted for them.
     """
 
     inputs: tuple[Tensor, ...]
@@ -305,3 +314,15 @@ class DenseUse(Use):
                 return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
 
         return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, other)
+
+    def data(self) -> tuple[Tensor, ...]:
+        return self.inputs
+
+    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Explicit:
+        v, n = direction.shape[:2]
+        inputs = [rows.take(tensor).to(grad.dtype).expand(v, *[-1] * tensor.dim()) for tensor in self.inputs]
+        inputs[place] = direction
+        folded = tuple(tensor.flatten(0, 1) for tensor in inputs)
+        grads = self.fold(grad)
+        grads = grads.expand(v, *grads.shape[1:]).reshape(1, v * n, *grads.shape[2:])
+        return Explicit(Dense(folded, grads, shape, self.flipped, self.unfold).dense().reshape(v, n, *shape))

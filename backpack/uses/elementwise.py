@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows
-from backpack.uses.base import Individual, Use
+from backpack.uses.base import Individual, Use, push_forward
 
 
 @dataclass(eq=False)
@@ -61,6 +61,19 @@ class ElementwiseUse(Use):
         if self.x is not None:
             x = rows.take(self.x).to(grad.dtype)
             grad = grad * (x if self.factor is None else self.factor(x))
+        return self._reduce(grad, rows, shape)
+
+    def data(self) -> tuple[Tensor, ...]:
+        return self.recorded()
+
+    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Explicit:
+        assert self.x is not None
+        if self.factor is not None:
+            x, factor = rows.take(self.x).to(grad.dtype), self.factor
+            direction = torch.vmap(lambda one: push_forward(factor, x, one))(direction)
+        return self._reduce(grad * direction, rows, shape)
+
+    def _reduce(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
         own = list(self.padded)
         if rows.layout.factor == 1:
             del own[rows.layout.axis]

@@ -68,6 +68,8 @@ class Lookup(LinearMap):
         squares = self._squares()
         if name == "norms":
             return squares.sum((2, 3))
+        if self.weights is not None:
+            squares = squares * self.weights[:, :, None, None]
         if name == "sum_squares":
             return self._scatter(squares, 1)[0]
         return self._scatter(squares, self.size[1])

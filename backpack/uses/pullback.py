@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from backpack.samples import Layout, Rows, layouts
-from backpack.uses.base import Individual, Use
+from backpack.samples import Layout, Rows, layout_like
+from backpack.uses.base import Individual, Use, push_forward
+from backpack.uses.elementwise import Explicit
 
 
 @dataclass(eq=False)
@@ -57,43 +59,80 @@ def map_samples(pull: Callable[..., Tensor], grad: Tensor, data: Sequence[Tensor
 class PullbackUse(Use):
     """``function(*args, **kwargs)`` with the parameter as leaf ``position`` of the arguments.
 
-    ``data`` says which other leaves hold samples.
+    ``places`` says which other leaves hold samples.
     """
 
     function: Callable[..., Tensor]
     leaves: list[Any]
     spec: Any
     position: int
-    data: list[int]
+    places: list[int]
 
     def recorded(self) -> tuple[Tensor, ...]:
-        return (self.leaves[self.position], *(self.leaves[place] for place in self.data))
+        return (self.leaves[self.position], *(self.leaves[place] for place in self.places))
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Pullback:
-        placed = {place: _layout_like(rows.layout, self.leaves[place]) for place in self.data}
-        data = tuple(Rows(layout, rows.index).take(self.leaves[place]) for place, layout in placed.items())
-        parameter = self.leaves[self.position]
+        pull, data = self._pull(rows)
+        return Pullback(partial(pull, self.leaves[self.position]), grad, data, shape)
 
-        def pull(cotangent: Tensor, *sample: Tensor) -> Tensor:
+    def data(self) -> tuple[Tensor, ...]:
+        return tuple(self.leaves[place] for place in self.places)
+
+    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Explicit:
+        pull, data = self._pull(rows)
+        parameter = self.leaves[self.position].detach()
+
+        def move(along: Tensor, cotangent: Tensor, *sample: Tensor) -> Tensor:
+            def moved(x: Tensor) -> Tensor:
+                return pull(parameter, cotangent, *sample[:place], x, *sample[place + 1 :])
+
+            return push_forward(moved, sample[place], along)
+
+        return Explicit(map_samples(move, direction, (grad[0], *(d.detach() for d in data))))
+
+    def curvature(self, grad: Tensor, rows: Rows, directions: Callable[[], Tensor]) -> Tensor | None:
+        function, data = self._function(rows)
+        data = tuple(d.detach() for d in data)
+        parameter = self.leaves[self.position].detach()
+        with torch.enable_grad():
+            point = parameter.clone().requires_grad_()
+            output = function(point, *(d[0] for d in data))
+            (found,) = torch.autograd.grad(output, point, torch.ones_like(output), create_graph=True)
+        if not found.requires_grad:
+            return None
+        pull, _ = self._pull(rows)
+
+        def quadratic(cotangent: Tensor, direction: Tensor, *sample: Tensor) -> Tensor:
+            moved = push_forward(lambda w: pull(w, cotangent, *sample), parameter, direction)
+            return (moved * direction).sum()
+
+        columns = [map_samples(quadratic, grad, (u.expand(grad.shape[1], *u.shape), *data))[0] for u in directions()]
+        return torch.stack(columns, 1)
+
+    def _function(self, rows: Rows) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """The function of the parameter and of one sample's data, and the data of all."""
+        placed = {place: layout_like(rows.layout, self.leaves[place]) for place in self.places}
+        data = tuple(Rows(layout, rows.index).take(self.leaves[place]) for place, layout in placed.items())
+
+        def function(parameter: Tensor, *sample: Tensor) -> Tensor:
             leaves = list(self.leaves)
             for (place, layout), value in zip(placed.items(), sample, strict=True):
                 leaves[place] = _batch_of_one(value, layout)
+            leaves[self.position] = parameter
+            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            return self.function(*args, **kwargs)
 
-            def function(w: Tensor) -> Tensor:
-                leaves[self.position] = w
-                args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-                return self.function(*args, **kwargs)
+        return function, data
 
-            return torch.func.vjp(function, parameter)[1](_batch_of_one(cotangent, rows.layout))[0]
+    def _pull(self, rows: Rows) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """The vector-Jacobian product of one sample with respect to the parameter, and the data of all."""
+        function, data = self._function(rows)
 
-        return Pullback(pull, grad, data, shape)
+        def pull(parameter: Tensor, cotangent: Tensor, *sample: Tensor) -> Tensor:
+            product = torch.func.vjp(lambda w: function(w, *sample), parameter)[1]
+            return product(_batch_of_one(cotangent, rows.layout))[0]
 
-
-def _layout_like(layout: Layout, tensor: Tensor) -> Layout:
-    """The layout of an argument, given that of the output: the same where the shape admits it."""
-    possible = layouts(tensor.shape, layout.n, range(tensor.dim()))
-    similar = [other for other in possible if other.strided == layout.strided]
-    return layout if layout in possible else (similar or possible)[0]
+        return pull, data
 
 
 def _batch_of_one(sample: Tensor, layout: Layout) -> Tensor:

@@ -1,0 +1,331 @@
+"""The diagonal of the Hessian: seeds at the loss, and at every node of the graph that is not linear.
+
+The Hessian of the loss with respect to a parameter is, by the chain rule, the sum over the nodes of the recorded graph
+of ``J^T R J``, with ``J`` the Jacobian of a node's inputs and ``R`` the node's second derivatives weighed by the
+gradient that arrives there. The loss itself contributes the Gauss-Newton matrix. Columns of all ``R`` are pulled back
+like those of the loss's Hessian (Dangel, Harmeling & Hennig, 2020, for elementwise functions in a chain).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from backpack.delivery import Contributions
+from backpack.engine import HERE
+from backpack.graph import Graph, is_fused
+from backpack.looped import must_loop
+from backpack.recorder import Call, Source
+from backpack.samples import Layout, Rows, Subset, layout_like
+from backpack.seeds import BUDGET, PASSES, Curvature, SeedPass, origins
+from backpack.uses import Derived, Explicit, Individual, PullbackUse, Use, join
+from backpack.uses.replay import ReplayUse
+
+
+@dataclass(eq=False)
+class SecondOrderGraph:
+    """A graph from the loss's input on, of all samples or of the selected ones alone (``rows``)."""
+
+    edge: GradientEdge
+    layout: Layout
+    rows: Tensor | None
+
+
+@dataclass(eq=False)
+class HessianPass(SeedPass):
+    """The Hessian's diagonal for extensions that share a subset."""
+
+    parameters: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[Call, dict[int, Tensor]] | None = None
+    twice = True
+    coupled: set[int] | None = None
+
+    def run(self) -> None:
+        """Pull back all columns and store the results."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self.extensions[0]).__name__}: the diagonal of the Hessian cannot be differentiated further. "
+                f"Call backward() without create_graph=True."
+            )
+        for extension in self.extensions:
+            if extension.rules:
+                raise RuntimeError(
+                    f"{type(extension).__name__} takes no rules of users: none is needed for any module. Construct it "
+                    f"without set_module_extension()."
+                )
+        self.subset = self.extensions[0].subset
+        rows = self.subset.rows(self.layout.n, self.loss.input.device)
+        own = self.graph(rows)
+        targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
+        graph = Graph(own.edge, targets, own.layout)
+        self.uses = self._count_uses()
+        grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0]
+        HERE.muted = True
+        try:
+            for edges, columns, weights in self._columns(graph, grad, own, rows):
+                self.weights = weights
+                self.first = False
+                HERE.inner, HERE.muted = self, False
+                self._pull(edges, targets, columns)
+                self._finish()
+                HERE.inner, HERE.muted = None, True
+            self.weights = None
+            self._add_couplings(graph, targets, grad)
+            for extension in self.extensions:
+                for key, parameter in self.parameters.items():
+                    setattr(parameter, extension.savefield, self.results[id(extension), key][0])
+        finally:
+            HERE.inner, HERE.muted = None, False
+            self.delivery.clear()
+            self.results.clear()
+
+    def receive(self, call: Call, place: int, grads: Tensor) -> None:
+        """Note cotangents: of the loss's gradient, of seeds at the data of a parameter used before, or of columns."""
+        if self.gradients is not None:
+            self.gradients.setdefault(call, {})[place] = grads
+        elif self.coupled is None:
+            super().receive(call, place, grads)
+        elif any(id(p) in self.coupled for source in call.sources for p in source.parameters):
+            self.delivery.receive(call, place, grads)
+
+    def _add_couplings(self, graph: Graph, targets: list[GradientEdge], grad: Tensor) -> None:
+        """What a parameter adds that enters the graph more than once, or not linearly.
+
+        The nodes' residuals take the graph for a function of the data. A call that uses a parameter is a function of
+        both: its mixed second derivatives count where the data depend on the same parameter, those with respect to
+        the parameter where it is not linear in it.
+        """
+        calls = [call for _, origin in self.found for found in origin.calls if (call := found()) is not None]
+        if not any(
+            source.tensor.grad_fn is not None
+            or isinstance(use, PullbackUse)
+            or any(self.uses[id(p)] > 1 for p in source.parameters)
+            for call in dict.fromkeys(calls)
+            for source, use in call.uses
+        ):
+            return
+        self.gradients = {}
+        self._deliver_from([graph.edge], targets, [grad.unsqueeze(0)])
+        gradients, self.gradients = self.gradients, None
+        for call, grads in gradients.items():
+            for source, use in call.uses:
+                if not source.void:
+                    self._add_own_curvature(call, source, use, grads)
+                    for place, data in enumerate(use.data()):
+                        if data.requires_grad:
+                            self._add_coupling(graph, targets, call, source, use, grads, place, data)
+        for source, total in self._totals(gradients):
+            self._add_parametrization(source, total)
+
+    def _deliver_from(self, edges: list[GradientEdge], targets: list[GradientEdge], seeds: list[Tensor]) -> None:
+        HERE.inner, HERE.muted = self, False
+        try:
+            self._pull(edges, targets, seeds)
+        finally:
+            HERE.inner, HERE.muted = None, True
+
+    def _rows(self, call: Call) -> Rows:
+        return call.rows(self.subset.rows(call.n, self.loss.input.device))
+
+    def _add_coupling(
+        self,
+        graph: Graph,
+        targets: list[GradientEdge],
+        call: Call,
+        source: Source,
+        use: Use,
+        grads: dict[int, Tensor],
+        place: int,
+        data: Tensor,
+    ) -> None:
+        """Twice the mixed derivatives of a call by its parameter and its data, along the data's unit vectors."""
+        edge = get_gradient_edge(data)
+        edge = GradientEdge(edge.node, edge.output_nr)
+        parameters = [p for p in source.parameters if self.uses[id(p)] > 1]
+        if not parameters or not graph.leads(edge):
+            return
+        rows = self._rows(call)
+        grad = rows.take(grads[0], leading=1).to(source.tensor.dtype)
+        layout = layout_like(call.layout, data)
+        split = layout.split(data)
+        size = split[0].numel()
+        wide = max(p.numel() for p in parameters) * max(1, len(split))
+        chunk = 1 if must_loop(edge) else max(1, min(self.extensions[0].chunk_size or size, BUDGET // wide))
+        self.coupled = {id(p) for p in parameters}
+        try:
+            for start in range(0, size, chunk):
+                number = torch.arange(start, min(start + chunk, size), device=data.device)
+                units = data.new_zeros(len(number), len(split), size)
+                units[torch.arange(len(number), device=data.device), :, number] = 1
+                units = units.reshape(len(number), *split.shape)
+                self._deliver_from([edge], targets, [layout.join(units, 1)])
+                earlier = {id(p): found for p in parameters if (found := self._total(p)) is not None}
+                self.delivery.clear()
+                if not earlier:
+                    return
+                chosen = units if rows.index is None else units[:, rows.index]
+                mixed: Individual = use.varied(grad, rows, source.tensor.shape, place, chosen)
+                for p in parameters:
+                    if id(p) in earlier:
+                        own = mixed if p is source.tensor else Derived(mixed, source.tensor, p)
+                        self._add_diagonal(p, 2 * (earlier[id(p)].dense() * own.dense()).sum(0))
+        finally:
+            self.coupled = None
+
+    def _total(self, parameter: Tensor) -> Individual | None:
+        """What has reached a parameter, by all ways."""
+        parts = []
+        for key, source in self.delivery.sources.items():
+            if any(p is parameter for p in source.parameters):
+                arrived = Contributions(source.tensor, self.delivery.arrivals[key], {}).individual(self.subset)
+                direct = source.tensor is parameter
+                parts.append(arrived if direct else Derived(arrived, source.tensor, parameter))
+        return join(parts) if parts else None
+
+    def _add_own_curvature(self, call: Call, source: Source, use: Use, grads: dict[int, Tensor]) -> None:
+        """Of a call that is not linear in its parameter."""
+        rows = self._rows(call)
+        for parameter in source.parameters:
+
+            def directions(parameter: Tensor = parameter) -> Tensor:
+                warn_of_columns(call.name, parameter)
+                basis = torch.eye(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+                basis = basis.reshape(-1, *parameter.shape)
+                return basis if parameter is source.tensor else push_forward(source.tensor, parameter, basis)
+
+            grad = rows.take(grads[0], leading=1).to(source.tensor.dtype) if use.data() or len(grads) == 1 else grads[0]
+            found = use.curvature(grad, rows, directions)
+            if found is not None:
+                own = sum(p is parameter for s, _ in call.uses for p in s.parameters)
+                if own > 1:
+                    raise RuntimeError(
+                        f"{call.name} is given the same parameter {own} times, and is not linear in it: the Hessian "
+                        f"of such a call is not supported. Apply the parameter in several calls."
+                    )
+                self._add_diagonal(parameter, found.reshape(-1, *parameter.shape))
+
+    def _totals(self, gradients: dict[Call, dict[int, Tensor]]) -> Iterator[tuple[Source, Individual]]:
+        """Individual gradients of tensors that are computed from parameters."""
+        for call, grads in gradients.items():
+            for place, found in grads.items():
+                self.delivery.receive(call, place, found)
+        for source in self.delivery.computed():
+            yield source, self.delivery.fetch(source.tensor).individual(self.subset)
+        self.delivery.clear()
+
+    def _add_parametrization(self, source: Source, grads: Individual) -> None:
+        """Of a tensor that is not linear in the parameters that it is computed from."""
+        for parameter in source.parameters:
+            with torch.enable_grad():
+                (first,) = torch.autograd.grad(
+                    source.tensor, parameter, torch.ones_like(source.tensor), create_graph=True, retain_graph=True
+                )
+            if not _depends(first, parameter):
+                continue
+            warn_of_columns(f"the tensor computed from parameter {source.name}", parameter)
+            each = "sample_squares" in self._reads()
+            weighed = grads.dense()[0] if each else grads.total().unsqueeze(0)
+            rows = []
+            for grad in weighed:
+                with torch.enable_grad():
+                    (first,) = torch.autograd.grad(source.tensor, parameter, grad, create_graph=True, retain_graph=True)
+                    entries = enumerate(first.flatten().unbind())
+                columns = [
+                    torch.autograd.grad(entry, parameter, retain_graph=True)[0].flatten()[k] for k, entry in entries
+                ]
+                rows.append(torch.stack(columns).reshape(parameter.shape))
+            self._add_diagonal(parameter, torch.stack(rows))
+
+    def _reads(self) -> set[str]:
+        return {name for extension in self.extensions for name in extension.reads}
+
+    def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
+        """Add ``[n, *p]`` as a difference of squares."""
+        roots = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
+        signs = diagonal.new_tensor([[1.0], [-1.0]]).expand(2, len(diagonal))
+        self._add(parameter, Explicit(roots).weighted(signs), self.extensions)
+
+    def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
+        self.parameters[id(parameter)] = parameter
+        super()._add(parameter, grads, extensions)
+
+    def graph(self, rows: Tensor | None) -> SecondOrderGraph:
+        """A graph whose nodes all have second derivatives, if possible of the selected samples alone."""
+        fused = is_fused(self.loss.edge) or any(
+            isinstance(use, ReplayUse)
+            for _, origin in self.found
+            for call in origin.calls
+            if (alive := call()) is not None
+            for _, use in alive.uses
+        )
+        if not fused and rows is None:
+            return SecondOrderGraph(self.loss.edge, self.layout, None)
+        expanded, HERE.expanded = HERE.expanded, True
+        try:
+            edge = self._rerun(rows)
+        finally:
+            HERE.expanded = expanded
+        if edge is None and fused:
+            raise RuntimeError(
+                f"{type(self.extensions[0]).__name__}: the model has a fused attention or recurrent layer, of which "
+                f"PyTorch has no second derivatives, and running it again in another form did not give the same "
+                f"output (as with dropout in training mode). Run the forward pass inside the backpack(...) block, or "
+                f"put the model into evaluation mode."
+            )
+        if edge is None:
+            return SecondOrderGraph(self.loss.edge, self.layout, None)
+        self.found = list(origins(edge))
+        if rows is None:
+            return SecondOrderGraph(edge, self.layout, None)
+        self.subset = Subset()
+        return SecondOrderGraph(edge, replace(self.layout, n=len(rows)), rows)
+
+    def _columns(
+        self, graph: Graph, grad: Tensor, own: SecondOrderGraph, rows: Tensor | None
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None]]:
+        """Where to start, columns, and their weights: of the loss, then of each node."""
+        start = 0
+        for stop, seeds in self._chunks(graph.edge):
+            signs = self.root.signs
+            if signs is not None:
+                signs = signs[start:stop] if own.rows is None else signs[start:stop, own.rows]
+            yield [graph.edge], [self._place(seeds, rows, own.rows)], signs
+            start = stop
+        chunk = self._chunk(graph.edge)
+        for residual in graph.residuals(grad):
+            for start in range(0, residual.columns, chunk):
+                columns, weights = residual.exact(start, start + chunk)
+                yield residual.edges, columns, weights.expand(-1, own.layout.n)
+
+
+def _depends(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a value is computed from a parameter."""
+    if not value.requires_grad:
+        return False
+    (found,) = torch.autograd.grad(value, parameter, torch.zeros_like(value), retain_graph=True, allow_unused=True)
+    return found is not None
+
+
+def push_forward(tensor: Tensor, parameter: Tensor, directions: Tensor) -> Tensor:
+    """``J u`` for directions ``u[k, *p]`` of the parameter that a tensor is computed from, ``[k, ...]``."""
+    with torch.enable_grad():
+        dummy = torch.zeros_like(tensor, requires_grad=True)
+        (pulled,) = torch.autograd.grad(tensor, parameter, dummy, create_graph=True, retain_graph=True)
+    return torch.stack([torch.autograd.grad(pulled, dummy, u, retain_graph=True)[0] for u in directions])
+
+
+def warn_of_columns(what: str, parameter: Tensor) -> None:
+    """Say what the exact but slow way costs."""
+    warnings.warn(
+        f"{what} is not linear in its parameter of shape {list(parameter.shape)}: this part of the Hessian's diagonal "
+        f"is taken column by column, which costs {parameter.numel()} derivatives of second order.",
+        stacklevel=2,
+    )
+
+
+PASSES["hessian"] = HessianPass

@@ -1,0 +1,87 @@
+"""What is known of backward nodes by their names; for all others, PyTorch's second derivatives tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.autograd.graph import GradientEdge, Node
+
+_PIECEWISE_LINEAR = """
+Abs Add Alias AsStrided AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
+Amax Amin AvgPool1D AvgPool2D AvgPool3D Cat Ceil Clamp ClampMax ClampMin Clone ConstantPadNd Copy Cumsum Diagonal
+Embedding Expand Flip Floor Gather Hardshrink Hardsigmoid Hardtanh Im2Col Col2Im Index IndexSelect LeakyRelu
+MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean Min Minimum Narrow NativeDropout Neg Permute
+PreluKernel ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D ReplicationPad2D
+ReplicationPad3D ReshapeAlias Roll Round Rsub Select Sign Slice Softshrink Split SplitWithSizes Squeeze Stack Sub Sum T
+Threshold ToCopy Transpose Tril Triu UnsafeSplit UnsafeView Unbind Unfold Unsqueeze UpsampleBicubic2D
+UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D View Where
+"""
+_BILINEAR = "Addmm Addmv Baddbmm Bmm Convolution Dot Linear Mm Mul Mv"
+_ELEMENTWISE = """
+Acos Acosh Asin Asinh Atan Atan2 Atanh Celu Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Gelu Hardswish
+Hypot I0 Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit Mish Mul Pow Reciprocal RreluWithNoise
+Rsqrt Sigmoid Silu Sin Sinc Sinh Softplus Sqrt Square Tan Tanh Xlogy
+"""
+
+
+def _nodes(names: str) -> frozenset[str]:
+    return frozenset(f"{name}Backward" for name in names.split())
+
+
+FLAT = _nodes(_PIECEWISE_LINEAR)
+"""Piecewise linear. (That a node is linear is found out without a list, but not for nothing.)"""
+
+BILINEAR = _nodes(_BILINEAR)
+"""Linear in each operand: flat where only one of them is data."""
+
+ELEMENTWISE = _nodes(_ELEMENTWISE)
+"""Entry by entry: an output depends on the entries of the operands at its place only."""
+
+FUSED = (
+    "ScaledDotProduct",
+    "CudnnRnn",
+    "MiopenRnn",
+    "MkldnnRnnLayer",
+    "ThnnFusedLstmCell",
+    "ThnnFusedGruCell",
+)
+"""How the names of nodes begin that have no second derivatives in PyTorch, but can be replaced by others that do."""
+
+
+def base_name(node: Node) -> str:
+    """The name without its overload's number."""
+    return node.name().rstrip("0123456789")
+
+
+BATCH_NORM = ("NativeBatchNormBackward", "CudnnBatchNormBackward")
+
+
+def is_fused_node(node: Node) -> bool:
+    """Whether there is a replacement for the function, which has no second derivatives by samples."""
+    return node.name().startswith(FUSED) or (base_name(node) in BATCH_NORM and node._saved_training)  # type: ignore[attr-defined]
+
+
+def is_flat(node: Node, live: Sequence[GradientEdge]) -> bool:
+    """Whether all second derivatives of a node with respect to its ``live`` inputs are known to be zero."""
+    name = base_name(node)
+    if name in BATCH_NORM:
+        return not node._saved_training  # type: ignore[attr-defined]
+    return name in FLAT or (name in BILINEAR and len(live) == 1)
+
+
+def is_bilinear(node: Node) -> bool:
+    """Whether a node is linear in each of its operands."""
+    return base_name(node) in BILINEAR
+
+
+def positions_of(node: Node, dims: int) -> tuple[int, ...] | None:
+    """The axes of the inputs along which entries interact; ``None``: all may."""
+    name = base_name(node)
+    if name in ELEMENTWISE:
+        return ()
+    if name in ("SoftmaxBackward", "LogSoftmaxBackward"):
+        dim = node._saved_dim  # type: ignore[attr-defined]
+        return ((dim if dim < 2**31 else dim - 2**64) % dims,)  # it is shown as an unsigned number
+    if name == "NativeLayerNormBackward":
+        return tuple(range(dims - len(node._saved_normalized_shape), dims))  # type: ignore[attr-defined]
+    return None

@@ -1,0 +1,195 @@
+"""The residual of a node: its second derivatives, weighed by the gradient that arrives, as weighted columns.
+
+``R_n = sum_v w[v, n] c_v[n] c_v[n]^T`` for each sample ``n``, at the inputs of the node. The Hessian of the loss is
+its Gauss-Newton matrix and the sum of ``J_n^T R_n J_n`` over all nodes (the chain rule of second order).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Size, Tensor
+
+from backpack.residuals.local import LocalHessian
+from backpack.residuals.nodes import positions_of
+from backpack.samples import Layout
+
+WIDEST = 512
+"""Entries that may interact for their blocks to be diagonalized."""
+
+LARGEST = 2**24
+"""Entries that all blocks together may have."""
+
+
+class Residual(ABC):
+    """Second derivatives of a node, of which the inputs at ``edges`` have these shapes and layouts."""
+
+    columns: int
+
+    def __init__(self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[Layout], like: Tensor) -> None:
+        self.local, self.edges = local, local.edges
+        self.shapes, self.layouts, self.like = shapes, layouts, like
+        self.n = layouts[0].n
+
+    @abstractmethod
+    def exact(self, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
+        """Columns, ``[v, ...]`` for each edge, and their weights ``[v, n]``."""
+
+    def sizes(self) -> list[int]:
+        """Entries of each input that belong to one sample."""
+        return [shape.numel() // self.n for shape in self.shapes]
+
+    def split(self, place: int, tensor: Tensor) -> Tensor:
+        """``[v, ...]`` at an edge to ``[v, n, d]``."""
+        return self.layouts[place].split(tensor, 1).flatten(2)
+
+    def join(self, place: int, tensor: Tensor) -> Tensor:
+        """Undo ``split``."""
+        rest = _split_shape(self.shapes[place], self.layouts[place])
+        return self.layouts[place].join(tensor.reshape(*tensor.shape[:2], *rest), 1)
+
+
+def _split_shape(shape: Size, layout: Layout) -> list[int]:
+    """Sizes of the axes behind the sample axis."""
+    if layout.factor > 1:
+        return [layout.factor, *shape[1:]]
+    return [size for axis, size in enumerate(shape) if axis != layout.axis]
+
+
+class Blocks(Residual):
+    """Entries interact in blocks of ``b``, which are diagonalized: their eigenvectors are the columns.
+
+    The inputs have the same shape; ``positions`` are the axes along which entries interact.
+    """
+
+    def __init__(
+        self,
+        local: LocalHessian,
+        shapes: Sequence[Size],
+        layouts: Sequence[Layout],
+        like: Tensor,
+        positions: tuple[int, ...],
+    ) -> None:
+        super().__init__(local, shapes, layouts, like)
+        self.positions = positions
+        k = len(self.edges)
+        n, r, each = self._to_blocks(like.new_empty(0, *shapes[0])).shape[1:]
+        basis = like.new_zeros(k * each, n, r, k * each)
+        for b in range(k * each):
+            basis[b, ..., b] = 1
+        found = self.local.products(self._from_blocks(basis))
+        matrices = torch.cat([self._to_blocks(f) for f in found], 3).movedim(0, -1)
+        self.width = k * each
+        self.columns = r * self.width
+        if self.width == 1:
+            self.values, self.vectors = matrices[..., 0], None
+        else:
+            values, vectors = torch.linalg.eigh((matrices + matrices.transpose(-1, -2)) / 2)
+            self.values, self.vectors = values, vectors
+
+    @property
+    def is_zero(self) -> bool:
+        return not self.values.any()
+
+    def _own_axes(self) -> list[int]:
+        """The interacting axes, once the samples are split off."""
+        layout = self.layouts[0]
+        if layout.factor > 1:
+            return [axis + 1 for axis in self.positions]
+        return [axis if axis > layout.axis else axis + 1 for axis in self.positions]
+
+    def _to_blocks(self, tensor: Tensor) -> Tensor:
+        """``[v, ...]`` to ``[v, n, r, b]``."""
+        split = self.layouts[0].split(tensor, 1)
+        own = [axis + 1 for axis in self._own_axes()]
+        last = list(range(split.dim() - len(own), split.dim()))
+        each = 1
+        for axis in own:
+            each *= split.shape[axis]
+        rows = (
+            split[0].numel() // max(1, split.shape[1] * each)
+            if len(split)
+            else self.shapes[0].numel() // (self.n * each)
+        )
+        return split.movedim(own, last).reshape(len(split), self.n, rows, each)
+
+    def _from_blocks(self, blocks: Tensor) -> list[Tensor]:
+        """``[v, n, r, k b]`` to ``[v, ...]`` for each edge."""
+        rest = _split_shape(self.shapes[0], self.layouts[0])
+        own = [axis - 1 for axis in self._own_axes()]
+        moved = [size for axis, size in enumerate(rest) if axis not in own] + [rest[axis] for axis in own]
+        found = []
+        for part in blocks.chunk(len(self.edges), 3):
+            split = part.reshape(len(part), self.n, *moved)
+            last = list(range(split.dim() - len(own), split.dim()))
+            found.append(self.layouts[0].join(split.movedim(last, [axis + 2 for axis in own]), 1))
+        return found
+
+    def exact(self, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
+        number = torch.arange(start, min(stop, self.columns), device=self.like.device)
+        row, entry = number // self.width, number % self.width
+        blocks = self.like.new_zeros(len(number), self.n, self.columns // self.width, self.width)
+        if self.vectors is None:
+            blocks[torch.arange(len(number), device=number.device), :, row, 0] = 1
+        else:
+            vectors = self.vectors[:, row, :, entry]  # [v, n, b]: the indexed axes come first
+            blocks[torch.arange(len(number), device=number.device), :, row] = vectors
+        return self._from_blocks(blocks), self.values[:, row, entry].T
+
+
+class Pairs(Residual):
+    """``R = sum_v (e_v (R e_v)^T + (R e_v) e_v^T) / 2``, each term a difference of two squares.
+
+    Where the node is linear in each of two operands, over the entries of the smaller one. Needs nothing of the
+    structure of ``R``, and two columns an entry.
+    """
+
+    def __init__(
+        self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[Layout], like: Tensor, bilinear: bool
+    ) -> None:
+        super().__init__(local, shapes, layouts, like)
+        sizes = self.sizes()
+        places = [sizes.index(min(sizes))] if bilinear and len(sizes) == 2 else list(range(len(sizes)))
+        self.entries = [(place, sizes[place]) for place in places]
+        self.factor = 1.0 if len(places) < len(sizes) else 0.5
+        self.columns = 2 * sum(size for _, size in self.entries)
+
+    def exact(self, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
+        number = torch.arange(start, min(stop, self.columns), device=self.like.device)
+        units = [self.like.new_zeros(len(number), self.n, size) for size in self.sizes()]
+        first = 0
+        for place, size in self.entries:
+            own = (number // 2 >= first) & (number // 2 < first + size)
+            units[place][own.nonzero().flatten(), :, (number // 2)[own] - first] = 1
+            first += size
+        vectors = [self.join(place, unit) for place, unit in enumerate(units)]
+        found = [self.split(place, f) for place, f in enumerate(self.local.products(vectors))]
+        length = torch.stack([f.square().sum(2) for f in found]).sum(0).sqrt()
+        scale = torch.where(length > 0, length, torch.ones_like(length))  # so that both terms are of the same size
+        sign = 1 - 2 * (number % 2)
+        columns = [u + f * (sign[:, None] / scale).unsqueeze(2) for u, f in zip(units, found, strict=True)]
+        weights = self.factor * scale * sign[:, None] / 2
+        return [self.join(place, column) for place, column in enumerate(columns)], weights
+
+
+def residual_of(
+    local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[Layout], like: Tensor, bilinear: bool
+) -> Residual | None:
+    """The residual in its cheapest form; ``None``: it is zero."""
+    if len(set(zip(shapes, layouts, strict=True))) == 1:
+        positions = positions_of(local.node, len(shapes[0]))
+        layout = layouts[0]
+        if positions is None:
+            positions = tuple(axis for axis in range(len(shapes[0])) if layout.factor > 1 or axis != layout.axis)
+            flattened = layout.factor > 1
+        else:
+            flattened = False
+        width = len(shapes)
+        for axis in positions:
+            width *= shapes[0][axis]
+        if not flattened and width <= WIDEST and len(shapes) * shapes[0].numel() * width <= LARGEST:
+            blocks = Blocks(local, shapes, layouts, like, positions)
+            return None if blocks.is_zero else blocks
+    return Pairs(local, shapes, layouts, like, bilinear)

@@ -1,0 +1,353 @@
+"""The diagonal of the Hessian against the explicit Hessian in float64."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hessians import sample_diagonals
+from torch import nn
+from truth import close
+
+from backpack import backpack, extend
+from backpack.extensions import BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian
+
+
+def values(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Written(nn.Module):
+    """What PyTorch cannot differentiate twice, in functions that it can."""
+
+    def forward(self, x):
+        inner = (x + 3).clamp(0, 6)
+        sixth = float(torch.tensor(1 / 6, dtype=torch.float32))  # the slope that PyTorch's hardsigmoid has in float64
+        return (inner / 6).detach() + (inner - inner.detach()) * sixth
+
+
+def written(model):
+    return nn.Sequential(*[Written() if isinstance(m, nn.Hardsigmoid) else m for m in model])
+
+
+def check(model, X, lossfunc, y, chunk=None, twin=None):
+    """Both extensions, all samples and some, in one backward pass and with a gradient that is PyTorch's."""
+    truth = sample_diagonals(model if twin is None else twin, X, lossfunc, y)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(lossfunc(model(X), y), parameters)
+    extend(model), extend(lossfunc)
+    last = [len(X) - 1, 0]
+    for first, second in (
+        (DiagHessian(chunk_size=chunk), BatchDiagHessian(subsampling=last)),
+        (BatchDiagHessian(), DiagHessian(subsampling=[0])),
+    ):
+        for parameter in parameters:
+            parameter.grad = None
+        loss = lossfunc(model(X), y)
+        with backpack(first, second, BatchGrad()):
+            loss.backward()
+        size = 1e-4 * max(t.abs().max() for t in truth)
+        for parameter, grad, expected in zip(parameters, plain, truth, strict=True):
+            assert torch.equal(parameter.grad, grad)
+            whole, each = (expected.sum(0), expected[last]) if first.savefield == "diag_h" else (expected[0], expected)
+            assert close(parameter.diag_h, whole, size, 1e-8)
+            assert close(parameter.diag_h_batch, each, size, 1e-8)
+
+
+ACTIVATIONS = [
+    nn.CELU(), nn.ELU(0.7), nn.GELU(), nn.GELU("tanh"), nn.GLU(), nn.Hardshrink(0.1), nn.Hardsigmoid(), nn.Hardswish(),
+    nn.Hardtanh(), nn.LeakyReLU(), nn.LogSigmoid(), nn.LogSoftmax(1), nn.Mish(), nn.PReLU(), nn.ReLU(), nn.ReLU6(),
+    nn.RReLU().eval(), nn.SELU(), nn.SiLU(), nn.Sigmoid(), nn.Softmax(1), nn.Softmin(1), nn.Softplus(2.0),
+    nn.Softshrink(0.1), nn.Softsign(), nn.Tanh(), nn.Tanhshrink(), nn.Threshold(0.1, 0.0), nn.SiLU(inplace=True),
+    nn.ELU(inplace=True), nn.Softmax2d(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_of_every_activation(activation):
+    if isinstance(activation, nn.Softmax2d):
+        model = nn.Sequential(nn.Conv2d(1, 2, 2), activation, nn.Flatten(), nn.Linear(8, 3))
+        X = values(3, 1, 3, 3)
+    else:
+        width = 2 if isinstance(activation, nn.GLU) else 4
+        model, X = (
+            nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(width, 3), activation, nn.Linear(3, 3)),
+            values(3, 3),
+        )
+        if isinstance(activation, nn.GLU):
+            model[2] = nn.Linear(2, 6)
+    check(model.double(), X, nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]), twin=written(model))
+
+
+class Net(nn.Module):
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def residual(m, x):
+    h = m.a(x)
+    h = h + m.b(h).tanh() * h
+    return m.out(h / (1 + h.square()).sqrt())
+
+
+def unrolled(m, x):
+    state = torch.zeros(len(x), 3, dtype=x.dtype)
+    for step in x.unbind(1):
+        state = (m.i(step) + m.h(state)).tanh()
+    return m.out(state)
+
+
+def recurrent(layer, **options):
+    return Net(lambda m, x: m.out(m.a(x)[0].mean(1)), a=layer(3, 2, batch_first=True, **options), out=nn.Linear(2, 3))
+
+
+def attention(m, x):
+    return m.out(m.a(x, x, x, need_weights=False)[0].mean(1))
+
+
+def squeeze(m, x):
+    h = m.a(x)
+    return m.out((h * m.b(h.mean((2, 3))).sigmoid()[:, :, None, None]).softmax(1).flatten(1))
+
+
+def data_as_weights(m, x):
+    h = m.a(x)
+    filters = m.b(h.mean(2)).reshape(-1, 1, 2)
+    return m.out(
+        F.conv1d(h.flatten(0, 1)[None], filters.expand(-1, -1, -1).repeat_interleave(2, 0), groups=2 * len(x)).reshape(
+            len(x), -1
+        )
+    )
+
+
+class Tied(nn.Module):
+    """One matrix in and out, a scale used twice, a module called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.rand(3))
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x):
+        h = self.norm(self.a(x).sigmoid() * self.scale)
+        h = self.norm(self.b(self.b(h).tanh())) * self.scale
+        return F.linear(h, self.a.weight.T)
+
+
+class TiedWords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(5, 2), nn.Parameter(torch.randn(3, 2))
+        self.mix = nn.Conv1d(2, 2, 2, padding=1)
+
+    def forward(self, index):
+        h = self.words(index) + self.places
+        h = self.mix(self.mix(h.transpose(1, 2)).tanh()).mean(2)
+        return h @ self.words.weight.T
+
+
+class Nonlinear(nn.Module):
+    """Parameters that enter not linearly, or through a function of themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+        self.power, self.log_scale = nn.Parameter(torch.rand(2) + 1), nn.Parameter(torch.rand(2))
+        self.root = nn.Parameter(torch.randn(2, 2))
+        self.out = nn.Linear(2, 3)
+
+    def forward(self, x):
+        h = F.softplus(self.a(x)) ** self.power / self.log_scale.exp()
+        h = F.linear(h, self.root @ self.root.T).tanh() / (1 + self.power)
+        return self.out(h @ self.root)
+
+
+NETWORKS = {
+    "residual": (lambda: Net(residual, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 3)), (3, 3)),
+    "norms": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 2),
+            nn.GroupNorm(2, 4),
+            nn.SiLU(),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.Conv2d(4, 2, 2),
+            nn.BatchNorm2d(2).eval(),
+            nn.Flatten(),
+            nn.LayerNorm(2),
+            nn.Linear(2, 3),
+        ),
+        (3, 1, 3, 3),
+    ),
+    "rms_norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 3)), (3, 3)),
+    "attention": (
+        lambda: Net(attention, a=nn.MultiheadAttention(4, 2, batch_first=True), out=nn.Linear(4, 3)),
+        (2, 3, 4),
+    ),
+    "encoder": (
+        lambda: Net(
+            lambda m, x: m.out(m.a(x).mean(1)),
+            a=nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, activation="gelu", batch_first=True),
+            out=nn.Linear(2, 3),
+        ),
+        (2, 3, 2),
+    ),
+    "sequence_first": (
+        lambda: Net(
+            lambda m, x: m.out(m.a(x.transpose(0, 1)).mean(0)),
+            a=nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, batch_first=False),
+            out=nn.Linear(2, 3),
+        ),
+        (2, 4, 2),
+    ),
+    "lstm": (lambda: recurrent(nn.LSTM), (2, 3, 3)),
+    "gru": (lambda: recurrent(nn.GRU), (2, 3, 3)),
+    "rnn": (lambda: recurrent(nn.RNN, bias=False), (2, 3, 3)),
+    "unrolled": (lambda: Net(unrolled, i=nn.Linear(2, 3), h=nn.Linear(3, 3), out=nn.Linear(3, 3)), (2, 3, 2)),
+    "squeeze_and_excite": (
+        lambda: Net(squeeze, a=nn.Conv2d(1, 2, 2), b=nn.Linear(2, 2), out=nn.Linear(8, 3)),
+        (3, 1, 3, 3),
+    ),
+    "data_as_weights": (
+        lambda: Net(data_as_weights, a=nn.Conv1d(1, 2, 2), b=nn.Linear(2, 2), out=nn.Linear(4, 3)),
+        (3, 1, 4),
+    ),
+    "tied": (Tied, (3, 3)),
+    "bilinear": (
+        lambda: Net(
+            lambda m, x: m.b(m.a(x, x.sin()), m.a(x, x).tanh()), a=nn.Bilinear(3, 3, 2), b=nn.Bilinear(2, 2, 3)
+        ),
+        (3, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_of_networks(name):
+    build, shape = NETWORKS[name]
+    model = build().double()
+    if name == "data_as_weights":
+        warnings.filterwarnings("ignore", "(?s).*entry by entry")
+    for parameter in model.parameters():
+        if parameter.dim() <= 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    check(model, values(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1])[: shape[0]], chunk=3)
+
+
+def test_of_a_tied_embedding():
+    check(TiedWords().double(), torch.randint(0, 5, (2, 3)), nn.CrossEntropyLoss(), torch.tensor([0, 4]))
+
+
+def test_of_parameters_that_enter_nonlinearly_is_exact_and_says_what_it_costs():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*column by column")
+        check(Nonlinear().double(), values(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
+    model, lossfunc = extend(Nonlinear().double()), extend(nn.CrossEntropyLoss())
+    with warnings.catch_warnings(record=True) as caught, backpack(DiagHessian()):
+        warnings.simplefilter("always")
+        lossfunc(model(values(3, 3)), torch.tensor([0, 2, 1])).backward()
+    said = sorted({str(w.message).split("costs ")[1] for w in caught})
+    assert said == [
+        "2 derivatives of second order.",
+        "4 derivatives of second order.",
+        "6 derivatives of second order.",
+    ]
+
+
+class Concave(nn.Module):
+    def forward(self, out, target):
+        return ((out - target).sin() * out.exp()).mean() - (out.sum(1) * target.sum(1)).cos().mean()
+
+
+LOSSES = {
+    "cross_entropy": (nn.CrossEntropyLoss(label_smoothing=0.1), torch.tensor([0, 2, 1])),
+    "nll": (nn.NLLLoss(), torch.tensor([0, 2, 1])),
+    "mse": (nn.MSELoss(), torch.rand(3, 3, dtype=torch.float64)),
+    "bce_logits": (nn.BCEWithLogitsLoss(), torch.rand(3, 3, dtype=torch.float64)),
+    "l1": (nn.L1Loss(), torch.rand(3, 3, dtype=torch.float64)),
+    "smooth_l1": (nn.SmoothL1Loss(), torch.rand(3, 3, dtype=torch.float64)),
+    "huber": (nn.HuberLoss(delta=0.1), torch.rand(3, 3, dtype=torch.float64)),
+    "poisson": (nn.PoissonNLLLoss(), torch.rand(3, 3, dtype=torch.float64)),
+    "soft_margin": (nn.SoftMarginLoss(), torch.rand(3, 3, dtype=torch.float64).sub(0.5).sign()),
+    "kl_div": (nn.KLDivLoss(reduction="batchmean", log_target=True), torch.rand(3, 3, dtype=torch.float64)),
+    "indefinite": (Concave(), torch.rand(3, 3, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_of_losses(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    check(model, values(3, 3), *LOSSES[name])
+
+
+def test_an_indefinite_loss_is_refused_by_what_needs_a_root_before_anything_is_computed():
+    model, lossfunc = extend(nn.Linear(3, 3).double()), extend(Concave())
+    with pytest.raises(ValueError, match="not positive semidefinite"), backpack(DiagHessian(), DiagGGNExact()):
+        lossfunc(model(values(3, 3)), values(3, 3)).backward()
+    assert not hasattr(model.weight, "diag_h")
+
+
+def test_a_piecewise_linear_network_has_the_diagonal_of_the_ggn():
+    model = extend(
+        nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)).double()
+    )
+    lossfunc = extend(nn.CrossEntropyLoss())
+    with backpack(DiagHessian(), DiagGGNExact()):
+        lossfunc(model(values(4, 1, 5, 5)), torch.tensor([0, 1, 2, 0])).backward()
+    assert all(torch.equal(p.diag_h, p.diag_ggn_exact) for p in model.parameters())
+
+
+def test_samples_that_are_mixed_are_an_error():
+    class Centered(nn.Module):
+        def forward(self, x):
+            h = x.T.tanh().T
+            return h - h.mean(0, keepdim=True)
+
+    model, lossfunc = (
+        nn.Sequential(nn.Linear(3, 3), Centered(), nn.Linear(3, 3)).double(),
+        extend(nn.CrossEntropyLoss()),
+    )
+    with pytest.raises(RuntimeError, match="samples are mixed"), backpack(DiagHessian()):
+        lossfunc(extend(model)(values(3, 3)), torch.tensor([0, 2, 1])).backward()
+
+
+def test_a_function_without_second_derivatives_is_an_error_that_names_it():
+    class Distance(nn.Module):
+        def forward(self, x):
+            return torch.cdist(x.unsqueeze(1), torch.ones(1, 2, 3, dtype=x.dtype), p=3).squeeze(1)
+
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), Distance()).double()), extend(nn.MSELoss())
+    with pytest.raises(RuntimeError, match="second derivatives of CdistBackward0"), backpack(DiagHessian()):
+        lossfunc(model(values(3, 3)), values(3, 2)).backward()
+    with backpack(DiagGGNExact()):  # nothing is left half-done
+        lossfunc(model(values(3, 3)), values(3, 2)).backward()
+
+
+def test_create_graph_is_refused():
+    model, lossfunc = extend(nn.Linear(3, 3).double()), extend(nn.MSELoss())
+    with pytest.raises(RuntimeError, match="create_graph"), backpack(DiagHessian()):
+        lossfunc(model(values(3, 3)), values(3, 3)).backward(create_graph=True)
+
+
+def test_dropout_before_a_recurrent_layer_asks_for_a_forward_pass_inside_the_block():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.layer = nn.Dropout(0.5), nn.GRU(3, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(self.drop(x))[0][:, -1]
+
+    model, lossfunc, X, y = extend(Last().double()), extend(nn.MSELoss()), values(2, 3, 3), values(2, 3)
+    loss = lossfunc(model(X), y)
+    with pytest.raises(RuntimeError, match="forward pass inside the backpack"), backpack(DiagHessian()):
+        loss.backward()
+    with backpack(DiagHessian()):
+        lossfunc(model(X), y).backward()
+    assert all(p.diag_h.isfinite().all() for p in model.parameters())
