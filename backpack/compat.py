@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from types import FrameType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
+from torch.overrides import TorchFunctionMode
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def graph_task() -> int:
@@ -50,6 +58,43 @@ def gathered_parameters(module: Module) -> Iterator[tuple[Tensor, Tensor]]:
 def shape_at(edge: GradientEdge) -> torch.Size:
     """The shape of the tensor that an edge of a graph stands for."""
     return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
+
+
+def is_active(mode: TorchFunctionMode) -> bool:
+    """Whether a mode is the innermost one. When a backward pass fails, PyTorch takes off those that it began."""
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
+
+
+def interpreted(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, which a compiler of PyTorch's that is in use must neither trace nor compile."""
+    known: list[Callable[P, T]] = []
+
+    @wraps(function)
+    def hidden(*args: P.args, **kwargs: P.kwargs) -> T:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not known:
+            known.append(torch.compiler.disable(function))
+        return known[0](*args, **kwargs)
+
+    return hidden
+
+
+def caller() -> FrameType:
+    """The nearest frame that is neither of this package nor of PyTorch's compiler."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("backpack.", "torch._dynamo")):
+        frame = frame.f_back
+    assert frame is not None
+    return frame
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Context in which compiled modules run as they were written, so that each of their functions is seen."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 unobserved = torch._C.DisableTorchFunction

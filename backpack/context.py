@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
+from torch.jit import ScriptModule
 from torch.nn import Module, RNNBase
 
 from backpack.engine import HERE, Block
@@ -32,11 +33,19 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         The module itself.
 
     Raises:
-        TypeError: ``module`` is no ``torch.nn.Module``.
+        TypeError: ``module`` is no ``torch.nn.Module``, or a part of it was scripted or traced.
     """
     if not isinstance(module, Module):
         raise TypeError(f"extend() takes a torch.nn.Module, got {type(module).__name__}.")
     for name, child in module.named_modules():
+        if isinstance(child, ScriptModule) and any(True for _ in child.parameters()):
+            raise TypeError(
+                f"{name or 'The module'} was compiled by torch.jit, which hides the functions that use its parameters: "
+                f"extend the module that it was made from."
+            )
+    for name, child in module.named_modules():
+        if isinstance(child, ScriptModule):
+            continue
         if debug:
             print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
         attach(child, int(isinstance(child, RNNBase) and not child.batch_first))

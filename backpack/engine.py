@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -83,6 +83,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.recording: Recording | None = None
+        self.closing = ExitStack()
         self.root: Module | None = None
         self.depth = 0
         self.frame: FrameType | None = None

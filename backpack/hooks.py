@@ -22,7 +22,16 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged as averaged  # it registers a pass
 from backpack import hessian as hessian  # as well
-from backpack.compat import gathered_parameters, graph_is_kept, is_fully_sharded, unobserved
+from backpack.compat import (
+    caller,
+    gathered_parameters,
+    graph_is_kept,
+    graph_task,
+    interpreted,
+    is_fully_sharded,
+    uncompiled,
+    unobserved,
+)
 from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled
@@ -33,9 +42,9 @@ from backpack.seeds import MARK, PASSES, LossCall, Origin, SeedPass, tap
 # Hooks on tensors
 
 
-def _block(home: list[Block]) -> Block | None:
+def _block(home: list[Block], grad: Tensor | None) -> Block | None:
     """The block that a hook belongs to. Backward passes on a GPU run on PyTorch's threads: then that of the forward."""
-    blocks = HERE.blocks or home
+    blocks = HERE.blocks or (home if grad is not None and grad.device.type != "cpu" else [])
     return blocks[-1] if blocks and not HERE.muted and HERE.inner is None else None
 
 
@@ -50,7 +59,7 @@ def deliver(call: Call, place: int, out: Tensor) -> None:
         if isinstance(HERE.inner, SeedPass):
             tap(HERE.inner, partial(HERE.inner.receive, kept[0], place), grad)
             return
-        block = _block(home)
+        block = _block(home, grad)
         if block is not None:
             block.receive(kept[0], place, grad[None])
         if not graph_is_kept() and not (block is not None and block.retain_graph):
@@ -69,7 +78,7 @@ def _hook_source(tensor: Tensor, home: list[Block]) -> None:
     key = id(tensor)
 
     def on_total(grad: Tensor) -> None:
-        block = _block(home)
+        block = _block(home, grad)
         if block is not None:
             block.source_done(key)
 
@@ -104,8 +113,8 @@ def watch(module: Module, seen: set[tuple[int, int]]) -> list[tuple[str, Tensor]
 
 def _parameter_hook(parameter: Any, name: str, home: list[Block]) -> Callable[[Tensor], None]:
     def on_total(grad: Tensor) -> None:
-        block = _block(home)
-        if block is not None:
+        block = _block(home, grad)
+        if block is not None and (HERE.blocks or block.task == graph_task()):
             block.parameter_done(parameter(), name, received=True)
 
     return on_total
@@ -148,6 +157,7 @@ def detach(module: Module) -> None:
             watched.handle.remove()
 
 
+@interpreted
 def _enter(module: Module, args: Any, kwargs: Any) -> None:
     """The outermost extended module opens the recording."""
     drop_interrupted()
@@ -165,8 +175,9 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
             PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order
         )
         recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled, replace)
-        recording.__enter__()
-        HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, sys._getframe(1)
+        HERE.closing.enter_context(uncompiled())
+        HERE.closing.enter_context(recording)
+        HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()
         if is_fully_sharded(module):
             _watch_gathered(module, recording)
 
@@ -189,10 +200,11 @@ def drop_interrupted() -> None:
     while frame is not None and frame is not HERE.frame:
         frame = frame.f_back
     if frame is None:
-        HERE.recording.__exit__(None, None, None)
+        HERE.closing.close()
         HERE.recording = HERE.root = HERE.frame = None
 
 
+@interpreted
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """The outermost extended module closes the recording; any other notes its output."""
     if module is HERE.root:
@@ -200,7 +212,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         if HERE.depth == 0:
             recording, HERE.recording, HERE.root, HERE.frame = HERE.recording, None, None, None
             assert recording is not None
-            recording.__exit__(None, None, None)
+            HERE.closing.close()
             HERE.muted = True
             try:
                 _conclude(recording, module, args, kwargs, output)
@@ -265,7 +277,7 @@ def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
     kept = [LossCall(loss, input, get_gradient_edge(input), args, kwargs)]
 
     def on_cotangent(grad: Tensor) -> None:
-        block = _block(home)
+        block = _block(home, grad)
         if HERE.muted or HERE.inner is not None or not kept:
             return
         if block is not None and block.second_order:
@@ -283,7 +295,7 @@ def _hook_passage(passage: Passage, tensors: list[Tensor]) -> None:
     home, kept, numbers = HERE.blocks, [passage], passage.outputs
 
     def on_cotangents(grads: Any) -> None:
-        block = _block(home)
+        block = _block(home, next((grad for grad in grads if grad is not None), None))
         receiver = HERE.inner or block
         if HERE.muted or not kept:
             return

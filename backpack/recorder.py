@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from backpack.compat import is_active
 from backpack.operations import EXPANDED, REPLACED, RULES
 from backpack.samples import Layout, Rows, layouts
 from backpack.uses import PullbackUse, Use
@@ -121,6 +122,10 @@ class Recording(TorchFunctionMode):
         self._anchor: tuple[GradientEdge, Layout] | None = None
         self._undecided: list[tuple[Any, Call, GradientEdge]] = []
         self._count = 0
+
+    def __exit__(self, *exception: Any) -> None:
+        if is_active(self):
+            super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,0 +1,253 @@
+"""An exception anywhere leaves all as it was: no hook, attribute or recording stays, and the next pass is right."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from truth import close
+
+import backpack as package
+from backpack import backpack, extend, unextend
+from backpack.engine import HERE
+from backpack.extensions import BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, DiagGGNMC, SqrtGGNExact
+from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+
+ROOT = str(Path(package.__file__).parent)
+X = torch.arange(16, dtype=torch.float64).reshape(4, 4).sin()
+Y = torch.tensor([0, 1, 1, 0])
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class ScaleBatchGrad(FirstOrderModuleExtension):
+    def __init__(self):
+        super().__init__(params=["weight"])
+
+    def weight(self, ext, module, g_inp, g_out, bpQuantities):
+        assert g_inp[0].shape == module.output.shape
+        return g_out[0] * module.input0
+
+
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.out = nn.GRU(3, 3, batch_first=True), parametrizations.weight_norm(nn.Linear(3, 2))
+
+    def forward(self, x):
+        return self.out(self.gru(x[:, None].expand(-1, 2, -1))[0][:, -1])
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), Scale(), Last()).double()
+    return model, nn.CrossEntropyLoss()
+
+
+def step(model, lossfunc, hook=None):
+    """Forward and backward pass with much of what there is."""
+    ruled = BatchGrad()
+    ruled.set_module_extension(Scale, ScaleBatchGrad())
+    extensions = [
+        ruled,
+        ClippedGrad(1e-2),
+        DiagGGNExact(),
+        SqrtGGNExact(subsampling=[2, 0]),
+        DiagGGNMC(subsampling=[1]),
+    ]
+    model.zero_grad()
+    with backpack(*extensions, extension_hook=hook or (lambda module: None)):
+        lossfunc(model(X), Y).backward()
+
+
+FIELDS = ["grad", "grad_batch", "grad_clipped", "diag_ggn_exact", "sqrt_ggn_exact"]
+
+
+def results(model):
+    return {(name, f): getattr(p, f).clone() for name, p in model.named_parameters() for f in FIELDS}
+
+
+def attributes(model):
+    return [(name, sorted(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()]
+
+
+def as_before(model, lossfunc, before):
+    """All is as it was before a fault, and both orders are what they were."""
+    assert not HERE.blocks and not HERE.muted and HERE.inner is None and HERE.disabled == 0
+    assert attributes(model) == before[0]
+    for parameter in model.parameters():
+        vars(parameter).clear()
+        parameter.grad = None
+    step(model, lossfunc)
+    assert HERE.recording is None and HERE.root is None and HERE.depth == 0
+    found = results(model)
+    assert all(close(found[key], value) for key, value in before[1].items())
+    assert all(len(p._backward_hooks) == 1 for p in model.parameters())
+
+
+@pytest.fixture
+def calm():
+    model, lossfunc = build()
+    plain = torch.autograd.grad(lossfunc(model(X), Y), list(model.parameters()))
+    rows = [torch.autograd.grad(lossfunc(model(x[None]), y[None]) / 4, list(model.parameters())) for x, y in pairs()]
+    extend(model), extend(lossfunc)
+    step(model, lossfunc)
+    for k, p in enumerate(model.parameters()):
+        assert torch.equal(p.grad, plain[k]) and close(p.grad_batch, torch.stack([row[k] for row in rows]))
+    return model, lossfunc, (attributes(model), results(model))
+
+
+def pairs():
+    return zip(X, Y, strict=True)
+
+
+class Fault:
+    """Raises an error when the ``number``-th function of the package is entered."""
+
+    def __init__(self, number, error):
+        self.left, self.error, self.place = number, error, None
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        # Code that cleans up is let through: no Python program survives an interrupt in all of it.
+        generator = code.co_flags & inspect.CO_GENERATOR and frame.f_lasti > 0
+        if event == "call" and code.co_filename.startswith(ROOT) and code.co_name != "__exit__" and not generator:
+            self.left -= 1
+            if self.left == 0:
+                self.place = f"{code.co_filename}:{code.co_name}"
+                raise self.error
+        return None
+
+    def __enter__(self):
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *exception):
+        sys.settrace(None)
+
+
+def calls(model, lossfunc):
+    counter = Fault(0, None)
+    with counter:
+        step(model, lossfunc)
+    return -counter.left
+
+
+ERRORS = [KeyboardInterrupt, MemoryError, ZeroDivisionError, AttributeError]
+
+
+@pytest.mark.parametrize("start", range(2))
+def test_a_fault_in_any_function_of_the_package_leaves_all_as_it_was(calm, start):
+    model, lossfunc, before = calm
+    number, places = calls(model, lossfunc), set()
+    assert number > 500
+    for k in range(1 + 53 * start, number, 107):
+        error = ERRORS[k % 4]
+        with Fault(k, error("injected")) as fault, pytest.raises(error):
+            step(model, lossfunc)
+        places.add(fault.place)
+        try:
+            as_before(model, lossfunc, before)
+        except BaseException as problem:
+            raise AssertionError(f"after {error.__name__} in call {k}, {fault.place}") from problem
+    assert len(places) > 5
+    unextend(model)
+    assert not any(m._forward_hooks for m in model.modules()) and not any(p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_a_fault_at_every_call_leaves_all_as_it_was(calm):
+    model, lossfunc, before = calm
+    for k in range(1, calls(model, lossfunc)):
+        error = ERRORS[k % 4]
+        with Fault(k, error("injected")) as fault, pytest.raises(error):
+            step(model, lossfunc)
+        try:
+            as_before(model, lossfunc, before)
+        except BaseException as problem:
+            raise AssertionError(f"after {error.__name__} in call {k}, {fault.place}") from problem
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_fault_in_what_users_write_leaves_all_as_it_was(calm, error):
+    model, lossfunc, before = calm
+
+    class Broken(BatchL2Grad):
+        def compute(self, grads):
+            raise error("injected")
+
+    class BrokenRule(FirstOrderModuleExtension):
+        def __init__(self):
+            super().__init__(["weight"])
+
+        def weight(self, *arguments):
+            raise error("injected")
+
+    class BrokenLoss(nn.CrossEntropyLoss):
+        def forward(self, input, target):
+            if self.training:
+                return super().forward(input, target)
+            raise error("injected")
+
+    class NoHessian(nn.Module):
+        def forward(self, input, target):
+            return Once.apply(input).sum()
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if torch.is_grad_enabled():
+                raise error("injected")
+            return grad
+
+    ruled = BatchGrad()
+    ruled.set_module_extension(Scale, BrokenRule())
+
+    def tensor_hook(grad):
+        raise error("injected")
+
+    def with_tensor_hook():
+        out = model(X)
+        out.register_hook(tensor_hook)
+        lossfunc(out, Y).backward()
+
+    attempts = [
+        ([Broken()], lambda: lossfunc(model(X), Y).backward()),
+        ([ruled], lambda: lossfunc(model(X), Y).backward()),
+        ([BatchGrad()], lambda: extend(BrokenLoss()).eval()(model(X), Y).backward()),
+        ([DiagGGNExact()], lambda: extend(NoHessian())(model(X), Y).backward()),
+        ([BatchGrad(), DiagGGNExact()], with_tensor_hook),
+    ]
+    for extensions, attempt in attempts:
+        with pytest.raises(error, match="injected"), backpack(*extensions):
+            attempt()
+        as_before(model, lossfunc, before)
+
+
+@pytest.mark.parametrize("k", range(7))
+def test_a_fault_in_any_call_of_the_extension_hook_leaves_all_as_it_was(calm, k):
+    model, lossfunc, before = calm
+    left = [k]
+
+    def hook(module):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step(model, lossfunc, hook)
+    as_before(model, lossfunc, before)
