@@ -156,6 +156,8 @@ class Block:
     pulled: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     applied: set[tuple[int, int]] = field(default_factory=set)
     grad_mode: bool = False
+    loss_factor: float = 1.0
+    """That of a scaler, by which the loss is multiplied before ``backward()``."""
     loss_seen: bool = False
 
     def __post_init__(self) -> None:

@@ -125,7 +125,7 @@ class LossCall:
                 f"The input of {type(self.loss).__name__} does not come from an extended module: second-order "
                 f"extensions need extend(model) before the forward pass."
             )
-        self._check(outer)
+        self._check(outer, block.loss_factor)
         output, origin = found[0]
         layout = self._layout(output, origin)
         root = cache(lambda: loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer))
@@ -152,7 +152,7 @@ class LossCall:
             (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=create)
         return layout.split(grad).flatten(1)
 
-    def _check(self, outer: Tensor) -> None:
+    def _check(self, outer: Tensor, factor: float) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and counts_backward_passes(self.edge):
             raise RuntimeError(
@@ -165,7 +165,7 @@ class LossCall:
                     f"A further argument of {type(self.loss).__name__}, of shape {list(value.shape)}, requires a "
                     f"gradient: second-order extensions differentiate the loss by its first argument alone."
                 )
-        if outer.dim() == 0 and outer.item() != 1:
+        if outer.dim() == 0 and outer.item() != factor:
             warnings.warn(
                 f"The output of {type(self.loss).__name__} was multiplied by a factor ({outer.item():.3g}) before "
                 f"backward(): second-order extensions are those of the loss itself, without the factor.",
@@ -309,7 +309,7 @@ class SeedPass:
             chosen = torch.zeros(layout.n, dtype=seeds.dtype, device=seeds.device)
             chosen[rows] = 1
             seeds = seeds * chosen[:, None]
-        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1)
+        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.loss.input.dtype)
 
     def _pull(self, edges: list[GradientEdge], targets: list[GradientEdge], seeds: list[Tensor]) -> Tensor:
         """Send seeds, given at each of the edges, through the graph.
@@ -324,7 +324,9 @@ class SeedPass:
 
         self.count = len(seeds[0])
         self.batched = self.count > 1
-        return torch.vmap(pull)(*seeds) if self.batched else pull(*(seed[0] for seed in seeds))[None]
+        if not self.batched:
+            return pull(*(seed[0] for seed in seeds))[None]
+        return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw their dropout again
 
     def _rerun(self, rows: Tensor | None) -> GradientEdge | None:
         """The graph of the selected samples alone, where running the module on them gives the same output."""

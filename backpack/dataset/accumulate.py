@@ -22,7 +22,7 @@ from backpack.dataset.checkpoint import Checkpoint, Randomness, identity
 from backpack.dataset.collection import GRAD, Collection, part_of
 from backpack.dataset.processes import Processes
 from backpack.dataset.stores import FileRows, Rows, Sums
-from backpack.engine import SHARDED, trainable
+from backpack.engine import HERE, SHARDED, trainable
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merging import Joined, Summed
 from backpack.hooks import EXTENDED
@@ -93,6 +93,7 @@ def accumulate(
         progress: Whether to show a bar (default: on a terminal, if ``tqdm`` is installed).
 
     Raises:
+        OverflowError: A scaled gradient is not finite.
         ValueError: An extension has no meaning for a data set, how the loss's mean is formed is not known, or the
             checkpoint is of another run.
         OSError: The checkpoint or the files for results cannot be written.
@@ -347,8 +348,11 @@ class Run:
 
     def _differentiate(self, loss: Tensor, factor: float, batch: Batch) -> None:
         collection = self.collection
+        scale = 1.0
+        if self.scaler is not None:
+            loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
         parts = [
-            part_of(extension, self.chosen.get(extension.savefield), batch.start, batch.samples, factor)
+            part_of(extension, self.chosen.get(extension.savefield), batch.start, batch.samples, factor, scale)
             for extension in self.extensions
         ]
         for part in parts:
@@ -362,12 +366,17 @@ class Run:
             *(part.extension for part in parts), extension_hook=lambda module: collection.take(trainable(module), parts)
         )
         with torch.autocast(self.device.type, enabled=False), block:
+            HERE.blocks[-1].loss_factor = scale
             grads = self._gradients(loss)
+        if self.scaler is not None and not all(bool(grad.isfinite().all()) for _, grad in grads):
+            raise OverflowError(
+                f"A gradient, scaled by {scale:g}, is not finite: give the scaler a smaller init_scale."
+            )
         collection.take(collection.parameters.values(), parts)
         for name, grad in grads if batch.counts else ():
-            collection.keep(name, GRAD, Summed(1), grad.to_dense(), factor)
+            collection.keep(name, GRAD, Summed(1), grad.to_dense(), factor / scale)
 
-    def _gradients(self, loss: Tensor) -> Iterable[tuple[str, Tensor]]:
+    def _gradients(self, loss: Tensor) -> list[tuple[str, Tensor]]:
         """Those of one batch, without a trace on the parameters."""
         parameters = self.collection.parameters
         if not self.sharded:
@@ -393,7 +402,7 @@ class Run:
                 handle.remove()
             for name, parameter in parameters.items():
                 parameter.grad = before[name]
-        return found.items()
+        return list(found.items())
 
     # -----------------------------------------------------------------------------------------------------------
     # After the last batch

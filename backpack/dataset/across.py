@@ -12,12 +12,18 @@ from torch.nn import Module
 from backpack.context import backpack
 from backpack.dataset.collection import Collection, part_of
 from backpack.dataset.processes import Processes
+from backpack.engine import HERE
 from backpack.extensions.backprop_extension import BackpropExtension
 
 
 @contextmanager
 def across_processes(
-    model: Module, *extensions: BackpropExtension, samples: int, gather: bool = False, group: Any = None
+    model: Module,
+    *extensions: BackpropExtension,
+    samples: int,
+    gather: bool = False,
+    group: Any = None,
+    scaler: Any = None,
 ) -> Iterator[None]:
     """As ``backpack(...)``, with results for the samples of all processes of ``torch.distributed`` when it ends.
 
@@ -33,6 +39,7 @@ def across_processes(
         samples: Number of samples in the batch of this process.
         gather: Bring results of single samples to all processes.
         group: Process group (default: all processes).
+        scaler: ``torch.amp.GradScaler`` that the loss is scaled by: results are not. Of use in one process, too.
 
     Raises:
         ValueError: An extension's results of several batches do not merge.
@@ -41,13 +48,15 @@ def across_processes(
     collection = Collection(model, extensions)
     counts = processes.all_objects(samples)
     start, total, factor = sum(counts[: processes.rank]), sum(counts), 1 / processes.count
+    scale = 1.0 if scaler is None else scaler.get_scale()
     parts, selected = [], {}
     for extension in extensions:
         chosen = extension.subset.rows(total, torch.device("cpu"))
-        parts.append(part_of(extension, chosen, start, samples, factor))
+        parts.append(part_of(extension, chosen, start, samples, factor, scale))
         selected[extension.savefield] = total if chosen is None else len(chosen)
     collection.clear()
     with backpack(*(part.extension for part in parts)):
+        HERE.blocks[-1].loss_factor = scale
         yield
     collection.take(collection.parameters.values(), parts)
     collection.finish(processes, 1.0, selected, gather)

@@ -38,8 +38,9 @@ def identity(
 
 def describe(extension: BackpropExtension) -> str:
     """An extension with all its options."""
-    options = {k: v for k, v in sorted(vars(extension).items()) if k != "subset"}
-    return f"{type(extension).__name__}({options}, subsampling={extension.subset.key})"
+    options = {k: v for k, v in sorted(vars(extension).items()) if k not in ("subset", "rules")}
+    rules = {module.__name__: type(rule).__name__ for module, rule in extension.rules.items()}
+    return f"{type(extension).__name__}({options}, rules={rules}, subsampling={extension.subset.key})"
 
 
 def _digest(module: Module) -> str:

@@ -50,7 +50,13 @@ class Collection:
 
     def __post_init__(self) -> None:
         for extension in self.extensions:
-            if extension.on_batch(None, 1.0).batches is None:
+            part = extension.on_batch(None, 1.0)
+            if extension.rules and part.rules is not extension.rules:
+                raise ValueError(
+                    f"{type(extension).__name__} has rules of users, which say nothing of what it needs to know of a "
+                    f"batch for its result of several."
+                )
+            if part.batches is None:
                 raise ValueError(
                     f"{type(extension).__name__} has no meaning for more than one batch: its results do not merge."
                 )
@@ -145,8 +151,21 @@ class Collection:
         return found, places
 
 
-def part_of(extension: BackpropExtension, chosen: Tensor | None, start: int, samples: int, factor: float) -> Part:
-    """What to compute of the ``samples`` from number ``start`` on, ``chosen`` being the numbers of those selected."""
+def part_of(
+    extension: BackpropExtension, chosen: Tensor | None, start: int, samples: int, factor: float, scale: float
+) -> Part:
+    """What to compute of the ``samples`` from number ``start`` on.
+
+    Args:
+        extension: As the user gave it.
+        chosen: The numbers of those selected, of all data; ``None``: all.
+        start: Number of the first sample.
+        samples: How many there are.
+        factor: With which the loss of these samples enters that of all.
+        scale: By which it is multiplied before ``backward()``, which second order does not see.
+    """
+    if extension.seeds is None:
+        factor /= scale
     if chosen is None:
         return Part(extension.on_batch(None, factor), factor, torch.arange(start, start + samples))
     own = chosen - start

@@ -48,6 +48,7 @@ class ClippedGrad(BackpropExtension):
         return grads.scaled(joint).total()
 
     def on_batch(self, rows: list[int] | None, factor: float) -> ClippedGrad:
-        part = ClippedGrad(self.max_norm / factor, rows)
-        part.savefield = self.savefield
+        part = super().on_batch(rows, factor)
+        assert isinstance(part, ClippedGrad)
+        part.max_norm = self.max_norm / factor
         return part

@@ -1,0 +1,155 @@
+"""Lower precision, scaled losses, recomputed activations: the same results, to what the data type holds."""
+
+import pytest
+import torch
+from dataset_truth import giant, parameters_of, problem
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from truth import close
+
+from backpack import accumulate, across_processes, backpack, extend
+from backpack.extensions import BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, SumGradSquared, Variance
+
+EXTENSIONS = (BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact)
+
+
+def expected(g, v):
+    return {
+        "grad_batch": g,
+        "batch_l2": g.flatten(1).square().sum(1),
+        "sum_grad_squared": g.square().sum(0),
+        "variance": (g - g.mean(0)).square().mean(0),
+        "diag_ggn_exact": v.square().sum((0, 1)),
+    }
+
+
+def check(found, truth, rtol):
+    """By the size of all parameters' gradients: those of one may be small."""
+    largest = max(g.abs().max() for g in truth["individual"].values())
+    for name, g in truth["individual"].items():
+        for field, value in expected(g, truth["roots"][name]).items():
+            size = largest if field == "grad_batch" else largest**2
+            assert found[field][name].dtype == torch.float32
+            assert close(found[field][name].double(), value, size, rtol), (name, field)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_data_set_gives_the_same_in_lower_precision(dtype):
+    model, lossfunc, X, y = problem()
+    truth = giant(model, lossfunc, X, y, 11)
+    model, data = model.float(), [*zip(X.float().split(4), y.split(4), strict=True)]
+    with torch.autocast("cpu", dtype=dtype):
+        found = accumulate(model, lossfunc, data, *(extension() for extension in EXTENSIONS))
+    check(found, truth, 16 * torch.finfo(dtype).eps)
+
+
+def tiny(factor):
+    """Gradients too small for float16."""
+    model, _, X, y = problem()
+
+    class Tiny(nn.Module):
+        reduction = "sum"
+
+        def forward(self, out, target):
+            return (out.float() - target).square().sum() * factor
+
+    y = torch.randn(11, 3, dtype=torch.float64)
+    return model, extend(Tiny()), X, y
+
+
+def check_scaled(found, model, X, y, factor, bound):
+    parameters = parameters_of(model)
+    rows = [
+        torch.autograd.grad((model(x[None]) - t).square().sum() * factor, list(parameters.values()))
+        for x, t in zip(X, y, strict=True)
+    ]
+    individual = {name: torch.stack(g) for name, g in zip(parameters, zip(*rows, strict=True), strict=True)}
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in individual.values()]).sum(0).sqrt()
+    assert bound < norms.max()
+    for name, g in individual.items():
+        size, rtol = g.abs().max(), 0.02
+        assert close(found["grad_batch"][name].double(), g, rtol=rtol)
+        assert close(found["sum_grad_squared"][name].double() * 1e12, g.square().sum(0) * 1e12, rtol=rtol)
+        assert close(found["variance"][name].double() * 1e12, g.var(0, correction=0) * 1e12, rtol=rtol)
+        clipped = torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g)
+        assert close(found["grad_clipped"][name].double(), clipped, size, rtol)
+    return individual
+
+
+def test_results_of_a_scaled_loss_are_unscaled():
+    factor, bound = 1e-9, 1e-8
+    model, lossfunc, X, y = tiny(factor)
+    half = extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    half.load_state_dict(model.state_dict())
+    x, t = X.float(), y.float()
+    extensions = [BatchGrad(), SumGradSquared(), Variance(), ClippedGrad(bound), DiagGGNExact()]
+    with torch.autocast("cpu", dtype=torch.float16):
+        lost = accumulate(half, lossfunc, [(x, t)], BatchGrad())
+        assert not lost["grad_batch"]["0.weight"].any()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        found = accumulate(half, lossfunc, [(x[:6], t[:6]), (x[6:], t[6:])], *extensions, scaler=scaler)
+        individual = check_scaled(found, model, X, y, factor, bound)
+        loss = lossfunc(half(x), t)
+    assert close(found.loss, loss.detach().double(), rtol=1e-3)
+    assert all(close(found.grad[name].double(), g.sum(0), rtol=0.02) for name, g in individual.items())
+    with across_processes(half, *extensions, samples=11, scaler=scaler):
+        scaler.scale(loss).backward()
+    loop = {e.savefield: {name: getattr(p, e.savefield) for name, p in half.named_parameters()} for e in extensions}
+    check_scaled(loop, model, X, y, factor, bound)
+    for name, value in found["diag_ggn_exact"].items():
+        assert close(value * 1e6, loop["diag_ggn_exact"][name] * 1e6, rtol=0.02) and value.any()
+
+
+def test_an_overflow_is_an_error():
+    model, lossfunc, X, y = tiny(1.0)
+    model = model.float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(OverflowError, match="init_scale"):
+        accumulate(model, lossfunc, [(X.float(), y.float())], BatchGrad(), scaler=scaler)
+
+
+def test_sums_over_batches_of_a_bfloat16_model_are_not_rounded_at_each_batch():
+    model, lossfunc = nn.Linear(1, 1, bias=False).bfloat16(), nn.MSELoss(reduction="sum")
+    nn.init.zeros_(model.weight)
+    X, y = torch.ones(600, 1).bfloat16(), -torch.ones(600, 1).bfloat16() / 2
+    found = accumulate(model, lossfunc, [*zip(X.split(1), y.split(1), strict=True)], SumGradSquared())
+    assert found["sum_grad_squared"]["weight"].item() == 600.0  # in bfloat16, 256 + 1 = 256
+    assert found.grad["weight"].item() == 600.0
+
+
+class Recomputing(nn.Module):
+    def __init__(self, recompute):
+        super().__init__()
+        self.recompute = recompute
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.middle = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 5))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(checkpoint(self.middle, h, use_reentrant=False) if self.recompute else self.middle(h))
+
+
+def test_recomputed_activations_change_nothing():
+    torch.manual_seed(0)
+    plain, lossfunc = extend(Recomputing(False).double()), extend(nn.CrossEntropyLoss())
+    again = extend(Recomputing(True).double())
+    again.load_state_dict(plain.state_dict())
+    X, y = torch.randn(6, 4).double(), torch.arange(6) % 3
+    for extensions in ([BatchGrad()], [DiagGGNExact([1, 3])], [Variance(), DiagGGNExact()]):
+        for model in (plain, again):
+            torch.manual_seed(1)
+            with backpack(*extensions):
+                lossfunc(model(X), y).backward()
+        for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+            assert all(torch.equal(getattr(p, e.savefield), getattr(q, e.savefield)) for e in extensions)
+
+
+def test_results_can_be_kept_on_another_device():
+    """Without a GPU the place is the same, but the way is gone."""
+    model, lossfunc, X, y = problem()
+    data = [*zip(X.split(4), y.split(4), strict=True)]
+    truth = giant(model, lossfunc, X, y, 11)
+    found = accumulate(model, lossfunc, data, BatchGrad(), Variance(), offload="cpu")
+    for name, g in truth["individual"].items():
+        assert close(found["grad_batch"][name], g) and close(found["variance"][name], g.var(0, correction=0))
