@@ -1,0 +1,113 @@
+"""Whole data sets: what ``accumulate`` costs over its batches, and how many samples a second several processes reach.
+
+    python benchmarks/scale.py cost                # accumulate against a loop over its batches, interleaved
+    torchrun --nproc-per-node 2 benchmarks/scale.py processes
+    python benchmarks/scale.py memory NAME         # peak memory of one quantity
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from subjects import make
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from backpack import accumulate, backpack, extend
+from backpack.extensions import BatchL2Grad, DiagGGNMC, SumGradSquared, Variance
+
+QUANTITIES = {
+    "SumGradSquared": (SumGradSquared,),
+    "Variance": (Variance,),
+    "BatchL2Grad": (BatchL2Grad,),
+    "DiagGGNMC": (DiagGGNMC,),
+    "all four": (SumGradSquared, Variance, BatchL2Grad, DiagGGNMC),
+}
+
+
+def subject(name: str, batches: int, samples: int) -> tuple[nn.Module, nn.Module, DataLoader]:
+    model, X, y = make(name)
+    X, y = X[:1].expand(batches * samples, *X.shape[1:]).contiguous(), y[:1].expand(batches * samples).contiguous()
+    X = X + torch.randn_like(X)
+    return extend(model), extend(nn.CrossEntropyLoss()), DataLoader(TensorDataset(X, y), batch_size=samples)
+
+
+def loop(model: nn.Module, lossfunc: nn.Module, data: DataLoader, extensions: tuple[type, ...]) -> None:
+    for X, y in data:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with backpack(*(extension() for extension in extensions)):
+            lossfunc(model(X), y).backward()
+
+
+def seconds(function, *arguments) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def cost(name: str, batches: int, samples: int, rounds: int) -> None:
+    for quantity, extensions in QUANTITIES.items():
+        model, lossfunc, data = subject(name, batches, samples)
+        ratios = []
+        for _ in range(rounds):
+            first = seconds(loop, model, lossfunc, data, extensions)
+            whole = seconds(lambda: accumulate(model, lossfunc, data, *(e() for e in extensions)))  # noqa: B023
+            second = seconds(loop, model, lossfunc, data, extensions)
+            ratios.append(2 * whole / (first + second))
+        print(f"{name} {batches}x{samples} {quantity}: {median(ratios):.3f} of a loop over the batches", flush=True)
+
+
+def train(model: nn.Module, lossfunc: nn.Module, data: DataLoader) -> None:
+    for number, (X, y) in enumerate(data):
+        if number % dist.get_world_size() == dist.get_rank():
+            model.zero_grad()
+            lossfunc(model(X), y).backward()
+
+
+def processes(name: str, batches: int, samples: int, rounds: int) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    count = dist.get_world_size()
+    model, lossfunc, data = subject(name, batches * count, samples)
+    wrapped = DistributedDataParallel(model)
+    jobs = {"plain training": lambda: train(wrapped, lossfunc, data)}
+    for quantity, extensions in QUANTITIES.items():
+        jobs[quantity] = lambda e=extensions: accumulate(wrapped, lossfunc, data, *(extension() for extension in e))
+    times: dict[str, list[float]] = {job: [] for job in jobs}
+    for _ in range(rounds):
+        for job, function in jobs.items():
+            dist.barrier()
+            times[job].append(seconds(function))
+    if dist.get_rank() == 0:
+        for job, found in times.items():
+            print(f"{name}, {count} processes, {job}: {batches * count * samples / median(found):.0f} samples/s")
+    dist.destroy_process_group()
+
+
+def memory(name: str, quantity: str) -> None:
+    model, lossfunc, data = subject(name, 8, 32)
+    if quantity == "plain":
+        for X, y in data:
+            model.zero_grad()
+            lossfunc(model(X), y).backward()
+    else:
+        accumulate(model, lossfunc, data, *(extension() for extension in QUANTITIES[quantity]))
+    print(f"{name} {quantity}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    if sys.argv[1] == "cost":
+        cost("3C3D", 8, 32, 5)
+        cost("MLP", 8, 128, 9)
+    elif sys.argv[1] == "processes":
+        processes("3C3D", 6, 32, 3)
+    else:
+        memory("3C3D", sys.argv[2])
