@@ -1,8 +1,8 @@
 """Whole data sets: what ``accumulate`` costs over its batches, and how many samples a second several processes reach.
 
-    python benchmarks/scale.py cost                # accumulate against a loop over its batches, interleaved
-    torchrun --nproc-per-node 2 benchmarks/scale.py processes
-    python benchmarks/scale.py memory NAME         # peak memory of one quantity
+python benchmarks/scale.py cost                # accumulate against a loop over its batches, interleaved
+torchrun --nproc-per-node 2 benchmarks/scale.py processes
+python benchmarks/scale.py memory NAME         # peak memory of one quantity
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch.func import functional_call, jacrev
 from truth import close
 
 from backpack.extensions import (
+    KFLR,
     BatchDiagGGNExact,
     BatchDotGrad,
     BatchGrad,
@@ -53,7 +54,9 @@ def giant(model, lossfunc, X, y, divided, rows=None):
         for name in parameters:
             roots[name].append(torch.einsum("dc,d...->c...", root, jacobian[name]))
     roots = {name: torch.stack(found, 1) for name, found in roots.items()}
+    inputs = {"0": X[rows], "2": model[:2](X[rows]).detach()}
     return {
+        "inputs": inputs,
         "loss": everything.detach(),
         "grad": {name: g.sum(0) for name, g in individual.items()},
         "individual": {name: g[rows] for name, g in individual.items()},
@@ -88,6 +91,7 @@ def all_extensions(bound, rows=None):
         BatchDiagGGNExact(rows),
         SqrtGGNExact(rows),
         GGNGram(rows),
+        KFLR(rows),
     ]
 
 
@@ -124,6 +128,11 @@ def check(found, truth, bound, model):
         for k in range(s.shape[1]):
             assert close(s[:, k].flatten(1).T @ s[:, k].flatten(1), v[:, k].flatten(1).T @ v[:, k].flatten(1), 1e-3)
         assert close(found["ggn_gram"][name], flat(s, 2) @ flat(s, 2).T)
+        layer = name.split(".")[0]
+        x, b = truth["inputs"][layer], truth["roots"][layer + ".bias"].flatten(0, 1)
+        factors = [b.T @ b, x.T @ x / len(x)][: parameter.dim()]
+        for factor, expected_factor in zip(found["kflr"][name], factors, strict=True):
+            assert close(factor, expected_factor), name
 
 
 def targets(kind, n=11):

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 from truth import close
 
-from backpack import accumulate, backpack
+from backpack import accumulate, backpack, extend
 from backpack.extensions import (
+    KFAC,
+    KFLR,
     BatchDiagGGNMC,
     BatchGrad,
     DiagGGNExact,
@@ -94,6 +96,32 @@ def test_sampled_quantities_are_those_of_the_draws(extension, monkeypatch):
         assert close(whole[name], getattr(parameter, extension.savefield))
     parts = accumulate(model, lossfunc, list(zip(X.split(4), y.split(4), strict=True)), extension)
     assert all(close(parts[extension.savefield][name], whole[name]) for name in whole)
+
+
+class Tied(nn.Module):
+    """The embedding is the output layer as well, and one of its uses is transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.square = nn.Embedding(5, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, index):
+        hidden = (self.embedding(index) @ self.square).tanh() @ self.square.T
+        return (hidden @ self.embedding.weight.T).mean(1)
+
+
+def test_kronecker_factors_of_parameters_with_several_uses_are_those_of_one_batch():
+    torch.manual_seed(0)
+    model, lossfunc = extend(Tied().double()), extend(nn.CrossEntropyLoss(weight=torch.arange(1.0, 6).double()))
+    X, y = torch.randint(0, 5, (9, 3)), torch.arange(9) % 5
+    for extension in (KFLR(), KFLR(approx="expand"), KFAC(fisher="empirical", subsampling=[8, 0, 3])):
+        with backpack(extension):
+            lossfunc(model(X), y).backward()
+        whole = {name: getattr(p, extension.savefield) for name, p in model.named_parameters()}
+        found = accumulate(model, lossfunc, DataLoader(TensorDataset(X, y), batch_size=4), extension)
+        for name, factors in whole.items():
+            for factor, expected in zip(found[extension.savefield][name], factors, strict=True):
+                assert close(factor, expected), name
 
 
 class Two(nn.Module):

@@ -69,7 +69,8 @@ def accumulate(
     Sums and diagonals enter with the weight that their batch has in the loss of the whole (under ``mean`` too, with
     class weights, ignored targets and a smaller last batch), variances are merged by the formula of Chan, Golub &
     LeVeque (1979), results of single samples are joined in the order of the data. ``subsampling`` of an extension
-    counts the samples of the data set. What is random (``*MC``) is drawn batch by batch. ``p.grad`` is not touched.
+    counts the samples of the data set. Of Kronecker factors, those from inputs are averaged over samples, those from
+    cotangents summed. What is random (``*MC``) is drawn batch by batch. ``p.grad`` is not touched.
 
     Under ``torch.distributed``, each process passes the same data and takes its share of the batches in turn; results
     are those of all, except that results of single samples stay on their process unless ``gather``.
@@ -138,8 +139,8 @@ class Run:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.divided, self.seen, self.done = 0.0, 0, 0
         self.checkpoint: Checkpoint | None = None
+        self.goes_on = False
         self.random = Randomness(dataloader)
-        self.began = self.random.read()
         self.reference = 1.0
         self.folder = None if stream is None else Path(stream)
         self.chosen: dict[str, Tensor] = {}
@@ -166,11 +167,13 @@ class Run:
             folder_for_results=self.folder,
         )
         self.checkpoint = Checkpoint(path, seconds, own)
+        self.began = self.random.read()
         found = self.checkpoint.load()
         if found is None:
             self._save()  # what cannot be written is an error now
             return
         tensors, header = found
+        self.goes_on = True
         collection = self.collection
         self.done, self.seen, self.divided = header["done"], header["seen"], header["divided"]
         collection.selected = header["selected"]
@@ -222,10 +225,11 @@ class Run:
         chosen = any(extension.get_subsampling() is not None for extension in self.extensions)
         total = self.batches.samples()
         if fixed or (chosen and total is None):
-            divided, total = 0.0, 0
+            divided, total, before = 0.0, 0, self.random.read()
             for batch in self.batches.read():
                 total += batch.samples
                 divided += self._divided(batch.content) if fixed else 0.0
+            self.random.write(*before)  # the data come in the same order again
             sums = self.processes.all_sum(torch.tensor([divided, total], dtype=torch.float64)).tolist()
             total = int(sums[1])
             if fixed and not self._summed:
@@ -276,13 +280,12 @@ class Run:
     def all_batches(self, progress: bool | None) -> None:
         """Compute, from the batch on at which an earlier run ended."""
         self.collection.clear()
-        if self.done:
+        if self.goes_on:
             self.random.write(*self.began)
         self._survey()
-        self.random.write(*self.began)  # the data come in the same order, whether surveyed or not
         batches = self.batches.read()
         deque(islice(batches, self.done), maxlen=0)
-        if self.done:
+        if self.goes_on:
             self.random.write(*self.now)
         with _bar(progress if self.processes.rank == 0 else False, self.batches.rounds(), self.done) as advance:
             for batch in self._in_step(batches) if self.sharded else batches:

@@ -23,11 +23,10 @@ class Sums:
 
     def add(self, result: Any, factor: float, samples: int, device: torch.device | None) -> None:
         """Merge the result of one more batch."""
-        state = [part if device is None else part.to(device) for part in self.merging.state(result, factor, samples)]
         if self.state:
-            self.merging.merge(self.state, state)
+            self.merging.add(self.state, result, factor, samples)
         else:
-            self.state = [part.clone() for part in state]  # a result may share its memory
+            self.state = [part.to(device) for part in self.merging.state(result, factor, samples)]
 
     def reduce(self, processes: Processes) -> None:
         """Merge with those of the other processes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backpack.extensions.kronecker import KroneckerExtension
+from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
 class KFAC(KroneckerExtension):
@@ -16,6 +16,7 @@ class KFAC(KroneckerExtension):
     """
 
     savefield = "kfac"
+    batches = FACTORS
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backpack.extensions.kronecker import KroneckerExtension
+from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
 class KFLR(KroneckerExtension):
@@ -14,6 +14,7 @@ class KFLR(KroneckerExtension):
     """
 
     savefield = "kflr"
+    batches = FACTORS
 
     def __init__(self, subsampling: Any = None, approx: str | None = None, chunk_size: int | None = None) -> None:
         super().__init__(None, subsampling, chunk_size, approx=approx)

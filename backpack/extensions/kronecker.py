@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
+from backpack.extensions.merging import Averaged, Listed, Summed
+from backpack.samples import Subset
 from backpack.uses import Individual
-from backpack.uses.kronecker import APPROXIMATIONS, complete, output_factors
+from backpack.uses.kronecker import APPROXIMATIONS, assemble, complete, output_factors, separate
 
 FISHER = {"mc": "sampled", "exact": "exact", "empirical": "gradient"}
 """Which columns take the place of the root of the loss Hessian."""
+
+
+FACTORS = Listed((Summed(1), Averaged(), Summed(1), Averaged()))
+"""How factors of batches merge, where they are separated."""
 
 
 class KroneckerExtension(CurvatureExtension):
@@ -49,6 +56,9 @@ class KroneckerExtension(CurvatureExtension):
         ValueError: An argument is none of these.
     """
 
+    separated = False
+    """Whether output and input factors that are summed in one factor are kept apart, since they scale differently."""
+
     def __init__(
         self,
         savefield: str | None = None,
@@ -74,4 +84,12 @@ class KroneckerExtension(CurvatureExtension):
         return [sum(terms[1:], start=terms[0]) for terms in zip(*results, strict=True)]
 
     def complete(self, result: list[Tensor], grads: Individual) -> Any:
-        return complete(grads, result, self.approx)
+        return (separate if self.separated else complete)(grads, result, self.approx)
+
+    def on_batch(self, rows: list[int] | None, factor: float) -> KroneckerExtension:
+        part = copy.copy(self)
+        part.subset, part.separated = Subset(rows), True
+        return part
+
+    def of_whole(self, merged: list[Tensor]) -> list[Tensor]:
+        return assemble(merged)

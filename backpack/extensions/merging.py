@@ -31,8 +31,8 @@ class Merging(ABC):
         """That of a batch whose loss enters with ``factor`` and whose ``samples`` contribute."""
 
     @abstractmethod
-    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
-        """Add another part to a state, in place."""
+    def add(self, state: list[Tensor], result: Any, factor: float, samples: int) -> None:
+        """Add a further batch to a state, in place: one pass over the memory of each tensor, where that can be."""
 
     @abstractmethod
     def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
@@ -54,10 +54,14 @@ class Summed(Merging):
     degree: float
 
     def state(self, result: Tensor, factor: float, samples: int) -> list[Tensor]:
-        return [self.scale(wide(result.detach()), factor)]
+        return [wide(result.detach()) * self.weight(factor, samples)]
 
-    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
-        state[0] += other[0]
+    def add(self, state: list[Tensor], result: Tensor, factor: float, samples: int) -> None:
+        state[0].add_(result.detach().to(state[0].device), alpha=self.weight(factor, samples))
+
+    def weight(self, factor: float, samples: int) -> float:
+        """With which a batch's result enters the sum."""
+        return factor**self.degree
 
     def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
         return [all_sum(state[0])]
@@ -75,8 +79,8 @@ class Averaged(Summed):
 
     degree: float = 0.0
 
-    def state(self, result: Tensor, factor: float, samples: int) -> list[Tensor]:
-        return [wide(result.detach()) * samples]
+    def weight(self, factor: float, samples: int) -> float:
+        return samples
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
         return state[0] / samples
@@ -91,9 +95,9 @@ class Listed(Merging):
     def state(self, result: list[Tensor], factor: float, samples: int) -> list[Tensor]:
         return [part.state(own, factor, samples)[0] for part, own in zip(self.parts, result, strict=False)]
 
-    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
-        for own, more in zip(state, other, strict=True):
-            own += more
+    def add(self, state: list[Tensor], result: list[Tensor], factor: float, samples: int) -> None:
+        for part, own, more in zip(self.parts, state, result, strict=False):
+            part.add([own], more, factor, samples)
 
     def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
         return [all_sum(own) for own in state]
@@ -116,13 +120,14 @@ class Moments(Merging):
         mean, variance = (wide(moment.detach()) for moment in result)
         return [torch.tensor(samples, dtype=torch.float64), mean * factor, variance * (factor**2 * samples)]
 
-    def merge(self, state: list[Tensor], other: list[Tensor]) -> None:
-        (n, mean, deviation), (m, mean_, deviation_) = state, other
-        before, more = n.item(), m.item()
-        difference = mean_ - mean
-        deviation += deviation_ + difference.square() * (before * more / (before + more))
-        mean += difference * (more / (before + more))
-        n += more
+    def add(self, state: list[Tensor], result: tuple[Tensor, Tensor], factor: float, samples: int) -> None:
+        n, mean, deviation = state
+        before = n.item()
+        difference = result[0].detach().to(mean.device) * factor - mean
+        deviation.add_(result[1].detach().to(mean.device), alpha=factor**2 * samples)
+        deviation.addcmul_(difference, difference, value=before * samples / (before + samples))
+        mean.add_(difference, alpha=samples / (before + samples))
+        n += samples
 
     def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
         n, mean, deviation = state
@@ -133,9 +138,8 @@ class Moments(Merging):
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
         n = state[0].item()
         if n < samples:  # of the others, the gradient is zero
-            state = [part.clone() for part in state]
             zero = torch.zeros_like(state[1])
-            self.merge(state, [torch.tensor(samples - n, dtype=torch.float64), zero, zero])
+            self.add(state, (zero, zero), 1.0, int(samples - n))
         return state[2] * (factor**2 / samples)
 
     def scale(self, result: Tensor, factor: float) -> Tensor:

@@ -36,20 +36,33 @@ def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
 
 
 def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
-    """The factors, given the output factors of all seeds; summed over maps.
+    """The factors, given the output factors of all seeds; summed over maps."""
+    return assemble(separate(grads, outputs, approx))
 
-    Input factors of maps that use some of the rows each count in proportion to their rows.
+
+def separate(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
+    """The output factor and the input factor that make up the first factor, then those of the second; some are empty.
+
+    Without a map, the only factor. Input factors of maps that use some of the rows each count in proportion to their
+    rows.
     """
     maps = grads.maps()
     if not maps:
         return outputs
     used = len(set().union(*(a.rows for a in maps)))
-    factors: list[list[Tensor]] = [[], []]
+    terms: list[list[Tensor]] = [[], [], [], []]
     for a, output in zip(maps, outputs, strict=True):
-        input = a.input_factor(approx) * (len(a.rows) / used)
-        for place, factor in enumerate((input, output) if a.inputs_first else (output, input)):
-            factors[place].append(factor)
-    return [_sum(terms) for terms in factors]
+        terms[2 if a.inputs_first else 0].append(output)
+        terms[1 if a.inputs_first else 3].append(a.input_factor(approx) * (len(a.rows) / used))
+    return [_sum(found) if found else outputs[0].new_zeros(0) for found in terms]
+
+
+def assemble(separated: list[Tensor]) -> list[Tensor]:
+    """The factors, from what ``separate`` returned."""
+    if len(separated) == 1:
+        return separated
+    pairs = separated[:2], separated[2:]
+    return [_sum([factor for factor in pair if factor.numel()]) for pair in pairs]
 
 
 def eigenbases(grads: Individual, factors: list[Tensor]) -> list[Tensor]:
