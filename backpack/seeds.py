@@ -127,6 +127,13 @@ class LossCall:
             )
         self._check(outer, block.loss_factor)
         output, origin = found[0]
+        module = origin.root()
+        for extension in block.second_order:
+            if extension.backprop != "sqrt" and module is not None and any(map(is_fully_sharded, module.modules())):
+                raise RuntimeError(
+                    f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
+                    f"not gather parameters. Use a model without it, or another extension."
+                )
         layout = self._layout(output, origin)
         root = cache(lambda: loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer))
         if any(extension.semidefinite for extension in block.second_order):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend
-from backpack.extensions import BatchGrad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
+from backpack.extensions import KFRA, BatchGrad, DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared, Variance
 
 RANK, COUNT = int(sys.argv[1]), int(sys.argv[2])
 ROWS = (None, [7, 2, -1, 2])
@@ -176,6 +176,19 @@ def blocks_of_one_process():
                 assert close(p.diag_ggn_exact, truth["roots"][name].square().sum((0, 1)))
 
 
+def what_sharded_models_have_not_is_refused():
+    for extension in (DiagHessian(), KFRA()):
+        model, lossfunc, X, y = problem()
+        lossfunc, model = extend(lossfunc), extend(sharded(model))
+        try:
+            with backpack(extension):
+                lossfunc(model(X), y).backward()
+        except RuntimeError as error:
+            assert "fully_shard" in str(error), error
+        else:
+            raise AssertionError
+
+
 def static_graph_is_refused():
     model, lossfunc, X, y = problem()
     lossfunc, model = extend(lossfunc), DistributedDataParallel(extend(model), static_graph=True)
@@ -215,7 +228,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 5:
         one_dies()
     for scenario in (blocks_of_one_process, own_samples_stay, order_is_shared, divided_twice_is_refused,
-                     static_graph_is_refused, training_loops):  # fmt: skip
+                     static_graph_is_refused, what_sharded_models_have_not_is_refused, training_loops):  # fmt: skip
         scenario()
     resumed(sys.argv[4])
     data_sets(sys.argv[4], thorough=COUNT == 4)

@@ -5,7 +5,7 @@ import copy
 import numpy
 import pytest
 import torch
-from dataset_truth import LOSSES, all_extensions, bound_of, check, giant, problem, targets
+from dataset_truth import LOSSES, WEIGHT, all_extensions, bound_of, check, giant, problem, targets
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
@@ -13,12 +13,17 @@ from truth import close
 
 from backpack import accumulate, backpack, extend
 from backpack.extensions import (
+    EKFAC,
+    HBP,
     KFAC,
     KFLR,
+    KFRA,
     BatchDiagGGNMC,
+    BatchDiagHessian,
     BatchGrad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     SqrtGGNMC,
     SumGradSquared,
     Variance,
@@ -124,6 +129,47 @@ def test_kronecker_factors_of_parameters_with_several_uses_are_those_of_one_batc
                 assert close(factor, expected), name
 
 
+@pytest.mark.parametrize("rows", [None, [7, 2, -1, 2]])
+def test_diagonals_of_the_hessian_equal_one_giant_batch(rows):
+    model, lossfunc, X, y = problem(nn.CrossEntropyLoss(weight=WEIGHT))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def diagonal(name, x, target):
+        def loss(p):
+            out = torch.func.functional_call(model, {**parameters, name: p}, (x[None],))
+            return nn.functional.cross_entropy(out, target[None], WEIGHT, reduction="sum") / WEIGHT[y].sum()
+
+        p = parameters[name]
+        return torch.autograd.functional.hessian(loss, p).reshape(p.numel(), -1).diagonal().reshape(p.shape)
+
+    data = DataLoader(TensorDataset(X, y), batch_size=4)
+    found = accumulate(model, lossfunc, data, DiagHessian(rows), BatchDiagHessian(rows))
+    for name in parameters:
+        diagonals = torch.stack([diagonal(name, x, target) for x, target in zip(X, y, strict=True)])
+        diagonals = diagonals if rows is None else diagonals[rows]
+        assert close(found["diag_h_batch"][name], diagonals)
+        assert close(found["diag_h"][name], diagonals.sum(0), diagonals.abs().max())
+
+
+def test_recursions_of_averages_are_averaged_over_batches():
+    """Of one layer, where nothing is averaged on the way, they are those of one giant batch."""
+    torch.manual_seed(0)
+    model, lossfunc = nn.Sequential(nn.Linear(4, 3)).double(), nn.CrossEntropyLoss()
+    X, y = torch.randn(7, 4).double(), torch.arange(7) % 3
+    extensions = (
+        KFRA(),
+        HBP("ggn", "exact", "average", "E[J^T E(H) J]"),
+        HBP("ggn", "exact", "sqrt", "E[J^T E(H) J]", "s"),
+    )
+    found = accumulate(model, lossfunc, DataLoader(TensorDataset(X, y), batch_size=3), *extensions)
+    p = model(X).softmax(1).detach()
+    B = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    for extension in extensions:
+        assert close(found[extension.savefield]["0.weight"][0], B)
+        assert close(found[extension.savefield]["0.weight"][1], X.T @ X / 7)
+        assert close(found[extension.savefield]["0.bias"][0], B)
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -210,6 +256,7 @@ def test_gradients_that_are_there_stay():
         ({"dataloader": ["text"]}, TypeError, "no tensor"),
         ({"dataloader": []}, ValueError, "empty"),
         ({"extension": BatchGrad}, ValueError, "instances"),
+        ({"extension": EKFAC()}, ValueError, "no meaning for more than one batch"),
         ({"extension": BackpropExtension("own")}, ValueError, "no meaning for more than one batch"),
         ({"extension": BatchGrad([11])}, IndexError, "11 is out of range for a batch of 11"),
     ],

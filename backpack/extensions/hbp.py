@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backpack.extensions.kronecker import KroneckerExtension
+from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
 class Curvature:
@@ -59,6 +59,8 @@ class HBP(KroneckerExtension):
     Raises:
         ValueError: Any other strategy, or ``"sum"`` with ``"sqrt"``: the summed Hessian has no columns of samples.
     """
+
+    batches = FACTORS
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backpack.extensions.kronecker import KroneckerExtension
+from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
 class KFRA(KroneckerExtension):
@@ -16,7 +16,8 @@ class KFRA(KroneckerExtension):
     others, nothing is averaged.
 
     The model must be a ``torch.nn.Sequential``, of any modules; it is run once more, module by module. A matrix with as
-    many rows as a sample has entries is formed for each module's output.
+    many rows as a sample has entries is formed for each module's output. Over a data set, each batch has its own
+    averages, and their factors are averaged.
 
     Raises (in the backward pass):
         RuntimeError: The model is no such chain, or running it once more gives another output.
@@ -24,6 +25,7 @@ class KFRA(KroneckerExtension):
     """
 
     savefield = "kfra"
+    batches = FACTORS
     backprop = "average"
 
     def __init__(self, subsampling: Any = None, approx: str | None = None) -> None:
