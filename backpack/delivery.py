@@ -75,7 +75,7 @@ class Delivery:
 
     def clear(self) -> None:
         """Forget all."""
-        for store in (self.arrivals, self.further, self.sources):
+        for store in (self.arrivals, self.further, self.sources, self.grads):
             store.clear()
 
     def receive(self, call: Call, place: int, grads: Tensor) -> list[Source]:

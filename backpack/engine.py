@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -138,6 +138,12 @@ def muted() -> Iterator[None]:
         HERE.muted = before
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Contractions are in the data type of the parameters, also where ``backward`` runs under ``torch.autocast``."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
 @dataclass(eq=False)
 class Block:
     """One ``with backpack(...)``: its extensions, and what the running backward pass has delivered so far."""
@@ -155,6 +161,7 @@ class Block:
     passages: dict[int, Passage] = field(default_factory=dict)
     pulled: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     applied: set[tuple[int, int]] = field(default_factory=set)
+    stored: list[tuple[Tensor, str]] = field(default_factory=list)
     grad_mode: bool = False
     loss_factor: float = 1.0
     """That of a scaler, by which the loss is multiplied before ``backward()``."""
@@ -166,9 +173,12 @@ class Block:
         self.with_rules = [extension for extension in self.extensions if extension.rules]
 
     def clear(self) -> None:
-        """Forget what a backward pass delivered."""
+        """Forget what a backward pass delivered; of one that has failed, also what it stored."""
         self.delivery.clear()
         self.postponed.clear()
+        for parameter, savefield in self.stored:
+            vars(parameter).pop(savefield, None)
+        self.stored.clear()
         for store in (self.seen, self.hooked, self.finished, self.passages, self.pulled, self.applied):
             store.clear()
 
@@ -181,14 +191,23 @@ class Block:
             self.grad_mode = torch.is_grad_enabled()
             when_backward_ends(self._end_pass)
 
+    def check_subsets(self, n: int, device: torch.device) -> None:
+        """Raise where a subset does not fit a batch of ``n`` samples."""
+        for extension in self.extensions:
+            extension.subset.rows(n, device)
+
+    def store(self, parameter: Tensor, savefield: str, value: Any) -> None:
+        """Write a result."""
+        setattr(parameter, savefield, value)
+        self.stored.append((parameter, savefield))
+
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note the cotangent of one of a call's outputs, ``[1, ...]``."""
         self.enter_pass()
         self._check_loss()
         self.seen.update(id(p) for source in call.sources for p in source.parameters)
-        for extension in self.first_order:
-            extension.subset.rows(call.n, grads.device)
         if self.first_order:
+            self.check_subsets(call.n, grads.device)
             self.delivery.receive(call, place, grads)
 
     def _check_loss(self) -> None:
@@ -205,7 +224,7 @@ class Block:
             return
         source = self.delivery.sources[key]
         contributions = self.delivery.fetch(source.tensor)
-        with muted():
+        with muted(), without_autocast(source.tensor.device):
             for subset_key, subset in self._subsets().items():
                 grads = contributions.individual(subset)
                 for parameter in source.parameters:
@@ -227,7 +246,8 @@ class Block:
                 f"parameter with requires_grad_(False)."
             )
         if parameter in self.delivery:
-            self._compute(parameter, name)
+            with without_autocast(parameter.device):
+                self._compute(parameter, name)
         self.finished.add(id(parameter))
         self.owners_done(parameter, self.finished)
 
@@ -250,7 +270,7 @@ class Block:
             if extension.needs_all_parameters:
                 self.postponed.append((extension, contributions, extension.measure(grads)))
             else:
-                setattr(parameter, extension.savefield, extension.compute(grads))
+                self.store(parameter, extension.savefield, extension.compute(grads))
 
     def owners_done(self, parameter: Tensor, finished: set[int]) -> None:
         """Tell the user of the modules that have all their results now."""
@@ -299,7 +319,7 @@ class Block:
                     )
                 self.seen.add(id(parameter))
                 value = getattr(rule, name)(extension, module, g_inp, g_out, columns)
-                setattr(parameter, extension.savefield, value)
+                self.store(parameter, extension.savefield, value)
 
     def module_done(self, module: Module, passage: Passage | None = None) -> None:
         """Tell the user that a module has all its results."""
@@ -320,9 +340,17 @@ class Block:
                 if own:
                     joint = extension.combine([measure for _, measure in own])
                     for found, _ in own:
-                        value = extension.compute_jointly(found.individual(extension.subset), joint)
-                        setattr(found.tensor, extension.savefield, value)
+                        with without_autocast(found.tensor.device):
+                            value = extension.compute_jointly(found.individual(extension.subset), joint)
+                        self.store(found.tensor, extension.savefield, value)
         self._hand_over()
+        if self.extensions and not self.seen:
+            raise RuntimeError(
+                "The backward pass reached no trainable parameter of an extended module, so nothing was computed. "
+                "Call extend(model) before the forward pass; of frozen parameters, requires_grad_() those whose "
+                "results are wanted."
+            )
+        self.stored.clear()
         self.clear()
 
     def _hand_over(self) -> None:

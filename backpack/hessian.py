@@ -78,7 +78,7 @@ class HessianPass(SeedPass):
             self._add_couplings(graph, targets, grad)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
-                    setattr(parameter, extension.savefield, self.results[id(extension), key][0])
+                    self.block.store(parameter, extension.savefield, self.results[id(extension), key][0])
         finally:
             HERE.inner, HERE.muted = None, False
             self.delivery.clear()

@@ -48,14 +48,16 @@ def _block(home: list[Block], grad: Tensor | None) -> Block | None:
     return blocks[-1] if blocks and not HERE.muted and HERE.inner is None else None
 
 
-def deliver(call: Call, place: int, out: Tensor) -> None:
-    """Attach the hooks that bring the cotangent of a call's output."""
+def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
+    """Attach the hooks that bring the cotangent of a call's output, of this shape, which is ``out`` or a view of it."""
     home = HERE.blocks
     kept = [call]
 
     def on_cotangent(grad: Tensor) -> None:
         if HERE.muted or not kept:
             return
+        if grad.shape != shape:
+            grad = grad.reshape(shape)
         if isinstance(HERE.inner, SeedPass):
             tap(HERE.inner, partial(HERE.inner.receive, kept[0], place), grad)
             return
@@ -174,7 +176,8 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
         replace = HERE.expanded or any(
             PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order
         )
-        recording = Recording(parameters, (args, kwargs), extended.batch_axis, deliver, extended.settled, replace)
+        axis, settled = extended.batch_axis, extended.settled
+        recording = Recording(parameters, (args, kwargs), axis, deliver, settled, replace, module.training)
         HERE.closing.enter_context(uncompiled())
         HERE.closing.enter_context(recording)
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -96,6 +96,7 @@ class Recording(TorchFunctionMode):
         deliver: Called with each call and each of its outputs; attaches what brings the cotangent.
         settled: What earlier passes have found out about layouts.
         replace: Replace fused functions by others, which have second derivatives.
+        training: Whether the module is in training mode: what it does to samples is checked once for each mode.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class Recording(TorchFunctionMode):
         parameters: Iterable[tuple[str, Tensor]],
         inputs: Any,
         axis: int,
-        deliver: Callable[[Call, int, Tensor], None],
+        deliver: Callable[[Call, int, Tensor, torch.Size], None],
         settled: dict[Any, tuple[Any, ...]],
         replace: bool = False,
+        training: bool = False,
     ) -> None:
         super().__init__()
         self._deliver, self._replace = deliver, replace
@@ -119,8 +121,10 @@ class Recording(TorchFunctionMode):
         self.calls: list[ref[Call]] = []
         self.start: list[GradientEdge] = []
         self.widest = 1
-        self._anchor: tuple[GradientEdge, Layout] | None = None
+        self._anchor: tuple[GradientEdge, Layout, torch.Size] | None = None
         self._undecided: list[tuple[Any, Call, GradientEdge]] = []
+        self._unchecked: list[tuple[Call, GradientEdge]] = []
+        self._mode = ("samples apart", training)
         self._count = 0
 
     def __exit__(self, *exception: Any) -> None:
@@ -237,16 +241,17 @@ class Recording(TorchFunctionMode):
                 call.problem = "returns several tensors, of which the parameter is no weight"
             call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
-        self._decide(call, out, len(axes))
+        self._decide(call, _own_base(out, args), len(axes))
         self.calls.append(ref(call))
         self.uses.update(id(p) for source, _ in call.uses for p in source.parameters)
         first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in self.sources)
         for place, output in enumerate(outputs):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())
+                hooked = _own_base(output, args)
                 if first:
-                    self.start.append(get_gradient_edge(output))
-                self._deliver(call, place, output)
+                    self.start.append(get_gradient_edge(hooked))
+                self._deliver(call, place, hooked, output.shape)
 
     def _pullbacks(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Source, call: Call
@@ -280,8 +285,10 @@ class Recording(TorchFunctionMode):
             self._adopt(call, call.layouts)
             return
         if (certain or fixed) and call.alternative is None:
+            if self._mode not in self._settled and call.problem is None and out.requires_grad:
+                self._unchecked.append((call, get_gradient_edge(out)))
             if self._anchor is None and out.requires_grad:
-                self._anchor = (get_gradient_edge(out), call.layout)
+                self._anchor = (get_gradient_edge(out), call.layout, call.shape)
             return
         key = (self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
         known = self._settled.get(key)
@@ -305,19 +312,30 @@ class Recording(TorchFunctionMode):
 
         ``outputs``: those of the module, and where their samples lie.
         """
-        if not self._undecided:
+        undecided, self._undecided, unchecked, self._unchecked = self._undecided, [], self._unchecked, []
+        if not undecided and not unchecked:
             return
-        undecided, self._undecided = self._undecided, []
-        grads: Iterable[Tensor | None] = [None] * len(undecided)
+        calls = [call for _, call, _ in undecided] + [call for call, _ in unchecked]
+        edges = [edge for _, _, edge in undecided] + [edge for _, edge in unchecked]
+        grads: Sequence[Tensor | None] = [None] * len(edges)
         if outputs:
             seeds = [_seed(output, layout) for output, layout in outputs]
-            edges = [edge for _, _, edge in undecided]
             grads = torch.autograd.grad(
                 [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
             )
-        for (key, call, _), grad in zip(undecided, grads, strict=True):
+            self._settled[self._mode] = ()
+        grads = [None if grad is None else grad.reshape(call.shape) for call, grad in zip(calls, grads, strict=True)]
+        for (key, call, _), grad in zip(undecided, grads, strict=False):
             self._choose(key, call, grad)
             call.alternative = None
+        for (call, _), grad in zip(unchecked, grads[len(undecided) :], strict=True):
+            if grad is not None and not grad.isnan().any() and not is_of_first_half(grad, call.layout):
+                self._settled.pop(self._mode, None)
+                call.problem = (
+                    "belongs to a module in which samples are mixed, as by BatchNorm in training mode: what is "
+                    "computed of one depends on others, so that no gradient belongs to one of them. Call .eval() on "
+                    "what mixes them, or replace it by something that treats each sample by itself"
+                )
 
     def layout_of(self, output: Tensor, place: int, axis: int) -> Layout | None:
         """Where the samples lie in an output of the module; ``None`` if that cannot be told.
@@ -343,9 +361,9 @@ class Recording(TorchFunctionMode):
         """Whether the first half of the samples, in this layout, depends on the first half of a certain call."""
         if self._anchor is None:
             return False
-        edge, known = self._anchor
+        edge, known, shape = self._anchor
         (grad,) = torch.autograd.grad(output, edge, _seed(output, layout), retain_graph=True, allow_unused=True)
-        return grad is not None and bool(grad.any()) and is_of_first_half(grad, known)
+        return grad is not None and bool(grad.any()) and is_of_first_half(grad.reshape(shape), known)
 
     def _choose(self, key: Any, call: Call, grad: Tensor | None) -> None:
         if grad is None or not grad.any():
@@ -373,6 +391,18 @@ def _occupies(source: Tensor, out: Tensor, axis: int) -> bool:
     """Whether a broadcast parameter has an axis of its own where the samples would be."""
     place = axis - (out.dim() - source.dim())
     return place >= 0 and source.shape[place] != 1
+
+
+def _own_base(out: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """What a function computed, where it returns a view of that in another shape, as ``F.linear`` does for sequences.
+
+    An operation in place on the view would take the view's own node out of the graph.
+    """
+    base = out._base
+    if base is None or base.grad_fn is None or base.numel() != out.numel():
+        return out
+    given = any(base is tensor or base is tensor._base for tensor in _tensors(args, {}))
+    return base if base.is_contiguous() and out.is_contiguous() and not given else out
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.compat import is_fully_sharded
 from backpack.delivery import Delivery
-from backpack.engine import HERE, Block, Ruled, by_rule, trainable
+from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, without_autocast
 from backpack.looped import counts_backward_passes, must_loop
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
@@ -122,8 +122,9 @@ class LossCall:
         found = list(origins(self.edge))
         if not found:
             raise RuntimeError(
-                f"The input of {type(self.loss).__name__} does not come from an extended module: second-order "
-                f"extensions need extend(model) before the forward pass."
+                f"The input of {type(self.loss).__name__} depends on no trainable parameter of an extended module: "
+                f"second-order extensions need extend(model) before the forward pass, and parameters that are not "
+                f"all frozen."
             )
         self._check(outer, block.loss_factor)
         output, origin = found[0]
@@ -134,8 +135,20 @@ class LossCall:
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
                 )
-        layout = self._layout(output, origin)
-        root = cache(lambda: loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer))
+        if origin.n == 0:
+            raise RuntimeError(
+                f"The input of {type(self.loss).__name__}, of shape {list(self.input.shape)}, comes from a batch of "
+                f"size 0, which has no curvature."
+            )
+        block.check_subsets(origin.n, self.input.device)
+        with muted():
+            layout = self._layout(output, origin)
+
+        @cache
+        def root() -> LossRoot:
+            with muted(), without_autocast(self.input.device):
+                return loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer)
+
         if any(extension.semidefinite for extension in block.second_order):
             root().require_semidefinite()
             notice = root().notice
@@ -148,7 +161,8 @@ class LossCall:
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
             last = place == len(groups) - 1 and not block.first_order and not block.with_rules
-            PASSES[extensions[0].backprop](block, extensions, self, root, layout, found, outer, last).run()
+            with without_autocast(self.input.device):
+                PASSES[extensions[0].backprop](block, extensions, self, root, layout, found, outer, last).run()
 
     def grad(self, layout: Layout, outer: Tensor) -> Tensor:
         """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
@@ -157,7 +171,7 @@ class LossCall:
             point = self.input if create else self.input.detach().requires_grad_()
             value = self.loss.forward(point, *self.args, **self.kwargs)
             (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=create)
-        return layout.split(grad).flatten(1)
+        return layout.split(grad).reshape(layout.n, -1)
 
     def _check(self, outer: Tensor, factor: float) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -226,6 +240,7 @@ class SeedPass:
     gathered: bool = False
     selected: bool = False
     batched: bool = True
+    batchable: bool = True
     count: int = 0
     weights: Tensor | None = None
     finished: set[int] = field(default_factory=set)
@@ -244,19 +259,32 @@ class SeedPass:
                 self.found = list(origins(edge))
         self.uses = self._count_uses()
         targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
-        HERE.inner = self
-        try:
+
+        def pull() -> None:
             for number, seeds in self._chunks(edge):
-                seeds = self._place(seeds, rows, select)
                 self.final = number >= self.columns
-                self._pull([edge], targets, [seeds])
+                self._pull([edge], targets, [self._place(seeds, rows, select)])
                 if self.final or not self.gathered:
                     self._finish()
                     self.first = False
+
+        HERE.inner = self
+        try:
+            try:
+                pull()
+            except RuntimeError:
+                if not self.batched:
+                    raise
+                self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
+                self.batchable, self.first = False, True
+                pull()
         finally:
             HERE.inner = None
-            self.delivery.clear()
-            self.results.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        for store in (self.delivery, self.results, self.finished):
+            store.clear()
 
     def _count_uses(self) -> Counter[int]:
         """How often each parameter is used."""
@@ -276,7 +304,7 @@ class SeedPass:
 
     def _chunk(self, edge: GradientEdge) -> int:
         """How many seeds are pulled back from an edge at a time."""
-        if torch.is_grad_enabled() or must_loop(edge):
+        if torch.is_grad_enabled() or not self.batchable or must_loop(edge):
             return 1
         return self.extensions[0].chunk_size or max(1, round(BUDGET / max(origin.widest for _, origin in self.found)))
 
@@ -423,7 +451,7 @@ class SeedPass:
                 results[:] = [extension.merge(results)]
             if self.final:
                 merged = extension.merge(results) if len(results) > 1 else results[0]
-                setattr(parameter, extension.savefield, extension.complete(merged, grads))
+                self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
 
     def module_passed(self, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
         """The cotangents of a module's outputs have arrived."""
@@ -486,7 +514,8 @@ def agree(output: Tensor, expected: Tensor) -> bool:
     """Whether two outputs differ by rounding only."""
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     size = max(1e-30, expected.abs().max().item())
-    return output.shape == expected.shape and torch.allclose(output, expected, rtol=tolerance, atol=tolerance * size)
+    same = output.shape == expected.shape and output.dtype == expected.dtype
+    return same and torch.allclose(output, expected, rtol=tolerance, atol=tolerance * size)
 
 
 def unique(counters: Iterable[Counter[int]]) -> list[Counter[int]]:

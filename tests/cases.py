@@ -41,6 +41,8 @@ register("linear_square_batch", lambda: nn.Linear(4, 3), 4, 4, 4)
 register("linear_one_sample", lambda: nn.Linear(4, 3), 1, 5, 4)
 register("mlp", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)), 3, 4)
 
+register("linear_in_place", lambda: nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=True), nn.Linear(4, 3)), 3, 5, 4)
+
 # Convolutions
 OPTIONS = [
     {},

@@ -6,7 +6,12 @@ import transformers as hf
 from mlp_mixer_pytorch import MLPMixer
 from pytorchcv.models.resnet_cifar import resnet20_cifar10
 from test_first_order import laws
-from truth import Problem
+from test_second_order import jacobians
+from torch import nn
+from truth import Problem, close
+
+from backpack import backpack, extend
+from backpack.extensions import BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONVNETS = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
@@ -31,18 +36,57 @@ MODELS = {
 }
 
 
-def problem(name: str) -> Problem:
+LANGUAGE = ("gpt2", "bert", "llama", "t5")
+SINGLE = ("llama", "t5")
+"""Normalize in float32 whatever the model's data type, so that two ways to the same number differ by its rounding."""
+
+
+def problem(name: str, n: int = 3, length: int = 7) -> Problem:
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
-    if name in ("gpt2", "bert", "llama", "t5"):
-        ids = torch.randint(0, 50, (3, 7))
+    if name in LANGUAGE:
+        ids = torch.randint(0, 50, (n, length))
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return Problem(model, (), kwargs | ({"decoder_input_ids": ids} if name == "t5" else {}))
     size = 32 if name.startswith("resnet") else 16
-    return Problem(model, (torch.randn(3, 3, size, size, dtype=torch.float64),))
+    return Problem(model, (torch.randn(n, 3, size, size, dtype=torch.float64),))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_first_order_quantities_of_every_parameter_are_exact(name):
     keys = ["all", "reversed", "duplicates", "mask", "last", "all"]
     laws(problem(name), lambda k: keys[k], scale=1.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ggn_of_every_parameter_is_exact(name):
+    """Against explicit Jacobians; of a language model's first 5 words, flattened to ``[N * T, C]`` as users do it."""
+    given = problem(name, n=2, length=3)
+    rtol = 16 * torch.finfo(torch.float32).eps if name in SINGLE else 1e-9
+
+    def forward(_):
+        out = given.output()
+        return out[:, :, :5].flatten(0, 1) if name in LANGUAGE else out
+
+    target = torch.randint(0, 5, (len(forward(None)),))
+    parameters = given.parameters()
+    lossfunc = nn.CrossEntropyLoss(label_smoothing=0.1)
+    diagonals, jacobian, hessian = jacobians(forward, None, lossfunc, target, 2, list(parameters.values()))
+    plain = torch.autograd.grad(lossfunc(forward(None), target), list(parameters.values()), allow_unused=True)
+    extend(given.model)
+    loss = extend(lossfunc)(forward(None), target)
+    with backpack(DiagGGNExact(subsampling=[1]), BatchDiagGGNExact(chunk_size=2), SqrtGGNExact()):
+        loss.backward()
+    used = [p for p, grad in zip(parameters.values(), plain, strict=True) if grad is not None]
+    roots = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in used], 2).flatten(0, 1)
+    curved = hessian @ jacobian @ jacobian.T
+    assert close((roots @ roots.T).square().sum(), (curved @ curved).trace(), rtol=rtol)  # Frobenius norms of the GGN
+    for (which, p), grad, truth in zip(parameters.items(), plain, diagonals, strict=True):
+        if grad is None:
+            assert p.grad is None and not hasattr(p, "diag_ggn_exact") and not truth.any(), which
+            continue
+        assert torch.equal(p.grad, grad), which
+        size = 1e-6 * max(t.max() for t in diagonals)
+        assert close(p.diag_ggn_exact, truth[1], size, rtol), which
+        assert close(p.diag_ggn_exact_batch, truth, size, rtol), which
+        assert close(p.sqrt_ggn_exact.square().sum(0), truth, size, rtol), which

@@ -22,7 +22,12 @@ from backpack.extensions import (
 
 def explicit(model, X, lossfunc, y, n):
     """Per parameter the samples' GGN diagonals ``[n, *p]``, and the whole GGN."""
-    parameters = list(model.parameters())
+    diagonals, jacobian, hessian = jacobians(model, X, lossfunc, y, n, list(model.parameters()))
+    return diagonals, jacobian.T @ hessian @ jacobian
+
+
+def jacobians(model, X, lossfunc, y, n, parameters):
+    """Per parameter the samples' GGN diagonals ``[n, *p]``, the Jacobian of all, and the loss Hessian."""
     out = model(X)
     size = out.numel()
     hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(size, size)
@@ -32,12 +37,11 @@ def explicit(model, X, lossfunc, y, n):
         rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
     owner = torch.arange(size) // (size // n)
     diagonals = []
-    jacobians = [torch.stack([row[k].flatten() for row in rows]) for k in range(len(parameters))]
-    for jacobian, parameter in zip(jacobians, parameters, strict=True):
+    blocks = [torch.stack([row[k].flatten() for row in rows]) for k in range(len(parameters))]
+    for jacobian, parameter in zip(blocks, parameters, strict=True):
         own = [jacobian * (owner == s)[:, None] for s in range(n)]
         diagonals.append(torch.stack([(j * (hessian @ j)).sum(0).reshape(parameter.shape) for j in own]))
-    jacobian = torch.cat(jacobians, 1)
-    return diagonals, jacobian.T @ hessian @ jacobian
+    return diagonals, torch.cat(blocks, 1), hessian
 
 
 class Tied(nn.Module):

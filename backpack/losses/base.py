@@ -81,7 +81,7 @@ def term_weight(loss: Module, input: Tensor, layout: Layout, outer: Tensor, term
     """
     reduction = getattr(loss, "reduction", "sum")
     if reduction == "none" and outer.shape == input.shape:
-        return layout.split(outer).flatten(1)
+        return by_sample(layout, outer)
     count = {"mean": terms or input.numel(), "batchmean": layout.n}.get(reduction, 1)
     return input.new_tensor(1 / count)
 
@@ -101,6 +101,11 @@ def root_of(*losses: type[Module]) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def by_sample(layout: Layout, tensor: Tensor) -> Tensor:
+    """``[n, d]``."""
+    return layout.split(tensor).reshape(layout.n, -1)
 
 
 class Diagonal(LossRoot):

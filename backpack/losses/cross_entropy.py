@@ -20,10 +20,14 @@ class SoftmaxRoot(LossRoot):
     """
 
     def __init__(self, probability: Tensor, weight: Tensor, shape: torch.Size, axis: int) -> None:
-        self.probability, self.weight = probability, weight
-        self.shape, self.axis = shape, axis
         self.positions, self.classes = probability.shape[1:]
         self.columns = self.positions * (self.classes - 1)
+        self.smallest = min(0.0, weight.min().item()) if weight.numel() else 0.0
+        if self.smallest < 0:
+            self.signs = weight.sign().T.repeat_interleave(self.classes - 1, 0)
+            weight = weight.abs()
+        self.probability, self.weight = probability, weight
+        self.shape, self.axis = shape, axis
 
     @property
     def documented_columns(self) -> int:
@@ -75,7 +79,7 @@ class SoftmaxRoot(LossRoot):
 
     def sampled(self) -> Tensor:
         drawn = torch.multinomial(self.probability.flatten(0, 1), 1).reshape(*self.weight.shape, 1)
-        column = -self.probability.scatter_add(2, drawn, -torch.ones_like(drawn, dtype=self.probability.dtype))
+        column = self.probability.scatter_add(2, drawn, -torch.ones_like(drawn, dtype=self.probability.dtype))
         return self._restore(column * self.weight.sqrt().unsqueeze(2))
 
 
@@ -85,6 +89,8 @@ def cross_entropy(
 ) -> LossRoot:
     assert isinstance(loss, CrossEntropyLoss)
     target = args[0] if args else kwargs["target"]
+    if input.dim() == 1:  # of one sample, without a batch axis
+        input, target, layout = input[None], target[None], Layout(1)
     classes = input.shape[min(1, input.dim() - 1)]
     weight = input.new_ones(classes) if loss.weight is None else loss.weight.to(input.dtype)
     smoothing = loss.label_smoothing
@@ -99,7 +105,7 @@ def cross_entropy(
         count = own.sum()
     if loss.reduction == "mean":
         mass = mass / count
-    elif loss.reduction == "none":
+    elif outer.dim():  # weights of entries that are not reduced
         mass = mass * outer
     axis = 0 if layout.factor == 1 else 1
     split = layout.split(input)

@@ -21,25 +21,16 @@ from torch.nn import (
     SoftMarginLoss,
 )
 
-from backpack.losses.base import Diagonal, LossRoot, root_of, term_weight
+from backpack.losses.base import Diagonal, LossRoot, by_sample, root_of, term_weight
 from backpack.losses.functional import hessian_product
 from backpack.samples import Layout
 
 
-@root_of(
-    GaussianNLLLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    NLLLoss,
-    PoissonNLLLoss,
-    SmoothL1Loss,
-    SoftMarginLoss,
-    BCELoss,
-)
+@root_of(HuberLoss, KLDivLoss, L1Loss, NLLLoss, SmoothL1Loss, SoftMarginLoss, BCELoss)
 def elementwise(
     loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
+    """Sampled: the root's columns, summed with random signs."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
     terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, NLLLoss) else None
     root = Diagonal(hessian, term_weight(loss, input, layout, outer, terms))
@@ -51,14 +42,30 @@ def elementwise(
     return root
 
 
-@root_of(MSELoss)
-def mean_squared_error(
+@root_of(MSELoss, GaussianNLLLoss)
+def normal(
     loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
-    """Sampled: the gradient at targets drawn from ``N(f, 1/2)``."""
+    """Sampled: the gradient at targets drawn from a normal distribution around ``f`` (squared error: ``N(f, 1/2)``)."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
     weight = term_weight(loss, input, layout, outer)
     return Diagonal(hessian, weight, lambda: hessian.sqrt() * torch.randn_like(hessian))
+
+
+@root_of(PoissonNLLLoss)
+def poisson(
+    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    """Sampled: the gradient at counts drawn from the model's Poisson distributions.
+
+    Signs are drawn where the rate itself is given: then the Hessian depends on the target.
+    """
+    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
+    weight = term_weight(loss, input, layout, outer)
+    if not getattr(loss, "log_input", False):
+        return Diagonal(hessian, weight)
+    rate = by_sample(layout, input).exp()
+    return Diagonal(hessian, weight, lambda: (hessian / rate).sqrt() * (rate - torch.poisson(rate)))
 
 
 @root_of(BCEWithLogitsLoss)
@@ -67,7 +74,7 @@ def binary_cross_entropy(
 ) -> LossRoot:
     """Sampled: the gradient at labels drawn from the model's Bernoulli distributions."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
-    probability = layout.split(input).flatten(1).sigmoid()
+    probability = by_sample(layout, input).sigmoid()
 
     def draw() -> Tensor:
         # The weight of each entry is its second derivative over p (1 - p), which cancels in what follows.
@@ -82,4 +89,4 @@ def _second_derivative(
     loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> Tensor:
     diagonal = hessian_product(loss, input, args, kwargs, outer)(torch.ones_like(input))
-    return layout.split(diagonal).flatten(1)
+    return by_sample(layout, diagonal)

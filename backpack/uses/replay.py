@@ -37,13 +37,15 @@ class Replay:
     outputs: list[int]
     last: tuple[Any, Any, dict[int, list[Individual]]] = (None, None, {})
 
-    def individuals(self, cotangents: dict[int, Tensor], rows: Rows) -> dict[int, list[Individual]]:
+    def individuals(self, cotangents: dict[int, Tensor], rows: Rows, dtype: torch.dtype) -> dict[int, list[Individual]]:
         """For each parameter (by ``id``) the individual gradients of its uses; shared by the parameters."""
         if self.last[0] is not cotangents or self.last[1] is not rows.index:
-            self.last = (cotangents, rows.index, self._compute(cotangents, rows.index))
+            self.last = (cotangents, rows.index, self._compute(cotangents, rows.index, dtype))
         return self.last[2]
 
-    def _compute(self, cotangents: dict[int, Tensor], index: Tensor | None) -> dict[int, list[Individual]]:
+    def _compute(
+        self, cotangents: dict[int, Tensor], index: Tensor | None, dtype: torch.dtype
+    ) -> dict[int, list[Individual]]:
         def select(tensor: Tensor, axis: int) -> Tensor:
             return tensor if index is None else tensor.index_select(axis, index)
 
@@ -56,10 +58,10 @@ class Replay:
 
         create = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [select(tensor if create else tensor.detach(), axis) for tensor, axis in self.inputs]
+            inputs = [select(tensor if create else tensor.detach(), axis).to(dtype) for tensor, axis in self.inputs]
             results = self.function(linear, *inputs)
         places = list(cotangents)
-        grads = [select(cotangents[place], self.outputs[place] + 1) for place in places]
+        grads = [select(cotangents[place], self.outputs[place] + 1).to(dtype) for place in places]
         outs = [out for *_, out in maps]
 
         def pull(*seed: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +97,7 @@ class ReplayUse(Use):
         return tuple(tensor for tensor, _ in self.replay.inputs)
 
     def arrive(self, cotangents: dict[int, Tensor], rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        return join(self.replay.individuals(cotangents, rows)[id(self.parameter)])
+        return join(self.replay.individuals(cotangents, rows, dtype)[id(self.parameter)])
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
         raise NotImplementedError("A replayed call is bound to the cotangents of all its outputs.")

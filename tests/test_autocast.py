@@ -1,0 +1,173 @@
+"""Mixed and low precision: results in float32 where the parameters are, close to those in float32."""
+
+import pytest
+import torch
+from torch import nn
+
+from backpack import backpack, extend
+from backpack.extensions import (
+    BatchDiagGGNExact,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    GGNGram,
+    SqrtGGNExact,
+    SumGradSquared,
+    Variance,
+)
+
+N, C = 32, 5
+POWERS = {
+    BatchGrad: 1,
+    BatchL2Grad: 2,
+    SumGradSquared: 2,
+    Variance: 2,
+    BatchDotGrad: 2,
+    ClippedGrad: 1,
+    DiagGGNExact: 2,
+    BatchDiagGGNExact: 2,
+    SqrtGGNExact: 1,
+    GGNGram: 2,
+}
+"""How often a cotangent enters a quantity."""
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation="gelu", batch_first=True)
+        self.out = nn.Linear(16, C)
+
+    def forward(self, index):
+        return self.out(self.layer(self.words(index)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.out = nn.Linear(12, 12), nn.GRU(12, 16, batch_first=True), nn.Linear(16, C)
+
+    def forward(self, x):
+        return self.out(self.layer(self.first(x))[0][:, -1])
+
+
+MODELS = {
+    # model, inputs, and how many products lie one behind the other; without kinks, at which rounding decides
+    "mlp": (lambda: nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, C)), lambda: torch.randn(N, 12), 2),
+    "cnn": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, C)),
+        lambda: torch.randn(N, 3, 6, 6),
+        2,
+    ),
+    "encoder": (Encoder, lambda: torch.randint(0, 20, (N, 6)), 7),
+    "recurrent": (Recurrent, lambda: torch.randn(N, 4, 12), 6),
+}
+
+
+def results(model, X, y, autocast=None, inside=False, **options):
+    """All quantities, by their attribute, and the gradient."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    lossfunc = extend(nn.CrossEntropyLoss())
+    extensions = [cls(0.1, **options) if cls is ClippedGrad else cls(**options) for cls in POWERS]
+    with backpack(*extensions):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = lossfunc(model(X), y)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+    found = {e.savefield: [getattr(p, e.savefield) for p in model.parameters()] for e in extensions}
+    return found, [p.grad for p in model.parameters()]
+
+
+def deviation(found, expected):
+    """Of all parameters together, relative to their norm."""
+    found, expected = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (found, expected))
+    return float((found - expected).norm() / expected.norm())
+
+
+def agree(found, expected, depth, dtype):
+    """Up to rounding.
+
+    Forward and backward, each of ``depth`` products rounds its two operands and its result to ``dtype``: ``6 depth``
+    roundings of a relative size of ``eps / 2`` at most, which are taken to add up. In a quantity of the power ``p``
+    of the cotangent they count ``p`` times.
+    """
+    for cls, power in POWERS.items():
+        bound = power * 6 * depth * torch.finfo(dtype).eps / 2
+        assert deviation(found[cls.savefield], expected[cls.savefield]) < bound, cls.__name__
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_gives_float32_results_within_the_rounding_of_the_format(name, dtype, inside):
+    build, inputs, depth = MODELS[name]
+    model, X, y = build(), inputs(), torch.randint(0, C, (N,))
+    with torch.autocast("cpu", dtype):
+        loss = nn.CrossEntropyLoss()(model(X), y)
+        plain = torch.autograd.grad(loss, list(model.parameters())) if inside else None
+    plain = torch.autograd.grad(loss, list(model.parameters())) if plain is None else plain
+    extend(model)
+    for options in ({}, {"subsampling": [3, 1]}):
+        expected, _ = results(model, X, y, **options)
+        found, grads = results(model, X, y, dtype, inside, **options)
+        assert all(t.dtype == torch.float32 for tensors in found.values() for t in tensors)
+        assert all(map(torch.equal, grads, plain))
+        agree(found, expected, depth, dtype)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_bfloat16_are_within_its_rounding(name):
+    build, inputs, depth = MODELS[name]
+    model, X, y = extend(build()), inputs(), torch.randint(0, C, (N,))
+    model.bfloat16().float()  # parameters that both formats hold
+    expected, _ = results(model, X.bfloat16().float() if X.is_floating_point() else X, y)
+    found, _ = results(model.bfloat16(), X.bfloat16() if X.is_floating_point() else X, y)
+    assert all(t.dtype == torch.bfloat16 for tensors in found.values() for t in tensors)
+    agree(found, expected, depth + 1, torch.bfloat16)  # the result is rounded as well
+
+
+@pytest.mark.parametrize("positions", [1, 64])
+def test_sums_under_autocast_are_accumulated_in_float32(positions):
+    """Of equal terms, of which bfloat16 could add 256 before a further one is less than its rounding."""
+    n = 4096
+    model, lossfunc = extend(nn.Linear(3, 2)), extend(nn.MSELoss(reduction="sum"))
+    X, y = torch.randn(1, positions, 3).expand(n, -1, -1).contiguous(), torch.ones(n, positions, 2)
+    with backpack(BatchGrad(subsampling=[0]), SumGradSquared(), DiagGGNExact(), BatchDiagGGNExact(subsampling=[0])):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = lossfunc(model(X), y)
+        loss.backward()
+    for p in model.parameters():
+        one = n * p.grad_batch[0].square()
+        assert torch.allclose(p.sum_grad_squared, one, rtol=n * torch.finfo(torch.float32).eps)
+        assert torch.allclose(p.diag_ggn_exact, n * p.diag_ggn_exact_batch[0], rtol=n * torch.finfo(torch.float32).eps)
+
+
+class Rude(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad if grad.abs().sum().item() >= 0 else grad
+
+
+def test_what_cannot_be_pulled_back_together_is_pulled_back_one_by_one(monkeypatch):
+    """Also where ``backpack.looped`` does not know it."""
+
+    class Doubling(nn.Module):
+        def forward(self, x):
+            return Rude.apply(x)
+
+    X, y = torch.randn(N, 4), torch.randint(0, C, (N,))
+    model = extend(nn.Sequential(nn.Linear(4, 4), Doubling(), nn.Linear(4, C)))
+    expected, _ = results(model, X, y)
+    monkeypatch.setattr("backpack.seeds.must_loop", lambda edge: False)
+    found, _ = results(model, X, y)
+    agree(found, expected, 2, torch.float32)

@@ -1,0 +1,181 @@
+"""Bad input: an error that says what is wrong, where and what to do, and nothing half-done."""
+
+import pytest
+import torch
+from torch import nn
+from truth import close
+
+from backpack import backpack, extend
+from backpack.extensions import (
+    BatchDiagGGNExact,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    GGNGram,
+    SqrtGGNExact,
+    Variance,
+)
+
+EXTENSIONS = [BatchGrad, BatchL2Grad, Variance, DiagGGNExact, DiagGGNMC, BatchDiagGGNExact, SqrtGGNExact, GGNGram]
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+
+
+def batch(n=5):
+    return torch.randn(n, 3, dtype=torch.float64), torch.arange(n) % 2
+
+
+def refused(model, extensions, error, words, loss=None, batch=batch, lossfunc=None):
+    """The error comes, no parameter has a result, and the next pass is right."""
+    lossfunc = extend(nn.CrossEntropyLoss()) if lossfunc is None else lossfunc
+    X, y = batch()
+    with pytest.raises(error, match=words), backpack(*extensions):
+        (lossfunc(model(X), y) if loss is None else loss(model, X, y)).backward()
+    fields = [extension.savefield for extension in extensions]
+    assert not [name for name, p in model.named_parameters() for field in fields if hasattr(p, field)]
+
+
+@pytest.mark.parametrize("subsampling", [[5], [-6], torch.ones(4, dtype=torch.bool), slice(7, 9)])
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_subset_that_does_not_fit_is_refused_before_any_extension_stores_a_result(extension, subsampling):
+    model = extend(net())
+    others = [DiagGGNExact(), BatchGrad(subsampling=[0]), SqrtGGNExact(subsampling=[1])]
+    others = [other for other in others if type(other) is not extension]
+    refused(model, [*others, extension(subsampling=subsampling)], (IndexError, ValueError), "5|mask")
+    assert all(p.grad is None for p in model.parameters())
+    with backpack(extension(subsampling=[0])):
+        extend(nn.CrossEntropyLoss())(model(batch()[0]), batch()[1]).backward()
+    assert all(hasattr(p, extension.savefield) for p in model.parameters())
+
+
+@pytest.mark.parametrize("written", [[], [0.5], [[0, 1]], "01", 3, torch.tensor([0.5]), torch.zeros(2, 2), {}, [None]])
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_what_is_no_subset_is_refused_at_once(extension, written):
+    with pytest.raises((TypeError, ValueError), match="subsampling"):
+        extension(subsampling=written)
+
+
+@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact])
+def test_a_model_without_trainable_parameters_is_refused_when_it_is_used(extension):
+    for model in (net().requires_grad_(False), nn.Sequential(nn.ReLU())):
+        X, y = batch()
+        loss = extend(nn.CrossEntropyLoss())(extend(model)(X.requires_grad_()), y)
+        with pytest.raises(RuntimeError, match="no trainable parameter of an extended module"), backpack(extension()):
+            loss.backward()
+
+
+@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact])
+def test_a_model_that_was_not_extended_is_refused(extension):
+    X, y = batch()
+    with pytest.raises(RuntimeError, match=r"extend\(model\)"), backpack(extension()):
+        extend(nn.CrossEntropyLoss())(net()(X), y).backward()
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    model = extend(net())
+    lossfunc = extend(nn.CrossEntropyLoss(reduction="none"))
+    for extension in (BatchGrad(), DiagGGNExact()):
+        refused(model, [extension], RuntimeError, "scalar outputs", lossfunc=lossfunc)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_an_empty_batch_is_refused(extension):
+    refused(extend(net()), [extension()], RuntimeError, "batch of size 0", batch=lambda: batch(0))
+
+
+class Lost(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.rest(torch.cat([self.first(x[:1]).expand(len(x), -1), x[1:] * 0])[: len(x)])
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_layer_without_sample_axis_is_named_and_nothing_is_stored(extension):
+    words = r"first\.weight.*\[1, 3\].*no axis of the 5 samples"
+    refused(extend(Lost().double()), [extension()], RuntimeError, words)
+
+
+class Centered(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("mixing", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), Centered()])
+def test_a_model_that_mixes_samples_is_refused_again_and_again(extension, mixing):
+    model = extend(nn.Sequential(nn.Linear(3, 4), mixing, nn.Linear(4, 2)).double())
+    for _ in range(2):
+        refused(model, [extension()], RuntimeError, r"(weight|bias) .*samples are mixed.*\.eval\(\)")
+
+
+def test_a_model_that_stops_mixing_samples_is_accepted():
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)).double())
+    X, y = batch()
+    refused(model, [BatchGrad()], RuntimeError, "samples are mixed")
+    model.eval()
+    with backpack(BatchGrad()):
+        nn.functional.cross_entropy(model(X), y).backward()
+    for parameter in model.parameters():
+        rows = [
+            torch.autograd.grad(nn.functional.cross_entropy(model(X[[n]]), y[[n]]) / 5, parameter) for n in range(5)
+        ]
+        assert close(parameter.grad_batch, torch.stack([row[0] for row in rows]))
+
+
+@pytest.mark.parametrize("extension", [DiagGGNExact, DiagGGNMC, SqrtGGNExact, GGNGram])
+def test_second_order_needs_an_extended_loss(extension):
+    refused(extend(net()), [extension()], RuntimeError, r"extend\(lossfunc\)", lossfunc=nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("extension", [DiagGGNExact, DiagGGNMC, SqrtGGNExact, GGNGram])
+def test_a_concave_loss_leaves_no_results(extension):
+    class Concave(nn.Module):
+        def forward(self, out, target):
+            return -out.square().mean()
+
+    refused(
+        extend(net()), [extension(), BatchGrad()], ValueError, "not positive semidefinite", lossfunc=extend(Concave())
+    )
+
+
+def test_a_target_that_requires_a_gradient_is_refused():
+    model = extend(net())
+    target = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    refused(
+        model,
+        [DiagGGNExact()],
+        RuntimeError,
+        r"\[5, 2\], requires a gradient",
+        loss=lambda model, X, y: extend(nn.MSELoss())(model(X), target),
+    )
+
+
+@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact])
+def test_a_parameter_that_is_used_unseen_leaves_no_results(extension):
+    lossfunc = extend(nn.CrossEntropyLoss())
+    model = extend(nn.ModuleDict({"seen": net(), "unseen": nn.Linear(1, 1).double()}))
+    model.forward = lambda X: model["seen"](X)  # the other is used outside
+    words = r"unseen\.weight of shape \[1, 1\].*requires_grad_\(False\)"
+    refused(
+        model,
+        [extension()],
+        RuntimeError,
+        words,
+        loss=lambda model, X, y: lossfunc(model(X), y) + model["unseen"].weight.sum(),
+    )
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, -1.0])
+def test_a_rescaled_loss_warns_of_the_factor_in_every_reduction(factor):
+    X, y = batch()
+    for reduction in ("mean", "sum"):
+        model, lossfunc = extend(net()), extend(nn.CrossEntropyLoss(reduction=reduction))
+        words = f"CrossEntropyLoss was multiplied by a factor.*{factor:.3g}"
+        with pytest.warns(UserWarning, match=words), backpack(DiagGGNExact()):
+            (factor * lossfunc(model(X), y)).backward()
