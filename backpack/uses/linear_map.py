@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual
@@ -42,9 +43,22 @@ class LinearMap(Individual):
         return [self]
 
 
+BLOCKS = 4
+"""Into how many blocks of columns a second moment is divided, of which only those up to the diagonal are computed."""
+
+
 def second_moment(rows: Tensor) -> Tensor:
     """``sum_r rows[... r a] rows[... r b]``."""
-    return rows.transpose(-1, -2) @ rows
+    size = rows.shape[-1]
+    if size < 64 * BLOCKS or torch.is_grad_enabled():
+        return rows.transpose(-1, -2) @ rows
+    result = rows.new_empty(*rows.shape[:-2], size, size)
+    for block in torch.arange(size).tensor_split(BLOCKS):
+        start, stop = int(block[0]), int(block[-1]) + 1
+        upper = rows[..., :stop].transpose(-1, -2) @ rows[..., start:stop]
+        result[..., :stop, start:stop] = upper
+        result[..., start:stop, :start] = upper[..., :start, :].transpose(-1, -2)
+    return result
 
 
 def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
