@@ -52,12 +52,7 @@ class HessianPass(SeedPass):
                 f"{type(self.extensions[0]).__name__}: the diagonal of the Hessian cannot be differentiated further. "
                 f"Call backward() without create_graph=True."
             )
-        for extension in self.extensions:
-            if extension.rules:
-                raise RuntimeError(
-                    f"{type(extension).__name__} takes no rules of users: none is needed for any module. Construct it "
-                    f"without set_module_extension()."
-                )
+        self._refuse_rules()
         self.subset = self.extensions[0].subset
         rows = self.subset.rows(self.layout.n, self.loss.input.device)
         own = self.graph(rows)
@@ -83,6 +78,14 @@ class HessianPass(SeedPass):
             HERE.inner, HERE.muted = None, False
             self.delivery.clear()
             self.results.clear()
+
+    def _refuse_rules(self) -> None:
+        for extension in self.extensions:
+            if extension.rules:
+                raise RuntimeError(
+                    f"{type(extension).__name__} takes no rules of users: none is needed for any module. Construct it "
+                    f"without set_module_extension()."
+                )
 
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note cotangents: of the loss's gradient, of seeds at the data of a parameter used before, or of columns."""

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged as averaged  # it registers a pass
-from backpack import hessian as hessian  # as well
+from backpack import products as products  # as well
 from backpack.compat import (
     caller,
     gathered_parameters,

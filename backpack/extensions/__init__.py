@@ -14,6 +14,7 @@ from backpack.extensions.hbp import HBP
 from backpack.extensions.kfac import KFAC
 from backpack.extensions.kflr import KFLR
 from backpack.extensions.kfra import KFRA
+from backpack.extensions.matrix_products import GGNMP, HMP, PCHMP
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.sum_grad_squared import SumGradSquared
 from backpack.extensions.variance import Variance
@@ -30,11 +31,14 @@ __all__ = [
     "DiagGGNMC",
     "DiagHessian",
     "GGNGram",
+    "GGNMP",
     "EKFAC",
     "HBP",
+    "HMP",
     "KFAC",
     "KFLR",
     "KFRA",
+    "PCHMP",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",

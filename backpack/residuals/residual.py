@@ -7,7 +7,7 @@ its Gauss-Newton matrix and the sum of ``J_n^T R_n J_n`` over all nodes (the cha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Size, Tensor
@@ -36,6 +36,14 @@ class Residual(ABC):
     @abstractmethod
     def exact(self, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
         """Columns, ``[v, ...]`` for each edge, and their weights ``[v, n]``."""
+
+    @abstractmethod
+    def modified(self, modify: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """The function that multiplies vectors at the edges with the residual, its eigenvalues modified.
+
+        Raises:
+            RuntimeError: Too many entries interact for the residual to be diagonalized.
+        """
 
     def sizes(self) -> list[int]:
         """Entries of each input that belong to one sample."""
@@ -127,6 +135,20 @@ class Blocks(Residual):
             found.append(self.layouts[0].join(split.movedim(last, [axis + 2 for axis in own]), 1))
         return found
 
+    def modified(self, modify: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+        values = modify(self.values)
+
+        def multiply(vectors: list[Tensor]) -> list[Tensor]:
+            blocks = torch.cat([self._to_blocks(vector.unsqueeze(0)) for vector in vectors], 3)
+            if self.vectors is None:
+                blocks = blocks * values
+            else:
+                coefficients = torch.einsum("nrbe,vnrb->vnre", self.vectors, blocks) * values
+                blocks = torch.einsum("nrbe,vnre->vnrb", self.vectors, coefficients)
+            return [found[0] for found in self._from_blocks(blocks)]
+
+        return multiply
+
     def exact(self, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
         number = torch.arange(start, min(stop, self.columns), device=self.like.device)
         row, entry = number // self.width, number % self.width
@@ -155,6 +177,28 @@ class Pairs(Residual):
         self.entries = [(place, sizes[place]) for place in places]
         self.factor = 1.0 if len(places) < len(sizes) else 0.5
         self.columns = 2 * sum(size for _, size in self.entries)
+
+    def modified(self, modify: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+        sizes = self.sizes()
+        if self.n * sum(sizes) ** 2 > LARGEST:
+            raise RuntimeError(
+                f"The residual of {self.local.node.name()} would have to be diagonalized, and {sum(sizes)} of its "
+                f"entries interact in each of {self.n} samples: that is too large. Use the Hessian or the GGN."
+            )
+        basis = torch.eye(sum(sizes), dtype=self.like.dtype, device=self.like.device)
+        units = basis.unsqueeze(1).expand(-1, self.n, -1).split(sizes, 2)
+        found = self.local.products([self.join(place, unit.contiguous()) for place, unit in enumerate(units)])
+        matrices = torch.cat([self.split(place, f) for place, f in enumerate(found)], 2).movedim(0, 2)
+        values, vectors = torch.linalg.eigh((matrices + matrices.transpose(1, 2)) / 2)
+        values = modify(values)
+
+        def multiply(parts: list[Tensor]) -> list[Tensor]:
+            whole = torch.cat([self.split(place, part.unsqueeze(0)) for place, part in enumerate(parts)], 2)
+            coefficients = torch.einsum("nde,vnd->vne", vectors, whole) * values
+            pieces = torch.einsum("nde,vne->vnd", vectors, coefficients).split(sizes, 2)
+            return [self.join(place, piece)[0] for place, piece in enumerate(pieces)]
+
+        return multiply
 
     def exact(self, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
         number = torch.arange(start, min(stop, self.columns), device=self.like.device)

@@ -8,6 +8,7 @@ from backpack.extensions.hbp import HBP
 from backpack.extensions.kfac import KFAC
 from backpack.extensions.kflr import KFLR
 from backpack.extensions.kfra import KFRA
+from backpack.extensions.matrix_products import GGNMP, HMP, PCHMP
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "GGNMP",
     "HBP",
+    "HMP",
     "KFAC",
     "KFLR",
     "KFRA",
+    "PCHMP",
     "SqrtGGNExact",
     "SqrtGGNMC",
 ]

@@ -1,0 +1,90 @@
+"""Products with blocks of curvature matrices, stored as functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.extensions.curvature import CurvatureExtension
+from backpack.products import CurvatureBlocks, Product
+
+
+class MatrixProduct(CurvatureExtension):
+    """A function that multiplies vectors of a parameter's shape ``p``, or several ``[V, *p]``, with a matrix.
+
+    It can be used after the backward pass, as long as the parameters are not changed. It holds a graph: that of the
+    forward pass with ``backward(retain_graph=True)``, else one of its own, for which the model is run once more. That
+    memory is free when the functions of all parameters are deleted or replaced by those of the next backward pass.
+
+    Raises:
+        RuntimeError: The model can't be run again with the same result, and the graph is not kept.
+    """
+
+    backprop = "products"
+    semidefinite = False
+
+    def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
+        super().__init__(savefield, subsampling)
+
+    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+        """The function for one parameter."""
+        raise NotImplementedError
+
+
+class HMP(MatrixProduct):
+    """Products with the Hessian of the loss, reduction included, as a function ``hmp`` of each parameter's block.
+
+    By differentiating twice (Pearlmutter, 1994): exact for all that PyTorch can differentiate twice.
+    """
+
+    savefield = "hmp"
+
+    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+        return curvature.hessian(parameter)
+
+
+class GGNMP(MatrixProduct):
+    """Products with the generalized Gauss-Newton matrix, as a function ``ggnmp`` of each parameter's block.
+
+    ``J^T H J v`` (Schraudolph, 2002, section 3), with the model's Jacobian and the Hessian of the loss.
+    """
+
+    savefield = "ggnmp"
+
+    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+        return curvature.ggn(parameter)
+
+
+class PCHMP(MatrixProduct):
+    """Products with the positive-curvature Hessian, as a function ``pchmp`` of each parameter's block.
+
+    The Hessian is the sum of the GGN and of ``J^T R J`` for each function of the graph, ``R`` its second derivatives
+    weighed by the gradient that arrives (for elementwise functions a diagonal matrix). Here negative eigenvalues of
+    ``R`` are set to zero (``modify="clip"``) or replaced by their absolute values (``"abs"``); all functions are taken
+    as functions of the data alone (Dangel, Harmeling & Hennig, 2020, section 3).
+
+    Raises:
+        ValueError: ``modify`` is something else, or the loss is not convex in its input.
+        RuntimeError: Too many entries interact in a function for ``R`` to be diagonalized.
+    """
+
+    savefield = "pchmp"
+    semidefinite = True
+
+    def __init__(self, savefield: str | None = None, modify: str = "clip", subsampling: Any = None) -> None:
+        super().__init__(savefield, subsampling)
+        if modify not in MODIFICATIONS:
+            raise ValueError(f"modify must be one of {' and '.join(map(repr, MODIFICATIONS))}, got {modify!r}.")
+        self.modify = modify
+
+    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+        return curvature.positive(parameter, MODIFICATIONS[self.modify])
+
+
+def _clip(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.clamp(min=0)
+
+
+MODIFICATIONS: dict[str, Product] = {"clip": _clip, "abs": torch.abs}

@@ -1,0 +1,204 @@
+"""Products with curvature matrices that can be used after the backward pass, each parameter's block for itself.
+
+They need a graph that outlives the backward pass: that of the forward pass where it is kept, else the model is run
+once more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from backpack.compat import graph_is_kept, shape_at
+from backpack.engine import HERE, muted
+from backpack.graph import Graph, is_fused
+from backpack.hessian import HessianPass
+from backpack.losses.functional import hessian_product
+from backpack.samples import Layout
+from backpack.seeds import PASSES, origins
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class ProductPass(HessianPass):
+    """Leaves functions on the parameters, for extensions that share a subset."""
+
+    extensions: list[Any]
+
+    def run(self) -> None:
+        """Store the functions; nothing is multiplied yet."""
+        self._refuse_rules()
+        loss, rows, counts = self.loss, None, None
+        given = self.extensions[0].subset.rows(self.layout.n, loss.input.device)
+        if given is not None:
+            rows, counts = given.unique(return_counts=True)
+        edge, selected = self._lasting(rows)
+        chosen = rows if selected else None
+        layout = self.layout if chosen is None else Layout(len(chosen), self.layout.axis)
+        axis = layout.axis
+        shape = list(loss.input.shape)
+        weight = loss.input.new_ones(())
+        if rows is not None and counts is not None:
+            weight = counts.to(loss.input.dtype)
+            if chosen is None:
+                weight = weight.new_zeros(layout.n).index_copy(0, rows, weight)
+            weight = weight[layout.owners(shape, weight.device)]
+        whole = hessian_product(loss.loss, loss.input, loss.args, loss.kwargs, self.outer)
+
+        def multiply(vector: Tensor) -> Tensor:
+            if chosen is None:
+                return whole(vector) * weight
+            embedded = vector.new_zeros(shape).index_copy(axis, chosen, vector)
+            return whole(embedded).index_select(axis, chosen) * weight
+
+        grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
+        targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
+        curvature = CurvatureBlocks(edge, layout, targets, grad, multiply)
+        for parameter in self._parameters():
+            for extension in self.extensions:
+                setattr(parameter, extension.savefield, extension.product(curvature, parameter))
+
+    def _parameters(self) -> list[Tensor]:
+        """Those that the loss's input may depend on."""
+        calls = [call for _, origin in self.found for found in origin.calls if (call := found()) is not None]
+        return list({id(p): p for call in calls for source in call.sources for p in source.parameters}.values())
+
+    def _lasting(self, rows: Tensor | None) -> tuple[GradientEdge, bool]:
+        """A graph that outlives the backward pass, and whether it is of these samples alone."""
+        lasts = graph_is_kept() and not is_fused(self.loss.edge)
+        if lasts and rows is None:
+            return self.loss.edge, False
+        expanded, HERE.expanded = HERE.expanded, True
+        try:
+            edge = self._rerun(rows)
+        finally:
+            HERE.expanded = expanded
+        if edge is not None:
+            self.found = list(origins(edge))
+            return edge, rows is not None
+        if lasts:
+            return self.loss.edge, False
+        raise RuntimeError(
+            f"{type(self.extensions[0]).__name__} needs a graph that outlives the backward pass, and running the model "
+            f"again does not give the input of the loss (as with dropout in training mode, or where the output is "
+            f"reshaped before the loss). Run the forward pass inside the backpack(...) block and call "
+            f"backward(retain_graph=True)."
+        )
+
+
+@dataclass(eq=False)
+class CurvatureBlocks:
+    """Multiplies with blocks of the Hessian, of the GGN, and of the GGN with a part of the residuals.
+
+    ``grad`` is the gradient of the loss at ``edge``, where ``of_loss`` multiplies with the Hessian of the loss.
+    """
+
+    edge: GradientEdge
+    layout: Layout
+    targets: list[GradientEdge]
+    grad: Tensor
+    of_loss: Product
+    modified: dict[Any, Any] = field(default_factory=dict)
+
+    def hessian(self, parameter: Tensor) -> Product:
+        """Of the loss (Pearlmutter, 1994)."""
+        pulled = self._pulled([self.edge], parameter)
+
+        def product(vector: Tensor) -> Tensor:
+            found, (cotangent,) = pulled()
+            residual, pushed = _grads(found, [parameter, cotangent], vector)
+            return residual + self._pull([self.edge], parameter, [self.of_loss(pushed)])
+
+        return _of_one_or_several(product, pulled, parameter)
+
+    def ggn(self, parameter: Tensor) -> Product:
+        """The generalized Gauss-Newton matrix (Schraudolph, 2002)."""
+        pulled = self._pulled([self.edge], parameter)
+
+        def product(vector: Tensor) -> Tensor:
+            found, cotangents = pulled()
+            (pushed,) = _grads(found, cotangents, vector)
+            return self._pull([self.edge], parameter, [self.of_loss(pushed)])
+
+        return _of_one_or_several(product, pulled, parameter)
+
+    def positive(self, parameter: Tensor, modify: Product) -> Product:
+        """The GGN and, for every node, its residual with modified eigenvalues."""
+        if modify not in self.modified:
+            graph = Graph(self.edge, self.targets, self.layout)
+            with muted():
+                found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(self.grad)]
+            self.modified[modify] = found
+        residuals = self.modified[modify]
+        edges = [self.edge, *(edge for own, _ in residuals for edge in own)]
+        pulled = self._pulled(edges, parameter)
+
+        def product(vector: Tensor) -> Tensor:
+            found, cotangents = pulled()
+            pushed = _grads(found, cotangents, vector)
+            seeds, rest = [self.of_loss(pushed[0])], pushed[1:]
+            for own, multiply in residuals:
+                seeds += multiply(rest[: len(own)])
+                rest = rest[len(own) :]
+            return self._pull(edges, parameter, seeds)
+
+        return _of_one_or_several(product, pulled, parameter)
+
+    def _pulled(self, edges: list[GradientEdge], parameter: Tensor) -> Callable[[], tuple[Tensor, list[Tensor]]]:
+        """The pull-back of cotangents at the edges, and these: the first one is the loss's gradient."""
+
+        def pull() -> tuple[Tensor, list[Tensor]]:
+            zeros = [self.grad.new_zeros(shape_at(edge)) for edge in edges[1:]]
+            with torch.enable_grad():
+                cotangents = [cotangent.detach().requires_grad_() for cotangent in (self.grad, *zeros)]
+                found = _grads_twice(edges, parameter, cotangents)
+            return found, cotangents
+
+        return cache(pull)
+
+    def _pull(self, edges: list[GradientEdge], parameter: Tensor, seeds: list[Tensor]) -> Tensor:
+        return torch.autograd.grad(edges, parameter, seeds, retain_graph=True)[0]
+
+
+def _grads_twice(edges: list[GradientEdge], parameter: Tensor, cotangents: list[Tensor]) -> Tensor:
+    return torch.autograd.grad(edges, parameter, cotangents, retain_graph=True, create_graph=True)[0]
+
+
+def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(value, inputs, vector, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(i) if f is None else f for i, f in zip(inputs, found, strict=True)]
+
+
+def _of_one_or_several(product: Product, prepare: Callable[[], Any], parameter: Tensor) -> Product:
+    """A function of ``[*p]`` or ``[V, *p]``; ``prepare`` does what must not happen inside of ``torch.vmap``."""
+
+    def multiply(vector: Tensor) -> Tensor:
+        shape = parameter.shape
+        if vector.shape != shape and vector.shape[1:] != shape:
+            raise ValueError(
+                f"The product takes a vector of the parameter's shape {list(shape)}, or several of them stacked, "
+                f"{['V', *shape]}; got {list(vector.shape)}."
+            )
+        with muted():
+            prepare()
+            if vector.shape == shape:
+                return product(vector)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    return torch.vmap(product)(vector)
+            except (RuntimeError, UserWarning):  # a derivative that cannot be batched
+                return torch.stack([product(one) for one in vector])
+
+    return multiply
+
+
+PASSES["products"] = ProductPass

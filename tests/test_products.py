@@ -1,0 +1,285 @@
+"""Products with curvature matrices against explicit ones, in float64."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hessians import blocks
+from test_hessian import NETWORKS, Concave, values
+from torch import nn
+from torch.nn.functional import cross_entropy
+from truth import close
+
+from backpack import backpack, extend, hessianfree
+from backpack.extensions import GGNMP, HMP, PCHMP
+
+
+def labels(n):
+    return torch.tensor([0, 2, 1, 1])[:n]
+
+
+def ggn_blocks(model, X, lossfunc, y):
+    parameters = list(model.parameters())
+    out = model(X)
+    size = out.numel()
+    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(size, size)
+    found = []
+    for p in parameters:
+        rows = [torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0] for entry in out.flatten()]
+        jacobian = torch.stack([torch.zeros_like(p).flatten() if r is None else r.flatten() for r in rows])
+        found.append(jacobian.T @ hessian @ jacobian)
+    return found
+
+
+def check(model, field, truth):
+    size = 1e-3 * max(t.abs().max() for t in truth)
+    for parameter, matrix in zip(model.parameters(), truth, strict=True):
+        multiply = getattr(parameter, field)
+        vectors = values(3, *parameter.shape)
+        expected = (vectors.flatten(1) @ matrix).reshape(vectors.shape)
+        assert close(multiply(vectors), expected, size, 1e-8)
+        assert close(multiply(vectors[0]), expected[0], size, 1e-8)
+        with pytest.raises(ValueError, match="shape"):
+            multiply(values(1, 1, 1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("name", ["residual", "norms", "attention", "lstm", "tied", "data_as_weights"])
+def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
+    build, shape = NETWORKS[name]
+    model, X, y, lossfunc = build().double(), values(*shape), labels(shape[0]), nn.CrossEntropyLoss()
+    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    extend(model), extend(lossfunc)
+    loss = lossfunc(model(X), y)
+    with backpack(HMP(), GGNMP()):
+        loss.backward(retain_graph=retain)
+    check(model, "hmp", hessian)
+    check(model, "ggnmp", ggn)
+
+
+def test_products_of_selected_samples_keep_the_normalization_of_the_batch():
+    chosen = [2, 0, 2]
+    model, X, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), values(4, 3), labels(4)
+
+    def loss():
+        return cross_entropy(model(X[chosen]), y[chosen], reduction="sum") / len(X)
+
+    truth = blocks(model, loss)
+    extend(model), (lossfunc := extend(nn.CrossEntropyLoss()))
+    for retain, shape in ((False, (4, 3)), (True, (3, 4))):
+        out = model(X)
+        out = out if shape == (4, 3) else out + 0  # then the graph of the selected samples is not that of the loss
+        with backpack(HMP(subsampling=chosen)):
+            lossfunc(out, y).backward(retain_graph=retain)
+        check(model, "hmp", truth)
+
+
+def test_the_hessian_of_an_indefinite_loss_has_products():
+    model, X, y, lossfunc = nn.Linear(3, 3).double(), values(3, 3), values(3, 3), extend(Concave())
+    truth = blocks(model, lambda: Concave()(model(X), y))
+    with backpack(HMP(), GGNMP()):
+        lossfunc(extend(model)(X), y).backward()
+    check(model, "hmp", truth)
+    check(model, "ggnmp", truth)
+    with pytest.raises(ValueError, match="not positive semidefinite"), backpack(PCHMP()):
+        lossfunc(model(X), y).backward()
+
+
+class Chain(nn.Module):
+    """Also returns the inputs of its nonlinear functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        first = self.a(x)
+        second = self.b(first.sigmoid())
+        third = self.c(second.softmax(1))
+        self.seen = [first, second, third]
+        return third.tanh()
+
+
+@pytest.mark.parametrize("modify", ["clip", "abs"])
+def test_the_positive_curvature_hessian_changes_the_eigenvalues_of_each_residual(modify):
+    functions = [torch.sigmoid, lambda h: h.softmax(1), torch.tanh]
+    model, X, y, lossfunc = Chain().double(), values(3, 3), values(3, 3), nn.MSELoss()
+    truth = ggn_blocks(model, X, lossfunc, y)
+    model(X)
+    inputs = model.seen
+    # The gradient that arrives behind each function, through the rest of the chain
+    tails = [lambda h: model.c(model.b(h).softmax(1)).tanh(), lambda h: model.c(h).tanh(), lambda h: h]
+    for function, tail, h in zip(functions, tails, inputs, strict=True):
+        after = function(h).detach().requires_grad_()
+        (arriving,) = torch.autograd.grad(lossfunc(tail(after), y), after)
+        residual = torch.autograd.functional.hessian(
+            lambda x, f=function, g=arriving: (f(x) * g).sum(), h.detach()
+        ).reshape(h.numel(), h.numel())
+        eigenvalues, vectors = torch.linalg.eigh(residual)
+        changed = eigenvalues.clamp(min=0) if modify == "clip" else eigenvalues.abs()
+        residual = vectors @ changed.diag() @ vectors.T
+        for k, p in enumerate(model.parameters()):
+            rows = [torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0] for entry in h.flatten()]
+            jacobian = torch.stack([torch.zeros(p.numel()).double() if r is None else r.flatten() for r in rows])
+            truth[k] = truth[k] + jacobian.T @ residual @ jacobian
+    extend(model), extend(lossfunc)
+    with backpack(PCHMP(modify=modify)):
+        lossfunc(model(X), y).backward()
+    check(model, "pchmp", truth)
+
+
+@pytest.mark.parametrize("name", ["attention", "squeeze_and_excite"])
+def test_the_positive_curvature_hessian_is_positive_for_any_graph(name):
+    build, shape = NETWORKS[name]
+    model, X, y, lossfunc = extend(build().double()), values(*shape), labels(shape[0]), extend(nn.CrossEntropyLoss())
+    with backpack(PCHMP(), PCHMP("absolute", "abs"), GGNMP()):
+        lossfunc(model(X), y).backward()
+    for parameter in model.parameters():
+        basis = torch.eye(parameter.numel(), dtype=torch.float64).reshape(-1, *parameter.shape)
+        clipped, absolute, ggn = (
+            getattr(parameter, field)(basis).flatten(1) for field in ("pchmp", "absolute", "ggnmp")
+        )
+        for difference in (clipped - ggn, absolute - clipped):
+            assert close(difference, difference.T, clipped.abs().max())
+            assert torch.linalg.eigvalsh(difference).min() > -1e-12
+
+
+def test_what_is_no_modification_is_refused():
+    with pytest.raises(ValueError, match="'clip' and 'abs'"):
+        PCHMP(modify="square")
+
+
+def test_a_graph_that_does_not_last_is_an_error_with_the_remedy():
+    model = extend(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double())
+    lossfunc, X, y = extend(nn.CrossEntropyLoss()), values(3, 3), labels(3)
+    with pytest.raises(RuntimeError, match="retain_graph=True"), backpack(HMP()):
+        lossfunc(model(X), y).backward()
+    loss = lossfunc(model(X), y)
+    grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    with backpack(HMP()):
+        loss.backward(retain_graph=True)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        vector = values(*p.shape)
+        expected = torch.autograd.grad(g, p, vector, retain_graph=True, allow_unused=True)[0]
+        assert close(p.hmp(vector), torch.zeros_like(p) if expected is None else expected, 1e-3, 1e-8)
+
+
+def test_parameters_that_were_changed_are_an_error():
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()), extend(nn.MSELoss())
+    with backpack(HMP()):
+        lossfunc(model(values(3, 3)), values(3, 3)).backward()
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        model[0].weight.hmp(values(3, 3))
+
+
+class Note(nn.Module):
+    alive = None
+
+    def forward(self, x):
+        if x.requires_grad:
+            hook = type("Hook", (), {"__call__": lambda self, grad: None})()
+            x.register_hook(hook)
+            Note.alive = weakref.ref(hook)
+        return x.sin()
+
+
+def test_the_graph_is_freed_with_the_functions():
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), Note(), nn.Linear(3, 3)).double()), extend(nn.MSELoss())
+    gc.collect()
+    gc.disable()
+    try:
+        with backpack(HMP(), PCHMP()):
+            lossfunc(model(values(3, 3)), values(3, 3)).backward()
+        model[0].weight.hmp(values(3, 3)), model[0].weight.pchmp(values(3, 3))
+        assert Note.alive() is not None
+        for p in model.parameters():
+            del p.hmp, p.pchmp
+        assert Note.alive() is None
+    finally:
+        gc.enable()
+
+
+# hessianfree
+
+
+def problem():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = values(4, 3), labels(4)
+    parameters = list(model.parameters())
+    out = model(X)
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in out.flatten()]
+    jacobian = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+    return model, parameters, out, y, jacobian
+
+
+def flat(tensors):
+    assert isinstance(tensors, tuple)
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def test_jacobian_products():
+    _, parameters, out, _, jacobian = problem()
+    v, w = [values(*p.shape) for p in parameters], values(*out.shape)
+    for product in (hessianfree.R_op, hessianfree.jacobian_vector_product):
+        assert close(flat(product(out, parameters, v)), jacobian @ flat(tuple(v)))
+    for product in (hessianfree.L_op, hessianfree.transposed_jacobian_vector_product):
+        assert close(flat(product([out], parameters, [w])), jacobian.T @ w.flatten())
+    assert hessianfree.L_op(out, parameters, w, detach=False)[0].requires_grad
+    with pytest.raises(ValueError, match="one tensor for each"):
+        hessianfree.R_op(out, parameters, v[1:])
+
+
+def test_hessian_and_ggn_products():
+    model, parameters, out, y, jacobian = problem()
+    v = [values(*p.shape) for p in parameters]
+    loss = cross_entropy(out, y)
+    grads = torch.autograd.grad(loss, parameters, create_graph=True)
+    hessian = torch.stack(
+        [flat(torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)) for g in flat(grads)]
+    )
+    inner = torch.autograd.functional.hessian(lambda o: cross_entropy(o, y), out.detach()).reshape(12, 12)
+    ggn = jacobian.T @ inner @ jacobian
+    assert close(flat(hessianfree.hessian_vector_product(loss, parameters, v)), hessian @ flat(tuple(v)))
+    assert close(flat(hessianfree.hessian_vector_product(loss, parameters, v, grads)), hessian @ flat(tuple(v)))
+    assert close(flat(hessianfree.ggn_vector_product(loss, out, model, v)), ggn @ flat(tuple(v)))
+    assert close(flat(hessianfree.ggn_vector_product_from_plist(loss, out, parameters, v)), ggn @ flat(tuple(v)))
+    exact = hessianfree.fisher_vector_product(nn.CrossEntropyLoss(), out, y, parameters, v)
+    assert close(flat(exact), ggn @ flat(tuple(v)))
+
+
+def test_fisher_products():
+    _, parameters, out, y, jacobian = problem()
+    v = [values(*p.shape) for p in parameters]
+    empirical = 0
+    for n in range(4):
+        (grad,) = torch.autograd.grad(cross_entropy(out[n : n + 1], y[n : n + 1]), out, retain_graph=True)
+        grad = jacobian.T @ grad.flatten()
+        empirical = empirical + grad * (grad @ flat(tuple(v))) / 4
+    args = (nn.CrossEntropyLoss(), out, y, parameters, v)
+    assert close(flat(hessianfree.fisher_vector_product(*args, kind="empirical")), empirical)
+    exact = flat(hessianfree.fisher_vector_product(*args))
+    draws = torch.stack([flat(hessianfree.fisher_vector_product(*args, kind="sampled")) for _ in range(600)])
+    assert bool(((draws.mean(0) - exact).abs() <= 5 * draws.std(0) / 600**0.5 + 1e-12).all())
+    with pytest.raises(ValueError, match="kind must be"):
+        hessianfree.fisher_vector_product(*args, kind="type-1")
+
+
+def test_products_through_fused_attention_say_how_and_then_work():
+    model, X = NETWORKS["attention"][0]().double(), values(2, 3, 4)
+    parameters = list(model.parameters())
+    v = [values(*p.shape) for p in parameters]
+    with pytest.raises(RuntimeError, match="TwiceDifferentiable"):
+        hessianfree.hessian_vector_product(model(X).square().sum(), parameters, v)
+    with hessianfree.TwiceDifferentiable():
+        found = hessianfree.hessian_vector_product(model(X).square().sum(), parameters, v)
+    for p, f, h, vector in zip(parameters, found, blocks(model, lambda: model(X).square().sum()), v, strict=True):
+        (own,) = hessianfree.hessian_vector_product(_math(model, X), p, vector)
+        assert f.shape == p.shape and close(own.flatten(), h @ vector.flatten(), 1e-3, 1e-8)
+
+
+def _math(model, X):
+    with hessianfree.TwiceDifferentiable():
+        return model(X).square().sum()
