@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from backpack.compat import shape_at
 from backpack.delivery import Contributions
 from backpack.engine import HERE
 from backpack.graph import Graph, is_fused
@@ -23,7 +24,8 @@ from backpack.looped import must_loop
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
 from backpack.seeds import BUDGET, PASSES, Curvature, SeedPass, origins
-from backpack.uses import Derived, Explicit, Individual, PullbackUse, Use, join
+from backpack.shortcuts import squares
+from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse
 
 
@@ -41,6 +43,7 @@ class HessianPass(SeedPass):
     """The Hessian's diagonal for extensions that share a subset."""
 
     parameters: dict[int, Tensor] = field(default_factory=dict)
+    totals: dict[int, tuple[Tensor, Dense, Tensor]] = field(default_factory=dict)
     gradients: dict[Call, dict[int, Tensor]] | None = None
     twice = True
     coupled: set[int] | None = None
@@ -62,14 +65,16 @@ class HessianPass(SeedPass):
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0]
         HERE.muted = True
         try:
-            for edges, columns, weights in self._columns(graph, grad, own, rows):
+            for edges, columns, weights, alone in self._columns(graph, grad, own, rows):
                 self.weights = weights
-                self.first = False
                 HERE.inner, HERE.muted = self, False
-                self._pull(edges, targets, columns)
+                self._pull(edges, edges if alone else targets, columns)
                 self._finish()
                 HERE.inner, HERE.muted = None, True
             self.weights = None
+            for parameter, dense, total in self.totals.values():
+                roots, signs = _roots(total)
+                self._add(parameter, replace(dense, grad=roots).weighted(signs), self.extensions)
             self._add_couplings(graph, targets, grad)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
@@ -78,6 +83,23 @@ class HessianPass(SeedPass):
             HERE.inner, HERE.muted = None, False
             self.delivery.clear()
             self.results.clear()
+            self.totals.clear()
+
+    def _compute(self, source: Source) -> None:
+        """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
+        parameter = source.tensor
+        grads = self.delivery.fetch(parameter).individual(self.subset)
+        if self.weights is not None:
+            rows = self.subset.rows(self.weights.shape[1], self.weights.device)
+            grads = grads.weighted(self.weights if rows is None else self.weights[:, rows])
+        if type(grads) is not Dense or grads.grad.shape[3] > 1 or self.uses[id(parameter)] > 1:
+            self._add(parameter, grads, self.extensions)
+            return
+        total = grads.grad.square()
+        total = total.sum(0) if grads.weights is None else torch.einsum("vngso,vn->ngso", total, grads.weights)
+        if id(parameter) in self.totals:
+            total += self.totals[id(parameter)][2]
+        self.totals[id(parameter)] = (parameter, grads, total)
 
     def _refuse_rules(self) -> None:
         for extension in self.extensions:
@@ -249,11 +271,13 @@ class HessianPass(SeedPass):
 
     def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
         """Add ``[n, *p]`` as a difference of squares."""
-        roots = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
-        signs = diagonal.new_tensor([[1.0], [-1.0]]).expand(2, len(diagonal))
+        roots, signs = _roots(diagonal)
         self._add(parameter, Explicit(roots).weighted(signs), self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
+        if id(parameter) not in self.parameters:
+            for extension in extensions:
+                vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
         self.parameters[id(parameter)] = parameter
         super()._add(parameter, grads, extensions)
 
@@ -290,20 +314,50 @@ class HessianPass(SeedPass):
 
     def _columns(
         self, graph: Graph, grad: Tensor, own: SecondOrderGraph, rows: Tensor | None
-    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None]]:
-        """Where to start, columns, and their weights: of the loss, then of each node."""
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None, bool]]:
+        """Where to start, columns, and their weights: of the loss, then of each node.
+
+        Last: whether they are for the calls there alone, and not to be pulled back further.
+        """
         start = 0
         for stop, seeds in self._chunks(graph.edge):
             signs = self.root.signs
             if signs is not None:
                 signs = signs[start:stop] if own.rows is None else signs[start:stop, own.rows]
-            yield [graph.edge], [self._place(seeds, rows, own.rows)], signs
+            yield [graph.edge], [self._place(seeds, rows, own.rows)], signs, False
             start = stop
         chunk = self._chunk(graph.edge)
         for residual in graph.residuals(grad):
+            known = squares(graph, residual)
+            if known is not None and all(self._suffices(edge) for edge, _ in known):
+                for edge, total in known:
+                    roots, signs = _roots(total)
+                    yield [edge], [roots], signs, True
+                continue
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
-                yield residual.edges, columns, weights.expand(-1, own.layout.n)
+                yield residual.edges, columns, weights.expand(-1, own.layout.n), False
+
+    def _suffices(self, edge: GradientEdge) -> bool:
+        """Whether all that parameters need of the columns at an edge ``[n, d]`` is the sum of their squares."""
+        self.gradients = {}
+        self._deliver_from([edge], [edge], [self.loss.input.new_zeros(1, *shape_at(edge))])
+        calls, self.gradients = self.gradients, None
+        return all(
+            call.outputs == 1
+            and call.layout == Layout(call.n)
+            and source.tensor.grad_fn is None
+            and self.uses[id(source.tensor)] == 1
+            and (isinstance(use, DenseUse) or (isinstance(use, ElementwiseUse) and use.padded == (1, call.shape[1])))
+            for call in calls
+            for source, use in call.uses
+        )
+
+
+def _roots(diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, ...]`` as a difference of two squares: ``[2, n, ...]``, and their weights ``[2, n]``."""
+    roots = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
+    return roots, diagonal.new_tensor([[1.0], [-1.0]]).expand(2, len(diagonal))
 
 
 def _depends(value: Tensor, parameter: Tensor) -> bool:
