@@ -42,8 +42,8 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
 
 def is_fully_sharded(module: Module) -> bool:
     """Whether ``torch.distributed.fsdp.fully_shard`` was applied to a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return sharded is not None and isinstance(module, sharded)
 
 
 def gathered_parameters(module: Module) -> Iterator[tuple[Tensor, Tensor]]:

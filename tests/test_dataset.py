@@ -239,6 +239,15 @@ def test_a_parameter_that_some_batches_do_not_use_has_zeros_for_their_samples():
         assert close(found["grad_batch"][name], g) and close(found["variance"][name], g.var(0, correction=0))
 
 
+def test_a_parameter_that_is_never_used_has_no_results(tmp_path):
+    model, lossfunc, X, y = problem()
+    model.register_parameter("unused", nn.Parameter(torch.zeros(2)))
+    for where in ({}, {"stream": tmp_path}):
+        found = accumulate(model, lossfunc, [(X, y)], BatchGrad(), Variance(), **where)
+        assert not {"unused"} & {*found.grad, *found["grad_batch"], *found["variance"]}
+        assert not hasattr(model.unused, "grad_batch")
+
+
 def test_gradients_that_are_there_stay():
     model, lossfunc, X, y = problem()
     for parameter in model.parameters():
@@ -255,6 +264,8 @@ def test_gradients_that_are_there_stay():
         ({"dataloader": [torch.zeros(2, 4)]}, TypeError, "pair .inputs, targets.*forward="),
         ({"dataloader": ["text"]}, TypeError, "no tensor"),
         ({"dataloader": []}, ValueError, "empty"),
+        ({"dataloader": iter([])}, ValueError, "empty"),
+        ({"dataloader": iter([]), "extension": BatchGrad([0])}, ValueError, "can be read once only"),
         ({"extension": BatchGrad}, ValueError, "instances"),
         ({"extension": EKFAC()}, ValueError, "no meaning for more than one batch"),
         ({"extension": BackpropExtension("own")}, ValueError, "no meaning for more than one batch"),

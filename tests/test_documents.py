@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -19,7 +20,7 @@ def run(*arguments, folder):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_readme_block_runs_from_any_directory(block, tmp_path):
+def test_block_of_a_page_runs_from_any_directory(block, tmp_path):
     done = run("-c", block, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("True")

@@ -225,6 +225,11 @@ class Run:
         chosen = any(extension.get_subsampling() is not None for extension in self.extensions)
         total = self.batches.samples()
         if fixed or (chosen and total is None):
+            if isinstance(self.batches.loader, Iterator):
+                raise ValueError(
+                    "The data can be read once only, but stream=, subsampling and ClippedGrad need to know their size "
+                    "beforehand: pass a DataLoader or a list instead of an iterator."
+                )
             divided, total, before = 0.0, 0, self.random.read()
             for batch in self.batches.read():
                 total += batch.samples

@@ -116,23 +116,28 @@ class Collection:
             gather: Bring results of single samples to all processes.
         """
         found: dict[str, dict[str, Any]] = {GRAD: {}, **{extension.savefield: {} for extension in self.extensions}}
-        for name, savefield in sorted(set().union(*processes.all_objects([*self.sums]))):
+        forms: dict[tuple[str, str], list[Any]] = {}
+        for own in processes.all_objects({key: sums.form() for key, sums in self.sums.items()}):
+            forms |= own
+        for (name, savefield), form in sorted(forms.items(), key=lambda entry: entry[0]):
             sums = self.sums.pop((name, savefield), None) or Sums(self.merging(savefield))
             if processes.count > 1:
-                sums.reduce(processes)
+                sums.reduce(form, processes)
             found[savefield][name] = sums.merging.finish(sums.state, factor, selected.get(savefield, 0))
         places: dict[str, Tensor] = {}
         for (_, savefield), store in self.rows.items():  # those of parameters that all batches use are complete
             if isinstance(store, Rows):
-                own = torch.cat(store.places)
-                if len(own) > len(places.get(savefield, ())):
-                    places[savefield] = own
+                known = torch.cat(store.places)
+                if len(known) > len(places.get(savefield, ())):
+                    places[savefield] = known
         whole = {e.savefield for e in self.extensions if type(e).of_whole is not BackpropExtension.of_whole}
         for name, savefield in sorted(set().union(*processes.all_objects([*self.rows]))):
             store = self.rows.pop((name, savefield), None) or Rows()
             if isinstance(store, FileRows):
                 store.flush()
                 processes.all_objects(None)  # the others have written theirs as well
+                if not store.path.exists():
+                    continue
                 rows = store.finish()
             elif processes.count == 1 or gather or savefield in whole:
                 if processes.count > 1:

@@ -28,10 +28,13 @@ class Sums:
         else:
             self.state = [part.to(device) for part in self.merging.state(result, factor, samples)]
 
-    def reduce(self, processes: Processes) -> None:
+    def form(self) -> list[Any]:
+        """What another process, which has no results of its own, needs to know to make a state of zeros."""
+        return [(part.shape, part.dtype, part.device.type) for part in self.state]
+
+    def reduce(self, form: list[Any], processes: Processes) -> None:
         """Merge with those of the other processes."""
-        known = next(s for s in processes.all_objects([(p.shape, p.dtype, p.device.type) for p in self.state]) if s)
-        own = self.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in known]
+        own = self.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
         self.state = self.merging.reduce(own, processes.all_sum)
 
 
