@@ -9,7 +9,7 @@ like those of the loss's Hessian (Dangel, Harmeling & Hennig, 2020, for elementw
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -183,10 +183,14 @@ class HessianPass(SeedPass):
         chunk = 1 if must_loop(edge) else max(1, min(self.extensions[0].chunk_size or size, BUDGET // wide))
         self.coupled = {id(p) for p in parameters}
         try:
-            for start in range(0, size, chunk):
-                number = torch.arange(start, min(start + chunk, size), device=data.device)
-                units = data.new_zeros(len(number), len(split), size)
-                units[torch.arange(len(number), device=data.device), :, number] = 1
+            count = self.extensions[0].mc_samples if self.sampled else size
+            for start in range(0, count, chunk):
+                number = torch.arange(start, min(start + chunk, count), device=data.device)
+                if self.sampled:
+                    units = signs_like(data, (len(number), len(split), size)) / count**0.5
+                else:
+                    units = data.new_zeros(len(number), len(split), size)
+                    units[torch.arange(len(number), device=data.device), :, number] = 1
                 units = units.reshape(len(number), *split.shape)
                 self._deliver_from([edge], targets, [layout.join(units, 1)])
                 earlier = {id(p): found for p in parameters if (found := self._total(p)) is not None}
@@ -321,12 +325,15 @@ class HessianPass(SeedPass):
         """
         start = 0
         for stop, seeds in self._chunks(graph.edge):
-            signs = self.root.signs
+            signs = self.root.signs if not self.sampled else None
             if signs is not None:
                 signs = signs[start:stop] if own.rows is None else signs[start:stop, own.rows]
             yield [graph.edge], [self._place(seeds, rows, own.rows)], signs, False
             start = stop
         chunk = self._chunk(graph.edge)
+        if self.sampled:
+            yield from self._drawn_columns(graph, grad, chunk)
+            return
         for residual in graph.residuals(grad):
             known = squares(graph, residual)
             if known is not None and all(self._suffices(edge) for edge, _ in known):
@@ -337,6 +344,37 @@ class HessianPass(SeedPass):
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
                 yield residual.edges, columns, weights.expand(-1, own.layout.n), False
+
+    @property
+    def sampled(self) -> bool:
+        """Whether columns are drawn."""
+        return self.extensions[0].seeds == "sampled"
+
+    def _drawn_columns(
+        self, graph: Graph, grad: Tensor, chunk: int
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor, bool]]:
+        """``r`` and ``R r`` for random signs ``r`` at all nodes at a time, as a sum and a difference.
+
+        The expectation of ``(J^T r) * (J^T R r)`` is the diagonal of ``J^T R J``, and signs of different nodes are
+        independent.
+        """
+        residuals = list(graph.residuals(grad))
+        edges = [edge for residual in residuals for edge in residual.edges]
+        count = self.extensions[0].mc_samples
+        for start in range(0, count if residuals else 0, chunk):
+            drawn = min(chunk, count - start)
+            parts: list[Tensor] = []
+            for residual in residuals:
+                signs = [signs_like(residual.like, (drawn, *shape)) for shape in residual.shapes]
+                products = residual.local.products(signs)
+                size = sum(product.square().sum() for product in products)
+                scale = (size / max(1, sum(product.numel() for product in products))) ** 0.25
+                scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # both factors are of the same size
+                for sign, product in zip(signs, products, strict=True):
+                    parts.append(torch.cat([sign * scale + product / scale, sign * scale - product / scale]))
+            weights = grad.new_ones(2 * drawn, graph.layout.n) / (4 * count)
+            weights[drawn:] *= -1
+            yield edges, parts, weights, False
 
     def _suffices(self, edge: GradientEdge) -> bool:
         """Whether all that parameters need of the columns at an edge ``[n, d]`` is the sum of their squares."""
@@ -352,6 +390,11 @@ class HessianPass(SeedPass):
             for call in calls
             for source, use in call.uses
         )
+
+
+def signs_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Random signs."""
+    return torch.randint(0, 2, shape, device=tensor.device).to(tensor.dtype) * 2 - 1
 
 
 def _roots(diagonal: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from truth import close
 
 from backpack import backpack, extend
-from backpack.extensions import BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian
+from backpack.extensions import BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, DiagHessianMC
 
 
 def values(*shape):
@@ -351,3 +351,22 @@ def test_dropout_before_a_recurrent_layer_asks_for_a_forward_pass_inside_the_blo
     with backpack(DiagHessian()):
         lossfunc(model(X), y).backward()
     assert all(p.diag_h.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["residual", "unrolled", "attention"])
+def test_the_estimate_averages_to_the_diagonal(name):
+    """Within five standard errors, estimated from means of independent draws."""
+    build, shape = NETWORKS[name]
+    model, X, y = build().double(), values(*shape), torch.tensor([0, 2, 1])[: shape[0]]
+    truth = sample_diagonals(model, X, nn.CrossEntropyLoss(), y)
+    extend(model), (lossfunc := extend(nn.CrossEntropyLoss()))
+    draws = {p: [] for p in model.parameters()}
+    for _ in range(20):
+        with backpack(DiagHessianMC(100)):
+            lossfunc(model(X), y).backward()
+        for p, found in draws.items():
+            found.append(p.diag_h_mc)
+    for found, expected in zip(draws.values(), truth, strict=True):
+        found = torch.stack(found)
+        error = found.std(0) / len(found) ** 0.5
+        assert bool(((found.mean(0) - expected.sum(0)).abs() <= 7 * error + 1e-10).all())

@@ -7,7 +7,7 @@ from backpack.extensions.batch_grad import BatchGrad
 from backpack.extensions.batch_l2_grad import BatchL2Grad
 from backpack.extensions.clipped_grad import ClippedGrad
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
-from backpack.extensions.diag_hessian import DiagHessian
+from backpack.extensions.diag_hessian import DiagHessian, DiagHessianMC
 from backpack.extensions.ekfac import EKFAC
 from backpack.extensions.ggn_gram import GGNGram
 from backpack.extensions.hbp import HBP
@@ -30,6 +30,7 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "DiagHessianMC",
     "GGNGram",
     "GGNMP",
     "EKFAC",

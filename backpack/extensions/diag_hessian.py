@@ -34,3 +34,23 @@ class DiagHessian(CurvatureExtension):
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.sum_squares()
+
+
+class DiagHessianMC(DiagHessian):
+    """Monte-Carlo estimate of the Hessian's diagonal, ``diag_h_mc`` of shape ``p``.
+
+    For the GGN as ``DiagGGNMC``; each residual ``R`` is replaced by the mean over ``mc_samples`` of ``r (R r)^T`` with
+    random signs ``r`` (Hutchinson, 1989), drawn at the inputs of all functions at a time. Costs three backward passes a
+    sample. What a parameter adds that enters not linearly is taken exactly.
+
+    Raises:
+        ValueError: The loss is not convex in its input.
+        RuntimeError: As for ``DiagHessian``.
+    """
+
+    savefield = "diag_h_mc"
+    seeds = "sampled"
+    semidefinite = True
+
+    def __init__(self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None) -> None:
+        CurvatureExtension.__init__(self, None, subsampling, chunk_size, mc_samples)

@@ -3,7 +3,7 @@
 from backpack.extensions.batch_diag_ggn import BatchDiagGGNExact, BatchDiagGGNMC
 from backpack.extensions.batch_diag_hessian import BatchDiagHessian
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
-from backpack.extensions.diag_hessian import DiagHessian
+from backpack.extensions.diag_hessian import DiagHessian, DiagHessianMC
 from backpack.extensions.hbp import HBP
 from backpack.extensions.kfac import KFAC
 from backpack.extensions.kflr import KFLR
@@ -18,6 +18,7 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "DiagHessianMC",
     "GGNMP",
     "HBP",
     "HMP",
