@@ -32,7 +32,7 @@ from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
 MARK = "backpack"
-BUDGET = 2**22
+BUDGET = 5 * 2**18
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
 
 

@@ -15,6 +15,9 @@ from backpack.uses.base import SCRATCH, Individual, Use, accumulate
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap, diagonal_blocks, second_moment
 
+SMALL = 2**22
+"""Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""
+
 
 @dataclass(eq=False)
 class Dense(LinearMap):
@@ -118,9 +121,9 @@ class Dense(LinearMap):
             yield self._part(start, min(start + step, n))
 
     def _seeds(self) -> Iterator[Dense]:
-        """Pieces of a few seeds each, whose matrices fit into the scratch."""
+        """Pieces of one seed each, or of a few where a product of theirs is too small to be worth a call."""
         v, n, g, s, o, i = self.sizes
-        step = max(1, SCRATCH // max(1, n * g * i * max(o, s)))
+        step = max(1, SMALL // max(1, n * g * s * o * i))
         for start in range(0, v, step):
             part = self._with(self.x, self.grad[start : start + step])
             if self.weights is not None:
