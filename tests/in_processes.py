@@ -101,7 +101,7 @@ class Failing(list):
 
 def resumed(folder):
     model, lossfunc, X, y = problem()
-    data = Failing(zip(X.split(2), y.split(2), strict=True))
+    data = Failing(zip(X.split(1), y.split(1), strict=True))
     extensions = [Variance(), DiagGGNMC(), BatchGrad()]
     where = {"checkpoint": Path(folder) / "checkpoint", "checkpoint_seconds": 0, "gather": True}
     torch.manual_seed(RANK)

@@ -24,8 +24,8 @@ def run(count, folder, *mode):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_compute_what_one_does(count, tmp_path):
-    for (out, error), code in run(count, tmp_path):
-        assert code == 0 and out == "done\n", error
+    done = run(count, tmp_path)
+    assert all(code == 0 and out == "done\n" for (out, _), code in done), [error for (_, error), _ in done]
 
 
 def test_when_a_process_dies_the_others_end_with_a_message(tmp_path):

@@ -40,7 +40,10 @@ class Merging(ABC):
 
     @abstractmethod
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Any:
-        """The result, with a last factor of the loss; ``samples`` counts those of parts without a result as well."""
+        """The result, in the memory of the state, with a last factor of the loss.
+
+        ``samples`` counts those of parts without a result as well.
+        """
 
     @abstractmethod
     def scale(self, result: Any, factor: float) -> Any:
@@ -67,7 +70,7 @@ class Summed(Merging):
         return [all_sum(state[0])]
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
-        return self.scale(state[0], factor)
+        return state[0] if factor == 1 else state[0].mul_(factor**self.degree)
 
     def scale(self, result: Tensor, factor: float) -> Tensor:
         return result if factor == 1 else result * factor**self.degree
@@ -83,7 +86,7 @@ class Averaged(Summed):
         return samples
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
-        return state[0] / samples
+        return state[0].div_(samples)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Moments(Merging):
         if n < samples:  # of the others, the gradient is zero
             zero = torch.zeros_like(state[1])
             self.add(state, (zero, zero), 1.0, int(samples - n))
-        return state[2] * (factor**2 / samples)
+        return state[2].mul_(factor**2 / samples)
 
     def scale(self, result: Tensor, factor: float) -> Tensor:
         return result if factor == 1 else result * factor**2
