@@ -2,7 +2,7 @@
 # check     what a machine can see: ruff, mypy
 # test      the quick tests; test-all: every test
 # bench     measurements, beside other packages; takes hours with all of them: `benchmarks/run.py --help`
-# docs      the API's pages, in docs/_build
+# docs      the pages, in docs/_build; runs all examples for their pictures
 # clean     removes what the above leave, except the environment and downloaded data
 #
 # Everything runs in .venv, made on first use and brought up to date when the files that describe it change; what `bench`
@@ -39,10 +39,10 @@ bench: $(VENV)/.develop $(PEERS)/.made
 	$(PYTHON) benchmarks/run.py $(BENCH)
 
 docs: $(VENV)/.docs
-	$(PYTHON) -m pdoc --docformat google --output-directory docs/_build backpack
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going docs docs/_build
 
 clean:
-	rm -rf build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/gallery docs/generated *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(PEERS)/*' -prune -exec rm -rf {} +
 
 $(PYTHON):

@@ -2,7 +2,7 @@
 All in one
 ==========
 
-Every extension in one script: pass what is wanted to ``backpack(...)``, run ``backward()``, and read the results from the
+Every extension in one script: pass what is wanted to ``backpack(...)``, run ``backward()``, and read results from the
 parameters.
 """
 
@@ -11,14 +11,21 @@ from torch.nn import CrossEntropyLoss, Flatten, Linear, Module, Sequential
 
 from backpack import backpack, extend
 from backpack.extensions import (
+    EKFAC,
+    HBP,
+    KFAC,
+    KFLR,
+    KFRA,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
+    BatchDiagHessian,
     BatchDotGrad,
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     GGNGram,
     SqrtGGNExact,
     SqrtGGNMC,
@@ -27,6 +34,7 @@ from backpack.extensions import (
 )
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.utils.examples import load_one_batch_mnist
+from backpack.utils.kroneckers import Eigen
 
 torch.manual_seed(0)
 X, y = load_one_batch_mnist(batch_size=32)
@@ -42,7 +50,8 @@ def show(*extensions: BackpropExtension) -> None:
     for extension in extensions:
         for name, p in model.named_parameters():
             value = getattr(p, extension.savefield)
-            what = [list(part.shape) for part in value] if isinstance(value, list) else list(value.shape)
+            parts = value.bases if isinstance(value, Eigen) else value
+            what = [list(part.shape) for part in parts] if isinstance(parts, list) else list(parts.shape)
             print(f"{type(extension).__name__:18} {name:9} .{extension.savefield:20} {what}")
 
 
@@ -64,6 +73,12 @@ show(BatchGrad(), BatchL2Grad(), BatchDotGrad(), SumGradSquared(), Variance(), C
 
 show(DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNGram())
 show(DiagGGNMC(mc_samples=2), BatchDiagGGNMC(mc_samples=2), SqrtGGNMC(mc_samples=2))
+
+# %%
+# The diagonal of the Hessian, which for this linear model is that of the GGN, and Kronecker factors.
+
+show(DiagHessian(), BatchDiagHessian())
+show(KFAC(mc_samples=2), KFLR(), KFRA(), HBP("ggn", "exact", "sqrt", "E[J^T E(H) J]"), EKFAC())
 
 # %%
 # Both at once, each on samples of its own

@@ -74,8 +74,8 @@ with backpack(by_rule):
 assert torch.allclose(model[0].log_width.grad_batch, built_in)
 
 # %%
-# Training it, with each step divided by the curvature. In the picture, colour is what the model predicts: the progression of
-# diabetes within a year.
+# Training it, with each step divided by the curvature. In the picture, colour is what the model predicts: the
+# progression of diabetes within a year.
 
 for _ in range(60):
     loss = lossfunc(model(X), y)

@@ -8,7 +8,7 @@ curvature comes from the same backward pass as the gradient.
 
 import matplotlib.pyplot as plt
 import torch
-from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, MaxPool2d, Sequential, Sigmoid
+from torch.nn import CrossEntropyLoss, Flatten, Linear, Sequential, Sigmoid
 from torch.optim import SGD, Optimizer
 
 from backpack import backpack, extend
@@ -35,7 +35,7 @@ class DiagGGNOptimizer(Optimizer):
 def losses(make_optimizer) -> list[float]:
     torch.manual_seed(0)
     X, y = load_one_batch_mnist(batch_size=512)
-    layers = [Conv2d(1, 8, 5, 2), Sigmoid(), MaxPool2d(2), Flatten(), Linear(288, 32), Sigmoid(), Linear(32, 10)]
+    layers = [Flatten(), Linear(784, 64), Sigmoid(), Linear(64, 32), Sigmoid(), Linear(32, 10)]
     model, lossfunc = extend(Sequential(*layers)), extend(CrossEntropyLoss())
     optimizer, history = make_optimizer(model.parameters()), []
     for _ in range(15):
@@ -50,17 +50,15 @@ def losses(make_optimizer) -> list[float]:
 
 
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+makers = {f"SGD, rate {rate}": lambda parameters, rate=rate: SGD(parameters, rate) for rate in (1, 2, 4)}
+makers["diagonal GGN, rate 0.1"] = lambda parameters: DiagGGNOptimizer(parameters, 0.1, 0.03)
 final = {}
-for name, make_optimizer in {
-    "SGD, rate 0.1": lambda parameters: SGD(parameters, 0.1),
-    "SGD, rate 1": lambda parameters: SGD(parameters, 1.0),
-    "diagonal GGN, rate 0.05": lambda parameters: DiagGGNOptimizer(parameters, 0.05, 0.01),
-}.items():
+for name, make_optimizer in makers.items():
     history = losses(make_optimizer)
     final[name] = sum(history[-8:]) / 8
     axis.plot(history, label=name)
     print(f"{name:24} mean loss in the last epoch {final[name]:.3f}")
-axis.set(xlabel="step", ylabel="loss of the batch", ylim=(0, None))
+axis.set(xlabel="step", ylabel="loss of the batch", ylim=(0, 3))
 axis.legend()
 plt.show()
-assert final["diagonal GGN, rate 0.05"] < final["SGD, rate 0.1"]
+assert final["diagonal GGN, rate 0.1"] == min(final.values())

@@ -31,10 +31,9 @@ medians, most, stored = {}, 0, 0
 
 def summarize(module: Module) -> None:
     global most, stored
-    own = [p for p in module.parameters(recurse=False)]
     stored = sum(p.grad_batch.nbytes for p in model.parameters() if hasattr(p, "grad_batch"))
     most = max(most, stored)
-    for p in own:
+    for p in module.parameters(recurse=False):
         medians[p] = len(X) * p.grad_batch.median(0).values
         del p.grad_batch
 

@@ -2,9 +2,10 @@
 Gradient noise scale while training
 ===================================
 
-How large should a batch be? About as large as the gradient noise scale: the variance of the individual gradients over the
-squared norm of their mean (`McCandlish et al., 2018 <https://arxiv.org/abs/1812.06162>`_). It grows while training, for
-samples that are understood agree less and less. Here it is estimated from the batches as they come, at almost no cost.
+How large should a batch be? About as large as the gradient noise scale: the variance of the individual gradients over
+the squared norm of their mean (`McCandlish et al., 2018 <https://arxiv.org/abs/1812.06162>`_). It grows while training,
+for samples that are understood agree less and less. Here it is estimated from the batches as they come,
+at almost no cost.
 """
 
 import matplotlib.pyplot as plt

@@ -31,7 +31,9 @@ with backpack(BatchGrad(), BatchL2Grad(), BatchDotGrad()):
     loss.backward()
 
 for name, p in model.named_parameters():
-    print(f"{name:9} {list(p.shape)!s:10} grad_batch {list(p.grad_batch.shape)!s:15} batch_dot {list(p.batch_dot.shape)}")
+    print(
+        f"{name:9} {list(p.shape)!s:10} grad_batch {list(p.grad_batch.shape)!s:15} batch_dot {list(p.batch_dot.shape)}"
+    )
     assert torch.allclose(p.grad_batch.sum(0), p.grad, atol=1e-6)
     assert torch.allclose(p.batch_dot.diagonal(), p.batch_l2, rtol=1e-4)
 

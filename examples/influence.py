@@ -27,7 +27,9 @@ def train(X: Tensor, y: Tensor, decay: float = DECAY) -> Sequential:
     """The minimum of the mean loss with weight decay, of 500 samples or those that are left of them."""
     torch.manual_seed(0)
     model = extend(Sequential(AvgPool2d(3, ceil_mode=True), Flatten(), Linear(100, 10)).double())
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10
+    )
 
     def objective() -> Tensor:
         optimizer.zero_grad()

@@ -1,11 +1,15 @@
-"""An autoencoder of real digits, trained with steps that Kronecker factors precondition, and with plain ones.
+"""
+Training with Kronecker factors
+===============================
 
-Both take momentum steps on the same batches, with the best of a few learning rates. Compared are the steps, and the
-seconds, until the mean squared error of all digits is below a target.
+An autoencoder of real digits, trained with steps that Kronecker factors precondition, and with plain ones. Both take
+momentum steps on the same batches, with the best learning rate of a few. Compared are the steps, and the seconds, until
+the mean squared error of all digits is below a target.
 """
 
 from time import perf_counter
 
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
@@ -39,14 +43,14 @@ class Kronecker:
 
 
 def train(rate, kronecker):
-    """Steps and seconds until the target is reached; infinitely many where it is not."""
+    """Steps and seconds until the target is reached, infinitely many where it is not; the errors on the way."""
     torch.manual_seed(0)
     layers = [layer for a, b in zip(SIZES, SIZES[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
     model, lossfunc = extend(nn.Sequential(*layers[:-1])), extend(nn.MSELoss())
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=MOMENTUM)
     precondition = Kronecker()
-    seconds = 0.0
+    seconds, errors = 0.0, []
     for number in range(STEPS):
         start = perf_counter()
         X = pixels[torch.randperm(len(pixels))[:BATCH]]
@@ -70,19 +74,27 @@ def train(rate, kronecker):
         if number % 5 == 4:
             with torch.no_grad():
                 error = lossfunc(model(pixels), pixels).item()
+            errors.append(error)
             if error < TARGET:
-                return number + 1, seconds
+                return number + 1, seconds, errors
             if not error < 1:
                 break
-    return float("inf"), float("inf")
+    return float("inf"), float("inf"), errors
 
 
-def best(rates, kronecker):
-    return min((*train(rate, kronecker), rate) for rate in rates)
+# %%
+# Of the learning rates 3, 6 and 8, and of 0.05, 0.1 and 0.2, these need the fewest steps.
 
+steps, seconds, plain = train(6.0, kronecker=False)
+fewer, less, preconditioned = train(0.05, kronecker=True)
+print(f"plain:          {steps:4} steps, {seconds:5.2f} s (inf: not within {STEPS} steps)")
+print(f"preconditioned: {fewer:4} steps, {less:5.2f} s")
+print(f"Fewer steps with Kronecker factors? {fewer < steps}")
 
-steps, seconds, rate = best((3.0, 6.0, 8.0), kronecker=False)
-print(f"plain:          {steps:4} steps, {seconds:5.2f} s (learning rate {rate}; inf: not within {STEPS} steps)")
-fewer, less, rate = best((0.05, 0.1, 0.2), kronecker=True)
-print(f"preconditioned: {fewer:4} steps, {less:5.2f} s (learning rate {rate})")
-print(f"Fewer steps and less time with Kronecker factors? {fewer < steps and less < seconds}")
+figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+for label, errors in (("plain", plain), ("preconditioned", preconditioned)):
+    axis.plot(range(5, 5 * len(errors) + 5, 5), errors, label=label)
+axis.axhline(TARGET, color="black", linestyle="--", linewidth=0.8, label="target")
+axis.set(xlabel="step", ylabel="mean squared error of all digits", yscale="log")
+axis.legend()
+plt.show()

@@ -42,8 +42,8 @@ optimizer.step(objective)
 print(f"accuracy {(model(X).argmax(1) == y).double().mean():.3f}")
 
 # %%
-# The precision of the posterior is the GGN of the summed loss plus that of the prior. The GGN is ``V V^T`` with the root
-# that ``SqrtGGNExact`` gives: one column for each class and sample.
+# The precision of the posterior is the GGN of the summed loss plus that of the prior. The GGN is ``V V^T`` with the
+# root that ``SqrtGGNExact`` gives: one column for each class and sample.
 
 with backpack(SqrtGGNExact()):
     lossfunc(model(X), y).backward()

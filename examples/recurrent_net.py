@@ -2,8 +2,8 @@
 Recurrent nets: which digits are hard?
 ======================================
 
-An LSTM reads handwritten digits row by row. Samples whose gradients are long after training are those that the model has
-not understood; ``BatchL2Grad`` gives all norms without storing a gradient.
+An LSTM reads handwritten digits row by row. Samples whose gradients are long after training are those that the model
+has not understood; ``BatchL2Grad`` gives all norms without storing a gradient.
 """
 
 import matplotlib.pyplot as plt

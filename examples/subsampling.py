@@ -1,4 +1,9 @@
-"""Individual gradients of a few samples of a batch of real digits, and what it saves to ask for no more."""
+"""
+Mini-batch sub-sampling
+=======================
+
+Individual gradients of a few samples of a batch of real digits, and what it saves to ask for no more.
+"""
 
 from time import perf_counter
 
@@ -21,6 +26,7 @@ lossfunc = extend(lossfunc)
 
 subsampling = [0, 1, 13, 42]
 
+# %%
 # All individual gradients, then those of a few samples.
 loss = lossfunc(model(X), y)
 with backpack(BatchGrad()):
@@ -28,6 +34,7 @@ with backpack(BatchGrad()):
 naive = [p.grad_batch[subsampling] for p in model.parameters()]
 stored = sum(p.grad_batch.nbytes for p in model.parameters())
 
+# %%
 # Only those of the few samples.
 loss = lossfunc(model(X), y)
 with backpack(BatchGrad(subsampling=subsampling)):
@@ -38,6 +45,10 @@ match = all(allclose(g_naive, g_efficient) for g_naive, g_efficient in zip(naive
 print(f"Naive and efficient sub-sampled individual gradients match? {match}")
 if not match:
     raise AssertionError("Individual gradients with and without sub-sampling differ.")
+
+
+# %%
+# What that takes.
 
 
 def milliseconds(*extensions: BatchGrad, repetitions: int = 30) -> float:

@@ -2,8 +2,8 @@
 A transformer of ``transformers``
 =================================
 
-GPT-2 as it comes from the package ``transformers``, with dropout, tied embeddings and fused attention, learns the letters
-of scikit-learn's descriptions of its data sets. No part of the model is changed or replaced.
+GPT-2 as it comes from the package ``transformers``, with dropout, tied embeddings and fused attention, learns the
+letters of scikit-learn's descriptions of its data sets. No part of the model is changed or replaced.
 """
 
 import matplotlib.pyplot as plt

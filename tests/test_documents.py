@@ -1,5 +1,6 @@
 """What the documents show runs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,30 +9,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+BLOCKS = {name: re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL) for name, path in PAGES.items()}
+BLOCKS = {name: blocks for name, blocks in BLOCKS.items() if blocks}
 
 
 def run(*arguments, folder):
-    return subprocess.run(
-        [sys.executable, "-W", "error", *arguments], capture_output=True, text=True, cwd=folder, check=False
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    quiet = ["-W", "error", "-W", "ignore:FigureCanvasAgg is non-interactive"]
+    done = subprocess.run(
+        [sys.executable, *quiet, *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"\? False$", done.stdout, re.MULTILINE), done.stdout
+    return done.stdout
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block_of_a_page_runs_from_any_directory(block, tmp_path):
-    done = run("-c", block, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("True")
+@pytest.mark.parametrize("page", BLOCKS)
+def test_the_blocks_of_a_page_run_one_after_another_from_any_directory(page, tmp_path):
+    printed = run("-c", "\n".join(BLOCKS[page]), folder=tmp_path)
+    assert page != "README" or "match? True" in printed
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example, tmp_path):
-    done = run(str(example), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\? True$", done.stdout, re.MULTILINE), done.stdout
+    run(str(example), folder=tmp_path)
 
 
 def test_there_is_something_to_run():
-    assert BLOCKS and EXAMPLES
+    assert BLOCKS["README"] and EXAMPLES

@@ -1,0 +1,80 @@
+"""The parts of the pages that are read off the registries: they can't fall behind the code."""
+
+import inspect
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from backpack import extensions
+from backpack.losses import ROOTS
+from backpack.operations import EXPANDED, RULES
+
+HERE = Path(__file__).parent
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
+
+
+def summary(thing: object) -> str:
+    """The first sentence of a docstring, with its code marked as Markdown does."""
+    first = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+    return first.replace("``", "`").replace("|", "\\|")
+
+
+def operations() -> str:
+    """The functions that have a rule, by family."""
+    by_rule = itertools.groupby(RULES.items(), lambda item: (item[1].__module__, item[1].__name__))
+    rows = []
+    for (module, _), items in by_rule:
+        names = [torch.overrides.resolve_name(function) for function, _ in items]
+        rows.append([module.rpartition(".")[2], ", ".join(f"`{name}`" for name in names)])
+    expanded = ", ".join(f"`{torch.overrides.resolve_name(function)}`" for function in EXPANDED)
+    return table(["family", "functions"], rows) + f"\nLooked into, for the functions that they call: {expanded}.\n"
+
+
+def losses() -> str:
+    """The losses that have a rule."""
+    by_rule = itertools.groupby(ROOTS.items(), lambda item: item[1])
+    rows = [
+        [", ".join(f"`{cls.__name__}`" for cls, _ in items), summary(inspect.getmodule(rule))]
+        for rule, items in by_rule
+    ]
+    return table(["loss", "its Hessian"], rows)
+
+
+def quantities() -> str:
+    """All extensions."""
+    rows = []
+    for name in extensions.__all__:
+        extension = getattr(extensions, name)
+        arguments = ", ".join(
+            parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
+            for parameter in inspect.signature(extension).parameters.values()
+        )
+        rows.append([f"[`{name}`](#backpack.extensions.{name})", f"`{arguments}`", summary(extension)])
+    return table(["extension", "arguments", "what it computes"], sorted(rows))
+
+
+def reference() -> str:
+    """One entry an extension, in reStructuredText as the docstrings are."""
+    entries = "\n".join(f".. autoclass:: backpack.extensions.{name}\n" for name in sorted(extensions.__all__))
+    return f"```{{eval-rst}}\n{entries}\n```\n"
+
+
+def results() -> str:
+    """What `make bench` wrote, below the page's own heading."""
+    found = HERE.parent / "benchmarks" / "results.md"
+    if not found.exists():
+        return "It has not been run for this version. What was measured while it was made:\n"
+    lines = found.read_text().splitlines()
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines) + "\n"
+
+
+def write(folder: Path) -> None:
+    """All parts, for the pages that include them."""
+    folder.mkdir(exist_ok=True)
+    for part in (operations, losses, quantities, reference, results):
+        (folder / f"{part.__name__}.md").write_text(part())
