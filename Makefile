@@ -1,6 +1,7 @@
 # demo      runs an example; installs nothing but what it needs
 # check     what a machine can see: ruff, mypy
 # test      the quick tests; test-all: every test
+# fuzz      random models, losses, extensions and subsets against plain autograd, for 20 minutes at most
 # bench     measurements, beside other packages; takes hours with all of them: `benchmarks/run.py --help`
 # docs      the pages, in docs/_build; runs all examples for their pictures
 # clean     removes what the above leave, except the environment and downloaded data
@@ -18,7 +19,7 @@ WORKERS ?= 2
 # One thread for each worker: with PyTorch's default of one for each core, the workers get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS)
 
-.PHONY: all demo check test test-all bench docs clean
+.PHONY: all demo check test test-all fuzz bench docs clean
 all: check test
 
 demo: $(VENV)/.demo
@@ -34,6 +35,9 @@ test: $(VENV)/.develop
 
 test-all: $(VENV)/.develop
 	$(PYTEST)
+
+fuzz: $(VENV)/.develop
+	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.develop $(PEERS)/.made
 	$(PYTHON) benchmarks/run.py $(BENCH)

@@ -5,6 +5,7 @@
 
 - ``context``: what users call.
 - ``dataset``: the quantities of a whole data set.
+- ``verification``, ``summaries``: before a long run.
 - ``extensions``: the quantities, one a file.
 - ``engine``: the backward pass; ``recorder``: the forward pass.
 - ``operations``: how PyTorch's functions use their parameters, one family a file.
@@ -18,6 +19,8 @@
 from backpack import extensions
 from backpack.context import backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
 from backpack.dataset import accumulate, across_processes
+from backpack.summaries import summary
+from backpack.verification import verify
 
 __all__ = [
     "accumulate",
@@ -28,5 +31,7 @@ __all__ = [
     "extend",
     "extensions",
     "memory_cleanup",
+    "summary",
     "unextend",
+    "verify",
 ]

@@ -1,0 +1,73 @@
+"""What users can check before a long run: ``verify`` and ``summary``."""
+
+import pytest
+import torch
+from torch import nn
+
+from backpack import extensions, summary, verify
+from backpack.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNMC
+from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+
+QUANTITIES = [
+    *("BatchGrad", "BatchL2Grad", "BatchDotGrad", "SumGradSquared", "Variance"),
+    *("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "DiagHessian", "BatchDiagHessian"),
+]
+
+
+def problem(training=False):
+    norm = nn.BatchNorm2d(3).train(training)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.Sigmoid(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(12, 3))
+    return model, nn.CrossEntropyLoss(), torch.rand(4, 2, 4, 4), torch.tensor([0, 2, 1, 2])
+
+
+@pytest.mark.parametrize("subsampling", [None, [3, 0]])
+def test_every_quantity_is_verified_and_the_model_left_as_it_is(subsampling, capsys):
+    model, *rest = problem()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    outcome = verify(model, *rest, *[getattr(extensions, name)(subsampling=subsampling) for name in QUANTITIES])
+    assert outcome.passed and {row.verdict for row in outcome.rows} == {"right"}
+    assert len(outcome.rows) == 6 * len(QUANTITIES) and str(outcome) in capsys.readouterr().out
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
+class Broken(FirstOrderModuleExtension):
+    def __init__(self):
+        super().__init__(["weight"])
+
+    def weight(self, ext, module, g_inp, g_out, bpQuantities):
+        return 1.001 * torch.einsum("no,ni->noi", g_out[0], module.input0)
+
+
+def test_a_broken_rule_is_caught():
+    extension = BatchGrad()
+    extension.set_module_extension(nn.Linear, Broken())
+    outcome = verify(*problem(), extension)
+    assert not outcome.passed
+    assert [row.parameter for row in outcome.rows if row.verdict == "wrong"] == ["5.weight"]
+
+
+def test_what_is_refused_or_not_compared_is_said():
+    outcome = verify(*problem(training=True), BatchGrad(), DiagGGNMC(), KFLR())
+    assert not outcome.passed and "refused: batch_norm" in str(outcome)
+    outcome = verify(*problem(), DiagGGNMC())
+    assert outcome.passed and {row.verdict for row in outcome.rows} == {"not compared: it is sampled"}
+    with pytest.raises(ValueError, match="needs the extensions"):
+        verify(*problem())
+
+
+def test_a_summary_tells_uses_ways_and_refusals(capsys):
+    model, _, X, _ = problem()
+    lines = {line.parameter: line for line in summary(model, X, BatchGrad(), BatchL2Grad(subsampling=[0])).lines}
+    assert list(lines) == [name for name, _ in model.named_parameters()]
+    assert lines["0.weight"].kind == "linear map" and lines["0.weight"].positions > 1
+    assert lines["1.weight"].kind == "scale" and lines["0.bias"].kind == "shift"
+    assert lines["5.weight"].how["BatchGrad"].startswith("stored")
+    assert lines["5.weight"].how["BatchL2Grad"].startswith("closed form")
+    model, _, X, _ = problem(training=True)
+    model[0].weight.requires_grad_(False)
+    model.append(nn.Linear(3, 3))
+    found = str(summary(model, X, BatchGrad()))
+    assert "Will be refused: batch_norm of parameter 1.weight and 1.bias normalizes with statistics" in found
+    assert "frozen" in found and found in capsys.readouterr().out
+    assert not any(m._forward_hooks for m in model.modules())
