@@ -8,7 +8,6 @@ rounds' ratios, and behind it how far the quantity raises the process's memory a
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from datetime import date
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from subjects import NETWORKS, QUANTITIES, SUBSAMPLED
+from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, TOO_LARGE
 
 HERE = Path(__file__).parent
 PEERS = str(HERE / ".venv-peers" / "bin" / "python")
@@ -54,68 +53,107 @@ class Process:
         return json.loads(answer) if answer else {"error": "the process ended"}
 
 
-def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int, seconds: float) -> dict[str, str]:
-    """One row: what each implementation takes, as text."""
-    row, running, peaks = {}, {}, {}
+Cell = tuple[float, float] | str
+"""Multiple of the plain gradient and MiB; or why there is none."""
+
+
+def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int, seconds: float) -> dict[str, Cell]:
+    """One row: what each implementation takes."""
+    row: dict[str, Cell] = {}
+    peaks: dict[str, float] = {}
     for name, process in processes.items():
         answer = process.ask(do="build", net=net, quantity=quantity)
         answer = answer or process.ask(do="peak")
         if "peak" in answer:
-            running[name], peaks[name] = process, answer["peak"] / 2**20
-        else:
-            row[name] = "" if "missing" in answer else f"fails ({answer['error'][:40]})"
-    ratios: dict[str, list[float]] = {name: [] for name in running}
+            peaks[name] = answer["peak"] / 2**20
+        elif "missing" not in answer:
+            row[name] = f"fails ({answer['error'][:40]})"
+    ratios: dict[str, list[float]] = {name: [] for name in peaks}
     for _ in range(rounds):
-        for name, process in running.items():
-            answer = process.ask(do="measure", seconds=seconds)
+        for name in peaks:
+            answer = processes[name].ask(do="measure", seconds=seconds)
             if "plain" in answer:
                 ratios[name].append(answer["quantity"] / answer["plain"])
-    for name in running:
-        row[name] = f"{median(ratios[name]):.2f} ({peaks[name]:.0f})" if ratios[name] else "fails"
+    for name, peak in peaks.items():
+        row[name] = (median(ratios[name]), peak) if ratios[name] else "fails"
     return row
 
 
-def table(rows: dict[str, dict[str, str]], names: list[str]) -> list[str]:
-    lines = ["| quantity | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [
-        "| " + " | ".join([quantity, *(row.get(name, "") for name in names)]) + " |" for quantity, row in rows.items()
-    ]
+def table(rows: dict[str, dict[str, Cell]], names: list[str], first: str) -> list[str]:
+    def text(cell: Cell) -> str:
+        return cell if isinstance(cell, str) else f"{cell[0]:.2f} ({cell[1]:.0f})"
+
+    lines = [f"| {first} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += ["| " + " | ".join([label, *(text(row.get(n, "")) for n in names)]) + " |" for label, row in rows.items()]
     return lines
+
+
+def draw(title: str, rows: dict[tuple[str, int], dict[str, Cell]], file: Path) -> None:
+    """A line for each quantity (colour) and implementation (dashes)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    quantities = list(dict.fromkeys(quantity for quantity, _ in rows))
+    for place, name in enumerate(IMPLEMENTATIONS):
+        for colour, quantity in enumerate(quantities):
+            points = [(x, row[name][0]) for (q, x), row in rows.items() if q == quantity and name in row and row[name]]
+            points = [(x, y) for x, y in points if isinstance(y, float)]
+            if points:
+                style = {"color": f"C{colour}", "linestyle": ["-", "--", ":", "-.", (0, (1, 4))][place]}
+                axes.plot(*zip(*points, strict=True), marker="o", label=f"{quantity}, {name}", **style)
+    axes.set(xscale="log", yscale="log", xlabel=title, ylabel="multiple of the plain gradient")
+    axes.set_xticks(ticks := sorted({x for _, x in rows}), [str(x) for x in ticks], minor=False)
+    axes.minorticks_off()
+    axes.legend(fontsize="x-small")
+    figure.savefig(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", default=[*NETWORKS], choices=[*NETWORKS])
+    parser.add_argument("--nets", nargs="+", default=MAIN, choices=[*NETWORKS])
     parser.add_argument("--quantities", nargs="+", default=[*QUANTITIES], choices=[*QUANTITIES])
     parser.add_argument("--implementations", nargs="+", default=[*IMPLEMENTATIONS], choices=[*IMPLEMENTATIONS])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--quick", action="store_true", help="two networks, three quantities, one short round")
-    parser.add_argument("--output", type=Path, default=HERE / "results.md")
+    parser.add_argument("--series", nargs="*", default=[*SERIES], choices=[*SERIES], help="what else to vary")
+    parser.add_argument("--quick", action="store_true", help="one network, three quantities, one series, one round")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for the tables and plots")
     options = parser.parse_args()
     if options.quick:
-        options.nets, options.rounds, options.seconds = ["MLP", SUBSAMPLED], 1, 0.2
-        options.quantities = ["nothing", "BatchGrad", "DiagGGNMC"]
+        options.nets, options.rounds, options.seconds = ["MLP"], 1, 0.2
+        options.quantities, options.series = ["nothing", "BatchGrad", "DiagGGNMC"], ["selected of 128 samples"]
     chosen = {
         name: IMPLEMENTATIONS[name] for name in options.implementations if Path(IMPLEMENTATIONS[name][0]).exists()
     }
     processes = {name: Process(*how, options.threads) for name, how in chosen.items()}
-    versions = processes["this package"].ask(do="versions")
+    versions = next(iter(processes.values())).ask(do="versions")
     lines = [
-        "# Results",
-        "",
         str(__doc__),
-        f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads, "
-        f"PyTorch {versions['torch']}, {options.rounds} rounds of {options.seconds} s.",
+        f"{date.today()}, {versions['device']}, {options.threads} threads, PyTorch {versions['torch']}, "
+        f"{options.rounds} rounds of {options.seconds} s.",
     ]
+    options.output.mkdir(exist_ok=True)
+
+    def report(more: list[str]) -> None:
+        print("\n".join(more), flush=True)
+        lines.extend(more)
+        (options.output / "results.md").write_text("\n".join(lines) + "\n")
+
+    def measure(net: str, quantity: str) -> dict[str, Cell]:
+        return compare(processes, net, quantity, options.rounds, options.seconds)
+
     for net in options.nets:
-        wanted = ["plain", "nothing", "BatchGrad", "BatchGrad@4"] if net == SUBSAMPLED else options.quantities
-        rows = {quantity: compare(processes, net, quantity, options.rounds, options.seconds) for quantity in wanted}
-        rows = {quantity: row for quantity, row in rows.items() if any(row.values())}
-        lines += ["", f"## {net}", "", *table(rows, [*processes])]
-        print("\n".join(lines[-len(rows) - 4 :]), flush=True)
-    options.output.write_text("\n".join(lines) + "\n")
+        rows = {q: measure(net, q) for q in options.quantities if (net, q) not in TOO_LARGE}
+        report(["", f"## {net}", "", *table({q: row for q, row in rows.items() if row}, [*processes], "quantity")])
+    for title in options.series:
+        quantities, places = SERIES[title]
+        points = {(q, x): measure(net, q + more) for q in quantities for x, (net, more) in places.items()}
+        shown = {f"{q}, {x}": row for (q, x), row in points.items() if row}
+        plot = title.replace(" ", "_") + ".svg"
+        draw(title, points, options.output / plot)
+        report(["", f"## By {title}", "", f"![{title}]({plot})", "", *table(shown, [*processes], f"quantity, {title}")])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is measured: networks and quantities. Nothing here but PyTorch: every environment imports this file."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class Block(nn.Module):
         return x + self.narrow(self.activation(self.wide(self.norm2(x))))
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+def mlp(classes: int = 10, last: type[nn.Module] = nn.ReLU) -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), last(), nn.Linear(256, classes))
 
 
 def three_c_three_d() -> nn.Module:
@@ -80,12 +81,38 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int, in
     "Embedding": (embedding, 64, (32,), 10, 1000),
     "Grouped": (grouped, 32, (3, 32, 32), 10, None),
     "GPT-2 block": (gpt2_block, 8, (128, 256), 10, None),
-    "3C3D, N=128": (three_c_three_d, 128, (3, 32, 32), 10, None),
+    "MLP, sigmoid": (partial(mlp, last=nn.Sigmoid), 128, (784,), 10, None),
+    **{f"3C3D, N={n}": (three_c_three_d, n, (3, 32, 32), 10, None) for n in (8, 128)},
+    **{f"MLP, C={c}": (partial(mlp, c), 128, (784,), c, None) for c in (100, 1000)},
+    **{f"GPT-2 block, T={t}": (gpt2_block, 8, (t, 256), 10, None) for t in (32, 512)},
 }
 """Name to model, batch size, shape of one sample, number of classes, number of words (``None``: real inputs)."""
 
-SUBSAMPLED = "3C3D, N=128"
-"""The network of the series on sub-sampling, and of nothing else."""
+MAIN = ["MLP", "MLP, sigmoid", "3C3D", "All-CNN-C", "Conv1d", "Embedding", "Grouped", "GPT-2 block"]
+"""The networks on which every quantity is measured; the others are of the series."""
+
+TOO_LARGE = {("All-CNN-C", "SqrtGGNExact"), ("All-CNN-C", "BatchDiagGGNExact"), ("All-CNN-C", "BatchDiagHessian")}
+"""Networks and quantities left out: results of gigabytes, or minutes a step."""
+
+SERIES: dict[str, tuple[Sequence[str], dict[int, tuple[str, str]]]] = {
+    "batch size": (
+        ["BatchGrad", "Variance", "DiagGGNExact", "KFAC"],
+        {8: ("3C3D, N=8", ""), 32: ("3C3D", ""), 128: ("3C3D, N=128", "")},
+    ),
+    "number of classes": (
+        ["DiagGGNMC", "DiagGGNExact"],
+        {10: ("MLP", ""), 100: ("MLP, C=100", ""), 1000: ("MLP, C=1000", "")},
+    ),
+    "selected of 128 samples": (
+        ["BatchGrad", "DiagGGNMC", "DiagGGNExact"],
+        {k: ("3C3D, N=128", f"@{k}") for k in (1, 4, 8, 32, 128)},
+    ),
+    "sequence length": (
+        ["BatchGrad", "BatchL2Grad"],
+        {32: ("GPT-2 block, T=32", ""), 128: ("GPT-2 block", ""), 512: ("GPT-2 block, T=512", "")},
+    ),
+}
+"""What varies: quantities, and the networks to measure them on, with what is put behind the quantity's name."""
 
 
 def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -93,7 +120,8 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     model, n, shape, classes, words = NETWORKS[name]
     torch.manual_seed(0)
     X = torch.randn(n, *shape) if words is None else torch.randint(words, (n, *shape))
-    return model(), X, torch.randint(classes, (n,))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model().to(device), X.to(device), torch.randint(classes, (n,)).to(device)
 
 
 PLAIN = "plain"
@@ -115,13 +143,15 @@ QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "BatchDiagGGNMC": [("BatchDiagGGNMC", {})],
     "SqrtGGNExact": [("SqrtGGNExact", {})],
     "SqrtGGNMC": [("SqrtGGNMC", {})],
+    "GGNGram": [("GGNGram", {})],
     "DiagHessian": [("DiagHessian", {})],
     "BatchDiagHessian": [("BatchDiagHessian", {})],
     "KFAC": [("KFAC", {})],
     "KFLR": [("KFLR", {})],
     "KFRA": [("KFRA", {})],
+    "EKFAC": [("EKFAC", {})],
 }
-"""Name to extensions and their arguments; those that this package does not have (yet) are left out."""
+"""Name to extensions and their arguments; what an implementation lacks is left out."""
 
 
 def extensions_of(quantity: str, n: int) -> Sequence[tuple[str, dict[str, Any]]]:

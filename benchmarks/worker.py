@@ -7,11 +7,11 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,25 +22,23 @@ from subjects import PLAIN, extensions_of, make
 from torch import Tensor, nn
 
 Step = Callable[[], Any]
-Read = Callable[[], Iterable[Any]]
-"""Collects what a step has computed, once it has run."""
 
 
 class NotOffered(Exception):
     """The implementation has no such quantity."""
 
 
-def plain(model: nn.Module, X: Tensor, y: Tensor, quantity: str = "") -> tuple[Step, Read]:
+def plain(model: nn.Module, X: Tensor, y: Tensor, quantity: str = "") -> Step:
     lossfunc = nn.CrossEntropyLoss()
 
     def step() -> None:
         model.zero_grad()
         lossfunc(model(X), y).backward()
 
-    return step, lambda: []
+    return step
 
 
-def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     """This package or the original: whichever the environment has."""
     from backpack import backpack, extend, extensions
 
@@ -50,7 +48,6 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[
         raise NotOffered(", ".join(missing))
     lossfunc = extend(nn.CrossEntropyLoss())
     extend(model)
-    fields = [getattr(extensions, name)(**arguments).savefield for name, arguments in wanted]
 
     def step() -> None:
         model.zero_grad()
@@ -58,10 +55,10 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[
         with backpack(*[getattr(extensions, name)(**arguments) for name, arguments in wanted]):
             loss.backward()
 
-    return step, lambda: [getattr(p, field) for field in fields for p in model.parameters()]
+    return step
 
 
-def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     """Individual gradients as ``torch.func`` users write them; their sum, the gradient, is not taken."""
     if quantity != "BatchGrad":
         raise NotOffered(quantity)
@@ -79,10 +76,10 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple
         found.clear()
         found.update(individual(parameters, X, y))
 
-    return step, found.values
+    return step
 
 
-def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     if quantity != "BatchGrad":
         raise NotOffered(quantity)
     from opacus import GradSampleModule
@@ -95,10 +92,10 @@ def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[St
         wrapped.zero_grad()
         lossfunc(wrapped(X), y).backward()
 
-    return step, lambda: [p.grad_sample for p in wrapped.parameters()]
+    return step
 
 
-def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tuple[Step, Read]:
+def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     kinds = {"KFAC": "mc", "KFLR": "type-2"}
     if quantity not in kinds:
         raise NotOffered(quantity)
@@ -110,7 +107,7 @@ def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> tupl
         operator = KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)], **arguments)
         operator.compute_kronecker_factors()
 
-    return step, lambda: []
+    return step
 
 
 IMPLEMENTATIONS = {
@@ -125,16 +122,9 @@ class Subject:
     """A network and a quantity, beside plain PyTorch on a network of its own."""
 
     def __init__(self, implementation: str, net: str, quantity: str) -> None:
-        self.plain, _ = plain(*make(net))
+        self.plain = plain(*make(net))
         own = plain if quantity == PLAIN else IMPLEMENTATIONS[implementation]
-        self.step, self.read = own(*make(net), quantity)
-
-    def prepare(self) -> dict[str, Any]:
-        """Warm up; the sum of squares of all results lets implementations be compared."""
-        self.step()
-        with torch.no_grad():
-            tensors = [value for value in self.read() if isinstance(value, Tensor)]
-            return {"squares": sum(torch.linalg.vector_norm(t).item() ** 2 for t in tensors)}
+        self.step = own(*make(net), quantity)
 
     def measure(self, seconds: float) -> dict[str, Any]:
         """Medians of a round of about so many seconds, in which both take turns."""
@@ -148,8 +138,14 @@ class Subject:
         return dict(zip(("plain", "quantity"), map(median, zip(*times, strict=True)), strict=True))
 
     def peak(self) -> dict[str, Any]:
-        """How far the first three steps raise this process's resident memory above what it is now, in bytes."""
+        """How far the first three steps raise the memory in use above what it is now, in bytes."""
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            for _ in range(3):
+                self.step()
+            return {"peak": torch.cuda.max_memory_allocated() - before}
         if "backpack.memory" in sys.modules:
             sys.modules["backpack.memory"].release()
         ctypes.CDLL(None).malloc_trim(0)  # what earlier subjects left would be used again, uncounted
@@ -162,6 +158,8 @@ class Subject:
 def timed(step: Step) -> float:
     start = perf_counter()
     step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return perf_counter() - start
 
 
@@ -188,7 +186,8 @@ class Worker:
 
     def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "versions":
-            return {"torch": torch.__version__, "backpack": version("backpack-for-pytorch")}
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+            return {"torch": torch.__version__, "device": device or platform.machine()}
         if do == "build":
             self.subject = None
             gc.collect()
