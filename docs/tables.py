@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,11 +67,12 @@ def reference() -> str:
 
 def results() -> str:
     """What `make bench` wrote, below the page's own heading."""
-    found = HERE.parent / "benchmarks" / "results.md"
+    found = HERE.parent / "benchmarks" / "results"
     if not found.exists():
         return "It has not been run for this version. What was measured while it was made:\n"
-    lines = found.read_text().splitlines()
-    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines) + "\n"
+    for plot in found.glob("*.svg"):
+        shutil.copy(plot, HERE / "generated")
+    return (found / "results.md").read_text().replace("](", "](generated/")
 
 
 def write(folder: Path) -> None:
