@@ -24,7 +24,7 @@ extensions = [
 exclude_patterns = ["_build", "generated", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5"]
 html_theme = "furo"
 html_title = project
-html_static_path = ["idea.svg"]
+html_static_path, html_css_files = ["style.css"], ["style.css"]
 html_show_sourcelink = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
@@ -40,7 +40,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
-    "within_subsection_order": "ExampleTitleSortKey",
+    "within_subsection_order": "tables.Order",
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,

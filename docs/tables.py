@@ -1,7 +1,6 @@
 """The parts of the pages that are read off the registries: they can't fall behind the code."""
 
 import inspect
-import itertools
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,19 @@ from backpack.operations import EXPANDED, RULES
 HERE = Path(__file__).parent
 
 
+class Order:
+    """What to read first; examples that are not listed follow, by name."""
+
+    FIRST = ("all_in_one", "subsampling", "subsampling_savings", "individual_gradients", "extension_hook", "dp_sgd")
+
+    def __init__(self, folder: str) -> None:
+        pass
+
+    def __call__(self, file: str) -> tuple[int, str]:
+        own = Path(file).stem
+        return (self.FIRST.index(own) if own in self.FIRST else len(self.FIRST)), own
+
+
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
 
@@ -25,24 +37,29 @@ def summary(thing: object) -> str:
     return first.replace("``", "`").replace("|", "\\|")
 
 
+def name(function: object) -> str:
+    """Under which users know a function."""
+    own = getattr(function, "__name__", "")
+    return f"torch.{own}" if getattr(torch, own, None) is function else torch.overrides.resolve_name(function)
+
+
 def operations() -> str:
     """The functions that have a rule, by family."""
-    by_rule = itertools.groupby(RULES.items(), lambda item: (item[1].__module__, item[1].__name__))
-    rows = []
-    for (module, _), items in by_rule:
-        names = [torch.overrides.resolve_name(function) for function, _ in items]
-        rows.append([module.rpartition(".")[2], ", ".join(f"`{name}`" for name in names)])
-    expanded = ", ".join(f"`{torch.overrides.resolve_name(function)}`" for function in EXPANDED)
+    families: dict[str, list[str]] = {}
+    for function, rule in RULES.items():
+        if not function.__name__.startswith("__"):  # operators are called like the functions
+            families.setdefault(rule.__module__.rpartition(".")[2], []).append(name(function))
+    rows = [[family, ", ".join(f"`{each}`" for each in functions)] for family, functions in families.items()]
+    expanded = ", ".join(f"`{name(function)}`" for function in EXPANDED)
     return table(["family", "functions"], rows) + f"\nLooked into, for the functions that they call: {expanded}.\n"
 
 
 def losses() -> str:
     """The losses that have a rule."""
-    by_rule = itertools.groupby(ROOTS.items(), lambda item: item[1])
-    rows = [
-        [", ".join(f"`{cls.__name__}`" for cls, _ in items), summary(inspect.getmodule(rule))]
-        for rule, items in by_rule
-    ]
+    families: dict[str, list[str]] = {}
+    for loss, rule in ROOTS.items():
+        families.setdefault(summary(inspect.getmodule(rule)), []).append(f"`{loss.__name__}`")
+    rows = [[", ".join(members), family] for family, members in families.items()]
     return table(["loss", "its Hessian"], rows)
 
 

@@ -12,10 +12,13 @@ from torch.nn import CrossEntropyLoss, Flatten, Linear, Module, Sequential
 from backpack import backpack, extend
 from backpack.extensions import (
     EKFAC,
+    GGNMP,
     HBP,
+    HMP,
     KFAC,
     KFLR,
     KFRA,
+    PCHMP,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
@@ -26,6 +29,7 @@ from backpack.extensions import (
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
+    DiagHessianMC,
     GGNGram,
     SqrtGGNExact,
     SqrtGGNMC,
@@ -50,8 +54,10 @@ def show(*extensions: BackpropExtension) -> None:
     for extension in extensions:
         for name, p in model.named_parameters():
             value = getattr(p, extension.savefield)
-            parts = value.bases if isinstance(value, Eigen) else value
-            what = [list(part.shape) for part in parts] if isinstance(parts, list) else list(parts.shape)
+            if isinstance(value, list | Eigen):
+                what = [list(factor.shape) for factor in (value if isinstance(value, list) else value.bases)]
+            else:
+                what = "a function" if callable(value) else list(value.shape)
             print(f"{type(extension).__name__:18} {name:9} .{extension.savefield:20} {what}")
 
 
@@ -75,10 +81,12 @@ show(DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNGram())
 show(DiagGGNMC(mc_samples=2), BatchDiagGGNMC(mc_samples=2), SqrtGGNMC(mc_samples=2))
 
 # %%
-# The diagonal of the Hessian, which for this linear model is that of the GGN, and Kronecker factors.
+# The diagonal of the Hessian, which for this linear model is that of the GGN; Kronecker factors; and functions that
+# multiply with a parameter's block of the Hessian, the GGN, and the Hessian without its negative curvature.
 
-show(DiagHessian(), BatchDiagHessian())
+show(DiagHessian(), BatchDiagHessian(), DiagHessianMC())
 show(KFAC(mc_samples=2), KFLR(), KFRA(), HBP("ggn", "exact", "sqrt", "E[J^T E(H) J]"), EKFAC())
+show(HMP(), GGNMP(), PCHMP())
 
 # %%
 # Both at once, each on samples of its own

@@ -37,5 +37,10 @@ def test_example_runs(example, tmp_path):
     run(str(example), folder=tmp_path)
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_has_a_title_for_the_gallery(example):
+    assert re.match(r'"""\n(.+)\n=+\n\n', example.read_text())
+
+
 def test_there_is_something_to_run():
     assert BLOCKS["README"] and EXAMPLES
