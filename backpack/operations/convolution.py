@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -13,6 +14,7 @@ from backpack.memory import contiguous
 from backpack.operations.linear import shift
 from backpack.operations.registry import Operation, rule
 from backpack.uses import DenseUse
+from backpack.uses.linear_map import second_moment
 
 Size = int | Sequence[int]
 
@@ -49,6 +51,55 @@ def _patches(
     return columns.reshape(len(x), groups, -1, prod(out))
 
 
+def _moments(
+    x: Tensor,
+    kernel: Sequence[int],
+    out: Sequence[int],
+    stride: Size,
+    padding: Sequence[int],
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    """Sums over samples and positions of outer products of the columns of ``_patches``, ``[g, i, i]``.
+
+    For stride 1 along the last axis: patches are formed along the others only, and what pairs of entries of the kernel
+    that are equally far apart have in common is multiplied once.
+    """
+    order = 1, x.dim() - 1, 0, *range(2, x.dim() - 1)
+    *pads, before, _ = *padding[2:], *padding[:2]
+    x = F.pad(x.permute(order), pads) if any(pads) else x.permute(order)  # [c, last axis, b, *other axes]
+    width, size = x.shape[1], kernel[-1]
+    others = _each(stride, len(kernel))[:-1], _each(dilation, len(kernel))[:-1]
+    rows = unfold(x.flatten(1, 2), kernel[:-1], out[:-1], *others)
+    rows = contiguous(rows.movedim(1, len(kernel))).reshape(groups, -1, width, len(x[0, 0]) * prod(out[:-1]))
+    inputs = rows.shape[1]
+    result = rows.new_zeros(groups, inputs, size, inputs, size)
+    for distance, apart, start, stop, pairs in _shared(size, out[-1], _each(dilation, len(kernel))[-1], before, width):
+        left, right = rows[:, :, start:stop].flatten(2), rows[:, :, start + apart : stop + apart].flatten(2)
+        moment = left @ right.transpose(1, 2) if distance else second_moment(left.transpose(1, 2))
+        for place in pairs:
+            result[:, :, place, :, place + distance] += moment
+            if distance:
+                result[:, :, place + distance, :, place] += moment.transpose(1, 2)
+    return result.reshape(groups, inputs * size, inputs * size)
+
+
+def _shared(size: int, out: int, gap: int, before: int, width: int) -> Iterator[tuple[int, int, int, int, list[int]]]:
+    """Where entries ``a`` and ``a + distance`` of a kernel's axis meet the same pairs of entries of the input.
+
+    Gives the distance, that in the input, a range of the input without its padding, and all such ``a``.
+    """
+    for distance in range(size):
+        apart = distance * gap
+        windows = [
+            (max(0, a * gap - before), min(a * gap - before + out, width - apart)) for a in range(size - distance)
+        ]
+        for start, stop in pairwise(sorted({end for window in windows for end in window})):
+            pairs = [a for a, (first, last) in enumerate(windows) if first <= start and stop <= last]
+            if pairs:
+                yield distance, apart, start, stop, pairs
+
+
 def _padding(padding: Size | str, kernel: Sequence[int], dilation: Size) -> list[int]:
     """In the form of ``F.pad``: last dimension first, before and behind."""
     dims = len(kernel)
@@ -76,18 +127,24 @@ def convolution(
     if out.dim() != weight.dim():  # a single sample without a batch axis
         return None
     pads = _padding(padding, kernel, dilation)
+    unit = _each(stride, len(kernel))[-1] == 1
 
     def columns(x: Tensor) -> Tensor:
         batch = x.flatten(0, x.dim() - len(kernel) - 2)
         patches = _patches(batch, kernel, spatial, stride, pads, dilation, groups)
         return _positions(patches, len(x)).transpose(2, 3)
 
+    def moments(x: Tensor) -> Tensor:
+        batch = x.flatten(0, x.dim() - len(kernel) - 2)
+        return _moments(batch, kernel, spatial, stride, pads, dilation, groups)
+
     def channels(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]
         batch = grad.reshape(-1, groups, weight.shape[0] // groups, prod(spatial))
         return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    return Operation((0,), [(weight, DenseUse((input,), columns, channels)), (bias, shift(out, bias, 1))])
+    use = DenseUse((input,), columns, channels, moments=moments if kernel[-1] > 1 and unit else None)
+    return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
 
 
 def _positions(batch: Tensor, n: int) -> Tensor:

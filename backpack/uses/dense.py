@@ -25,7 +25,8 @@ class Dense(LinearMap):
 
     ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
     ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
-    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one.
+    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the
+    ``inputs`` too, gives ``sum_ns x[n g s i] x[n g s j]`` for less than from ``x``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -34,6 +35,7 @@ class Dense(LinearMap):
     flipped: bool = False
     unfold: Callable[..., Tensor] | None = None
     other: Callable[[], Dense] | None = None
+    moments: Callable[..., Tensor] | None = None
 
     @cached_property
     def x(self) -> Tensor:
@@ -224,9 +226,14 @@ class Dense(LinearMap):
 
     def input_factor(self, approx: str | None) -> Tensor:
         """The mean over groups."""
-        n, g, s, i = self.x.shape
-        x = self.x.mean(2, keepdim=True) if approx == "reduce" and s > 1 else self.x
-        return self._input_blocks(_moments(x) / (n * s if approx == "expand" else n))
+        n, s = self.grad.shape[1], self.grad.shape[3]
+        if approx == "reduce" and s > 1:
+            moments = _moments(self.x.mean(2, keepdim=True))
+        elif self.unfold is None or self.moments is None:
+            moments = _moments(self.x)
+        else:
+            moments = self.moments(*self.inputs)
+        return self._input_blocks(moments / (n * s if approx == "expand" else n))
 
     def _output_blocks(self, blocks: Tensor) -> Tensor:
         return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
@@ -293,7 +300,7 @@ class DenseUse(Use):
 
     ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
     ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
-    wanted for them.
+    wanted for them; ``moments`` as in ``Dense``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -301,6 +308,7 @@ class DenseUse(Use):
     fold: Callable[[Tensor], Tensor]
     flipped: bool = False
     other: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
+    moments: Callable[..., Tensor] | None = None
 
     def recorded(self) -> tuple[Tensor, ...]:
         return self.inputs
@@ -316,7 +324,7 @@ class DenseUse(Use):
                 cls = Dense if x.shape[1] == 1 else Transposed
                 return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
 
-        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, other)
+        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, other, self.moments)
 
     def data(self) -> tuple[Tensor, ...]:
         return self.inputs
