@@ -151,6 +151,26 @@ def test_diagonals_of_the_hessian_equal_one_giant_batch(rows):
         assert close(found["diag_h"][name], diagonals.sum(0), diagonals.abs().max())
 
 
+def test_factors_of_rows_and_columns_of_a_large_table_are_those_of_one_batch(monkeypatch):
+    monkeypatch.setattr("backpack.uses.kronecker.LARGEST", 4)
+    torch.manual_seed(0)
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, 2))
+
+        def forward(self, x):
+            return (x + self.table).tanh().flatten(1)
+
+    model, lossfunc, X, y = Table().double(), nn.MSELoss(), torch.randn(5, 3, 2).double(), torch.randn(5, 6).double()
+    found = accumulate(model, lossfunc, [(X[:2], y[:2]), (X[2:], y[2:])], KFLR())["kflr"]["table"]
+    slopes = (2 / 30) ** 0.5 * (1 - model(X).detach().square())  # of the root's columns; each reaches one entry
+    moments = slopes.reshape(5, 3, 2).square()
+    assert close(found[0], torch.diag(moments.sum((0, 2))))
+    assert close(found[1], torch.diag(moments.sum((0, 1)) / moments.sum()))
+
+
 def test_recursions_of_averages_are_averaged_over_batches():
     """Of one layer, where nothing is averaged on the way, they are those of one giant batch."""
     torch.manual_seed(0)

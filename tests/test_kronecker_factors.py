@@ -8,7 +8,7 @@ from torch import nn
 from truth import close
 
 from backpack import backpack, extend
-from backpack.extensions import KFAC, KFLR
+from backpack.extensions import EKFAC, KFAC, KFLR
 from backpack.utils.kroneckers import kfacs_to_mat
 
 LINEAR = {  # layer, shape of the inputs, axis of the channels in inputs and outputs
@@ -335,19 +335,184 @@ def test_any_parameter_has_factors_that_multiply_to_its_size(name):
     assert model is problem.model
 
 
+class Table(nn.Module):
+    """An elementwise product with a table, of which each sample has another part."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, rows, columns) / 8)
+
+    def forward(self, x):
+        return (x * self.table).sum(1).tanh()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_large_parameters_that_are_no_matrix_have_second_moments_of_rows_and_columns(n):
+    """Their product has the block's trace; for one sample and row it is the block. EKFAC is nearer to the block."""
+    torch.manual_seed(0)
+    model, lossfunc = Table(65, 64).double(), nn.MSELoss()
+    X, y = torch.zeros(n, 65, 64, dtype=torch.float64), torch.randn(n, 64, dtype=torch.float64)
+    X[:, 3 : 3 + n] = torch.randn(n, n, 64, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda table: torch.func.functional_call(model, {"table": table}, (X,)), model.table.detach()
+    )
+    G = (2 / y.numel()) ** 0.5 * jacobian.reshape(-1, 65, 64)  # the loss's Hessian is a multiple of the identity
+    rows, columns = torch.einsum("arc,asc->rs", G, G), torch.einsum("arc,ard->cd", G, G)
+    extend(model)
+    with backpack(KFLR(), KFAC(fisher="exact", approx="expand", chunk_size=7), EKFAC(fisher="exact")):
+        extend(lossfunc)(model(X), y).backward()
+    for found in (model.table.kflr, model.table.kfac):
+        assert close(found[0], rows, rtol=1e-9) and close(found[1], columns / columns.trace(), rtol=1e-9)
+    if n == 1:
+        used = columns.nonzero()[:, 0].unique()[:8]
+        part = torch.kron(model.table.kflr[0][2:5, 2:5], model.table.kflr[1][used][:, used])
+        few = G[:, 2:5][:, :, used].flatten(1)
+        assert close(part, few.T @ few, rtol=1e-9)
+    Q, R = model.table.ekfac.bases
+    assert close(model.table.ekfac.eigenvalues, (Q.T @ G @ R).square().sum(0), rtol=1e-8)
+
+
 def test_what_is_no_matrix_and_too_large_is_refused():
-    class Table(nn.Module):
+    model = extend(Table(2**15 + 1, 2))
+    words = r"shape \[1, 32769, 2\] is not the matrix of a linear map.*requires_grad_"
+    with pytest.raises(ValueError, match=words), backpack(KFLR()):
+        extend(nn.MSELoss())(model(torch.ones(2, 1, 1)), torch.ones(2, 2)).backward()
+
+
+class Positions(nn.Module):
+    """Rows that are looked up for all samples alike, one of them padding."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.places, self.out, self.batch = nn.Embedding(4, 3, padding_idx=2), nn.Linear(3, 2), batch
+
+    def forward(self, x):
+        place = torch.tensor([0, 3, 2]).expand(len(x), -1) if self.batch else torch.tensor([0, 3, 2])
+        return self.out((x + self.places(place)).tanh())
+
+
+def test_positions_that_samples_share_have_the_factors_of_those_that_each_looks_up():
+    X, y = values(4, 3, 3), values(4, 3, 2)
+    found = []
+    torch.manual_seed(0)
+    state = Positions(True).double().state_dict()
+    for batch in (True, False):
+        model = extend(Positions(batch).double())
+        model.load_state_dict(state)
+        with backpack(KFLR(), KFAC(fisher="exact", approx="expand", subsampling=[2]), EKFAC(fisher="exact")):
+            extend(nn.MSELoss())(model(X), y).backward()
+        weight = model.places.weight
+        found.append([*weight.kflr, *weight.kfac, weight.ekfac.eigenvalues])
+    assert close(found[0][0], torch.tensor([1.0, 0, 0, 1]).double())
+    for first, second in zip(*found, strict=True):
+        assert close(first, second, rtol=1e-9)
+
+
+def steps_of_lstm(layer, X):
+    """Inputs, states and gates of each time step, and the last output."""
+    h = c = X.new_zeros(len(X), layer.hidden_size)
+    inputs, states, gates = [], [], []
+    for x in X.unbind(1):
+        inputs.append(x)
+        states.append(h)
+        gates.append(x @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T + layer.bias_hh_l0)
+        i, f, g, o = gates[-1].chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    return inputs, states, gates, h
+
+
+def columns_at(out, hessian_root, tensors):
+    """Root columns pulled back by autograd: ``[columns, n, s, o]``."""
+    pulled = [torch.autograd.grad(out, tensors, column, retain_graph=True) for column in hessian_root]
+    return torch.stack([torch.stack(grads, 1) for grads in pulled])
+
+
+def expected(g, x, approx):
+    """``[B, A]`` from cotangents ``[v n s o]`` and inputs ``[n s i]``."""
+    n, s, _ = x.shape
+    B = torch.einsum("vnso,vnsp->op", g, g) if approx == "expand" else torch.einsum("vnso,vntp->op", g, g)
+    x = x.mean(1, keepdim=True) if approx == "reduce" else x
+    return B, torch.einsum("nsi,nsj->ij", x, x) / n / (s if approx == "expand" else 1)
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+def test_time_steps_of_a_recurrent_layer_are_positions(approx):
+    class Last(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table = nn.Parameter(torch.zeros(65, 64))
+            self.layer = nn.LSTM(3, 2, batch_first=True)
 
         def forward(self, x):
-            return (x[:, None, None] * self.table).sum(1)
+            return self.layer(x)[0][:, -1]
 
-    model = extend(Table())
-    words = r"shape \[65, 64\] is not the matrix of a linear map.*requires_grad_"
-    with pytest.raises(ValueError, match=words), backpack(KFLR()):
-        extend(nn.MSELoss())(model(torch.ones(2)), torch.ones(2, 64)).backward()
+    model, X, y = Last().double(), values(3, 4, 3), values(3, 2)
+    inputs, states, gates, out = steps_of_lstm(model.layer, X)
+    g = columns_at(out, (2 / 6) ** 0.5 * torch.eye(6, dtype=torch.float64).reshape(6, 3, 2), gates)
+    extend(model)
+    with backpack(KFLR(approx=approx)):
+        extend(nn.MSELoss())(model(X), y).backward()
+    for weight, x in ((model.layer.weight_ih_l0, inputs), (model.layer.weight_hh_l0, states)):
+        for found, truth in zip(weight.kflr, expected(g, torch.stack(x, 1).detach(), approx), strict=True):
+            assert close(found, truth, rtol=1e-9)
+    bias = torch.einsum("vnso,vntp->op", g, g)
+    assert close(model.layer.bias_ih_l0.kflr[0], bias, rtol=1e-9)
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_factors_of_attention_are_their_defining_sums(cross, approx):
+    """Of the three projections in one; in cross attention, queries and the others have inputs of their own."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            other = x.sin() if cross else x
+            return self.layer(x, other, other, need_weights=False)[0]
+
+    model, X, y = Attending().double(), values(3, 5, 4), values(3, 5, 4)
+    layer, other = model.layer, X.sin() if cross else X
+    nn.init.normal_(layer.in_proj_bias)
+    q, k, v = (
+        x @ w.T + b
+        for x, w, b in zip((X, other, other), layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), strict=True)
+    )
+    heads = [t.unflatten(2, (2, 2)).transpose(1, 2) for t in (q, k, v)]
+    mixed = (heads[0] @ heads[1].transpose(2, 3) / 2**0.5).softmax(3) @ heads[2]
+    mixed = mixed.transpose(1, 2).flatten(2)
+    out = mixed @ layer.out_proj.weight.T + layer.out_proj.bias
+    assert close(model(X), out)
+    root = (2 / 60) ** 0.5 * torch.eye(60, dtype=torch.float64).reshape(60, 3, 5, 4)
+    parts = [
+        torch.stack([torch.autograd.grad(out, t, column, retain_graph=True)[0] for column in root]) for t in (q, k, v)
+    ]
+    extend(model)
+    with backpack(KFLR(approx=approx)):
+        extend(nn.MSELoss())(model(X), y).backward()
+    B, A = expected(torch.cat(parts, 3), X, approx)
+    if cross:
+        first, own = expected(parts[0], X, approx)
+        second, others = expected(torch.cat(parts[1:], 3), other, approx)
+        B, A = torch.block_diag(first, second), (own + 2 * others) / 3
+    assert close(layer.in_proj_weight.kflr[0], B, rtol=1e-9)
+    assert close(layer.in_proj_weight.kflr[1], A, rtol=1e-9)
+    for found, truth in zip(layer.out_proj.weight.kflr, expected(root, mixed.detach(), approx), strict=True):
+        assert close(found, truth, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4), nn.LayerNorm((5, 4)), nn.PReLU(), nn.PReLU(5), nn.GroupNorm(1, 5)])
+def test_factors_of_elementwise_weights_are_the_exact_block(layer):
+    model, X, y = nn.Sequential(layer, nn.Linear(4, 2), nn.Tanh()).double(), values(3, 5, 4), values(3, 5, 2)
+    _, ggn = explicit(model, X, nn.MSELoss(), y, 3)
+    extend(model)
+    with backpack(KFLR(), KFAC(fisher="exact", approx="expand")):
+        extend(nn.MSELoss())(model(X), y).backward()
+    for parameter in layer.parameters():
+        truth = block(ggn, list(model.parameters()), parameter)
+        assert close(parameter.kflr[0], truth, rtol=1e-9) and close(parameter.kfac[0], truth, rtol=1e-9)
 
 
 @pytest.mark.parametrize("arguments", [{"approx": "sum"}, {"fisher": "sampled"}, {"mc_samples": 0}])

@@ -1,5 +1,7 @@
 """Unmodified models that others wrote, every parameter, without downloads."""
 
+from math import prod
+
 import pytest
 import torch
 import transformers as hf
@@ -11,7 +13,8 @@ from torch import nn
 from truth import Problem, close
 
 from backpack import backpack, extend
-from backpack.extensions import BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact
+from backpack.extensions import EKFAC, KFAC, KFLR, BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact
+from backpack.utils.kroneckers import kfacs_to_mat
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONVNETS = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
@@ -90,3 +93,48 @@ def test_ggn_of_every_parameter_is_exact(name):
         assert close(p.diag_ggn_exact, truth[1], size, rtol), which
         assert close(p.diag_ggn_exact_batch, truth, size, rtol), which
         assert close(p.sqrt_ggn_exact.square().sum(0), truth, size, rtol), which
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
+def test_every_parameter_has_kronecker_factors(name, monkeypatch):
+    """Of all tables and matrices, two: what is small here counts as large."""
+    monkeypatch.setattr("backpack.uses.kronecker.LARGEST", 32)
+    given = problem(name, n=2, length=3)
+    extend(given.model)
+    logits = given.output()
+    logits = logits.flatten(0, 1) if name in LANGUAGE else logits
+    loss = extend(nn.CrossEntropyLoss())(logits, torch.arange(len(logits)) % 5)
+    with backpack(KFLR(), KFAC(approx="expand"), EKFAC(approx="reduce")):
+        loss.backward()
+    for which, p in given.parameters().items():
+        if p.grad is not None:
+            for factors in (p.kflr, p.kfac, p.ekfac.bases):
+                assert prod(map(len, factors)) == p.numel(), which
+                assert len(factors) == (2 if max(p.shape) < p.numel() else 1), which
+            assert bool((p.ekfac.eigenvalues >= 0).all()), which
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_kronecker_factors_for_one_sample_of_one_word_are_exact(name):
+    torch.manual_seed(0)
+    config = {"tie_word_embeddings": False, "vocab_size": 20}
+    if name == "gpt2":
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=4, n_embd=8, n_layer=1, n_head=2, **config))
+    else:
+        model = hf.BertForMaskedLM(hf.BertConfig(max_position_embeddings=4, **config, **SMALL | {"hidden_size": 8}))
+    model = model.double().eval()
+    ids, target = torch.tensor([[3]]), torch.tensor([2])
+    parameters = dict(model.named_parameters())
+    logits = model(input_ids=ids).logits[0]
+    rows = [
+        torch.autograd.grad(out, list(parameters.values()), retain_graph=True, allow_unused=True) for out in logits[0]
+    ]
+    p = logits[0].detach().softmax(0)
+    hessian = torch.diag(p) - p[:, None] * p
+    extend(model)
+    with backpack(KFLR()):
+        extend(nn.CrossEntropyLoss())(model(input_ids=ids).logits[0], target).backward()
+    for (which, parameter), grads in zip(parameters.items(), zip(*rows, strict=True), strict=True):
+        if grads[0] is not None:
+            jacobian = torch.stack(grads).flatten(1)
+            assert close(kfacs_to_mat(parameter.kflr), jacobian.T @ hessian @ jacobian, 1e-6, 1e-9), which

@@ -33,8 +33,13 @@ class KroneckerExtension(CurvatureExtension):
       ``[A, B]``. The factors of transposed convolutions refer to ``weight.transpose(0, 1)``.
     - Grouped convolutions: ``B`` is block-diagonal over groups; ``A``, with ``in / groups * kernel`` rows, is the mean
       over them (transposed: ``A`` is block-diagonal, ``B`` the mean).
-    - Embeddings: ``[A, B]``; ``A``, the mean count of each word, is diagonal and stored with one axis.
-    - Biases, weights of normalizations, and all else: one factor, the exact block, of shape ``[p, p]``.
+    - Embeddings, of words and of positions: ``[A, B]``; ``A``, the mean count of each row, is diagonal and stored with
+      one axis.
+    - Biases, weights of normalizations, and all else: one factor, the exact block, of shape ``[p, p]``. Of parameters
+      with several axes and more than 4,096 entries (position tables that are added, weights computed from others), two
+      factors: with individual gradients ``G[r c]``, the axes being divided where the factors are smallest, the sums
+      over samples and columns of ``G G^T``, and of ``G^T G`` divided by its trace. The product has the block's trace,
+      and is the block for one sample and position of a linear map or table (Morwani et al., 2024, section 3).
     - A parameter with several uses: those of one form, as of an unrolled cell, count as further positions; the factors
       of others, as of an embedding that is the output layer as well, are summed. Rows of a parameter that are used by
       themselves, as in cross attention, count like groups.

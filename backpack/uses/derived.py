@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual
 from backpack.uses.linear_map import LinearMap
+from backpack.uses.lookup import Lookup
 from backpack.uses.pullback import map_samples
 
 
@@ -45,8 +47,10 @@ class Derived(Individual):
         return map_samples(pull, self.inner.dense(), ())
 
     def maps(self) -> Sequence[LinearMap]:
-        """Those of a transposed parameter, and of some of its rows."""
+        """Those of a transposed parameter, of some of its rows, and of rows looked up for all samples alike."""
         tensor, parameter = self.tensor, self.parameter
+        if self._is_looked_up():
+            return [self._lookup()]
         own = self.inner.maps()
         if tensor._base is not parameter or tensor.dim() < 2:
             return []
@@ -59,6 +63,20 @@ class Derived(Individual):
         if any(a.inputs_first or a.matrix[0] != len(tensor) for a in own):
             return []
         return [Rows(a, range(start, start + len(tensor)), len(parameter)) for a in own]
+
+    def _is_looked_up(self) -> bool:
+        node: Any = self.tensor.grad_fn
+        if node is None or node.name() != "EmbeddingBackward0" or node._saved_scale_grad_by_freq:
+            return False
+        return getattr(node.next_functions[0][0], "variable", None) is self.parameter
+
+    def _lookup(self) -> Lookup:
+        node: Any = self.tensor.grad_fn
+        v, n = self.size
+        index = node._saved_indices.reshape(1, -1).expand(n, -1)
+        mask = index != node._saved_padding_idx  # -1: there is none
+        grad = self.inner.dense().reshape(v, n, -1, self.shape[1])
+        return Lookup(index, grad.masked_fill(~mask.unsqueeze(-1), 0), self.shape, mask)
 
 
 @dataclass(eq=False)

@@ -3,9 +3,13 @@
 A parameter that is the matrix ``W[r c]`` of a linear map has the factors ``[F_r, F_c]`` of its rows and columns, so
 that ``F_r kron F_c`` approximates its curvature in row-major order. One of them is the *output factor*, a sum over
 seeds of outer products of cotangents; the other, the *input factor*, a mean over samples, does not depend on the seeds.
+Those of a large parameter that is no such matrix are second moments of its individual gradients' rows and columns.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate as accumulated
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -24,15 +28,18 @@ outer products. ``"reduce"``: outer product of the mean; outer product of the su
 LARGEST = 2**12
 """Entries of a parameter of several axes up to which one factor of all of them is formed."""
 
+LARGEST_FACTOR = 2**15
+"""Rows that a factor of a larger one may have."""
+
 
 def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
     """What of the factors depends on the seeds, and is additive over them: one tensor a map.
 
     Raises:
-        ValueError: The parameter is no matrix of a linear map, and too large for one factor.
+        ValueError: The parameter is no matrix of a linear map, and too large.
     """
     maps = grads.maps()
-    return [a.output_factor(approx) for a in maps] if maps else [_full(grads)]
+    return [a.output_factor(approx) for a in maps] if maps else _second_moments(grads)
 
 
 def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
@@ -43,12 +50,13 @@ def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> li
 def separate(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
     """The output factor and the input factor that make up the first factor, then those of the second; some are empty.
 
-    Without a map, the only factor. Input factors of maps that use some of the rows each count in proportion to their
-    rows.
+    Without a map, the only factor, or the second moments of rows and of columns in place of the output factors. Input
+    factors of maps that use some of the rows each count in proportion to their rows.
     """
     maps = grads.maps()
     if not maps:
-        return outputs
+        none = outputs[0].new_zeros(0)
+        return outputs if len(outputs) == 1 else [outputs[0], none, outputs[1], none]
     used = len(set().union(*(a.rows for a in maps)))
     terms: list[list[Tensor]] = [[], [], [], []]
     for a, output in zip(maps, outputs, strict=True):
@@ -61,7 +69,11 @@ def assemble(separated: list[Tensor]) -> list[Tensor]:
     """The factors, from what ``separate`` returned."""
     if len(separated) == 1:
         return separated
-    pairs = separated[:2], separated[2:]
+    rows, rows_input, columns, columns_input = separated
+    if not rows_input.numel() and not columns_input.numel():
+        trace = columns.trace()
+        return [rows, columns / torch.where(trace > 0, trace, 1)]
+    pairs = (rows, rows_input), (columns, columns_input)
     return [_sum([factor for factor in pair if factor.numel()]) for pair in pairs]
 
 
@@ -86,22 +98,42 @@ def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
         return join([a.rotated(*bases) for a in maps]).sum_squares()
     terms: list[Tensor] = []
     for piece in grads.chunks():
-        accumulate(terms, (piece.dense().flatten(2) @ bases[0]).square().sum((0, 1)))
+        turned = piece.dense().flatten(2) @ bases[0] if len(bases) == 1 else _rows(piece, len(bases[0])) @ bases[1]
+        turned = turned if len(bases) == 1 else bases[0].T @ turned
+        accumulate(terms, turned.square().sum((0, 1)))
     return terms[0]
 
 
-def _full(grads: Individual) -> Tensor:
+def _second_moments(grads: Individual) -> list[Tensor]:
+    """Of all entries together; of a larger parameter's rows, and of its columns."""
     size = grads.shape.numel()
-    if len(grads.shape) > 1 and size > LARGEST:
-        raise ValueError(
-            f"A parameter of shape {list(grads.shape)} is not the matrix of a linear map, so that its curvature has no "
-            f"Kronecker factors; the whole, of shape [{size}, {size}], is formed up to {LARGEST} entries of the "
-            f"parameter only. Freeze the parameter with requires_grad_(False) for this backward pass."
-        )
-    terms: list[Tensor] = []
+    whole = len(grads.shape) < 2 or size <= LARGEST
+    height = 1 if whole else _height(grads.shape)
+    found: list[list[Tensor]] = [[], []]
     for piece in grads.chunks():
-        accumulate(terms, second_moment(piece.dense().reshape(-1, size)))
-    return terms[0]
+        rows = _rows(piece, height)
+        accumulate(found[1], second_moment(rows.reshape(-1, size // height)))
+        if not whole:
+            accumulate(found[0], second_moment(rows.transpose(2, 3).reshape(-1, height)))
+    return [moment for (moment,) in filter(None, found)]
+
+
+def _rows(grads: Individual, height: int) -> Tensor:
+    """Individual gradients as matrices of so many rows, ``[v, n, r, c]``."""
+    return grads.dense().reshape(*grads.size, height, -1)
+
+
+def _height(shape: torch.Size) -> int:
+    """The number of rows, the product of the first sizes, with which the factors are smallest."""
+    size = shape.numel()
+    height = min(accumulated(shape[:-1], mul), key=lambda rows: rows**2 + (size // rows) ** 2)
+    if max(height, size // height) > LARGEST_FACTOR:
+        raise ValueError(
+            f"A parameter of shape {list(shape)} is not the matrix of a linear map, and factors of its rows and "
+            f"columns would have up to {max(height, size // height)} rows, for which at most {LARGEST_FACTOR} are "
+            f"formed. Freeze the parameter with requires_grad_(False) for this backward pass."
+        )
+    return height
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
