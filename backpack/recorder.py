@@ -13,7 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
@@ -258,18 +258,18 @@ class Recording(TorchFunctionMode):
     ) -> Iterator[Use]:
         """The function's own vector-Jacobian product, for each place that the source is given at."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        data = [
-            place
+        possible = [
+            (place, leaf)
             for place, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor)
-            and call.n
-            and self._is_data(leaf)
-            and layouts(leaf.shape, call.n, range(leaf.dim()))
+            if isinstance(leaf, Tensor) and call.n and layouts(leaf.shape, call.n, range(leaf.dim()))
         ]
+        data = [place for place, leaf in possible if self._is_data(leaf)]
+        computed = [(place, self.sources[id(leaf)]) for place, leaf in possible if id(leaf) in self.sources]
+        spread = [(place, partial(getattr, other, "void")) for place, other in computed if other is not source]
         function = _out_of_place(func) if is_in_place(func) else func
         for place, leaf in enumerate(leaves):
             if leaf is source.tensor:
-                yield PullbackUse(function, leaves, spec, place, data)
+                yield PullbackUse(function, leaves, spec, place, data, spread)
 
     def _decide(self, call: Call, out: Tensor, axes: int) -> None:
         """Choose the layout; where the shapes leave a choice, that is done when the module has run."""

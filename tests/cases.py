@@ -234,6 +234,18 @@ class Adapted(nn.Module):
         return self.base(x) + x @ self.a.T @ self.b.T
 
 
+class Spread(nn.Module):
+    """A bias that is copied to the samples before a function without a rule takes it beside a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return torch.addmv(self.bias.expand(len(x)), x, self.weight).unsqueeze(1)
+
+
+register("spread", Spread, 3, 4)
 register("adapter_merged", lambda: Adapted(True), 3, 5, 4)
 register("adapter", lambda: Adapted(False), 3, 5, 4)
 

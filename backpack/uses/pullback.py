@@ -59,14 +59,20 @@ def map_samples(pull: Callable[..., Tensor], grad: Tensor, data: Sequence[Tensor
 class PullbackUse(Use):
     """``function(*args, **kwargs)`` with the parameter as leaf ``position`` of the arguments.
 
-    ``places`` says which other leaves hold samples.
+    ``held`` says which other leaves hold samples; those of ``spread`` do if what is said of them holds by then.
     """
 
     function: Callable[..., Tensor]
     leaves: list[Any]
     spec: Any
     position: int
-    places: list[int]
+    held: list[int]
+    spread: Sequence[tuple[int, Callable[[], bool]]]
+
+    @property
+    def places(self) -> list[int]:
+        """The leaves that hold samples."""
+        return self.held + [place for place, holds in self.spread if holds()]
 
     def recorded(self) -> tuple[Tensor, ...]:
         return (self.leaves[self.position], *(self.leaves[place] for place in self.places))
