@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager as Context
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -46,8 +46,7 @@ def forget(module: Module) -> None:
         vars(module).pop(name, None)
 
 
-@dataclass(frozen=True)
-class Noted:
+class Noted(NamedTuple):
     """A tensor of the forward pass, and how often it had been written to."""
 
     held: Any
@@ -80,12 +79,15 @@ class Passage:
     def of(cls, module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> Passage:
         """Of a call that has just ended; ``tensors``: outputs that require a gradient."""
 
+        returned = {id(tensor) for tensor in tensors}
+
         def note(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            if any(value is tensor for tensor in tensors):  # kept, it would keep the hook that holds it
-                return Noted(value.detach() if keep else TensorWeakRef(value), _version(value))
-            return Noted(value if keep else TensorWeakRef(value), _version(value))
+            if not keep:
+                return Noted(TensorWeakRef(value), _version(value))
+            # An output that is kept would keep the hook that holds it.
+            return Noted(value.detach() if id(value) in returned else value, _version(value))
 
         def noted(value: Any) -> tuple[list[Any], TreeSpec | None]:
             if isinstance(value, Tensor):
@@ -97,7 +99,7 @@ class Passage:
         edges: list[GradientEdge | None] = []
         overwritten = False
         for place, value in enumerate(inputs):
-            same = any(value is tensor for tensor in tensors)
+            same = id(value) in returned
             if same and not isinstance(module, Identity):
                 overwritten = True
             else:

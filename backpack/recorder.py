@@ -157,7 +157,8 @@ class Recording(TorchFunctionMode):
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
-        if torch.is_grad_enabled() and any(o.requires_grad for o in _tensors((out,), {})):
+        outputs = (out,) if isinstance(out, Tensor) else _tensors((out,), {})
+        if torch.is_grad_enabled() and any(o.requires_grad for o in outputs):
             self._observe(func, given, kwargs, out, tensors)
         return out
 
@@ -243,7 +244,9 @@ class Recording(TorchFunctionMode):
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
         self._decide(call, _own_base(out, args), len(axes))
         self.calls.append(ref(call))
-        self.uses.update(id(p) for source, _ in call.uses for p in source.parameters)
+        for source, _ in call.uses:
+            for parameter in source.parameters:
+                self.uses[id(parameter)] += 1
         first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in self.sources)
         for place, output in enumerate(outputs):
             if output.requires_grad:
