@@ -35,3 +35,25 @@ def sample_diagonals(model, X, lossfunc, y):
         rows.append([h.diagonal() for h in found])
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [torch.stack(d).reshape(-1, *p.shape) for d, p in zip(zip(*rows, strict=True), parameters, strict=True)]
+
+
+def sample_entries(losses, parameters, most=4):
+    """Of each parameter a few entries of the diagonal of the Hessian of each loss, and where: ``[n, k]``, ``[k]``.
+
+    ``losses``: a function for each sample that computes its term of the loss.
+    """
+    places = [torch.randperm(p.numel())[:most] for p in parameters]
+    found = [[] for _ in parameters]
+    for loss in losses:
+        with sdpa_kernel(SDPBackend.MATH):
+            value = loss()
+        grads = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
+        for p, g, where, rows in zip(parameters, grads, places, found, strict=True):
+            rows.append(torch.zeros(len(where), dtype=p.dtype))
+            for k, place in enumerate(where):
+                if g is not None and g.requires_grad:
+                    entry = g.flatten()[place]
+                    (second,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)
+                    if second is not None:
+                        rows[-1][k] = second.flatten()[place]
+    return [torch.stack(rows) for rows in found], places

@@ -331,7 +331,8 @@ class DenseUse(Use):
 
     def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Explicit:
         v, n = direction.shape[:2]
-        inputs = [rows.take(tensor).to(grad.dtype).expand(v, *[-1] * tensor.dim()) for tensor in self.inputs]
+        taken = [rows.take(tensor).to(grad.dtype) for tensor in self.inputs]
+        inputs = [tensor.expand(v, *tensor.shape) for tensor in taken]
         inputs[place] = direction
         folded = tuple(tensor.flatten(0, 1) for tensor in inputs)
         grads = self.fold(grad)
