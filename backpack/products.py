@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn import Module
 
 from backpack.compat import graph_is_kept, shape_at
 from backpack.engine import HERE, muted
@@ -25,6 +27,40 @@ from backpack.samples import Layout
 from backpack.seeds import PASSES, origins
 
 Product = Callable[[Tensor], Tensor]
+
+
+class Handle:
+    """What the functions of one backward pass share: what they need is kept as long as one of them lives."""
+
+
+HELD: WeakKeyDictionary[Module, WeakKeyDictionary[Handle, list[Product]]] = WeakKeyDictionary()
+"""What the functions need, by the module whose graph they hold.
+
+The graph leads to the parameters, through references that the garbage collector does not see: a function on a parameter
+that held the graph itself would never be freed.
+"""
+
+
+class BlockProduct:
+    """The function on a parameter."""
+
+    def __init__(self, handle: Handle, owner: Module, place: int) -> None:
+        self._handle, self._owner, self._place = handle, ref(owner), place
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Multiply ``[*p]``, or several ``[V, *p]``.
+
+        Raises:
+            RuntimeError: The model is gone.
+            ValueError: ``vector`` has another shape.
+        """
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError(
+                "The model that this function multiplies with the curvature of has been deleted, and its graph with "
+                "it. Keep a reference to the model as long as its functions are used."
+            )
+        return HELD[owner][self._handle][self._place](vector)
 
 
 @dataclass(eq=False)
@@ -62,9 +98,13 @@ class ProductPass(HessianPass):
         grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
         targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
         curvature = CurvatureBlocks(edge, layout, targets, grad, multiply)
+        module = self.found[0][1].root()
+        owner, handle, products = loss.loss if module is None else module, Handle(), list[Product]()
+        HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
         for parameter in self._parameters():
             for extension in self.extensions:
-                setattr(parameter, extension.savefield, extension.product(curvature, parameter))
+                setattr(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
+                products.append(extension.product(curvature, parameter))
 
     def _parameters(self) -> list[Tensor]:
         """Those that the loss's input may depend on."""

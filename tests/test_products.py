@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from truth import close
 
-from backpack import backpack, extend, hessianfree
+from backpack import backpack, extend, hessianfree, memory_cleanup
 from backpack.extensions import GGNMP, HMP, PCHMP
 
 
@@ -198,6 +198,34 @@ def test_the_graph_is_freed_with_the_functions():
         for p in model.parameters():
             del p.hmp, p.pchmp
         assert Note.alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_nothing_grows_and_all_is_freed_with_the_model(retain):
+    """Without help of the garbage collector, which does not see references between nodes of a graph."""
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), Note(), nn.Linear(3, 3)).double()), extend(nn.MSELoss())
+
+    def step(model):
+        with backpack(HMP(), GGNMP(), PCHMP()):
+            lossfunc(model(values(3, 3)), values(3, 3)).backward(retain_graph=retain)
+        for p in model.parameters():
+            p.hmp(values(*p.shape)), p.ggnmp(values(2, *p.shape)), p.pchmp(values(*p.shape))
+        return Note.alive
+
+    gc.collect()
+    gc.disable()
+    try:
+        graphs = [step(model) for _ in range(4)]
+        assert [graph() is not None for graph in graphs] == [False, False, False, True]
+        memory_cleanup(model)
+        assert graphs[-1]() is None
+        graph, function, parameter = step(model), model[0].weight.hmp, weakref.ref(model[2].weight)
+        del model
+        assert graph() is None and parameter() is None
+        with pytest.raises(RuntimeError, match="model .* has been deleted"):
+            function(values(3, 3))
     finally:
         gc.enable()
 

@@ -16,7 +16,8 @@ class MatrixProduct(CurvatureExtension):
 
     It can be used after the backward pass, as long as the parameters are not changed. It holds a graph: that of the
     forward pass with ``backward(retain_graph=True)``, else one of its own, for which the model is run once more. That
-    memory is free when the functions of all parameters are deleted or replaced by those of the next backward pass.
+    memory is free when the functions of all parameters are deleted (``memory_cleanup(model)``) or replaced by those of
+    the next backward pass, and with the model.
 
     Raises:
         RuntimeError: The model can't be run again with the same result, and the graph is not kept.
