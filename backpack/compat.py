@@ -60,6 +60,11 @@ def shape_at(edge: GradientEdge) -> torch.Size:
     return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
+def dtype_at(edge: GradientEdge) -> torch.dtype:
+    """The data type of the tensor that an edge of a graph stands for."""
+    return edge.node._input_metadata[edge.output_nr].dtype
+
+
 def is_active(mode: TorchFunctionMode) -> bool:
     """Whether a mode is the innermost one. When a backward pass fails, PyTorch takes off those that it began."""
     depth = torch._C._len_torch_function_stack()

@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import shape_at
+from backpack.compat import dtype_at, shape_at
 from backpack.recorder import is_of_first_half
 from backpack.residuals import LocalHessian, Pairs, Residual, is_bilinear, is_flat, is_fused_node, residual_of
 from backpack.samples import Layout, layouts
@@ -145,14 +145,32 @@ def following(node: Node) -> Iterator[GradientEdge]:
             yield GradientEdge(following, number)
 
 
-def is_fused(edge: GradientEdge) -> bool:
-    """Whether a graph has a node without second derivatives for which there is a replacement."""
+LOW = (torch.bfloat16, torch.float16)
+
+
+def is_lowered(node: Node) -> bool:
+    """Whether a node brings a tensor to 16 bits, as ``torch.autocast`` does."""
+    if node.name() != "ToCopyBackward0" or dtype_at(GradientEdge(node, 0)) not in LOW:
+        return False
+    return any(dtype_at(edge) not in LOW for edge in following(node))
+
+
+def nodes_of(edge: GradientEdge) -> Iterator[Node]:
+    """All nodes of a graph."""
     pending, visited = [edge.node], set()
     while pending:
         node = pending.pop()
         if node not in visited:
-            if is_fused_node(node):
-                return True
             visited.add(node)
+            yield node
             pending += [edge.node for edge in following(node)]
-    return False
+
+
+def is_fused(edge: GradientEdge) -> bool:
+    """Whether a graph has a node without second derivatives for which there is a replacement."""
+    return any(map(is_fused_node, nodes_of(edge)))
+
+
+def has_autocast(edge: GradientEdge) -> bool:
+    """Whether a part of a graph was recorded under autocast: derivatives of second order would mix its data types."""
+    return any(map(is_lowered, nodes_of(edge)))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backpack.compat import shape_at
+from backpack.compat import dtype_at, shape_at
 from backpack.delivery import Contributions
 from backpack.engine import HERE
-from backpack.graph import Graph, is_fused
+from backpack.graph import Graph, has_autocast, is_fused
 from backpack.looped import must_loop
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
@@ -62,7 +62,7 @@ class HessianPass(SeedPass):
         targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
         graph = Graph(own.edge, targets, own.layout)
         self.uses = self._count_uses()
-        grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0]
+        grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
         HERE.muted = True
         try:
             for edges, columns, weights, alone in self._columns(graph, grad, own, rows):
@@ -287,6 +287,7 @@ class HessianPass(SeedPass):
 
     def graph(self, rows: Tensor | None) -> SecondOrderGraph:
         """A graph whose nodes all have second derivatives, if possible of the selected samples alone."""
+        rounded = has_autocast(self.loss.edge)
         fused = is_fused(self.loss.edge) or any(
             isinstance(use, ReplayUse)
             for _, origin in self.found
@@ -294,19 +295,20 @@ class HessianPass(SeedPass):
             if (alive := call()) is not None
             for _, use in alive.uses
         )
-        if not fused and rows is None:
+        if not fused and not rounded and rows is None:
             return SecondOrderGraph(self.loss.edge, self.layout, None)
         expanded, HERE.expanded = HERE.expanded, True
         try:
-            edge = self._rerun(rows)
+            edge = self._rerun(rows, rounded)
         finally:
             HERE.expanded = expanded
-        if edge is None and fused:
+        if (edge is None and (fused or rounded)) or (edge is not None and rounded and has_autocast(edge)):
             raise RuntimeError(
-                f"{type(self.extensions[0]).__name__}: the model has a fused attention or recurrent layer, of which "
-                f"PyTorch has no second derivatives, and running it again in another form did not give the same "
-                f"output (as with dropout in training mode). Run the forward pass inside the backpack(...) block, or "
-                f"put the model into evaluation mode."
+                f"{type(self.extensions[0]).__name__}: the model has a fused attention or recurrent layer, or was run "
+                f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
+                f"was not possible or did not give the same output (as with dropout in training mode). Run the "
+                f"forward pass inside the backpack(...) block and without autocast, or put the model into evaluation "
+                f"mode."
             )
         if edge is None:
             return SecondOrderGraph(self.loss.edge, self.layout, None)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 
-from backpack.compat import graph_is_kept, shape_at
+from backpack.compat import dtype_at, graph_is_kept, shape_at
 from backpack.engine import HERE, muted
-from backpack.graph import Graph, is_fused
+from backpack.graph import Graph, has_autocast, is_fused
 from backpack.hessian import HessianPass
 from backpack.losses.functional import hessian_product
 from backpack.samples import Layout
@@ -80,7 +80,7 @@ class ProductPass(HessianPass):
         chosen = rows if selected else None
         layout = self.layout if chosen is None else Layout(len(chosen), self.layout.axis)
         axis = layout.axis
-        shape = list(loss.input.shape)
+        shape, dtype = list(loss.input.shape), loss.input.dtype
         weight = loss.input.new_ones(())
         if rows is not None and counts is not None:
             weight = counts.to(loss.input.dtype)
@@ -91,11 +91,12 @@ class ProductPass(HessianPass):
 
         def multiply(vector: Tensor) -> Tensor:
             if chosen is None:
-                return whole(vector) * weight
-            embedded = vector.new_zeros(shape).index_copy(axis, chosen, vector)
+                return whole(vector.to(dtype)) * weight
+            embedded = vector.new_zeros(shape, dtype=dtype).index_copy(axis, chosen, vector.to(dtype))
             return whole(embedded).index_select(axis, chosen) * weight
 
         grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
+        grad = grad.to(dtype_at(edge))
         targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
         curvature = CurvatureBlocks(edge, layout, targets, grad, multiply)
         module = self.found[0][1].root()
@@ -113,24 +114,25 @@ class ProductPass(HessianPass):
 
     def _lasting(self, rows: Tensor | None) -> tuple[GradientEdge, bool]:
         """A graph that outlives the backward pass, and whether it is of these samples alone."""
-        lasts = graph_is_kept() and not is_fused(self.loss.edge)
+        rounded = has_autocast(self.loss.edge)
+        lasts = graph_is_kept() and not is_fused(self.loss.edge) and not rounded
         if lasts and rows is None:
             return self.loss.edge, False
         expanded, HERE.expanded = HERE.expanded, True
         try:
-            edge = self._rerun(rows)
+            edge = self._rerun(rows, rounded)
         finally:
             HERE.expanded = expanded
-        if edge is not None:
+        if edge is not None and not (rounded and has_autocast(edge)):
             self.found = list(origins(edge))
             return edge, rows is not None
         if lasts:
             return self.loss.edge, False
         raise RuntimeError(
             f"{type(self.extensions[0]).__name__} needs a graph that outlives the backward pass, and running the model "
-            f"again does not give the input of the loss (as with dropout in training mode, or where the output is "
-            f"reshaped before the loss). Run the forward pass inside the backpack(...) block and call "
-            f"backward(retain_graph=True)."
+            f"again does not give the input of the loss (as with dropout in training mode, where the output is "
+            f"reshaped before the loss, or where the model itself uses autocast). Run the forward pass inside the "
+            f"backpack(...) block and without autocast, and call backward(retain_graph=True)."
         )
 
 

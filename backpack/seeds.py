@@ -363,8 +363,11 @@ class SeedPass:
             return pull(*(seed[0] for seed in seeds))[None]
         return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw their dropout again
 
-    def _rerun(self, rows: Tensor | None) -> GradientEdge | None:
-        """The graph of the selected samples alone, where running the module on them gives the same output."""
+    def _rerun(self, rows: Tensor | None, rounded: bool = False) -> GradientEdge | None:
+        """The graph of the selected samples alone, where running the module on them gives the same output.
+
+        ``rounded``: it was computed in 16 bits before, and is not now.
+        """
         edge, origin = self.found[0]
         root = origin.root()
         if root is None or edge != self.loss.edge or self.layout.factor > 1 or len(self.found) > 1:
@@ -386,7 +389,7 @@ class SeedPass:
         with torch.enable_grad(), torch.random.fork_rng(enabled=root.training):
             output = tree_leaves(root(*args, **kwargs))[origin.place]
         expected = self.loss.input if rows is None else self.loss.input.index_select(self.layout.axis, rows)
-        if not agree(output, expected):
+        if not agree(output, expected, rounded):
             return None
         return get_gradient_edge(output)
 
@@ -510,8 +513,10 @@ def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> N
         receive(grad[None])
 
 
-def agree(output: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by rounding only."""
+def agree(output: Tensor, expected: Tensor, rounded: bool = False) -> bool:
+    """Whether two outputs differ by rounding only; ``rounded``: the expected one was computed in 16 bits."""
+    if rounded:
+        output, expected = output.bfloat16(), expected.bfloat16()
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     size = max(1e-30, expected.abs().max().item())
     same = output.shape == expected.shape and output.dtype == expected.dtype

@@ -6,12 +6,17 @@ from torch import nn
 
 from backpack import backpack, extend
 from backpack.extensions import (
+    GGNMP,
+    HMP,
+    PCHMP,
     BatchDiagGGNExact,
+    BatchDiagHessian,
     BatchDotGrad,
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
+    DiagHessian,
     GGNGram,
     SqrtGGNExact,
     SumGradSquared,
@@ -119,6 +124,52 @@ def test_autocast_gives_float32_results_within_the_rounding_of_the_format(name, 
         assert all(t.dtype == torch.float32 for tensors in found.values() for t in tensors)
         assert all(map(torch.equal, grads, plain))
         agree(found, expected, depth, dtype)
+
+
+def hessians(model, X, y, vectors, autocast=None, inside=False, retain=False):
+    """Diagonals, and products with a vector for each parameter."""
+    lossfunc = extend(nn.CrossEntropyLoss())
+    extensions = [DiagHessian(), BatchDiagHessian(subsampling=[3, 1]), HMP(), GGNMP(), PCHMP()]
+    with backpack(*extensions):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = lossfunc(model(X), y)
+            if inside:
+                loss.backward(retain_graph=retain)
+        if not inside:
+            loss.backward(retain_graph=retain)
+    found = {e.savefield: [getattr(p, e.savefield) for p in model.parameters()] for e in extensions}
+    for field in ("hmp", "ggnmp", "pchmp"):
+        found[field] = [multiply(v) for multiply, v in zip(found[field], vectors, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("inside, softmax", [(False, False), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_hessians_under_autocast_are_in_float32_and_within_the_rounding_of_the_format(name, dtype, inside, softmax):
+    """The output is in the format, or behind a softmax in float32; it enters by its products' rounding, twice."""
+    build, inputs, depth = MODELS[name]
+    model, X, y = build(), inputs(), torch.randint(0, C, (N,))
+    vectors = [torch.randn_like(p) for p in model.parameters()]
+    model = extend(nn.Sequential(model, nn.LogSoftmax(1)) if softmax else model)
+    expected = hessians(model, X, y, vectors)
+    found = hessians(model, X, y, vectors, dtype, inside, retain=inside)
+    for field, tensors in found.items():
+        assert all(t.dtype == torch.float32 for t in tensors)
+        assert deviation(tensors, expected[field]) < 2 * 6 * depth * torch.finfo(dtype).eps / 2, field
+
+
+def test_a_model_that_uses_autocast_itself_is_an_error_of_second_derivatives_with_the_remedy():
+    class Casting(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    model, lossfunc = extend(nn.Sequential(Casting(3, 3), nn.Tanh(), nn.Linear(3, C))), extend(nn.CrossEntropyLoss())
+    X, y = torch.randn(N, 3), torch.randint(0, C, (N,))
+    for extension in (DiagHessian(), HMP()):
+        with pytest.raises(RuntimeError, match="without autocast"), backpack(extension):
+            lossfunc(model(X), y).backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
