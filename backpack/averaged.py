@@ -18,7 +18,7 @@ from torch.nn import Module, Sequential
 from backpack.engine import HERE
 from backpack.looped import must_loop
 from backpack.samples import Subset
-from backpack.seeds import BUDGET, PASSES, SeedPass, agree, origins, unique
+from backpack.seeds import BUDGET, PASSES, SeedPass, agree, origins, targets, unique
 from backpack.uses.base import accumulate
 from backpack.uses.linear_map import second_moment
 
@@ -69,8 +69,16 @@ class AveragedPass(SeedPass):
         name = type(self.extensions[0]).__name__
         edge, origin = self.found[0]
         root = origin.root()
-        (args, kwargs), alone = origin.arguments, edge == self.loss.edge and len(self.found) == 1
-        if root is None or not alone or len(args) != 1 or kwargs or (root._modules and not _is_sequential(root)):
+        args, kwargs = origin.arguments or (None, None)
+        alone = edge == self.loss.edge and len(self.found) == 1
+        if (
+            root is None
+            or not alone
+            or args is None
+            or len(args) != 1
+            or kwargs
+            or (root._modules and not _is_sequential(root))
+        ):
             raise RuntimeError(
                 f"{name} averages the curvature after each module of a chain, but the model, a {type(root).__name__}, "
                 f"is no torch.nn.Sequential of one input whose output is that of the loss. Write it as a Sequential, "
@@ -140,13 +148,12 @@ class AveragedPass(SeedPass):
             return seeds.new_zeros(len(seeds), *x.shape)
         edge = get_gradient_edge(out)
         self.uses = sum(unique(origin.uses for _, origin in origins(edge)), Counter())
-        targets = [target for _, origin in origins(edge) for target in origin.targets()]
-        targets += [get_gradient_edge(x)] if x.requires_grad else []
+        ends = [*targets(edge), *([get_gradient_edge(x)] if x.requires_grad else [])]
         pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(edge) else len(seeds))
         found = []
         for number, piece in enumerate(pieces, start=1):
             self.final = final and number == len(pieces)
-            grads = self._pull([edge], targets, [piece])
+            grads = self._pull([edge], ends, [piece])
             found.append(grads if x.requires_grad and grads.dim() > 1 else seeds.new_zeros(len(piece), *x.shape))
             self._finish()
         return torch.cat(found)

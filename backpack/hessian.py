@@ -23,7 +23,7 @@ from backpack.graph import Graph, has_autocast, is_fused
 from backpack.looped import must_loop
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
-from backpack.seeds import BUDGET, PASSES, Curvature, SeedPass, origins
+from backpack.seeds import BUDGET, PASSES, Curvature, SeedPass, origins, targets
 from backpack.shortcuts import squares
 from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse
@@ -59,8 +59,8 @@ class HessianPass(SeedPass):
         self.subset = self.extensions[0].subset
         rows = self.subset.rows(self.layout.n, self.loss.input.device)
         own = self.graph(rows)
-        targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
-        graph = Graph(own.edge, targets, own.layout)
+        ends = targets(own.edge)
+        graph = Graph(own.edge, ends, own.layout)
         self.uses = self._count_uses()
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
         HERE.muted = True
@@ -68,14 +68,14 @@ class HessianPass(SeedPass):
             for edges, columns, weights, alone in self._columns(graph, grad, own, rows):
                 self.weights = weights
                 HERE.inner, HERE.muted = self, False
-                self._pull(edges, edges if alone else targets, columns)
+                self._pull(edges, edges if alone else ends, columns)
                 self._finish()
                 HERE.inner, HERE.muted = None, True
             self.weights = None
             for parameter, dense, total in self.totals.values():
                 roots, signs = _roots(total)
                 self._add(parameter, replace(dense, grad=roots).weighted(signs), self.extensions)
-            self._add_couplings(graph, targets, grad)
+            self._add_couplings(graph, ends, grad)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
                     self.block.store(parameter, extension.savefield, self.results[id(extension), key][0])

@@ -246,21 +246,21 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
     ]
     recording.settle([(tensor, layout) for _, tensor, layout in outputs if layout is not None])
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    edges = [get_gradient_edge(tensor) for tensor in inputs]
+    intact = [get_gradient_edge(tensor) for tensor in inputs] == recording.inputs
     for place, tensor, layout in outputs:
         edge = get_gradient_edge(tensor)
+        if edge in recording.inputs:  # handed through: what it comes from is known already
+            continue
         metadata: Any = edge.node.metadata
         metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
             layout=layout,
             place=place,
-            start=recording.start,
-            inputs=edges,
             uses=recording.uses,
             calls=recording.calls,
             widest=recording.widest,
             root=ref(module),
-            arguments=(args, kwargs),
+            arguments=(args, kwargs) if intact else None,
             input_axis=axis,
         )
 

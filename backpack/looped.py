@@ -52,16 +52,22 @@ LOOPED = frozenset(
 )
 
 
+def edges_from(edge: GradientEdge) -> Iterator[GradientEdge]:
+    """All edges of a graph, from this one on."""
+    pending, visited, followed = [edge], set(), set()
+    while pending:
+        edge = pending.pop()
+        if edge not in visited:
+            visited.add(edge)
+            yield edge
+            if edge.node not in followed:
+                followed.add(edge.node)
+                pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
+
+
 def nodes(edge: GradientEdge) -> Iterator[Node]:
     """All nodes of a graph."""
-    pending: list[Node | None] = [edge.node]
-    visited = set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in visited:
-            yield node
-            visited.add(node)
-            pending += [following for following, _ in node.next_functions]
+    return iter(dict.fromkeys(edge.node for edge in edges_from(edge)))
 
 
 def must_loop(edge: GradientEdge) -> bool:

@@ -24,7 +24,7 @@ from backpack.graph import Graph, has_autocast, is_fused
 from backpack.hessian import HessianPass
 from backpack.losses.functional import hessian_product
 from backpack.samples import Layout
-from backpack.seeds import PASSES, origins
+from backpack.seeds import PASSES, origins, targets
 
 Product = Callable[[Tensor], Tensor]
 
@@ -97,8 +97,7 @@ class ProductPass(HessianPass):
 
         grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
         grad = grad.to(dtype_at(edge))
-        targets = list(dict.fromkeys(start for _, origin in self.found for start in origin.start))
-        curvature = CurvatureBlocks(edge, layout, targets, grad, multiply)
+        curvature = CurvatureBlocks(edge, layout, targets(edge), grad, multiply)
         module = self.found[0][1].root()
         owner, handle, products = loss.loss if module is None else module, Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products

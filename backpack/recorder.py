@@ -28,6 +28,8 @@ from backpack.operations import EXPANDED, REPLACED, RULES
 from backpack.samples import Layout, Rows, layouts
 from backpack.uses import PullbackUse, Use
 
+START = "backpack start"
+
 
 @dataclass(eq=False)
 class Source:
@@ -119,7 +121,9 @@ class Recording(TorchFunctionMode):
         self.n: int | None = None if first is None else first.shape[axis]
         self.uses: Counter[int] = Counter()
         self.calls: list[ref[Call]] = []
-        self.start: list[GradientEdge] = []
+        self.inputs = [get_gradient_edge(t) for t in tensors if t.requires_grad]
+        for edge in self.inputs:
+            mark_start(edge)
         self.widest = 1
         self._anchor: tuple[GradientEdge, Layout, torch.Size] | None = None
         self._undecided: list[tuple[Any, Call, GradientEdge]] = []
@@ -247,13 +251,14 @@ class Recording(TorchFunctionMode):
         for source, _ in call.uses:
             for parameter in source.parameters:
                 self.uses[id(parameter)] += 1
-        first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in self.sources)
+        known = {*self.sources, *map(id, outputs)}  # an operation in place returns what it was given
+        first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in known)
         for place, output in enumerate(outputs):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())
                 hooked = _own_base(output, args)
                 if first:
-                    self.start.append(get_gradient_edge(hooked))
+                    mark_start(get_gradient_edge(hooked))
                 self._deliver(call, place, hooked, output.shape)
 
     def _pullbacks(
@@ -306,9 +311,9 @@ class Recording(TorchFunctionMode):
             call.layouts = layouts
             if call.alternative is not None:
                 call.alternative.discarded = True
-                call.alternative = None
         else:
             call.uses = []
+        call.alternative = None  # it holds the output, whose hook holds the call
 
     def settle(self, outputs: list[tuple[Tensor, Layout]]) -> None:
         """Decide between the layouts that the shapes allow, by which entries the first half of the samples reaches.
@@ -388,6 +393,18 @@ class Recording(TorchFunctionMode):
                 f"has an output of shape {list(call.shape)} in which the {call.n} samples cannot be told apart: "
                 + ("each of them depends on others" if not fitting else "several axes may hold them")
             )
+
+
+def mark_start(edge: GradientEdge) -> None:
+    """Note at a node that a pull-back may stop there; what held the nodes could be held by one of them."""
+    metadata: Any = edge.node.metadata
+    metadata[(START, edge.output_nr)] = True
+
+
+def is_start(edge: GradientEdge) -> bool:
+    """Whether a pull-back may stop at an edge: it is a first use of a parameter, or an input of an extended module."""
+    metadata: Any = edge.node.metadata
+    return (START, edge.output_nr) in metadata
 
 
 def _occupies(source: Tensor, out: Tensor, axis: int) -> bool:

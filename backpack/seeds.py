@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from backpack.compat import is_fully_sharded
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, without_autocast
-from backpack.looped import counts_backward_passes, must_loop
+from backpack.looped import counts_backward_passes, edges_from, must_loop
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
-from backpack.recorder import Call, Source, is_of_first_half
+from backpack.recorder import Call, Source, is_of_first_half, is_start
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
@@ -65,46 +65,34 @@ class Curvature(Ruled, Protocol):
 class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
-    ``start``: the first uses of parameters; ``inputs``: inputs that require a gradient; ``place``: of this output
-    among the leaves of all; ``uses``: how often each source was used; ``calls``: all that were recorded; ``widest``:
-    entries of the largest output of one.
+    ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
+    were recorded; ``widest``: entries of the largest output of one; ``arguments``: of the call, ``None`` if one was
+    overwritten. No node is held: what one of them holds would live forever if it held that node in turn.
     """
 
     n: int
     layout: Layout | None
     place: int
-    start: list[GradientEdge]
-    inputs: list[GradientEdge]
     uses: Counter[int]
     calls: list[ref[Call]]
     widest: int
     root: ref[Module]
-    arguments: tuple[Any, Any]
+    arguments: tuple[Any, Any] | None
     input_axis: int
-
-    def targets(self) -> Iterator[GradientEdge]:
-        """Where a pull-back may stop: at the first uses, and at inputs that come from no extended module."""
-        yield from self.start
-        for edge in self.inputs:
-            if next(origins(edge), None) is None:
-                yield edge
 
 
 def origins(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Origin]]:
     """The outputs of extended modules that a tensor was computed from, and theirs in turn."""
-    pending, visited = [edge], set()
-    while pending:
-        edge = pending.pop()
-        if edge in visited:
-            continue
-        visited.add(edge)
-        metadata: Any = edge.node.metadata
-        origin = metadata.get((MARK, edge.output_nr))
-        if origin is None:
-            pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
-        else:
-            yield edge, origin
-            pending += origin.inputs
+    for found in edges_from(edge):
+        metadata: Any = found.node.metadata
+        origin = metadata.get((MARK, found.output_nr))
+        if origin is not None:
+            yield found, origin
+
+
+def targets(edge: GradientEdge) -> list[GradientEdge]:
+    """Where a pull-back may stop: at the first uses of parameters, and at inputs of extended modules."""
+    return list(filter(is_start, edges_from(edge)))
 
 
 @dataclass(eq=False)
@@ -258,12 +246,12 @@ class SeedPass:
                 edge, select, self.subset, self.selected = own, rows, Subset(), True
                 self.found = list(origins(edge))
         self.uses = self._count_uses()
-        targets = list(dict.fromkeys(target for _, origin in self.found for target in origin.targets()))
+        ends = targets(edge)
 
         def pull() -> None:
             for number, seeds in self._chunks(edge):
                 self.final = number >= self.columns
-                self._pull([edge], targets, [self._place(seeds, rows, select)])
+                self._pull([edge], ends, [self._place(seeds, rows, select)])
                 if self.final or not self.gathered:
                     self._finish()
                     self.first = False
@@ -370,7 +358,13 @@ class SeedPass:
         """
         edge, origin = self.found[0]
         root = origin.root()
-        if root is None or edge != self.loss.edge or self.layout.factor > 1 or len(self.found) > 1:
+        if (
+            root is None
+            or origin.arguments is None
+            or edge != self.loss.edge
+            or self.layout.factor > 1
+            or len(self.found) > 1
+        ):
             return None
         if any(b is not None for module in root.modules() if module.training for b in module._buffers.values()):
             return None  # running statistics would be updated once more
