@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module, Sequential
 
+from backpack.bystanders import run_again
 from backpack.engine import HERE
 from backpack.looped import must_loop
 from backpack.samples import Subset
@@ -94,7 +95,7 @@ class AveragedPass(SeedPass):
             raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
         inputs, x = [], args[0] if rows is None else args[0].index_select(0, rows)
         n = len(x)
-        with torch.no_grad(), torch.random.fork_rng(enabled=root.training):
+        with torch.no_grad(), torch.random.fork_rng(enabled=root.training), run_again(root):
             for module in modules:
                 inputs.append(x)
                 x = module(x.clone())  # it may work in place
@@ -142,7 +143,7 @@ class AveragedPass(SeedPass):
         ``final``: these are the last ones for this module.
         """
         x = x.detach().requires_grad_(x.is_floating_point())
-        with torch.enable_grad():
+        with torch.enable_grad(), run_again(module):
             out = module(x.clone())  # it may work in place
         if not out.requires_grad:
             return seeds.new_zeros(len(seeds), *x.shape)

@@ -21,6 +21,7 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from backpack.bystanders import undisturbed
 from backpack.compat import graph_task, running_node, when_backward_ends
 from backpack.delivery import Contributions, Delivery
 from backpack.passages import Passage, serve
@@ -224,7 +225,7 @@ class Block:
             return
         source = self.delivery.sources[key]
         contributions = self.delivery.fetch(source.tensor)
-        with muted(), without_autocast(source.tensor.device):
+        with muted(), undisturbed(source.parameters), without_autocast(source.tensor.device):
             for subset_key, subset in self._subsets().items():
                 grads = contributions.individual(subset)
                 for parameter in source.parameters:

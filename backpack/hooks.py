@@ -22,6 +22,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged as averaged  # it registers a pass
 from backpack import products as products  # as well
+from backpack.bystanders import undisturbed
 from backpack.compat import (
     caller,
     gathered_parameters,
@@ -218,7 +219,8 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             HERE.closing.close()
             HERE.muted = True
             try:
-                _conclude(recording, module, args, kwargs, output)
+                with undisturbed(recording.tensors):
+                    _conclude(recording, module, args, kwargs, output)
             finally:
                 HERE.muted = False
     if HERE.disabled or HERE.muted or not torch.is_grad_enabled() or (module._modules and not is_ruled(module)):
@@ -258,6 +260,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             place=place,
             uses=recording.uses,
             calls=recording.calls,
+            tensors=recording.tensors,
             widest=recording.widest,
             root=ref(module),
             arguments=(args, kwargs) if intact else None,

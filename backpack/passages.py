@@ -23,6 +23,8 @@ from torch.nn import Identity, Module
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import TensorWeakRef
 
+from backpack.bystanders import undisturbed
+
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
 
@@ -185,12 +187,14 @@ class InputGradients(Sequence[Any]):
         if edge is None or self._node is None:
             return None
         given = [(k, grad) for k, grad in zip(self._passage.outputs, self._g_out, strict=True) if grad is not None]
-        (found,) = torch.autograd.grad(
-            [GradientEdge(self._node, k) for k, _ in given],
-            edge,
-            [grad for _, grad in given],
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
+        notes = [note for held, _ in self._passage.values.values() for note in held if isinstance(note, Noted)]
+        with undisturbed(tensor for note in notes if (tensor := note.value()) is not None):
+            (found,) = torch.autograd.grad(
+                [GradientEdge(self._node, k) for k, _ in given],
+                edge,
+                [grad for _, grad in given],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
         return found

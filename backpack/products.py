@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 
+from backpack.bystanders import forget_retained, undisturbed
 from backpack.compat import dtype_at, graph_is_kept, shape_at
 from backpack.engine import HERE, muted
 from backpack.graph import Graph, has_autocast, is_fused
 from backpack.hessian import HessianPass
 from backpack.losses.functional import hessian_product
 from backpack.samples import Layout
-from backpack.seeds import PASSES, origins, targets
+from backpack.seeds import PASSES, bystanders, origins, targets
 
 Product = Callable[[Tensor], Tensor]
 
@@ -97,7 +98,7 @@ class ProductPass(HessianPass):
 
         grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
         grad = grad.to(dtype_at(edge))
-        curvature = CurvatureBlocks(edge, layout, targets(edge), grad, multiply)
+        curvature = CurvatureBlocks(edge, layout, targets(edge), grad, multiply, list(bystanders(self.found)))
         module = self.found[0][1].root()
         owner, handle, products = loss.loss if module is None else module, Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
@@ -147,6 +148,7 @@ class CurvatureBlocks:
     targets: list[GradientEdge]
     grad: Tensor
     of_loss: Product
+    tensors: list[ref[Tensor] | Tensor]
     modified: dict[Any, Any] = field(default_factory=dict)
 
     def hessian(self, parameter: Tensor) -> Product:
@@ -158,7 +160,7 @@ class CurvatureBlocks:
             residual, pushed = _grads(found, [parameter, cotangent], vector)
             return residual + self._pull([self.edge], parameter, [self.of_loss(pushed)])
 
-        return _of_one_or_several(product, pulled, parameter)
+        return _of_one_or_several(product, pulled, parameter, self.tensors)
 
     def ggn(self, parameter: Tensor) -> Product:
         """The generalized Gauss-Newton matrix (Schraudolph, 2002)."""
@@ -169,7 +171,7 @@ class CurvatureBlocks:
             (pushed,) = _grads(found, cotangents, vector)
             return self._pull([self.edge], parameter, [self.of_loss(pushed)])
 
-        return _of_one_or_several(product, pulled, parameter)
+        return _of_one_or_several(product, pulled, parameter, self.tensors)
 
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
@@ -191,7 +193,7 @@ class CurvatureBlocks:
                 rest = rest[len(own) :]
             return self._pull(edges, parameter, seeds)
 
-        return _of_one_or_several(product, pulled, parameter)
+        return _of_one_or_several(product, pulled, parameter, self.tensors)
 
     def _pulled(self, edges: list[GradientEdge], parameter: Tensor) -> Callable[[], tuple[Tensor, list[Tensor]]]:
         """The pull-back of cotangents at the edges, and these: the first one is the loss's gradient."""
@@ -218,7 +220,9 @@ def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> list[Tens
     return [torch.zeros_like(i) if f is None else f for i, f in zip(inputs, found, strict=True)]
 
 
-def _of_one_or_several(product: Product, prepare: Callable[[], Any], parameter: Tensor) -> Product:
+def _of_one_or_several(
+    product: Product, prepare: Callable[[], Any], parameter: Tensor, tensors: list[ref[Tensor] | Tensor]
+) -> Product:
     """A function of ``[*p]`` or ``[V, *p]``; ``prepare`` does what must not happen inside of ``torch.vmap``."""
 
     def multiply(vector: Tensor) -> Tensor:
@@ -228,7 +232,7 @@ def _of_one_or_several(product: Product, prepare: Callable[[], Any], parameter: 
                 f"The product takes a vector of the parameter's shape {list(shape)}, or several of them stacked, "
                 f"{['V', *shape]}; got {list(vector.shape)}."
             )
-        with muted():
+        with muted(), undisturbed(tensors):
             prepare()
             if vector.shape == shape:
                 return product(vector)
@@ -237,6 +241,7 @@ def _of_one_or_several(product: Product, prepare: Callable[[], Any], parameter: 
                     warnings.simplefilter("error")
                     return torch.vmap(product)(vector)
             except (RuntimeError, UserWarning):  # a derivative that cannot be batched
+                forget_retained()
                 return torch.stack([product(one) for one in vector])
 
     return multiply

@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from backpack.bystanders import guarded
 from backpack.compat import is_active
 from backpack.operations import EXPANDED, REPLACED, RULES
 from backpack.samples import Layout, Rows, layouts
@@ -121,6 +122,7 @@ class Recording(TorchFunctionMode):
         self.n: int | None = None if first is None else first.shape[axis]
         self.uses: Counter[int] = Counter()
         self.calls: list[ref[Call]] = []
+        self.tensors: list[ref[Tensor]] = []
         self.inputs = [get_gradient_edge(t) for t in tensors if t.requires_grad]
         for edge in self.inputs:
             mark_start(edge)
@@ -144,6 +146,8 @@ class Recording(TorchFunctionMode):
                 out = REPLACED[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if func is Tensor.register_hook:
+            args = (args[0], guarded(args[1]))
         tensors = _tensors(args, kwargs)
         for tensor in tensors:
             if id(tensor) in self.sources:
@@ -151,7 +155,9 @@ class Recording(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
             for result in (out,) if isinstance(out, Tensor) else _tensors((out,), {}):
-                if not result.requires_grad and any(map(self._is_data, tensors)):
+                if result.requires_grad:
+                    self.tensors.append(ref(result))
+                elif any(map(self._is_data, tensors)):
                     self._data[id(result)] = result
             return out
         if func in EXPANDED:
@@ -161,8 +167,9 @@ class Recording(TorchFunctionMode):
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
-        outputs = (out,) if isinstance(out, Tensor) else _tensors((out,), {})
-        if torch.is_grad_enabled() and any(o.requires_grad for o in outputs):
+        results = [ref(o) for o in _tensors((out,), {}) if o.requires_grad]
+        self.tensors += results
+        if results and torch.is_grad_enabled():
             self._observe(func, given, kwargs, out, tensors)
         return out
 
@@ -251,8 +258,9 @@ class Recording(TorchFunctionMode):
         for source, _ in call.uses:
             for parameter in source.parameters:
                 self.uses[id(parameter)] += 1
-        known = {*self.sources, *map(id, outputs)}  # an operation in place returns what it was given
-        first = not any(t.requires_grad for t in _tensors(args, kwargs) if id(t) not in known)
+        returned = set(map(id, outputs))  # an operation in place returns what it was given
+        data = [t for t in _tensors(args, kwargs) if id(t) not in self.sources and id(t) not in returned]
+        first = not any(t.requires_grad for t in data)
         for place, output in enumerate(outputs):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())

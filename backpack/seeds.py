@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
+from backpack.bystanders import forget_retained, run_again, undisturbed
 from backpack.compat import is_fully_sharded
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, without_autocast
@@ -66,8 +67,9 @@ class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
-    were recorded; ``widest``: entries of the largest output of one; ``arguments``: of the call, ``None`` if one was
-    overwritten. No node is held: what one of them holds would live forever if it held that node in turn.
+    were recorded; ``tensors``: what was computed; ``widest``: entries of the largest output of one; ``arguments``: of
+    the call, ``None`` if one was overwritten. No node is held: what one of them holds would live forever if it held
+    that node in turn.
     """
 
     n: int
@@ -75,6 +77,7 @@ class Origin:
     place: int
     uses: Counter[int]
     calls: list[ref[Call]]
+    tensors: list[ref[Tensor]]
     widest: int
     root: ref[Module]
     arguments: tuple[Any, Any] | None
@@ -88,6 +91,15 @@ def origins(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Origin]]:
         origin = metadata.get((MARK, found.output_nr))
         if origin is not None:
             yield found, origin
+
+
+def bystanders(found: list[tuple[GradientEdge, Origin]]) -> Iterator[ref[Tensor] | Tensor]:
+    """What was computed on the way to these outputs, and parameters."""
+    for tensors in {id(origin.tensors): origin.tensors for _, origin in found}.values():
+        yield from tensors
+    for _, origin in found:
+        root = origin.root()
+        yield from () if root is None else root.parameters()
 
 
 def targets(edge: GradientEdge) -> list[GradientEdge]:
@@ -108,6 +120,10 @@ class LossCall:
     def run(self, block: Block, outer: Tensor) -> None:
         """Compute the second-order extensions of a block; ``outer`` is the cotangent of the loss."""
         found = list(origins(self.edge))
+        with undisturbed([self.input, *bystanders(found)]):
+            self._run(block, outer, found)
+
+    def _run(self, block: Block, outer: Tensor, found: list[tuple[GradientEdge, Origin]]) -> None:
         if not found:
             raise RuntimeError(
                 f"The input of {type(self.loss).__name__} depends on no trainable parameter of an extended module: "
@@ -347,9 +363,12 @@ class SeedPass:
 
         self.count = len(seeds[0])
         self.batched = self.count > 1
-        if not self.batched:
-            return pull(*(seed[0] for seed in seeds))[None]
-        return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw their dropout again
+        try:
+            if not self.batched:
+                return pull(*(seed[0] for seed in seeds))[None]
+            return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw their dropout again
+        finally:
+            forget_retained()
 
     def _rerun(self, rows: Tensor | None, rounded: bool = False) -> GradientEdge | None:
         """The graph of the selected samples alone, where running the module on them gives the same output.
@@ -370,6 +389,8 @@ class SeedPass:
             return None  # running statistics would be updated once more
         if any(map(is_fully_sharded, root.modules())):
             return None  # processes would not gather parameters in step
+        if rows is not None and any(map(is_observed, root.modules())):
+            return None  # what a hook has kept would be replaced
 
         def select(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -380,7 +401,7 @@ class SeedPass:
             return value
 
         args, kwargs = tree_map(select, origin.arguments)
-        with torch.enable_grad(), torch.random.fork_rng(enabled=root.training):
+        with torch.enable_grad(), torch.random.fork_rng(enabled=root.training), run_again(root):
             output = tree_leaves(root(*args, **kwargs))[origin.place]
         expected = self.loss.input if rows is None else self.loss.input.index_select(self.layout.axis, rows)
         if not agree(output, expected, rounded):
@@ -505,6 +526,12 @@ def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> N
         Tap.apply(grad, receive)
     else:
         receive(grad[None])
+
+
+def is_observed(module: Module) -> bool:
+    """Whether a user's forward hook runs with a module."""
+    names = [getattr(hook, "__module__", None) or "" for hook in module._forward_hooks.values()]
+    return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 
 def agree(output: Tensor, expected: Tensor, rounded: bool = False) -> bool:

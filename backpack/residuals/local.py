@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
+from backpack.bystanders import forget_retained
+
 
 class Severed:
     """Context in which no gradient flows beyond these edges, although it arrives at them.
@@ -100,8 +102,11 @@ class LocalHessian:
                 warnings.simplefilter("error")
                 return list(torch.vmap(product)(*vectors))
         except (RuntimeError, UserWarning):  # a derivative that cannot be batched
+            forget_retained()
             rows = [product(*one) for one in zip(*vectors, strict=True)]
             return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        finally:
+            forget_retained()
 
     def _explained(self, error: RuntimeError) -> RuntimeError:
         return RuntimeError(

@@ -1,0 +1,93 @@
+"""What users observe of a backward pass, tensor hooks and retained gradients, shows nothing of passes of our own.
+
+PyTorch runs the hooks of a tensor, and ``retain_grad()``, in every pass through its node. A pass of seeds is no
+gradient of the user's. Known are tensors that are computed while an extended module runs, its parameters, and inputs of
+extended losses; not what is computed between a model and its loss.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode
+
+
+class _Thread(threading.local):
+    retained: list[Tensor] | None = None
+    """Tensors whose gradients are to be forgotten; ``None``: no pass of our own runs on this thread."""
+
+
+_here = _Thread()
+
+
+@contextmanager
+def undisturbed(tensors: Iterable[ref[Tensor] | Tensor]) -> Iterator[None]:
+    """No hook of a user runs on these tensors inside; their retained gradients are afterwards as before."""
+    known = [tensor if isinstance(tensor, Tensor) else tensor() for tensor in tensors]
+    alive = list({id(tensor): tensor for tensor in known if tensor is not None}.values())
+    for tensor in alive:
+        tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
+        hooks = tensor._backward_hooks or {}
+        hooks.update((key, guarded(hook)) for key, hook in list(hooks.items()) if not _is_ours(hook))
+    retained = [tensor for tensor in alive if tensor.grad_fn is not None and tensor.retains_grad]
+    grads = [tensor.grad for tensor in retained]
+    before, _here.retained = _here.retained, [*retained, *(_here.retained or ())]
+    try:
+        forget_retained()
+        yield
+    finally:
+        _here.retained = before
+        for tensor, grad in zip(retained, grads, strict=True):
+            tensor.grad = grad
+
+
+def forget_retained() -> None:
+    """After a pass of our own: what it added, perhaps to ``torch.vmap``'s tensors, is not to meet the next one's."""
+    for tensor in _here.retained or ():
+        tensor.grad = None
+
+
+def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A hook of a user that does not run in passes of our own."""
+
+    def guard(grad: Tensor) -> Any:
+        return hook(grad) if _here.retained is None else None
+
+    return guard
+
+
+class Guarding(TorchFunctionMode):
+    """Hooks that are registered inside do not run in passes of our own."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.register_hook:
+            args = (args[0], guarded(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def run_again(root: Module) -> Iterator[None]:
+    """A forward pass inside leaves no attribute of the module and its submodules changed."""
+    before = [(module, dict(vars(module))) for module in root.modules()]
+    try:
+        with Guarding():
+            yield
+    finally:
+        for module, attributes in before:
+            for name, value in list(vars(module).items()):
+                if name not in attributes:
+                    delattr(module, name)
+                elif value is not attributes[name]:
+                    vars(module)[name] = attributes[name]
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) in (__name__, "backpack.hooks")
