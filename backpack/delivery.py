@@ -60,6 +60,20 @@ class Contributions:
         parts = [a.individual(subset, self.tensor.shape, self.tensor.dtype) for a in self.arrivals]
         return join([*parts, *self.further.get(subset.key, [])])
 
+    def explain(self, grad: Tensor) -> bool:
+        """Whether they add up to the gradient of the parameter, up to rounding. Synchronizes with the host."""
+        found = self.individual(Subset()).total()
+        eps = torch.finfo(found.dtype).eps
+        sizes = [found.abs().max()]
+        for arrival in self.arrivals:  # a total may be small only because its terms cancel
+            grads = Cotangents({place: grad.abs() for place, grad in arrival.grads.items()})
+            bound = Arrival(arrival.call, arrival.use, grads).individual(Subset(), found.shape, found.dtype)
+            sizes.append(bound.total().abs().max())
+            eps = max(eps, *(torch.finfo(grad.dtype).eps for grad in grads.values()))
+        if grad.is_cuda and found.dtype == torch.float32:
+            eps = max(eps, 2.0**-11)  # products may be in TF32
+        return bool((grad.to_dense() - found).abs().max() <= 64 * eps * torch.stack(sizes).sum())
+
 
 @dataclass(eq=False)
 class Delivery:

@@ -8,6 +8,7 @@ active extensions ask for.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ class Watched:
 
     handle: RemovableHandle
     owners: WeakSet[Module]
+    explained: set[bool] = field(default_factory=set)
+    """Modes of training in which its gradient was compared with what was delivered."""
 
 
 WATCHED: Any = WeakTensorKeyDictionary()
@@ -167,6 +170,8 @@ class Block:
     loss_factor: float = 1.0
     """That of a scaler, by which the loss is multiplied before ``backward()``."""
     loss_seen: bool = False
+    unexplained: list[str] = field(default_factory=list)
+    """Names of parameters that are used where nothing is recorded as well."""
 
     def __post_init__(self) -> None:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
@@ -177,6 +182,7 @@ class Block:
         """Forget what a backward pass delivered; of one that has failed, also what it stored."""
         self.delivery.clear()
         self.postponed.clear()
+        self.unexplained.clear()
         for parameter, savefield in self.stored:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
@@ -235,10 +241,10 @@ class Block:
     def _subsets(self) -> dict[Any, Subset]:
         return {extension.subset.key: extension.subset for extension in self.first_order}
 
-    def parameter_done(self, parameter: Tensor, name: str, received: bool) -> None:
-        """All uses have contributed: compute the results."""
+    def parameter_done(self, parameter: Tensor, name: str, grad: Tensor | None) -> None:
+        """All uses have contributed: compute the results. ``grad``: what the parameter receives."""
         self.enter_pass()
-        if received and self.extensions and id(parameter) not in self.seen:
+        if grad is not None and self.extensions and id(parameter) not in self.seen:
             raise RuntimeError(
                 f"Parameter {name} of shape {list(parameter.shape)} receives a gradient, but none of its uses was "
                 f"seen: it was used outside of a forward call of the extended module, or inside of something that "
@@ -248,12 +254,14 @@ class Block:
             )
         if parameter in self.delivery:
             with without_autocast(parameter.device):
-                self._compute(parameter, name)
+                self._compute(parameter, name, grad)
         self.finished.add(id(parameter))
         self.owners_done(parameter, self.finished)
 
-    def _compute(self, parameter: Tensor, name: str) -> None:
+    def _compute(self, parameter: Tensor, name: str, grad: Tensor | None) -> None:
         contributions = self.delivery.fetch(parameter)
+        if grad is not None and not self._explained(parameter, contributions, grad):
+            self.unexplained.append(name)
         extensions = [extension for extension in self.first_order if not by_rule(extension, parameter)]
         for extension in extensions:
             vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
@@ -272,6 +280,16 @@ class Block:
                 self.postponed.append((extension, contributions, extension.measure(grads)))
             else:
                 self.store(parameter, extension.savefield, extension.compute(grads))
+
+    def _explained(self, parameter: Tensor, contributions: Contributions, grad: Tensor) -> bool:
+        """Whether nothing else makes up a parameter's gradient; looked at once in each mode."""
+        watched = WATCHED.get(parameter)
+        mode = watched is not None and any(owner.training for owner in watched.owners)
+        if watched is None or mode in watched.explained or contributions.further or grad.numel() == 0:
+            return True
+        watched.explained.add(mode)
+        with torch.no_grad():
+            return contributions.explain(grad)
 
     def owners_done(self, parameter: Tensor, finished: set[int]) -> None:
         """Tell the user of the modules that have all their results now."""
@@ -335,7 +353,7 @@ class Block:
             for source in self.delivery.computed():
                 self.source_done(id(source.tensor))
             for source in list(self.delivery.sources.values()):
-                self.parameter_done(source.tensor, source.name, received=False)
+                self.parameter_done(source.tensor, source.name, None)
             for extension in self.first_order:
                 own = [(found, measure) for other, found, measure in self.postponed if other is extension]
                 if own:
@@ -352,7 +370,16 @@ class Block:
                 "results are wanted."
             )
         self.stored.clear()
+        unexplained = ", ".join(self.unexplained)
         self.clear()
+        if unexplained:
+            warnings.warn(
+                f"The gradients of {unexplained} have a part that belongs to no sample: these parameters are also used "
+                f"outside of the forward calls of the extended module (a penalty like weight decay that is added to "
+                f"the loss, a functional use elsewhere), or a hook changes a gradient. Individual quantities leave "
+                f"that part out, and do not add up to p.grad. This is looked at in a model's first backward pass only.",
+                stacklevel=2,
+            )
 
     def _hand_over(self) -> None:
         """Move results from gathered parameters, which users do not see, to the sharded ones."""

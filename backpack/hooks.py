@@ -118,7 +118,7 @@ def _parameter_hook(parameter: Any, name: str, home: list[Block]) -> Callable[[T
     def on_total(grad: Tensor) -> None:
         block = _block(home, grad)
         if block is not None and (HERE.blocks or block.task == graph_task()):
-            block.parameter_done(parameter(), name, received=True)
+            block.parameter_done(parameter(), name, grad)
 
     return on_total
 
