@@ -34,7 +34,7 @@ def undisturbed(tensors: Iterable[ref[Tensor] | Tensor]) -> Iterator[None]:
     for tensor in alive:
         tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
         hooks = tensor._backward_hooks or {}
-        hooks.update((key, guarded(hook)) for key, hook in list(hooks.items()) if not _is_ours(hook))
+        hooks.update((key, guarded(hook)) for key, hook in list(hooks.items()))
     retained = [tensor for tensor in alive if tensor.grad_fn is not None and tensor.retains_grad]
     grads = [tensor.grad for tensor in retained]
     before, _here.retained = _here.retained, [*retained, *(_here.retained or ())]
@@ -54,7 +54,9 @@ def forget_retained() -> None:
 
 
 def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A hook of a user that does not run in passes of our own."""
+    """A hook that does not run in passes of our own if it is a user's."""
+    if _is_ours(hook):
+        return hook
 
     def guard(grad: Tensor) -> Any:
         return hook(grad) if _here.retained is None else None

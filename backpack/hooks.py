@@ -178,7 +178,8 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
             PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order
         )
         axis, settled = extended.batch_axis, extended.settled
-        recording = Recording(parameters, (args, kwargs), axis, deliver, settled, replace, module.training)
+        modes = tuple(part.training for part in module.modules())
+        recording = Recording(parameters, (args, kwargs), axis, deliver, settled, replace, modes)
         HERE.closing.enter_context(uncompiled())
         HERE.closing.enter_context(recording)
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()

@@ -99,7 +99,7 @@ class Recording(TorchFunctionMode):
         deliver: Called with each call and each of its outputs; attaches what brings the cotangent.
         settled: What earlier passes have found out about layouts.
         replace: Replace fused functions by others, which have second derivatives.
-        training: Whether the module is in training mode: what it does to samples is checked once for each mode.
+        modes: Which parts of the module are in training mode: what it does to samples is checked once for each choice.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Recording(TorchFunctionMode):
         deliver: Callable[[Call, int, Tensor, torch.Size], None],
         settled: dict[Any, tuple[Any, ...]],
         replace: bool = False,
-        training: bool = False,
+        modes: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
         self._deliver, self._replace = deliver, replace
@@ -130,7 +130,7 @@ class Recording(TorchFunctionMode):
         self._anchor: tuple[GradientEdge, Layout, torch.Size] | None = None
         self._undecided: list[tuple[Any, Call, GradientEdge]] = []
         self._unchecked: list[tuple[Call, GradientEdge]] = []
-        self._mode = ("samples apart", training)
+        self._mode = ("samples apart", modes)
         self._count = 0
 
     def __exit__(self, *exception: Any) -> None:
@@ -335,7 +335,7 @@ class Recording(TorchFunctionMode):
         edges = [edge for _, _, edge in undecided] + [edge for _, edge in unchecked]
         grads: Sequence[Tensor | None] = [None] * len(edges)
         if outputs:
-            seeds = [_seed(output, layout) for output, layout in outputs]
+            seeds = [half_of(output, layout) for output, layout in outputs]
             grads = torch.autograd.grad(
                 [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
             )
@@ -378,7 +378,7 @@ class Recording(TorchFunctionMode):
         if self._anchor is None:
             return False
         edge, known, shape = self._anchor
-        (grad,) = torch.autograd.grad(output, edge, _seed(output, layout), retain_graph=True, allow_unused=True)
+        (grad,) = torch.autograd.grad(output, edge, half_of(output, layout), retain_graph=True, allow_unused=True)
         return grad is not None and bool(grad.any()) and is_of_first_half(grad.reshape(shape), known)
 
     def _choose(self, key: Any, call: Call, grad: Tensor | None) -> None:
@@ -444,7 +444,7 @@ def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def _seed(output: Tensor, layout: Layout) -> Tensor:
+def half_of(output: Tensor, layout: Layout) -> Tensor:
     """Entries between 0.5 and 2.5 in the first half of the samples, zero in the others."""
     seed = torch.arange(output.numel(), device=output.device).cos().add(1.5).to(output.dtype).reshape(output.shape)
     return seed * (layout.owners(output.shape, output.device) < layout.n // 2)

@@ -28,7 +28,7 @@ from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, witho
 from backpack.looped import counts_backward_passes, edges_from, must_loop
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
-from backpack.recorder import Call, Source, is_of_first_half, is_start
+from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
@@ -204,19 +204,19 @@ class LossCall:
         possible = layouts(shape, origin.n, axes)
         if self.edge == output:
             possible = [layout for layout in possible if layout == origin.layout]
-        elif len(possible) > 1 or (possible and possible[0].factor > 1):
+        elif origin.n > 1:
             possible = [layout for layout in possible if self._fits(layout, output, origin)]
         if len(possible) != 1 and not (possible and origin.n == 1):
             raise RuntimeError(
                 f"The input of {type(self.loss).__name__}, of shape {list(shape)}, does not show where the {origin.n} "
-                f"samples lie: let them be counted by its first axis, alone or together with the positions."
+                f"samples lie: let them be counted by its first axis, alone or together with the positions, and let "
+                f"nothing between the model and the loss mix samples."
             )
         return possible[0]
 
     def _fits(self, layout: Layout, output: GradientEdge, origin: Origin) -> bool:
         """Whether the first half of the samples, in this layout, comes from the first half of the module's output."""
-        first = layout.owners(self.input.shape, self.input.device) < layout.n // 2
-        seed = first.to(self.input.dtype).expand(self.input.shape)
+        seed = half_of(self.input, layout)
         (grad,) = torch.autograd.grad(self.edge, output, seed, retain_graph=True)
         return origin.layout is not None and is_of_first_half(grad, origin.layout)
 

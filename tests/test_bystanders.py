@@ -51,7 +51,6 @@ def run(extensions, extended):
                 tensor.register_hook(lambda grad: seen.append(grad.detach().clone()))
             handle = out.register_hook(lambda grad: 1 / 0)
             model[0].weight.register_hook(lambda grad: seen.append(grad.detach().clone()))
-            out.register_hook(lambda grad: 2 * grad)
             handle.remove()
             lossfunc(out, y).backward()
         for p in model.parameters():

@@ -12,6 +12,7 @@ from backpack.extensions import (
     BatchL2Grad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     GGNGram,
     SqrtGGNExact,
     Variance,
@@ -179,3 +180,31 @@ def test_a_rescaled_loss_warns_of_the_factor_in_every_reduction(factor):
         words = f"CrossEntropyLoss was multiplied by a factor.*{factor:.3g}"
         with pytest.warns(UserWarning, match=words), backpack(DiagGGNExact()):
             (factor * lossfunc(model(X), y)).backward()
+
+
+def test_a_part_that_is_switched_alone_and_mixes_samples_is_found():
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.Linear(4, 2)).eval())
+    lossfunc, X = extend(nn.MSELoss()), torch.randn(4, 3)
+    for extension in (BatchGrad(), BatchDiagGGNExact()):
+        out = model(X)
+        with backpack(extension):
+            lossfunc(out, torch.zeros_like(out)).backward()
+    model[1].train()
+    for extension in (BatchGrad(), BatchDiagGGNExact()):
+        out = model(X)
+        with pytest.raises(RuntimeError, match="samples are mixed"), backpack(extension):
+            lossfunc(out, torch.zeros_like(out)).backward()
+
+
+@pytest.mark.parametrize("extension", [BatchDiagGGNExact(), DiagHessian()])
+def test_samples_that_are_mixed_before_the_loss_are_found(extension):
+    model, lossfunc, X = extend(nn.Linear(3, 2)), extend(nn.CrossEntropyLoss()), torch.randn(4, 3)
+    for centered in (False, True):
+        out = model(X)
+        loss = lossfunc(out - out.mean(0) if centered else out + 1, torch.tensor([0, 1, 1, 0]))
+        if centered:
+            with pytest.raises(RuntimeError, match="mix samples"), backpack(extension):
+                loss.backward()
+        else:
+            with backpack(extension):
+                loss.backward()
