@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from backpack.compat import is_active
+
 
 class _Thread(threading.local):
     retained: list[Tensor] | None = None
@@ -66,6 +68,10 @@ def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 class Guarding(TorchFunctionMode):
     """Hooks that are registered inside do not run in passes of our own."""
+
+    def __exit__(self, *exception: Any) -> None:
+        if is_active(self):
+            super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

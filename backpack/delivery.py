@@ -72,7 +72,8 @@ class Contributions:
             eps = max(eps, *(torch.finfo(grad.dtype).eps for grad in grads.values()))
         if grad.is_cuda and found.dtype == torch.float32:
             eps = max(eps, 2.0**-11)  # products may be in TF32
-        return bool((grad.to_dense() - found).abs().max() <= 64 * eps * torch.stack(sizes).sum())
+        # Not a number: what has overflowed is explained.
+        return not bool((grad.to_dense() - found).abs().max() > 64 * eps * torch.stack(sizes).sum())
 
 
 @dataclass(eq=False)

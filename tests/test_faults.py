@@ -121,7 +121,8 @@ class Fault:
         code = frame.f_code
         # Code that cleans up is let through: no Python program survives an interrupt in all of it.
         generator = code.co_flags & inspect.CO_GENERATOR and frame.f_lasti > 0
-        if event == "call" and code.co_filename.startswith(ROOT) and code.co_name != "__exit__" and not generator:
+        cleaning = "__exit__" in (code.co_name, frame.f_back.f_code.co_name) or generator
+        if event == "call" and code.co_filename.startswith(ROOT) and not cleaning:
             self.left -= 1
             if self.left == 0:
                 self.place = f"{code.co_filename}:{code.co_name}"
