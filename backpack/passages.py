@@ -80,7 +80,6 @@ class Passage:
     @classmethod
     def of(cls, module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> Passage:
         """Of a call that has just ended; ``tensors``: outputs that require a gradient."""
-
         returned = {id(tensor) for tensor in tensors}
 
         def note(value: Any) -> Any:
