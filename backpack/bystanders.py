@@ -98,4 +98,6 @@ def run_again(root: Module) -> Iterator[None]:
 
 
 def _is_ours(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) in (__name__, "backpack.hooks")
+    """Also PyTorch's own: those of a fully sharded module gather its parameters."""
+    name = getattr(hook, "__module__", None) or ""
+    return name in (__name__, "backpack.hooks") or name.startswith("torch.")
