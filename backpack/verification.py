@@ -31,6 +31,9 @@ from backpack.extensions.backprop_extension import BackpropExtension
 SEED = 0
 """Of what models draw: both forward passes draw the same."""
 
+ZERO = 1e-10
+"""True values below are taken for zero, and the error is relative to this."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -300,26 +303,21 @@ class Plain:
     def column(self, name: str, entry: int) -> Tensor:
         """A column of the output's Jacobian, ``[n, d]``: the derivative of a pull-back by its cotangent."""
         if (name, entry) not in self.columns:
-            self.columns[name, entry] = self._column(name, entry, keep=False)
+            dummy = torch.zeros_like(self.out, requires_grad=True)
+            pulled = self.pulled(dummy, name).to_dense()
+            grad = None
+            if pulled.requires_grad:
+                (grad,) = torch.autograd.grad(pulled.flatten()[entry], dummy, retain_graph=True, allow_unused=True)
+            self.columns[name, entry] = self.split(torch.zeros_like(dummy) if grad is None else grad)
         return self.columns[name, entry]
 
-    def _column(self, name: str, entry: int, keep: bool) -> Tensor:
-        dummy = torch.zeros_like(self.out, requires_grad=True)
-        pulled = self.pulled(dummy, name).to_dense()
-        if not pulled.requires_grad:
-            return self.split(torch.zeros_like(dummy))
-        (grad,) = torch.autograd.grad(
-            pulled.flatten()[entry], dummy, retain_graph=True, create_graph=keep, allow_unused=True
-        )
-        return self.split(torch.zeros_like(dummy) if grad is None else grad)
-
     def bend(self, name: str, entry: int, cotangent: Tensor) -> Tensor:
-        """The second derivative of the outputs by an entry, times a cotangent ``[n, d]``."""
-        column = self._column(name, entry, keep=True)
-        if not column.requires_grad:
-            return column.new_zeros(())
-        (found,) = torch.autograd.grad(column, self.parameters[name], cotangent, retain_graph=True, allow_unused=True)
-        return column.new_zeros(()) if found is None else found.to_dense().flatten()[entry]
+        """The second derivative by an entry of the outputs times a constant cotangent, ``[n, d]``."""
+        slope = self.pulled(self.join(cotangent), name).to_dense().flatten()[entry]
+        found = None
+        if slope.requires_grad:
+            (found,) = torch.autograd.grad(slope, self.parameters[name], retain_graph=True, allow_unused=True)
+        return slope.new_zeros(()) if found is None else found.to_dense().flatten()[entry]
 
     def product(self, column: Tensor) -> Tensor:
         """The Hessian of the loss times ``[n, d]``."""
@@ -367,7 +365,7 @@ def _rows(plain: Plain, ext: BackpropExtension, found: Any, entries: int, tolera
     floor = 1e-6 * max(sizes.values(), default=0.0)  # some results are zero but for rounding
     for name, own in pairs.items():
         difference = max(float((value - true).abs().max()) for value, true in own)
-        error = difference / max(sizes[name], floor, torch.finfo(torch.float64).tiny)
+        error = difference / max(sizes[name], floor, ZERO)
         yield Row(name, ext.savefield, error, "right" if error <= tolerance else "wrong")
     for name, parameter in plain.parameters.items():
         if name not in found and plain.pulled(plain.slope.detach(), name).abs().sum() > 0 and parameter.numel():

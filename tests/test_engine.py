@@ -332,6 +332,21 @@ def test_frozen_parameters_are_left_alone():
     assert not hasattr(model[0].weight, "grad_batch") and model[2].weight.grad_batch.shape == (5, 2, 4)
 
 
+@pytest.mark.parametrize(
+    "frozen", [["weight_ih_l0"], ["weight_ih_l0", "bias_ih_l0"], ["weight_hh_l0_reverse", "bias_hh_l0"]]
+)
+def test_a_recurrent_layer_may_be_frozen_in_part(frozen):
+    layer, X = nn.LSTM(3, 2, batch_first=True, bidirectional=True).double(), torch.randn(4, 3, 3, dtype=torch.float64)
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    rows = [torch.autograd.grad(square(layer(x[None])[0]), trained) for x in X]
+    with backpack(BatchGrad()):
+        square(extend(layer)(X)[0]).backward()
+    for parameter, grads in zip(trained, zip(*rows, strict=True), strict=True):
+        assert close(parameter.grad_batch, torch.stack(grads))
+
+
 class Hook:
     def __call__(self, grad):
         return None

@@ -1,5 +1,7 @@
 """What users can check before a long run: ``verify`` and ``summary``."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,24 @@ def test_every_quantity_is_verified_and_the_model_left_as_it_is(subsampling, cap
     assert len(outcome.rows) == 6 * len(QUANTITIES) and str(outcome) in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_second_derivatives_through_attention_are_verified():
+    model = nn.Sequential(nn.Embedding(7, 4), Attention(), Attention(), nn.Flatten(), nn.Linear(8, 2))
+    X, y = torch.randint(0, 7, (3, 2)), torch.tensor([0, 1, 1])
+    names = ["BatchGrad", "DiagHessian", "BatchDiagHessian"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*which costs")
+        assert verify(model, nn.CrossEntropyLoss(), X, y, *[getattr(extensions, name)() for name in names]).passed
 
 
 class Broken(FirstOrderModuleExtension):

@@ -53,7 +53,8 @@ class Replay:
 
         def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             out = F.linear(input, weight, bias)
-            maps.append((input, weight, bias, out))
+            if out.requires_grad:  # not of frozen parameters on data
+                maps.append((input, weight, bias, out))
             return out
 
         create = torch.is_grad_enabled()
