@@ -111,7 +111,7 @@ def draw(title: str, rows: dict[tuple[str, int], dict[str, Cell]], file: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", default=MAIN, choices=[*NETWORKS])
+    parser.add_argument("--nets", nargs="*", default=MAIN, choices=[*NETWORKS])
     parser.add_argument("--quantities", nargs="+", default=[*QUANTITIES], choices=[*QUANTITIES])
     parser.add_argument("--implementations", nargs="+", default=[*IMPLEMENTATIONS], choices=[*IMPLEMENTATIONS])
     parser.add_argument("--rounds", type=int, default=5)
