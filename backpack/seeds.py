@@ -310,7 +310,7 @@ class SeedPass:
         """How many seeds are pulled back from an edge at a time."""
         if torch.is_grad_enabled() or not self.batchable or must_loop(edge):
             return 1
-        return self.extensions[0].chunk_size or max(1, round(BUDGET / max(origin.widest for _, origin in self.found)))
+        return self.extensions[0].chunk_size or max(3, BUDGET // max(origin.widest for _, origin in self.found))
 
     def _seeds(self, start: int, stop: int) -> Tensor:
         """Some of the seeds, ``[v, n, d]``."""
