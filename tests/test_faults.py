@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_custom_rules import Scale
 from torch import nn
 from torch.nn.utils import parametrizations
 from truth import close
@@ -19,15 +20,6 @@ from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 ROOT = str(Path(package.__file__).parent)
 X = torch.arange(16, dtype=torch.float64).reshape(4, 4).sin()
 Y = torch.tensor([0, 1, 1, 0])
-
-
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(3, dtype=torch.float64))
-
-    def forward(self, x):
-        return x * self.weight
 
 
 class ScaleBatchGrad(FirstOrderModuleExtension):
