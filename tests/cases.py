@@ -334,6 +334,20 @@ class Doubled(nn.Linear):
         return super().forward(x) + F.linear(x.sin(), self.weight)
 
 
+class Shared(nn.Module):
+    """A kernel of two convolutions, with and without groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2, 3))
+
+    def forward(self, x):
+        return F.conv1d(F.conv1d(x, self.weight), self.weight, groups=2)
+
+
+register("shared_kernel", Shared, 3, 2, 9)
+
+
 class Same(nn.Linear):
     pass
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -161,8 +162,14 @@ class Dense(LinearMap):
             found[name] = torch.cat(parts, 1) if name == "norms" else self._to_parameter(torch.cat(parts))
         return found
 
+    def _matches(self, other: Individual) -> TypeGuard[Dense]:
+        """Whether the matrices of both, ``[g, o, i]``, are the same entries of the parameter."""
+        if type(other) is not type(self) or not isinstance(other, Dense):
+            return False
+        return self.flipped == other.flipped and self.grad.shape[2] == other.grad.shape[2]
+
     def sample_dots(self, other: Individual) -> Tensor:
-        if not isinstance(other, Dense) or self.flipped != other.flipped:
+        if not self._matches(other):
             return super().sample_dots(other)
         v, n, g, s, o, i = self.sizes
         step = max(1, SCRATCH // (g * s * max(i, other.grad.shape[3] * (1 + v))))
@@ -176,7 +183,7 @@ class Dense(LinearMap):
         return torch.cat(pieces, 1)
 
     def dots(self, other: Individual) -> Tensor:
-        if not isinstance(other, Dense) or self.flipped != other.flipped:
+        if not self._matches(other):
             return super().dots(other)
         v, n, g, s, o, i = self.sizes
         w, m, _, t, _ = other.grad.shape

@@ -1,0 +1,209 @@
+"""Each reduction that a use has a closed form for: against plain autograd, beside the generic definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+from truth import close
+
+from backpack.operations import RULES
+from backpack.samples import Layout, Rows
+from backpack.uses import Dense, Derived, Explicit, Individual, Lookup, PullbackUse, join
+from backpack.uses.dense import Transposed
+
+QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+N, T = 5, 3
+
+
+def reductions(dense, weights, other):
+    """What the methods of the same name return, from individual gradients ``[v, n, *p]`` and those of another."""
+    counted = dense.square()
+    weighted = counted if weights is None else torch.einsum("vn,vn...->vn...", weights, counted)
+    flat, right = dense.flatten(2), other.flatten(2)
+    return {
+        "dense": dense,
+        "total": dense.sum((0, 1)),
+        "sum_squares": weighted.sum((0, 1)),
+        "sample_squares": weighted.sum(0),
+        "norms": counted.flatten(2).sum(2),
+        "dots": torch.einsum("vnp,wmp->vnwm", flat, right),
+        "sample_dots": (flat * right).sum(2),
+    }
+
+
+def laws(make, dense, other, other_dense, weights=None, sizes=None):
+    """The methods of what ``make`` returns and their generic definitions, each on a fresh object, against the truth.
+
+    ``sizes`` bound what is summed in ``dense`` and ``other_dense``, where terms may cancel.
+    """
+    truth = reductions(dense, weights, other_dense)
+    first, second = (a.abs().max().expand_as(a) for a in (dense, other_dense)) if sizes is None else sizes
+    bounds = reductions(first, None if weights is None else weights.abs(), second)
+
+    def fresh():
+        return make() if weights is None else make().weighted(weights)
+
+    for name, expected in truth.items():
+        arguments = (other(),) if name in ("dots", "sample_dots") else ()
+        generic = getattr(Individual, name) if arguments else lambda a, name=name: Individual._sweep(a, [name])[name]
+        assert close(getattr(fresh(), name)(*arguments), expected, bounds[name].max(), 1e-12), name
+        if name != "dense":
+            assert close(generic(fresh(), *arguments), expected, bounds[name].max(), 1e-12), f"generic {name}"
+    for known in ((), ("dense",)):  # several at once, also of what is stored already
+        together = fresh()
+        together.prepare([*known, "norms", "total", "sample_squares", "sum_squares"])
+        for name in ("norms", "total", "sample_squares", "sum_squares"):
+            assert close(getattr(together, name)(), truth[name], bounds[name].max(), 1e-12), f"{name} with others"
+    v, n = dense.shape[:2]
+    assert fresh().size == (v, n) and fresh().shape == dense.shape[2:]
+    assert close(make().narrow(1, 3).dense(), dense[:, 1:3], first.max(), 1e-12)
+    factor = torch.arange(1.0, n + 1, dtype=dense.dtype)
+    assert close(make().scaled(factor).norms(), truth["norms"] * factor**2, n**2 * bounds["norms"].max(), 1e-12)
+
+
+@pytest.fixture(params=[2**20, 1], ids=["whole", "chunks"])
+def scratch(request, monkeypatch):
+    """Of which use is made at a time: of all that fits into a bounded scratch, or of one sample."""
+    for module in ("base", "dense", "lookup"):
+        monkeypatch.setattr(f"backpack.uses.{module}.SCRATCH", request.param)
+    monkeypatch.setattr("backpack.uses.dense.SMALL", request.param)
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def index(*shape):
+    return torch.randint(0, 4, shape)
+
+
+CALLS = {
+    # function, data, parameters (in the order of the call, or behind the data), options, axis of the samples
+    "linear": (F.linear, lambda: (randn(N, 4), randn(3, 4), randn(3)), {}, 0),
+    "linear_positions": (F.linear, lambda: (randn(N, T, 4), randn(3, 4), randn(3)), {}, 0),
+    "linear_many_positions": (F.linear, lambda: (randn(N, 2, 9, 2), randn(2, 2)), {}, 0),
+    "linear_sequence_first": (F.linear, lambda: (randn(T, N, 4), randn(3, 4), randn(3)), {}, 1),
+    "matmul": (torch.matmul, lambda: (randn(N, T, 4), randn(4, 3)), {}, 0),
+    "bilinear": (F.bilinear, lambda: (randn(N, T, 2), randn(N, T, 3), randn(4, 2, 3), randn(4)), {}, 0),
+    "convolution": (F.conv2d, lambda: (randn(N, 4, 3, 4), randn(6, 4, 3, 3), randn(6)), {"padding": 1}, 0),
+    "groups": (F.conv1d, lambda: (randn(N, 4, 9), randn(6, 2, 3)), {"groups": 2, "stride": 2}, 0),
+    "depthwise": (F.conv1d, lambda: (randn(N, 4, 9), randn(4, 1, 3)), {"groups": 4}, 0),
+    "transposed": (F.conv_transpose2d, lambda: (randn(N, 4, 2, 3), randn(4, 3, 2, 2)), {"stride": 2}, 0),
+    "transposed_groups": (F.conv_transpose1d, lambda: (randn(N, 4, 5), randn(4, 3, 2)), {"groups": 2}, 0),
+    "embedding": (F.embedding, lambda: (index(N, 6), randn(4, 3)), {"padding_idx": 2}, 0),
+    "bag": (F.embedding_bag, lambda: (index(N, 6), randn(4, 3)), {"mode": "mean"}, 0),
+    "layer_norm": (F.layer_norm, lambda: (randn(N, T, 4), [4], randn(4), randn(4)), {}, 0),
+    "sum": (torch.add, lambda: (randn(N, T, 4), randn(T, 1)), {}, 0),
+    "product": (torch.mul, lambda: (randn(N, T, 4), randn(4)), {}, 0),
+}
+
+
+def bound(name, seeds, chosen, generic=False):
+    """For each parameter of a call: what makes its individual gradients, and the truth by autograd."""
+    function, arguments, options, axis = CALLS[name]
+    args = list(arguments())
+    data = {place for place, a in enumerate(args) if isinstance(a, torch.Tensor) and N in a.shape[axis : axis + 1]}
+    for place, argument in enumerate(args):
+        if isinstance(argument, torch.Tensor) and place not in data:
+            args[place] = argument.requires_grad_()
+    out = function(*args, **options)
+    operation, layout = RULES[function](out, *args, **options), Layout(N, axis)
+    cotangents = randn(seeds, *out.shape)
+    rows = Rows(layout, None if chosen is None else torch.tensor(chosen))
+    grad = rows.take(cotangents, leading=1)
+    leaves, spec = pytree.tree_flatten((args, options))
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            uses = [use for tensor, use in operation.uses if tensor is leaf]
+            if generic:
+                uses = [PullbackUse(function, leaves, spec, place, sorted(data), [])]
+            owners = layout.owners(out.shape, out.device)
+            samples = range(N) if chosen is None else chosen
+            truth = [
+                torch.autograd.grad(out, leaf, seed * (owners == n), retain_graph=True)[0].to_dense()
+                for seed in cotangents
+                for n in samples
+            ]
+            yield (
+                lambda uses=uses, shape=leaf.shape: join([use.bind(grad, rows, shape) for use in uses]),
+                torch.stack(truth).unflatten(0, (seeds, len(samples))).detach(),
+            )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chosen", [None, [3, 1, 3, 4]], ids=["all", "some"])
+@pytest.mark.parametrize("name", CALLS)
+def test_closed_forms_of_each_function_agree_with_autograd(name, chosen, weighted, scratch):
+    pairs = zip(bound(name, 3, chosen), bound(name, 3, chosen), strict=True)
+    for (make, dense), (other, other_dense) in pairs:
+        weights = randn(*dense.shape[:2]) if weighted else None
+        with torch.no_grad():
+            laws(make, dense, other, other_dense, weights)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_without_a_rule_gives_the_same_as_its_rule(name):
+    pairs = zip(bound(name, 2, None, generic=True), bound(name, 2, None), strict=True)
+    for (make, dense), (other, other_dense) in pairs:
+        laws(make, dense, other, other_dense)
+
+
+def dense(v, n, s, g, o, i):
+    """Factors of individual gradients, and these themselves from the factors or their absolute values."""
+    x, grad = randn(n, g, s, i), randn(v, n, g, s, o)
+    return x, grad, [torch.einsum("vngso,ngsi->vngoi", f(grad), f(x)) for f in (torch.Tensor.clone, torch.abs)]
+
+
+KINDS = ("rows", "columns", "sums", "lookup", "stored", "computed")
+
+
+def individual(kind, v, n, s, g, r, c):
+    """A use of a parameter ``[r, c]``, its individual gradients, and bounds of what is summed in them."""
+    if kind == "rows":
+        x, grad, found = dense(v, n, s, g, r // g, c)
+        return lambda: Dense((x,), grad, torch.Size((r, c))), *(a.flatten(2, 3) for a in found)
+    if kind == "columns":
+        x, grad, found = dense(v, n, s, g, c, r // g)
+        whole = (a.transpose(3, 4).flatten(2, 3) for a in found)
+        return lambda: Dense((x,), grad, torch.Size((r, c)), flipped=True), *whole
+    if kind == "sums":
+        x, grad, found = dense(v, n, s, g, r, c // g)
+        return lambda: Transposed((x,), grad, torch.Size((r, c))), *(a.transpose(2, 3).flatten(3) for a in found)
+    if kind == "lookup":
+        rows, grad, mask = torch.randint(0, r, (n, s)), randn(v, n, s, c), torch.rand(n, s) < 0.8
+        grad = grad * mask[..., None]
+        places = F.one_hot(rows, r).double()
+        found = (torch.einsum("nsr,vnsc->vnrc", places, a) for a in (grad, grad.abs()))
+        return lambda: Lookup(rows, grad, torch.Size((r, c)), mask), *found
+    if kind == "stored":
+        value = randn(v, n, r, c)
+        return lambda: Explicit(value), value, value.abs()
+    left, parameter, (inner, *found) = randn(r, r), randn(r, c).requires_grad_(), individual("rows", v, n, s, 1, r, c)
+    with torch.enable_grad():
+        tensor = left @ parameter
+    return lambda: Derived(inner(), tensor, parameter), left.T @ found[0], left.T.abs() @ found[1]
+
+
+@QUICK
+@given(data=st.data())
+def test_closed_forms_agree_with_stored_gradients_whatever_the_shapes(scratch, data):
+    """Of one use, of one beside another, and of several of one parameter."""
+    torch.manual_seed(0)
+    size = st.integers(1, 4)
+    v, n, g = data.draw(size), data.draw(size), data.draw(st.sampled_from([1, 2]))
+    r, c = (g * data.draw(size) for _ in range(2))
+    kinds = st.sampled_from(KINDS)
+
+    def draw():
+        drawn = data.draw(st.lists(kinds, min_size=1, max_size=3))
+        parts = [individual(kind, v, n, data.draw(st.integers(1, 9)), g, r, c) for kind in drawn]
+        makes, found, sizes = zip(*parts, strict=True)
+        return lambda: join([make() for make in makes]), sum(found), sum(sizes)
+
+    make, truth, bounds = draw()
+    other, other_truth, other_bounds = draw()
+    weights = randn(v, n) if data.draw(st.booleans()) else None
+    with torch.no_grad():
+        laws(make, truth, other, other_truth, weights, (bounds, other_bounds))
