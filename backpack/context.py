@@ -22,7 +22,8 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
     """Prepare a module, in place, for the computations inside a ``backpack`` block.
 
     All submodules are extended as well. Extending twice changes nothing. The samples are counted along axis 0 of
-    the first tensor that the module is called with (axis 1 for a recurrent layer with ``batch_first=False``).
+    the first tensor that the module is called with (axis 1 for a recurrent layer with ``batch_first=False``); where
+    that is cut into bags by offsets (``EmbeddingBag``), each bag is a sample.
 
     Args:
         module: A model, or a loss.

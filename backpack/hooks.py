@@ -266,6 +266,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             root=ref(module),
             arguments=(args, kwargs) if intact else None,
             input_axis=axis,
+            grouped=recording.grouped,
         )
 
 

@@ -118,8 +118,9 @@ class Recording(TorchFunctionMode):
         self.sources = {id(p): Source(p, (p,), name) for name, p in parameters if p.requires_grad}
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
-        first = next((t for t in tensors if t.dim() > axis), None)
-        self.n: int | None = None if first is None else first.shape[axis]
+        self._first = next((t for t in tensors if t.dim() > axis), None)
+        self.n: int | None = None if self._first is None else self._first.shape[axis]
+        self.grouped = False
         self.uses: Counter[int] = Counter()
         self.calls: list[ref[Call]] = []
         self.tensors: list[ref[Tensor]] = []
@@ -227,6 +228,8 @@ class Recording(TorchFunctionMode):
         axes = range(out.dim()) if operation is None else operation.axes
         found: list[Layout]
         problem: str | None
+        if operation is not None and any(tensor is self._first for tensor in operation.grouped) and not self.calls:
+            self.n, self.grouped = out.shape[0], True
         if self.n is None:
             found, problem = [], "cannot be told by samples, since the module was called without a tensor"
         elif self.n == 0:

@@ -68,8 +68,8 @@ class Origin:
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
     were recorded; ``tensors``: what was computed; ``widest``: entries of the largest output of one; ``arguments``: of
-    the call, ``None`` if one was overwritten. No node is held: what one of them holds would live forever if it held
-    that node in turn.
+    the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them. No node is held: what
+    one of them holds would live forever if it held that node in turn.
     """
 
     n: int
@@ -82,6 +82,7 @@ class Origin:
     root: ref[Module]
     arguments: tuple[Any, Any] | None
     input_axis: int
+    grouped: bool
 
 
 def origins(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Origin]]:
@@ -389,8 +390,8 @@ class SeedPass:
             return None  # running statistics would be updated once more
         if any(map(is_fully_sharded, root.modules())):
             return None  # processes would not gather parameters in step
-        if rows is not None and any(map(is_observed, root.modules())):
-            return None  # what a hook has kept would be replaced
+        if rows is not None and (origin.grouped or any(map(is_observed, root.modules()))):
+            return None  # samples can't be selected, or what a hook has kept would be replaced
 
         def select(value: Any) -> Any:
             if not isinstance(value, Tensor):

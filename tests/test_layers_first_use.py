@@ -1,12 +1,16 @@
 """Layers in the states in which users meet them: not initialized yet, on the fast path, with bags of any length."""
 
+from functools import partial
+from itertools import pairwise
+
+import pytest
 import torch
 from test_first_order import laws
 from torch import nn
 from truth import Problem, close
 
 from backpack import backpack, extend
-from backpack.extensions import BatchGrad
+from backpack.extensions import BatchDiagGGNExact, BatchGrad, DiagGGNExact, Variance
 
 
 def test_lazy_layers_may_be_extended_before_they_are_initialized():
@@ -30,31 +34,57 @@ def test_an_encoder_in_evaluation_mode_is_exact_beside_its_fast_path():
     assert close(model(X), fast)
 
 
-class Bag(nn.Module):
-    """Whose samples are counted by its first input, the offsets."""
+class Bags(nn.Module):
+    """What is given first says how the samples are counted."""
 
-    def __init__(self):
+    def __init__(self, offsets_first=False, **options):
         super().__init__()
-        self.bag = nn.EmbeddingBag(6, 4, mode="mean", padding_idx=2)
+        self.bag, self.out = nn.EmbeddingBag(6, 4, padding_idx=2, **options), nn.Linear(4, 3)
+        self.offsets_first = offsets_first
 
-    def forward(self, offsets, index):
-        return self.bag(index, offsets)
+    def forward(self, *given):
+        index, offsets = given[::-1] if self.offsets_first else given
+        return self.out(self.bag(index, offsets))
 
 
-def test_bags_of_any_length_are_exact():
-    model = extend(Bag().double())
-    index, offsets = torch.tensor([0, 1, 2, 2, 5, 5, 3]), torch.tensor([0, 2, 3, 6])
-    weight = torch.arange(4.0).double().sin()
+@pytest.mark.parametrize("words", [7, 4])
+@pytest.mark.parametrize("last", [False, True], ids=["", "last"])
+@pytest.mark.parametrize("build", [partial(Bags, mode="sum"), partial(Bags, True), partial(nn.EmbeddingBag, 6, 4)])
+def test_bags_cut_by_offsets_are_the_samples_whatever_is_given_first(build, last, words):
+    """Also where there are as many words as bags, one of which is empty."""
+    starts = [0, 2, 2, min(5, words)]
+    index, offsets = torch.tensor([0, 1, 2, 5, 5, 5, 3])[:words], torch.tensor([*starts, words] if last else starts)
+    model, targets = extend(build(include_last_offset=last).double()), torch.tensor([0, 1, 2, 1])
+    lossfunc = extend(nn.CrossEntropyLoss(reduction="sum"))
 
-    def loss(index, offsets):
-        out = model(offsets, index)
-        return (out * weight + out.tanh()).sum()
+    def output(index, offsets):
+        return model(offsets, index) if getattr(model, "offsets_first", False) else model(index, offsets)
 
-    with backpack(BatchGrad()):
-        loss(index, offsets).backward()
-    ends, table = [*offsets[1:].tolist(), len(index)], model.bag.weight
-    rows = [
-        torch.autograd.grad(loss(index[a:b], torch.zeros(1, dtype=torch.int64)), table)[0]
-        for a, b in zip(offsets.tolist(), ends, strict=True)
-    ]
-    assert close(table.grad_batch, torch.stack(rows))
+    loss = lossfunc(output(index, offsets), targets)
+    with backpack(BatchGrad(), Variance(subsampling=[3, 1]), BatchDiagGGNExact(), DiagGGNExact(subsampling=[3, 1])):
+        loss.backward()
+    for p in model.parameters():
+        grads, diagonals = [], []
+        for place, (a, b) in enumerate(pairwise([*starts, words])):
+            out = output(index[a:b], torch.tensor([0, b - a] if last else [0]))
+            loss = nn.functional.cross_entropy(out, targets[place : place + 1])
+            grads += torch.autograd.grad(loss, p, retain_graph=True)
+            rows = torch.stack([torch.autograd.grad(z, p, retain_graph=True)[0].flatten() for z in out[0]])
+            y = out[0].softmax(0)
+            diagonals.append(((torch.diag(y) - y.outer(y)) @ rows * rows).sum(0).reshape(p.shape))
+        grads, diagonals = torch.stack(grads), torch.stack(diagonals)
+        assert close(p.grad_batch, grads)
+        assert close(p.variance, grads[[3, 1]].var(0, correction=0), grads.square().max())
+        assert close(p.diag_ggn_exact_batch, diagonals)
+        assert close(p.diag_ggn_exact, diagonals[[3, 1]].sum(0))
+
+
+def test_words_that_had_counted_as_samples_before_they_were_cut_into_bags_are_refused():
+    class Both(Bags):
+        def forward(self, index, offsets):
+            words = nn.functional.embedding(index, self.bag.weight).mean(0)
+            return super().forward(index, offsets) + words.sum()
+
+    model = extend(Both())
+    with pytest.raises(RuntimeError, match="no axis of the 7 samples"), backpack(BatchGrad()):
+        model(torch.tensor([0, 1, 2, 2, 5, 5, 3]), torch.tensor([0, 2, 3, 6])).sum().backward()

@@ -49,8 +49,10 @@ def embedding_bag(
         problem = "takes the maximum of a bag; use mode 'sum' or 'mean'"
     if problem:
         return Operation((0,), [], problem)
+    grouped: tuple[Tensor, ...] = ()
     if input.dim() == 1:
         assert offsets is not None
+        grouped = input, offsets
         input, inside, per_sample_weights = _padded(input, offsets, include_last_offset, per_sample_weights)
     else:
         inside = torch.ones_like(input, dtype=torch.bool)
@@ -61,7 +63,7 @@ def embedding_bag(
         factor = factor / factor.sum(1, keepdim=True).clamp(min=1)
     if per_sample_weights is not None:
         factor = factor * per_sample_weights.detach()
-    return Operation((0,), [(weight, LookupUse(input, weight=factor, bag=True))])
+    return Operation((0,), [(weight, LookupUse(input, weight=factor, bag=True))], grouped=grouped)
 
 
 def _refused(max_norm: float | None, scale_grad_by_freq: bool) -> str | None:

@@ -18,13 +18,16 @@ class Operation:
     ``axes``: those of the output along which samples may lie. ``uses``: for each tensor that may be a parameter,
     its use; the same tensor may occur twice. What is not listed is handled by the function's own
     vector-Jacobian product. ``refused``: why the parameters of this call have no individual gradients.
-    ``broadcast``: the parameters are aligned with the last axes of the output.
+    ``broadcast``: the parameters are aligned with the last axes of the output. ``grouped``: arguments whose entries
+    the call puts together along the first axis of its output; where the samples would be counted by one of these
+    arguments, they are counted by the output instead.
     """
 
     axes: tuple[int, ...]
     uses: Sequence[tuple[Tensor | None, Use]]
     refused: str | None = None
     broadcast: bool = False
+    grouped: tuple[Tensor, ...] = ()
 
 
 Rule = Callable[..., "Operation | None"]
