@@ -183,20 +183,47 @@ def test_models_in_bfloat16_are_within_its_rounding(name):
     agree(found, expected, depth + 1, torch.bfloat16)  # the result is rounded as well
 
 
-@pytest.mark.parametrize("positions", [1, 64])
-def test_sums_under_autocast_are_accumulated_in_float32(positions):
+SUMMING = {
+    "linear": (lambda: nn.Linear(3, 2), lambda *shape: torch.randn(*shape, 3)),
+    "scaling": (lambda: nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), lambda *shape: torch.randn(*shape, 3)),
+    "lookup": (lambda: nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2)), lambda *shape: torch.randint(0, 4, shape)),
+}
+
+
+@pytest.mark.parametrize("positions", [1, 512])
+@pytest.mark.parametrize("name", SUMMING)
+def test_sums_under_autocast_are_accumulated_in_float32(name, positions):
     """Of equal terms, of which bfloat16 could add 256 before a further one is less than its rounding."""
-    n = 4096
-    model, lossfunc = extend(nn.Linear(3, 2)), extend(nn.MSELoss(reduction="sum"))
-    X, y = torch.randn(1, positions, 3).expand(n, -1, -1).contiguous(), torch.ones(n, positions, 2)
-    with backpack(BatchGrad(subsampling=[0]), SumGradSquared(), DiagGGNExact(), BatchDiagGGNExact(subsampling=[0])):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = lossfunc(model(X), y)
-        loss.backward()
-    for p in model.parameters():
-        one = n * p.grad_batch[0].square()
-        assert torch.allclose(p.sum_grad_squared, one, rtol=n * torch.finfo(torch.float32).eps)
-        assert torch.allclose(p.diag_ggn_exact, n * p.diag_ggn_exact_batch[0], rtol=n * torch.finfo(torch.float32).eps)
+    n = 4096 // positions
+    build, inputs = SUMMING[name]
+    model, lossfunc = extend(build()), extend(nn.MSELoss(reduction="sum"))
+    X, y, rows = inputs(1, 1), torch.ones(1, 1, 2), [0, n - 1]
+
+    def of_copies(n, positions, *extensions):
+        with backpack(*extensions):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = lossfunc(model(X.expand(n, positions, *X.shape[2:])), y.expand(n, positions, 2))
+            loss.backward()
+
+    of_copies(1, 1, BatchGrad(), BatchDiagGGNExact())
+    ones = [(positions * p.grad_batch[0], p.diag_ggn_exact_batch[0]) for p in model.parameters()]
+    extensions = [BatchGrad(subsampling=rows), BatchL2Grad(), SumGradSquared(), Variance(), ClippedGrad(1e9)]
+    curvature = [DiagGGNExact()] if positions == 1 else []  # elsewhere, there is a seed for each position
+    of_copies(n, positions, *extensions, BatchDotGrad(subsampling=rows), *curvature)
+    for p, (grad, diagonal) in zip(model.parameters(), ones, strict=True):
+        square = grad.square()
+        expected = [
+            (p.grad_batch, grad.expand(2, *grad.shape)),
+            (p.batch_l2, square.sum().expand(n)),
+            (p.sum_grad_squared, n * square),
+            (p.variance + square, square),
+            (p.grad_clipped, n * grad),
+            (p.batch_dot, square.sum().expand(2, 2)),
+        ]
+        for found, value in expected:
+            assert torch.allclose(found, value, rtol=n * positions * torch.finfo(torch.float32).eps)
+        if curvature:
+            assert torch.allclose(p.diag_ggn_exact, n * diagonal, rtol=n * torch.finfo(torch.float32).eps)
 
 
 class Rude(torch.autograd.Function):
