@@ -33,7 +33,7 @@ from backpack.compat import (
     uncompiled,
     unobserved,
 )
-from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, trainable
+from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled
 from backpack.recorder import Call, Recording, Source
@@ -180,9 +180,10 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
         axis, settled = extended.batch_axis, extended.settled
         modes = tuple(part.training for part in module.modules())
         recording = Recording(parameters, (args, kwargs), axis, deliver, settled, replace, modes)
-        HERE.closing.enter_context(uncompiled())
-        HERE.closing.enter_context(recording)
+        # Noted before it is begun: an interrupt at any point in between is found by what runs next.
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()
+        HERE.closing.enter_context(uncompiled())
+        recording.__enter__()
         if is_fully_sharded(module):
             _watch_gathered(module, recording)
 
@@ -205,8 +206,14 @@ def drop_interrupted() -> None:
     while frame is not None and frame is not HERE.frame:
         frame = frame.f_back
     if frame is None:
-        HERE.closing.close()
-        HERE.recording = HERE.root = HERE.frame = None
+        _close(HERE.recording)
+
+
+def _close(recording: Recording) -> None:
+    """End a recording; what is interrupted in here is done again by ``drop_interrupted``."""
+    recording.__exit__(None, None, None)
+    HERE.closing.close()
+    HERE.recording = HERE.root = HERE.frame = None
 
 
 @interpreted
@@ -215,15 +222,11 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     if module is HERE.root:
         HERE.depth -= 1
         if HERE.depth == 0:
-            recording, HERE.recording, HERE.root, HERE.frame = HERE.recording, None, None, None
+            recording = HERE.recording
             assert recording is not None
-            HERE.closing.close()
-            HERE.muted = True
-            try:
-                with undisturbed(recording.tensors):
-                    _conclude(recording, module, args, kwargs, output)
-            finally:
-                HERE.muted = False
+            _close(recording)
+            with muted(), undisturbed(recording.tensors):
+                _conclude(recording, module, args, kwargs, output)
     if HERE.disabled or HERE.muted or not torch.is_grad_enabled() or (module._modules and not is_ruled(module)):
         return
     with unobserved():

@@ -16,6 +16,7 @@ from backpack import backpack, extend, unextend
 from backpack.engine import HERE
 from backpack.extensions import BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, DiagGGNMC, SqrtGGNExact
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+from backpack.recorder import Recording
 
 ROOT = str(Path(package.__file__).parent)
 X = torch.arange(16, dtype=torch.float64).reshape(4, 4).sin()
@@ -111,9 +112,11 @@ class Fault:
 
     def __call__(self, frame, event, argument):
         code = frame.f_code
-        # Code that cleans up is let through: no Python program survives an interrupt in all of it.
+        # Code that cleans up is let through: no Python program survives an interrupt in all of it. But for the end of
+        # a recording, which is looked after.
         generator = code.co_flags & inspect.CO_GENERATOR and frame.f_lasti > 0
-        cleaning = "__exit__" in (code.co_name, frame.f_back.f_code.co_name) or generator
+        exits = [f for f in (frame, frame.f_back) if f.f_code.co_name == "__exit__"]
+        cleaning = generator or not all(isinstance(f.f_locals.get("self"), Recording) for f in exits)
         if event == "call" and code.co_filename.startswith(ROOT) and not cleaning:
             self.left -= 1
             if self.left == 0:
