@@ -11,11 +11,7 @@ from torch import Tensor
 
 from backpack.recorder import Call, Source
 from backpack.samples import Subset
-from backpack.uses import Individual, PullbackUse, Use, join
-
-
-class Cotangents(dict[int, Tensor]):
-    """Those of a call's outputs, by place; they live as long as one of its uses has not been computed."""
+from backpack.uses import Cotangents, Individual, PullbackUse, Use, join
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from backpack.context import unextend
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.recorder import Call, Recording
 from backpack.samples import Subset
-from backpack.uses import DenseUse, ElementwiseUse, Individual, LookupUse, PullbackUse, Use
+from backpack.uses import Cotangents, DenseUse, ElementwiseUse, Individual, LookupUse, PullbackUse, Use
 
 KINDS: dict[type[Use], str] = {
     DenseUse: "linear map",
@@ -134,7 +134,7 @@ def _way(call: Call, use: Use, out: Tensor, extension: BackpropExtension, parame
     if extension.has_rules_only or not extension.reads:
         return "by rule" if extension.rules else "other"
     subset: Subset = extension.subset
-    cotangents = {0: torch.ones_like(out)[None]}
+    cotangents = Cotangents({0: torch.ones_like(out)[None]})
     with torch.no_grad():
         start = time.perf_counter()
         grads: Individual = use.arrive(

@@ -11,6 +11,7 @@ from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.merging import Averaged, Listed, Summed
 from backpack.samples import Subset
 from backpack.uses import Individual
+from backpack.uses.base import accumulate
 from backpack.uses.kronecker import APPROXIMATIONS, assemble, complete, output_factors, separate
 
 FISHER = {"mc": "sampled", "exact": "exact", "empirical": "gradient"}
@@ -86,7 +87,11 @@ class KroneckerExtension(CurvatureExtension):
         return output_factors(grads, self.approx)
 
     def merge(self, results: list[list[Tensor]]) -> list[Tensor]:
-        return [sum(terms[1:], start=terms[0]) for terms in zip(*results, strict=True)]
+        terms = [[factor] for factor in results[0]]
+        for further in results[1:]:
+            for term, factor in zip(terms, further, strict=True):
+                accumulate(term, factor)
+        return [factor for (factor,) in terms]
 
     def complete(self, result: list[Tensor], grads: Individual) -> Any:
         return (separate if self.separated else complete)(grads, result, self.approx)

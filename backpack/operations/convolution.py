@@ -14,7 +14,7 @@ from backpack.memory import contiguous
 from backpack.operations.linear import shift
 from backpack.operations.registry import Operation, rule
 from backpack.uses import DenseUse
-from backpack.uses.linear_map import second_moment
+from backpack.uses.linear_map import scaled_product, second_moment
 
 Size = int | Sequence[int]
 
@@ -59,8 +59,9 @@ def _moments(
     padding: Sequence[int],
     dilation: Size,
     groups: int,
+    scale: float,
 ) -> Tensor:
-    """Sums over samples and positions of outer products of the columns of ``_patches``, ``[g, i, i]``.
+    """``scale`` times sums over samples and positions of outer products of the columns of ``_patches``, ``[g, i, i]``.
 
     For stride 1 along the last axis: patches are formed along the others only, and what pairs of entries of the kernel
     that are equally far apart have in common is multiplied once.
@@ -76,7 +77,10 @@ def _moments(
     result = rows.new_zeros(groups, inputs, size, inputs, size)
     for distance, apart, start, stop, pairs in _shared(size, out[-1], _each(dilation, len(kernel))[-1], before, width):
         left, right = rows[:, :, start:stop].flatten(2), rows[:, :, start + apart : stop + apart].flatten(2)
-        moment = left @ right.transpose(1, 2) if distance else second_moment(left.transpose(1, 2))
+        if distance:
+            moment = scaled_product(left, right.transpose(1, 2), scale)
+        else:
+            moment = second_moment(left.transpose(1, 2), scale)
         for place in pairs:
             result[:, :, place, :, place + distance] += moment
             if distance:
@@ -134,9 +138,9 @@ def convolution(
         patches = _patches(batch, kernel, spatial, stride, pads, dilation, groups)
         return _positions(patches, len(x)).transpose(2, 3)
 
-    def moments(x: Tensor) -> Tensor:
+    def moments(x: Tensor, scale: float) -> Tensor:
         batch = x.flatten(0, x.dim() - len(kernel) - 2)
-        return _moments(batch, kernel, spatial, stride, pads, dilation, groups)
+        return _moments(batch, kernel, spatial, stride, pads, dilation, groups, scale)
 
     def channels(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]

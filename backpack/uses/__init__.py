@@ -1,6 +1,6 @@
 """How parameters are used in a forward pass, and what can be computed of a use and a cotangent."""
 
-from backpack.uses.base import Individual, Use
+from backpack.uses.base import Cotangents, Individual, Use
 from backpack.uses.dense import Dense, DenseUse
 from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
@@ -9,6 +9,7 @@ from backpack.uses.lookup import Lookup, LookupUse
 from backpack.uses.pullback import Pullback, PullbackUse
 
 __all__ = [
+    "Cotangents",
     "Dense",
     "DenseUse",
     "Derived",

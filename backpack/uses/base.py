@@ -33,6 +33,8 @@ class Individual(ABC):
 
     shape: torch.Size
     """Of the parameter."""
+    shared: dict[str, Tensor] | None = None
+    """What was computed for other parameters of the call, from the same cotangents of all samples."""
     weights: Tensor | None = None
     """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
 
@@ -170,6 +172,15 @@ class Individual(ABC):
         return torch.cat(pieces, 1)
 
 
+class Cotangents(dict[int, Tensor]):
+    """Those of a call's outputs, by place; they live as long as one of its uses has not been computed."""
+
+    def __init__(self, grads: dict[int, Tensor]) -> None:
+        super().__init__(grads)
+        self.shared: dict[torch.dtype, dict[str, Tensor]] = {}
+        """What was computed from them, in a data type, that other uses can read as well."""
+
+
 class Use(ABC):
     """One place at which a parameter, or a tensor computed from parameters alone, enters a forward pass."""
 
@@ -177,9 +188,12 @@ class Use(ABC):
         """The tensors of the forward pass that ``bind`` reads."""
         return ()
 
-    def arrive(self, cotangents: dict[int, Tensor], rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
+    def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
-        return self.bind(rows.take(cotangents[0], leading=1).to(dtype), rows, shape)
+        found = self.bind(rows.take(cotangents[0], leading=1).to(dtype), rows, shape)
+        if rows.index is None:
+            found.shared = cotangents.shared.setdefault(dtype, {})
+        return found
 
     @abstractmethod
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:

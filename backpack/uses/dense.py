@@ -14,7 +14,7 @@ from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use, accumulate
 from backpack.uses.elementwise import Explicit
-from backpack.uses.linear_map import LinearMap, diagonal_blocks, second_moment
+from backpack.uses.linear_map import LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 
 SMALL = 2**22
 """Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""
@@ -27,7 +27,7 @@ class Dense(LinearMap):
     ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
     ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
     ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the
-    ``inputs`` too, gives ``sum_ns x[n g s i] x[n g s j]`` for less than from ``x``.
+    ``inputs`` and a factor, gives its multiple of ``sum_ns x[n g s i] x[n g s j]`` for less than from ``x``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -204,7 +204,11 @@ class Dense(LinearMap):
         return terms[0].reshape(n, v, m, w).permute(1, 0, 3, 2)
 
     def maps(self) -> Sequence[LinearMap]:
-        return [self] if self.other is None else [self.other()]
+        if self.other is None:
+            return [self]
+        found = self.other()
+        found.shared = self.shared
+        return [found]
 
     @property
     def matrix(self) -> tuple[int, int]:  # type: ignore[override]
@@ -226,21 +230,25 @@ class Dense(LinearMap):
 
     def output_factor(self, approx: str | None) -> Tensor:
         """Of independent groups: block-diagonal."""
-        grad = self.grad
-        if approx != "expand" and grad.shape[3] > 1:
-            grad = grad.sum(3, keepdim=True)
-        return self._output_blocks(_moments(grad.flatten(0, 1)))
+        g, s = self.grad.shape[2:4]
+        grad = self.grad.flatten(0, 1)
+        if approx == "expand" and s > 1:
+            return self._output_blocks(_moments(grad))
+        if g == 1:
+            return moment_of_outputs(self, lambda: grad.sum((1, 2)) if s > 1 else grad[:, 0, 0])
+        return self._output_blocks(_moments(grad.sum(2, keepdim=True) if s > 1 else grad))
 
-    def input_factor(self, approx: str | None) -> Tensor:
+    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         """The mean over groups."""
         n, s = self.grad.shape[1], self.grad.shape[3]
+        scale /= n * s if approx == "expand" else n
         if approx == "reduce" and s > 1:
-            moments = _moments(self.x.mean(2, keepdim=True))
+            moments = _moments(self.x.mean(2, keepdim=True), scale)
         elif self.unfold is None or self.moments is None:
-            moments = _moments(self.x)
+            moments = _moments(self.x, scale)
         else:
-            moments = self.moments(*self.inputs)
-        return self._input_blocks(moments / (n * s if approx == "expand" else n))
+            moments = self.moments(*self.inputs, scale)
+        return self._input_blocks(moments)
 
     def _output_blocks(self, blocks: Tensor) -> Tensor:
         return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
@@ -296,9 +304,9 @@ class Transposed(Dense):
         return replace(self, inputs=(self.x @ blocks,), grad=self.grad @ rows)
 
 
-def _moments(rows: Tensor) -> Tensor:
-    """``sum_ns rows[n g s a] rows[n g s b]``, ``[g, a, b]``."""
-    return second_moment(rows.transpose(0, 1).flatten(1, 2))
+def _moments(rows: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * sum_ns rows[n g s a] rows[n g s b]``, ``[g, a, b]``."""
+    return second_moment(rows.transpose(0, 1).flatten(1, 2), scale)
 
 
 @dataclass(eq=False)
@@ -307,7 +315,7 @@ class DenseUse(Use):
 
     ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
     ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
-    wanted for them; ``moments`` as in ``Dense``.
+    wanted for them; ``moments`` as in ``Dense``. A shift in the same call is along the outputs ``o``.
     """
 
     inputs: tuple[Tensor, ...]

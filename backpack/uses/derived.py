@@ -117,8 +117,8 @@ class Rows(LinearMap):
         whole[self.rows.start : self.rows.stop, self.rows.start : self.rows.stop] = inner
         return whole
 
-    def input_factor(self, approx: str | None) -> Tensor:
-        return self.inner.input_factor(approx)
+    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
+        return self.inner.input_factor(approx, scale)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
         return self.inner.rotated(rows[self.rows.start : self.rows.stop], columns)

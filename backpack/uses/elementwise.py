@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class Explicit(Individual):
     """Individual gradients that are stored as they are, ``value[v, n, *p]``."""
 
     value: Tensor
+    summed: bool = False
+    """Whether they are the cotangents of a call's output, summed over all axes that the parameter lacks."""
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -61,7 +63,7 @@ class ElementwiseUse(Use):
         if self.x is not None:
             x = rows.take(self.x).to(grad.dtype)
             grad = grad * (x if self.factor is None else self.factor(x))
-        return self._reduce(grad, rows, shape)
+        return replace(self._reduce(grad, rows, shape), summed=self.x is None and self.sign > 0)
 
     def data(self) -> tuple[Tensor, ...]:
         return self.recorded()

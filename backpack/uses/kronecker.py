@@ -8,6 +8,7 @@ Those of a large parameter that is no such matrix are second moments of its indi
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate as accumulated
 from operator import mul
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual, accumulate
+from backpack.uses.elementwise import Explicit
 from backpack.uses.joint import join
-from backpack.uses.linear_map import diagonal_blocks, second_moment
+from backpack.uses.linear_map import diagonal_blocks, moment_of_outputs, second_moment
 
 APPROXIMATIONS = (None, "expand", "reduce")
 """How positions within a sample are treated: input factor; output factor.
@@ -57,11 +59,11 @@ def separate(grads: Individual, outputs: list[Tensor], approx: str | None) -> li
     if not maps:
         none = outputs[0].new_zeros(0)
         return outputs if len(outputs) == 1 else [outputs[0], none, outputs[1], none]
-    used = len(set().union(*(a.rows for a in maps)))
+    used = len(set().union(*(a.rows for a in maps))) if len(maps) > 1 else len(maps[0].rows)
     terms: list[list[Tensor]] = [[], [], [], []]
     for a, output in zip(maps, outputs, strict=True):
         terms[2 if a.inputs_first else 0].append(output)
-        terms[1 if a.inputs_first else 3].append(a.input_factor(approx) * (len(a.rows) / used))
+        terms[1 if a.inputs_first else 3].append(a.input_factor(approx, len(a.rows) / used))
     return [_sum(found) if found else outputs[0].new_zeros(0) for found in terms]
 
 
@@ -112,7 +114,9 @@ def _second_moments(grads: Individual) -> list[Tensor]:
     found: list[list[Tensor]] = [[], []]
     for piece in grads.chunks():
         rows = _rows(piece, height)
-        accumulate(found[1], second_moment(rows.reshape(-1, size // height)))
+        columns = partial(rows.reshape, -1, size // height)
+        share = isinstance(piece, Explicit) and piece.summed
+        accumulate(found[1], moment_of_outputs(piece, columns) if share else second_moment(columns()))
         if not whole:
             accumulate(found[0], second_moment(rows.transpose(2, 3).reshape(-1, height)))
     return [moment for (moment,) in filter(None, found)]

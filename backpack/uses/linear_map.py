@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from backpack.memory import empty
 from backpack.uses.base import Individual
 
 
@@ -28,8 +30,8 @@ class LinearMap(Individual):
         """Sum over seeds and samples of outer products of cotangents."""
 
     @abstractmethod
-    def input_factor(self, approx: str | None) -> Tensor:
-        """Mean over samples of outer products of inputs; of one axis where it is diagonal."""
+    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
+        """Mean over samples of outer products of inputs, times ``scale``; of one axis where it is diagonal."""
 
     @abstractmethod
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
@@ -46,19 +48,44 @@ class LinearMap(Individual):
 BLOCKS = 4
 """Into how many blocks of columns a second moment is divided, of which only those up to the diagonal are computed."""
 
+LONG = 2**9
+"""Rows from which on that pays: of fewer, the copies cost more than the products."""
 
-def second_moment(rows: Tensor) -> Tensor:
-    """``sum_r rows[... r a] rows[... r b]``."""
-    size = rows.shape[-1]
-    if size < 64 * BLOCKS or torch.is_grad_enabled():
-        return rows.transpose(-1, -2) @ rows
-    result = rows.new_empty(*rows.shape[:-2], size, size)
-    for block in torch.arange(size).tensor_split(BLOCKS):
-        start, stop = int(block[0]), int(block[-1]) + 1
-        upper = rows[..., :stop].transpose(-1, -2) @ rows[..., start:stop]
-        result[..., :stop, start:stop] = upper
-        result[..., start:stop, :start] = upper[..., :start, :].transpose(-1, -2)
+
+def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * sum_r rows[... r a] rows[... r b]``."""
+    if rows.dim() > 2 and len(rows) > 1:
+        return scaled_product(rows.transpose(1, 2), rows, scale)
+    if rows.dim() > 2:
+        return second_moment(rows[0], scale)[None]
+    if torch.is_grad_enabled():
+        return torch.addmm(rows.new_zeros(()), rows.T, rows, beta=0, alpha=scale)
+    size = rows.shape[1]
+    result = empty((size, size), rows)
+    number = BLOCKS if size >= 64 * BLOCKS and len(rows) >= LONG else 1
+    for start, stop in pairwise(size * block // number for block in range(number + 1)):
+        upper = result[:stop, start:stop]
+        torch.addmm(upper, rows[:, :stop].T, rows[:, start:stop], beta=0, alpha=scale, out=upper)
+        result[start:stop, :start] = upper[:start].T
     return result
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``scale * left[g a r] right[g r b]``."""
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
+
+
+def moment_of_outputs(grads: Individual, rows: Callable[[], Tensor]) -> Tensor:
+    """The second moment of cotangents summed over positions, ``rows()``; computed once for all parameters of a call."""
+    known = {} if grads.shared is None else grads.shared
+    moment = known.get(MOMENT)
+    if moment is None:
+        known[MOMENT] = moment = second_moment(rows())
+        return moment
+    return moment.clone() if torch.is_grad_enabled() else empty(moment.shape, moment).copy_(moment)
+
+
+MOMENT = "moment of outputs"
 
 
 def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:

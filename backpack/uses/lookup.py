@@ -86,7 +86,7 @@ class Lookup(LinearMap):
         grad = self.grad if approx == "expand" else self.grad.sum(2)
         return second_moment(grad.flatten(0, -2))
 
-    def input_factor(self, approx: str | None) -> Tensor:
+    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         """The diagonal, which is all that there is but for ``"reduce"``."""
         n, s = self.index.shape
         weight = self.mask.to(self.grad.dtype)
@@ -94,7 +94,7 @@ class Lookup(LinearMap):
             weight = weight * (self._same_row(self) @ weight[..., None])[..., 0] / s**2
         elif approx == "expand":
             weight = weight / s
-        return weight.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), weight.flatten()) / n
+        return weight.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), weight.flatten()) * (scale / n)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
         grad = self.grad @ columns

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack.samples import Rows
-from backpack.uses.base import Individual, Use
+from backpack.uses.base import Cotangents, Individual, Use
 from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.joint import join
@@ -97,7 +97,7 @@ class ReplayUse(Use):
     def recorded(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor, _ in self.replay.inputs)
 
-    def arrive(self, cotangents: dict[int, Tensor], rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
+    def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
         return join(self.replay.individuals(cotangents, rows, dtype)[id(self.parameter)])
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
