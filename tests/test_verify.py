@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from backpack import extensions, summary, verify
-from backpack.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNMC
+from backpack.extensions import GGNMP, HMP, KFLR, KFRA, PCHMP, BatchGrad, BatchL2Grad, DiagGGNMC, DiagHessian
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 
 QUANTITIES = [
     *("BatchGrad", "BatchL2Grad", "BatchDotGrad", "SumGradSquared", "Variance"),
-    *("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "DiagHessian", "BatchDiagHessian"),
+    *("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "DiagHessian", "BatchDiagHessian", "DiagHessianMC"),
+    *("DiagGGNMC", "BatchDiagGGNMC", "SqrtGGNMC", "GGNGram", "KFAC", "KFLR", "EKFAC"),
 ]
 
 
@@ -70,10 +71,53 @@ def test_a_broken_rule_is_caught():
 def test_what_is_refused_or_not_compared_is_said():
     outcome = verify(*problem(training=True), BatchGrad(), DiagGGNMC(), KFLR())
     assert not outcome.passed and "refused: batch_norm" in str(outcome)
-    outcome = verify(*problem(), DiagGGNMC())
-    assert outcome.passed and {row.verdict for row in outcome.rows} == {"not compared: it is sampled"}
+    model, *rest = problem()
+    outcome = verify(model.eval(), *rest, PCHMP(), KFRA(), HMP(), GGNMP(subsampling=[1]))
+    verdicts = {row.quantity: row.verdict for row in outcome.rows if row.parameter.endswith("weight")}
+    assert outcome.passed and verdicts["hmp"] == verdicts["ggnmp"] == "right"
+    assert "no check is known" in verdicts["pchmp"] and "averaged" in verdicts["kfra"]
     with pytest.raises(ValueError, match="needs the extensions"):
         verify(*problem())
+
+
+class Distances(nn.Module):
+    """A function without a second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.centers, self.out = nn.Parameter(torch.rand(3, 2)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(torch.cdist(x[:, None], self.centers)[:, 0])
+
+
+def test_functions_without_a_second_derivative_are_compared_or_said():
+    given = Distances(), nn.CrossEntropyLoss(), torch.rand(3, 2), torch.tensor([0, 1, 1])
+    names = ["BatchGrad", "Variance", "BatchDiagGGNExact", "SqrtGGNExact", "KFLR"]
+    assert verify(*given, *[getattr(extensions, name)() for name in names]).passed
+    outcome = verify(*given, DiagHessian(), HMP())
+    assert [row.verdict for row in outcome.rows if row.verdict.startswith("refused")] and not outcome.passed
+    assert "not compared: PyTorch has no second derivative" in outcome.rows[-1].verdict + outcome.rows[1].verdict
+
+
+class Several(nn.Linear):
+    def forward(self, x):
+        return {"loss": None, "states": x.clone(), "logits": super().forward(x)}
+
+
+@pytest.mark.parametrize("model", [Several(3, 4), nn.LSTM(3, 4), nn.GRU(3, 4, batch_first=True)])
+def test_outputs_of_several_tensors_are_what_the_loss_takes(model):
+    """By themselves the first tensor."""
+    X = torch.rand(2, 5, 3)
+    exts = [BatchGrad(), DiagGGNMC(), KFLR()]
+    if not isinstance(model, Several):
+        assert verify(model, nn.MSELoss(), X, torch.rand(2, 5, 4), *exts).passed
+
+    def chosen(model, batch):
+        out, target = model(batch[0]), batch[1]
+        return out["logits"] if isinstance(out, dict) else out[0], target
+
+    assert verify(model, nn.MSELoss(), X, torch.rand(2, 5, 4), *exts, forward=chosen).passed
 
 
 def test_a_summary_tells_uses_ways_and_refusals(capsys):

@@ -1,0 +1,241 @@
+"""What is true of each quantity, by plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from backpack.extensions import (
+    GGNMP,
+    HMP,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    DiagHessianMC,
+    GGNGram,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.verification.plain import Plain, units
+
+SIGMAS = 6.0
+"""Standard errors that the mean of estimates may be off."""
+
+
+class Ran(Protocol):
+    """An extension's run on the model."""
+
+    extension: Any
+
+    @property
+    def drawn(self) -> Tensor:
+        """The columns ``[m, n, d]`` that were pulled back."""
+
+    @property
+    def redrawn(self) -> list[dict[str, Any]]:
+        """The results of many draws, by the parameters' names."""
+
+
+@dataclass(eq=False)
+class Truth:
+    """What is known of one parameter; ``rows``: the selected samples."""
+
+    plain: Plain
+    name: str
+    run: Ran
+    rows: Tensor
+
+    @property
+    def extension(self) -> Any:
+        """Whose result it is the truth of."""
+        return self.run.extension
+
+    @property
+    def entries(self) -> Tensor:
+        """Those that are compared."""
+        return self.plain.chosen(self.plain.parameters[self.name].numel())
+
+    @property
+    def weights(self) -> Tensor:
+        """How often each sample was selected, ``[n]``."""
+        return torch.bincount(self.rows, minlength=self.plain.n).to(self.plain.slope.dtype)
+
+    def gradients(self) -> Tensor:
+        """Individual gradients of the selected samples at the entries, ``[n, k]``."""
+        return torch.einsum("knd,nd->nk", self.plain.columns(self.name), self.plain.slope)[self.rows]
+
+    def sample(self, place: int) -> Tensor:
+        """All of the gradient of a selected sample."""
+        return self.plain.gradient(self.name, self.plain.of_sample(self.plain.slope, int(self.rows[place])))
+
+    def gram(self, columns: Tensor) -> Tensor:
+        """``J^T H J`` along ``columns``, ``[k, n, d]``: of each selected sample, ``[n, k, k]``."""
+        if self.extension.seeds in ("sampled", "gradient"):
+            products = torch.einsum("mnd,knd->nmk", self.run.drawn, columns)
+            return torch.einsum("nmk,nml->nkl", products, products)[self.rows]
+        products = torch.stack([self.plain.product(column) for column in columns])
+        return torch.einsum("knd,lnd->nkl", columns, products)[self.rows]
+
+    def blocks(self) -> Tensor:
+        """The curvature that is pulled back, at the entries, of each selected sample: ``[n, k, k]``."""
+        return self.gram(self.plain.columns(self.name))
+
+    def curvatures(self) -> Tensor:
+        """Its diagonals, ``[n, k]``."""
+        return self.blocks().diagonal(dim1=1, dim2=2)
+
+    def hessian(self, weights: Tensor) -> Tensor:
+        """The Hessian at the entries, samples weighed, ``[k, k]``."""
+        products = torch.stack([self.plain.product(c * weights[:, None]) for c in self.plain.columns(self.name)])
+        return torch.einsum("knd,lnd->kl", self.plain.columns(self.name), products) + self.plain.bend(
+            self.name, weights
+        )
+
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+Check = Callable[[Any, Truth], Pairs]
+
+CHECKS: dict[type[BackpropExtension], Check] = {}
+"""Extension to what makes pairs of values found and true of its result."""
+
+
+def check(*extensions: type[BackpropExtension]) -> Callable[[Check], Check]:
+    """Register the check that follows."""
+
+    def register(function: Check) -> Check:
+        CHECKS.update(dict.fromkeys(extensions, function))
+        return function
+
+    return register
+
+
+# First order
+
+
+@check(BatchGrad)
+def _batch_grad(result: Tensor, truth: Truth) -> Pairs:
+    yield result.flatten(1)[:, truth.entries], truth.gradients()
+
+
+@check(BatchL2Grad)
+def _batch_l2(result: Tensor, truth: Truth) -> Pairs:
+    for place in {0, len(truth.rows) - 1}:
+        yield result[place], truth.sample(place).square().sum()
+
+
+@check(BatchDotGrad)
+def _batch_dot(result: Tensor, truth: Truth) -> Pairs:
+    yield result[0, -1], (truth.sample(0) * truth.sample(-1)).sum()
+    yield result[0, 0], truth.sample(0).square().sum()
+
+
+@check(SumGradSquared)
+def _sum_grad_squared(result: Tensor, truth: Truth) -> Pairs:
+    yield result.flatten()[truth.entries], truth.gradients().square().sum(0)
+
+
+@check(Variance)
+def _variance(result: Tensor, truth: Truth) -> Pairs:
+    gradients = truth.gradients()
+    # The mean of squares on both sides: the variance alone may be a small difference of large numbers.
+    yield result.flatten()[truth.entries] + gradients.mean(0).square(), gradients.square().mean(0)
+
+
+@check(ClippedGrad)
+def _clipped(result: Tensor, truth: Truth) -> Pairs:
+    factors = truth.extension.max_norm / truth.plain.norms[truth.rows].clamp(min=truth.extension.max_norm)
+    yield result.flatten()[truth.entries], factors @ truth.gradients()
+
+
+# The generalized Gauss-Newton matrix
+
+
+@check(DiagGGNExact, DiagGGNMC)
+def _diag_ggn(result: Tensor, truth: Truth) -> Pairs:
+    yield result.flatten()[truth.entries], truth.curvatures().sum(0)
+
+
+@check(BatchDiagGGNExact, BatchDiagGGNMC)
+def _batch_diag_ggn(result: Tensor, truth: Truth) -> Pairs:
+    yield result.flatten(1)[:, truth.entries], truth.curvatures()
+
+
+@check(SqrtGGNExact)
+def _sqrt_ggn(result: Tensor, truth: Truth) -> Pairs:
+    root = result.flatten(2)[..., truth.entries]
+    yield torch.einsum("cnj,cnk->njk", root, root), truth.blocks()  # a root is unique up to rotations
+
+
+@check(SqrtGGNMC)
+def _sqrt_ggn_mc(result: Tensor, truth: Truth) -> Pairs:
+    true = torch.einsum("mnd,knd->mnk", truth.run.drawn, truth.plain.columns(truth.name))[:, truth.rows]
+    yield result.flatten(2)[..., truth.entries], true
+
+
+@check(GGNGram)
+def _ggn_gram(result: Tensor, truth: Truth) -> Pairs:
+    drawn, samples = truth.run.drawn, len(truth.rows)
+    places = torch.tensor([0, len(result) // 2, len(result) - 1]).unique()
+    pulled = [
+        truth.plain.gradient(truth.name, truth.plain.of_sample(drawn[int(k) // samples], int(truth.rows[k % samples])))
+        for k in places
+    ]
+    columns = torch.stack(pulled).flatten(1)
+    yield result[places][:, places], columns @ columns.T
+
+
+@check(GGNMP)
+def _ggnmp(result: Any, truth: Truth) -> Pairs:
+    true = truth.blocks().sum(0)
+    yield _multiplied(result, truth), true
+
+
+# The Hessian
+
+
+@check(HMP)
+def _hmp(result: Any, truth: Truth) -> Pairs:
+    true = truth.hessian(truth.weights)
+    yield _multiplied(result, truth), true
+
+
+@check(DiagHessian)
+def _diag_hessian(result: Tensor, truth: Truth) -> Pairs:
+    yield result.flatten()[truth.entries], truth.hessian(truth.weights).diagonal()
+
+
+@check(BatchDiagHessian)
+def _batch_diag_hessian(result: Tensor, truth: Truth) -> Pairs:
+    for place in {0, len(truth.rows) - 1}:
+        weights = torch.zeros_like(truth.weights)
+        weights[truth.rows[place]] = 1
+        yield result.flatten(1)[place, truth.entries], truth.hessian(weights).diagonal()
+
+
+@check(DiagHessianMC)
+def _diag_hessian_mc(result: Tensor, truth: Truth) -> Pairs:
+    """Within some standard errors of many draws."""
+    true = truth.hessian(truth.weights).diagonal()
+    draws = torch.stack([result[truth.name].flatten()[truth.entries] for result in truth.run.redrawn])
+    mean, error = draws.mean(0), draws.std(0) / len(draws) ** 0.5
+    yield torch.where((mean - true).abs() <= SIGMAS * error, true, mean), true
+
+
+def _multiplied(product: Any, truth: Truth) -> Tensor:
+    """A matrix at the entries, ``[k, k]``, from its products with unit vectors."""
+    parameter = truth.plain.parameters[truth.name]
+    return product(torch.stack(units(parameter, truth.entries))).detach().flatten(1)[:, truth.entries]
