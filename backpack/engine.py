@@ -172,6 +172,8 @@ class Block:
     loss_seen: bool = False
     unexplained: list[str] = field(default_factory=list)
     """Names of parameters that are used where nothing is recorded as well."""
+    taker: Callable[[Tensor, str, Any], None] | None = None
+    """What takes the results, in place of the parameters."""
 
     def __post_init__(self) -> None:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
@@ -205,6 +207,9 @@ class Block:
 
     def store(self, parameter: Tensor, savefield: str, value: Any) -> None:
         """Write a result."""
+        if self.taker is not None:
+            self.taker(parameter, savefield, value)
+            return
         setattr(parameter, savefield, value)
         self.stored.append((parameter, savefield))
 

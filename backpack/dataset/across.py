@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import Module
 
 from backpack.context import backpack
 from backpack.dataset.collection import Collection, part_of
+from backpack.dataset.merged import merged
 from backpack.dataset.processes import Processes
 from backpack.engine import HERE
 from backpack.extensions.backprop_extension import BackpropExtension
@@ -49,14 +51,15 @@ def across_processes(
     counts = processes.all_objects(samples)
     start, total, factor = sum(counts[: processes.rank]), sum(counts), 1 / processes.count
     scale = 1.0 if scaler is None else scaler.get_scale()
-    parts, selected = [], {}
+    parts, selected = {}, {}
     for extension in extensions:
         chosen = extension.subset.rows(total, torch.device("cpu"))
-        parts.append(part_of(extension, chosen, start, samples, factor, scale))
+        parts[extension.savefield] = part_of(extension, chosen, start, samples, factor, scale)
         selected[extension.savefield] = total if chosen is None else len(chosen)
     collection.clear()
-    with backpack(*(part.extension for part in parts)):
+    with backpack(*(part.extension for part in parts.values())):
         HERE.blocks[-1].loss_factor = scale
+        HERE.blocks[-1].taker = partial(collection.take, parts)
         yield
-    collection.take(collection.parameters.values(), parts)
-    collection.finish(processes, 1.0, selected, gather)
+    collection.merge(parts)
+    merged(collection, processes, 1.0, selected, gather)

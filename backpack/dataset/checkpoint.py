@@ -1,15 +1,13 @@
-"""Interrupted runs: what is needed to go on, in one safetensors file that is replaced as a whole."""
+"""A safetensors file that is replaced as a whole, and what it must have in common with the run that reads it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import random
-import sys
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.extensions.backprop_extension import BackpropExtension
+
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors, and what is no tensor."""
 
 
 def identity(
@@ -52,45 +53,6 @@ def _digest(module: Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class Randomness:
-    """The states of all random number generators that a run may draw from."""
-
-    def __init__(self, loader: Any) -> None:
-        sampler = getattr(loader, "sampler", None)
-        generators = (getattr(loader, "generator", None), getattr(sampler, "generator", None))
-        self._own = list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
-
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        """Tensors, and JSON."""
-        tensors = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-        tensors |= {f"own{number}": generator.get_state() for number, generator in enumerate(self._own)}
-        other: dict[str, Any] = {"python": random.getstate()}
-        if "numpy" in sys.modules:
-            state = sys.modules["numpy"].random.get_state(legacy=False)
-            other["numpy"] = {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}}
-        return tensors, json.dumps(other)
-
-    def write(self, tensors: dict[str, Tensor], text: str) -> None:
-        """Go back to states that were read."""
-        torch.set_rng_state(tensors["cpu"])
-        for name, state in tensors.items():
-            if name.startswith("cuda"):
-                torch.cuda.set_rng_state(state, int(name[4:]))
-            elif name.startswith("own"):
-                self._own[int(name[3:])].set_state(state)
-        other = json.loads(text)
-        version, internal, gauss = other["python"]
-        random.setstate((version, tuple(internal), gauss))
-        if "numpy" in other:
-            import numpy
-
-            state = other["numpy"]
-            state["state"]["key"] = numpy.array(state["state"]["key"], dtype=numpy.uint32)
-            numpy.random.set_state(state)
-
-
 @dataclass(eq=False)
 class Checkpoint:
     """A file that a run is saved to at intervals.
@@ -105,27 +67,34 @@ class Checkpoint:
     identity: dict[str, str]
     written: float = field(default_factory=time.monotonic)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self) -> Saved | None:
         """What was saved last; ``None`` if there is nothing.
 
         Raises:
             ValueError: It is of another run, or no checkpoint.
         """
+        return self._load(self.path) if self.path.exists() else None
+
+    def load_written(self) -> Saved | None:
+        """What ``write`` had written when the run was killed, if it was complete."""
+        with suppress(OSError, ValueError):
+            return self._load(self._new)
+        return None
+
+    def _load(self, path: Path) -> Saved:
         from safetensors import SafetensorError, safe_open
 
-        if not self.path.exists():
-            return None
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {})["backpack"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{self.path} is no checkpoint of accumulate(): {error}.") from error
+            raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
         before = header.pop("identity")
         for name in sorted(before.keys() | self.identity.keys()):
             if before.get(name) != self.identity.get(name):
                 raise ValueError(
-                    f"The checkpoint {self.path} is of another run: its {name} was {before.get(name)}, now it is "
+                    f"The checkpoint {path} is of another run: its {name} was {before.get(name)}, now it is "
                     f"{self.identity.get(name)}. Delete the file to begin anew, or give another one."
                 )
         return tensors, header
@@ -135,8 +104,12 @@ class Checkpoint:
         """Whether it is time to save."""
         return time.monotonic() - self.written >= self.seconds
 
-    def save(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """Replace the file as a whole: at any moment there is the old one or the new one.
+    @property
+    def _new(self) -> Path:
+        return self.path.with_name(self.path.name + ".new")
+
+    def write(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """Write a new file beside the old one.
 
         Raises:
             OSError: It cannot be written; the old one is still there.
@@ -144,33 +117,50 @@ class Checkpoint:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        new = self.path.with_name(self.path.name + ".new")
         metadata = {"backpack": json.dumps({**header, "identity": self.identity})}
-        try:
-            save_file(_separate(tensors), new, metadata)
-            _synchronize(new)
-            os.replace(new, self.path)
+        with self._intact():
+            try:
+                save_file(_separate(tensors), self._new, metadata)
+                _synchronize(self._new)
+            except (OSError, SafetensorError):
+                with suppress(OSError):
+                    self._new.unlink()
+                raise
+
+    def replace(self) -> None:
+        """Put the new file in the place of the old one as a whole: at any moment there is one of them.
+
+        Raises:
+            OSError: It cannot be; the old one is still there.
+        """
+        with self._intact():
+            os.replace(self._new, self.path)
             _synchronize(self.path.parent)
+        self.written = time.monotonic()
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        try:
+            yield
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                new.unlink()
             raise OSError(
                 f"The checkpoint {self.path} could not be written: {error}. "
                 + ("What was saved before is intact." if self.path.exists() else "Nothing was computed yet.")
             ) from error
-        self.written = time.monotonic()
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, and none of them a view of another one's memory, which the format does not have."""
-    found, storages = {}, set()
+    found: dict[str, Tensor] = {}
+    storages: set[torch.UntypedStorage] = set()
     for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        storage = value.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
-            value = value.clone()
-        storages.add(value.untyped_storage().data_ptr())
-        found[name] = value
+        own = value.detach().cpu().contiguous()
+        if own.untyped_storage() in storages or own.untyped_storage().nbytes() != own.nbytes:
+            own = own.clone()
+        storages.add(own.untyped_storage())
+        found[name] = own
     return found
 
 

@@ -1,27 +1,26 @@
-"""What the batches of a process, and then all processes, have given for each extension and parameter."""
+"""What the batches of a process have given for each extension and parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map
 
-from backpack.dataset.processes import Processes
 from backpack.dataset.stores import FileRows, Rows, Sums
 from backpack.engine import SHARDED
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.merging import Joined, Summed
+from backpack.extensions.merging import Joined, Merging, Summed
 
 GRAD = "grad"
 
 
 @dataclass(eq=False)
 class Part:
-    """An extension for one batch: the number of its factor in the loss of all, and its samples among the selected.
+    """An extension for one batch: the factor of the batch in the loss of all, and its samples among the selected.
 
     ``places`` is ``None`` where nothing of the batch is wanted.
     """
@@ -47,8 +46,12 @@ class Collection:
     sums: dict[tuple[str, str], Sums] = field(default_factory=dict)
     rows: dict[tuple[str, str], Rows | FileRows] = field(default_factory=dict)
     selected: dict[str, int] = field(default_factory=dict)
+    new: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """What is to be summed of the batch at hand."""
 
     def __post_init__(self) -> None:
+        self.merging: dict[str, Merging | Joined] = {GRAD: Summed(1)}
+        """How the results of an extension merge, by ``savefield``."""
         for extension in self.extensions:
             part = extension.on_batch(None, 1.0)
             if extension.rules and part.rules is not extension.rules:
@@ -60,11 +63,12 @@ class Collection:
                 raise ValueError(
                     f"{type(extension).__name__} has no meaning for more than one batch: its results do not merge."
                 )
+            self.merging[extension.savefield] = part.batches
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("The model has no parameter that requires a gradient.")
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.selected = self.selected or {extension.savefield: 0 for extension in self.extensions}
+        self.selected = {extension.savefield: 0 for extension in self.extensions}
 
     def clear(self) -> None:
         """Take results of earlier backward passes off the parameters."""
@@ -72,88 +76,40 @@ class Collection:
             for extension in self.extensions:
                 vars(parameter).pop(extension.savefield, None)
 
-    def merging(self, savefield: str) -> Any:
-        """How the results of an extension merge."""
-        if savefield == GRAD:
-            return Summed(1)
-        return next(e for e in self.extensions if e.savefield == savefield).on_batch(None, 1.0).batches
-
     def name_of(self, parameter: Tensor) -> str | None:
         """The name of a parameter of the model, or of the sharded one that it was gathered from."""
         reference = SHARDED.get(parameter) if SHARDED else None
         return self.names.get(id(parameter if reference is None else reference()))
 
-    def take(self, parameters: Iterable[Tensor], parts: Iterable[Part]) -> None:
-        """Take the results of a batch off parameters."""
-        for parameter in parameters:
-            for part in parts:
-                result = vars(parameter).pop(part.extension.savefield, None)
-                name = None if result is None else self.name_of(parameter)
-                if name is not None and part.places is not None:
-                    self.keep(name, part.extension.savefield, part.extension.batches, result, part.factor, part.places)
+    def take(self, parts: dict[str, Part], parameter: Tensor, savefield: str, result: Any) -> None:
+        """Take one result of a batch.
 
-    def keep(
-        self, name: str, savefield: str, merging: Any, result: Any, factor: float, places: Tensor | None = None
-    ) -> None:
-        """Merge one result."""
-        if isinstance(merging, Joined):
-            assert places is not None
-            store = self.rows.setdefault((name, savefield), Rows())
-            store.add(merging.rows(result, factor), places, self.device)
-        else:
-            sums = self.sums.setdefault((name, savefield), Sums(merging))
-            sums.add(result, factor, 0 if places is None else len(places), self.device)
-
-    def finish(
-        self, processes: Processes, factor: float, selected: dict[str, int], gather: bool
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-        """The results of all processes by ``savefield`` and name, on the parameters as well, and their places.
-
-        Args:
-            processes: Whose results are merged.
-            factor: Of the loss of all, by which nothing was multiplied yet.
-            selected: How many samples all processes have for each extension.
-            gather: Bring results of single samples to all processes.
+        Those of samples are kept at once; of sums the last one counts, since a pass may begin anew.
         """
-        found: dict[str, dict[str, Any]] = {GRAD: {}, **{extension.savefield: {} for extension in self.extensions}}
-        forms: dict[tuple[str, str], list[Any]] = {}
-        for own in processes.all_objects({key: sums.form() for key, sums in self.sums.items()}):
-            forms |= own
-        for (name, savefield), form in sorted(forms.items(), key=lambda entry: entry[0]):
-            sums = self.sums.pop((name, savefield), None) or Sums(self.merging(savefield))
-            if processes.count > 1:
-                sums.reduce(form, processes)
-            found[savefield][name] = sums.merging.finish(sums.state, factor, selected.get(savefield, 0))
-        places: dict[str, Tensor] = {}
-        for (_, savefield), store in self.rows.items():  # those of parameters that all batches use are complete
-            if isinstance(store, Rows):
-                known = torch.cat(store.places)
-                if len(known) > len(places.get(savefield, ())):
-                    places[savefield] = known
-        whole = {e.savefield for e in self.extensions if type(e).of_whole is not BackpropExtension.of_whole}
-        for name, savefield in sorted(set().union(*processes.all_objects([*self.rows]))):
-            store = self.rows.pop((name, savefield), None) or Rows()
-            if isinstance(store, FileRows):
-                store.flush()
-                processes.all_objects(None)  # the others have written theirs as well
-                if not store.path.exists():
-                    continue
-                rows = store.finish()
-            elif processes.count == 1 or gather or savefield in whole:
-                if processes.count > 1:
-                    store.gather(processes)
-                rows = store.finish(torch.arange(selected[savefield]))
-                places.pop(savefield, None)
-            elif store.chunks:
-                rows = store.finish(places[savefield])
-            else:
-                continue
-            found[savefield][name] = self.merging(savefield).finish(rows, factor)
-        for extension in self.extensions:
-            for name, value in found[extension.savefield].items():
-                found[extension.savefield][name] = extension.of_whole(value)
-                setattr(self.parameters[name], extension.savefield, found[extension.savefield][name])
-        return found, places
+        name, part = self.name_of(parameter), parts[savefield]
+        if name is None or part.places is None:
+            return
+        merging = self.merging[savefield]
+        if isinstance(merging, Joined):
+            store = self.rows.setdefault((name, savefield), Rows())
+            store.add(merging.rows(result, part.factor), part.places, self.device)
+        else:
+            self.new[name, savefield] = tree_map(self._moved, result)
+
+    def _moved(self, value: Any) -> Any:
+        return value if self.device is None else value.to(self.device)
+
+    def merge(self, parts: dict[str, Part]) -> None:
+        """Add the sums of a batch to those of the batches before."""
+        for (name, savefield), result in self.new.items():
+            part, merging = parts[savefield], self.merging[savefield]
+            assert isinstance(merging, Merging) and part.places is not None
+            self.sums.setdefault((name, savefield), Sums(merging)).add(result, part.factor, len(part.places))
+        self.new.clear()
+
+    def add_gradient(self, name: str, grad: Tensor, factor: float) -> None:
+        """Add the gradient of a batch to those of the batches before."""
+        self.sums.setdefault((name, GRAD), Sums(Summed(1))).add(self._moved(grad), factor, 0)
 
 
 def part_of(

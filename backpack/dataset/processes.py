@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+BUCKET = 2**25
+"""Bytes that several tensors are joined to for one message; a larger tensor is sent by itself."""
+
+
+def bundles(sizes: list[int]) -> Iterator[slice]:
+    """Consecutive ones of these sizes in bytes, as many as fit into a message."""
+    start = filled = 0
+    for place, size in enumerate(sizes):
+        if filled and filled + size > BUCKET:
+            yield slice(start, place)
+            start, filled = place, 0
+        filled += size
+    if sizes:
+        yield slice(start, len(sizes))
+
+
+def alike(tensors: Iterable[Tensor]) -> list[list[int]]:
+    """The places of those of one data type and device."""
+    found: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        found.setdefault((tensor.dtype, tensor.device), []).append(place)
+    return list(found.values())
 
 
 @dataclass(eq=False)
@@ -39,12 +63,47 @@ class Processes:
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
+        return self.all_sums([tensor])[0]
+
+    def all_sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all processes, with one message for each data type."""
         if self.count == 1:
-            return tensor
-        given = tensor.to(self._device or tensor.device, copy=True).contiguous()
-        with self._together():
-            dist.all_reduce(given, group=self.group)
-        return given.to(tensor.device)
+            return list(tensors)
+        found: list[Tensor] = [*tensors]
+        for places in alike(tensors):
+            flat = self._message([tensors[place] for place in places])
+            with self._together():
+                dist.all_reduce(flat, group=self.group)
+            pieces = flat.split([tensors[place].numel() for place in places])
+            for place, piece in zip(places, pieces, strict=True):
+                found[place] = piece.view(tensors[place].shape).to(tensors[place].device)
+        return found
+
+    def all_rows(self, tensors: Sequence[Tensor], counts: list[list[int]]) -> list[Tensor]:
+        """Of each tensor, the rows of all processes, one after the other, with one message for each data type.
+
+        ``counts``: how many there are, by process and tensor.
+        """
+        if self.count == 1:
+            return list(tensors)
+        found: list[Tensor] = [*tensors]
+        for places in alike(tensors):
+            sizes = [[own[place] * prod(tensors[place].shape[1:]) for place in places] for own in counts]
+            flat = self._message([tensors[place] for place in places])
+            padded = flat.new_zeros(max(map(sum, sizes)))
+            padded[: len(flat)] = flat
+            messages = [torch.empty_like(padded) for _ in counts]
+            with self._together():
+                dist.all_gather(messages, padded, group=self.group)
+            parts = [message[: sum(own)].split(own) for message, own in zip(messages, sizes, strict=True)]
+            for place, pieces in zip(places, zip(*parts, strict=True), strict=True):
+                joined = torch.cat(pieces).to(tensors[place].device)
+                found[place] = joined.view(-1, *tensors[place].shape[1:])
+        return found
+
+    def _message(self, tensors: list[Tensor]) -> Tensor:
+        """A copy of them in one, where it can be sent from."""
+        return torch.cat([tensor.reshape(-1).to(self._device or tensor.device) for tensor in tensors])
 
     def all_objects(self, value: T) -> list[T]:
         """What each process gives, in their order."""
@@ -60,15 +119,3 @@ class Processes:
         if self.count == 1:
             return make()
         return next(value for value in self.all_objects(make() if self.rank == 0 else None) if value is not None)
-
-    def all_rows(self, rows: Tensor) -> Tensor:
-        """Those of all processes, one after the other."""
-        if self.count == 1:
-            return rows
-        counts = self.all_objects(len(rows))
-        padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self._device or rows.device)
-        padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in counts]
-        with self._together():
-            dist.all_gather(found, padded, group=self.group)
-        return torch.cat([own[:n].to(rows.device) for own, n in zip(found, counts, strict=True)])

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.dataset.processes import Processes
 from backpack.extensions.merging import Merging
 
 
@@ -21,21 +20,12 @@ class Sums:
     merging: Merging
     state: list[Tensor] = field(default_factory=list)
 
-    def add(self, result: Any, factor: float, samples: int, device: torch.device | None) -> None:
+    def add(self, result: Any, factor: float, samples: int) -> None:
         """Merge the result of one more batch."""
         if self.state:
             self.merging.add(self.state, result, factor, samples)
         else:
-            self.state = [part.to(device) for part in self.merging.state(result, factor, samples)]
-
-    def form(self) -> list[Any]:
-        """What another process, which has no results of its own, needs to know to make a state of zeros."""
-        return [(part.shape, part.dtype, part.device.type) for part in self.state]
-
-    def reduce(self, form: list[Any], processes: Processes) -> None:
-        """Merge with those of the other processes."""
-        own = self.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
-        self.state = self.merging.reduce(own, processes.all_sum)
+            self.state = self.merging.state(result, factor, samples)
 
 
 @dataclass(eq=False)
@@ -46,7 +36,9 @@ class Rows:
     places: list[Tensor] = field(default_factory=list)
 
     def add(self, rows: Tensor, places: Tensor, device: torch.device | None) -> None:
-        """Keep those of one more batch."""
+        """Keep those of one more batch; if they come twice, as when its pass began anew, the last ones."""
+        if self.places and self.places[-1] is places:
+            self.chunks.pop(), self.places.pop()
         self.chunks.append(rows if device is None else rows.to(device))
         self.places.append(places)
 
@@ -55,15 +47,6 @@ class Rows:
         if len(self.chunks) > 1:
             self.chunks, self.places = [torch.cat(self.chunks)], [torch.cat(self.places)]
         return self.chunks[0], self.places[0]
-
-    def gather(self, processes: Processes) -> None:
-        """Fetch those of the other processes."""
-        own = self.pack() if self.chunks else None
-        shape, dtype, device = next(
-            s for s in processes.all_objects(own and (own[0].shape[1:], own[0].dtype, own[0].device.type)) if s
-        )
-        rows, places = own or (torch.zeros(0, *shape, dtype=dtype, device=device), torch.zeros(0, dtype=torch.int64))
-        self.chunks, self.places = [processes.all_rows(rows)], [processes.all_rows(places)]
 
     def finish(self, order: Tensor) -> Tensor:
         """Those of the samples at the places ``order``; zero where nothing came."""

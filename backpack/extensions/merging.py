@@ -7,15 +7,15 @@ The loss of the whole is the sum over batches of ``factor`` times the batch's ow
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-AllSum = Callable[[Tensor], Tensor]
-"""Returns the sum of a tensor over all processes."""
+Reduction = Generator[list[Tensor], list[Tensor], list[Tensor]]
+"""Yields tensors, is sent their sums over all processes, and returns a state."""
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ class Merging(ABC):
     def add(self, state: list[Tensor], result: Any, factor: float, samples: int) -> None:
         """Add a further batch to a state, in place: one pass over the memory of each tensor, where that can be."""
 
-    @abstractmethod
-    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
+    def reduce(self, state: list[Tensor]) -> Reduction:
         """The state of all processes' data, from that of one."""
+        return (yield state)
 
     @abstractmethod
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Any:
@@ -65,9 +65,6 @@ class Summed(Merging):
     def weight(self, factor: float, samples: int) -> float:
         """With which a batch's result enters the sum."""
         return factor**self.degree
-
-    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
-        return [all_sum(state[0])]
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
         return state[0] if factor == 1 else state[0].mul_(factor**self.degree)
@@ -102,9 +99,6 @@ class Listed(Merging):
         for part, own, more in zip(self.parts, state, result, strict=False):
             part.add([own], more, factor, samples)
 
-    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
-        return [all_sum(own) for own in state]
-
     def finish(self, state: list[Tensor], factor: float, samples: int) -> list[Tensor]:
         return [part.finish([own], factor, samples) for part, own in zip(self.parts, state, strict=False)]
 
@@ -126,17 +120,18 @@ class Moments(Merging):
     def add(self, state: list[Tensor], result: tuple[Tensor, Tensor], factor: float, samples: int) -> None:
         n, mean, deviation = state
         before = n.item()
-        difference = result[0].detach().to(mean.device) * factor - mean
+        difference = mean.sub(result[0].detach().to(mean.device), alpha=factor)
         deviation.add_(result[1].detach().to(mean.device), alpha=factor**2 * samples)
         deviation.addcmul_(difference, difference, value=before * samples / (before + samples))
-        mean.add_(difference, alpha=samples / (before + samples))
+        mean.sub_(difference, alpha=samples / (before + samples))
         n += samples
 
-    def reduce(self, state: list[Tensor], all_sum: AllSum) -> list[Tensor]:
+    def reduce(self, state: list[Tensor]) -> Reduction:
         n, mean, deviation = state
-        total = all_sum(n.clone())
-        common = all_sum(mean * n.item()) / max(1.0, total.item())
-        return [total, common, all_sum(deviation + (mean - common).square() * n.item())]
+        total, common = yield [n, mean * n.item()]
+        common = common / max(1.0, total.item())
+        (deviation,) = yield [deviation + (mean - common).square() * n.item()]
+        return [total, common, deviation]
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
         n = state[0].item()

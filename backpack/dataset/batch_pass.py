@@ -1,0 +1,163 @@
+"""One batch of a data set: its forward and its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from backpack.compat import is_fully_sharded
+from backpack.context import backpack, disable, extend
+from backpack.dataset.batches import Batch, apply, moved, samples_of, split
+from backpack.dataset.collection import Collection, part_of
+from backpack.engine import HERE, SHARDED
+from backpack.hooks import EXTENDED
+from backpack.losses.denominators import denominator as of_loss
+
+
+@dataclass(eq=False)
+class BatchPass:
+    """What is done with a batch; ``forward``, ``denominator`` and ``scaler`` as ``accumulate`` explains them.
+
+    ``chosen``: the numbers of the selected samples by ``savefield``, where not all are.
+    """
+
+    model: Module
+    lossfunc: Any
+    collection: Collection
+    forward: Callable[[Module, Any], tuple[Tensor, Any]] | None
+    denominator: Callable[[Any], float] | None
+    scaler: Any
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+    counted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        extend(self.model), extend(self.lossfunc)
+        self.sharded = [module for module in self.model.modules() if is_fully_sharded(module)]
+        for module in self.sharded:
+            module.reshard()  # type: ignore[operator]
+        self.device = next(iter(self.collection.parameters.values())).device
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss is not divided by anything."""
+        return getattr(self.lossfunc, "reduction", None) == "sum"
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count the samples that the model is called with."""
+
+        def count(module: Module, args: Any, kwargs: Any) -> None:
+            self.counted.append(samples_of((args, kwargs), EXTENDED[module].batch_axis))
+
+        with self.model.register_forward_pre_hook(count, with_kwargs=True):
+            yield
+
+    def divided(self, content: Any) -> float:
+        """What the loss of a batch divides by, without its output where that can be."""
+        if self.denominator is not None:
+            return float(self.denominator(content))
+        if self.forward is None:
+            return of_loss(self.lossfunc, None, split(content)[1])
+        if self.sharded:
+            raise ValueError("With forward= and fully_shard(), pass denominator= as well: it must be known beforehand.")
+        with torch.no_grad(), disable():
+            output, target = self.forward(self.model, moved(content, self.device))
+        return of_loss(self.lossfunc, output, target)
+
+    def run(self, batch: Batch, reference: float) -> tuple[Tensor, float]:
+        """Collect what a batch gives; returns its loss, and what that divides by.
+
+        With the factor ``divided / reference`` it enters the loss of the whole.
+        """
+        content = moved(batch.content, self.device)
+        self.counted.clear()
+        output, target = (self.forward or apply)(self.model, content)
+        if self.counted[:1] != [batch.samples]:
+            raise ValueError(
+                f"The first tensor of a batch has {batch.samples} samples, but the model was called with "
+                f"{self.counted[:1]}: let the model's first tensor come first in the batch."
+            )
+        divided = float(self.denominator(content)) if self.denominator else of_loss(self.lossfunc, output, target)
+        with self._finite(divided):
+            loss = self.lossfunc(output, target)
+            if loss.dim():
+                raise ValueError(f"The loss must be reduced to a number; it has shape {list(loss.shape)}.")
+            self._differentiate(loss, (divided or 1.0) / reference, batch)
+        return loss.detach(), divided
+
+    @contextmanager
+    def _finite(self, divided: float) -> Iterator[None]:
+        """Where no entry of a batch counts, its mean is not defined; its sum is zero."""
+        if divided:
+            yield
+            return
+        reduction, self.lossfunc.reduction = self.lossfunc.reduction, "sum"
+        try:
+            yield
+        finally:
+            self.lossfunc.reduction = reduction
+
+    def _differentiate(self, loss: Tensor, factor: float, batch: Batch) -> None:
+        collection = self.collection
+        scale = 1.0
+        if self.scaler is not None:
+            loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
+        parts = {
+            extension.savefield: part_of(
+                extension, self.chosen.get(extension.savefield), batch.start, batch.samples, factor, scale
+            )
+            for extension in collection.extensions
+        }
+        for savefield, part in parts.items():
+            if not batch.counts:
+                part.places = None
+            if part.places is not None:
+                collection.selected[savefield] += len(part.places)
+        # Of a sharded model all processes pull back the same columns.
+        wanted = [part.extension for part in parts.values() if self.sharded or part.places is not None]
+        with torch.autocast(self.device.type, enabled=False), backpack(*wanted):
+            HERE.blocks[-1].loss_factor = scale
+            HERE.blocks[-1].taker = partial(collection.take, parts)
+            grads = self._gradients(loss)
+        if self.scaler is not None and not all(bool(grad.isfinite().all()) for _, grad in grads):
+            raise OverflowError(
+                f"A gradient, scaled by {scale:g}, is not finite: give the scaler a smaller init_scale."
+            )
+        collection.merge(parts)
+        for name, grad in grads if batch.counts else ():
+            collection.add_gradient(name, grad.to_dense(), factor / scale)
+
+    def _gradients(self, loss: Tensor) -> list[tuple[str, Tensor]]:
+        """Those of one batch, without a trace on the parameters."""
+        parameters = self.collection.parameters
+        if not self.sharded:
+            grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            return [(name, grad) for name, grad in zip(parameters, grads, strict=True) if grad is not None]
+        # The backward pass of a sharded model has its effects when gradients are accumulated.
+        found: dict[str, Tensor] = {}
+        before = {name: parameter.grad for name, parameter in parameters.items()}
+        handles = []
+        for whole in SHARDED:
+            name = self.collection.name_of(whole)
+            if name is not None:
+                handles.append(whole.register_hook(lambda grad, name=name: found.__setitem__(name, grad.clone())))
+        try:
+            for parameter in parameters.values():
+                parameter.grad = None
+            loss.backward()
+            for name, parameter in parameters.items():
+                if name not in found and parameter.grad is not None:
+                    found[name] = parameter.grad
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
+        return list(found.items())

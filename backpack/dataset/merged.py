@@ -1,0 +1,135 @@
+"""After the last batch: the results of all processes, from what each has collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.dataset.collection import Collection
+from backpack.dataset.processes import Processes, bundles
+from backpack.dataset.stores import FileRows, Rows, Sums
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Joined, Merging
+
+Key = tuple[str, str]
+
+
+def merged(
+    collection: Collection, processes: Processes, factor: float, selected: dict[str, int], gather: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The results of all processes by ``savefield`` and name, on the parameters as well, and their places.
+
+    Args:
+        collection: Of this process; it is empty afterwards.
+        processes: Whose results are merged.
+        factor: Of the loss of all, by which nothing was multiplied yet.
+        selected: How many samples all processes have for each extension.
+        gather: Bring results of single samples to all processes.
+    """
+    found: dict[str, dict[str, Any]] = {savefield: {} for savefield in collection.merging}
+    places: dict[str, Tensor] = {}
+    for (name, savefield), sums in _sums(collection, processes):
+        found[savefield][name] = sums.merging.finish(sums.state, factor, selected.get(savefield, 0))
+    for (_, savefield), store in collection.rows.items():  # those of parameters that all batches use are complete
+        if isinstance(store, Rows):
+            known = torch.cat(store.places)
+            if len(known) > len(places.get(savefield, ())):
+                places[savefield] = known
+    of_whole = {e.savefield for e in collection.extensions if type(e).of_whole is not BackpropExtension.of_whole}
+    wanted = {e.savefield for e in collection.extensions if gather or processes.count == 1} | of_whole
+    for (name, savefield), rows in _files(collection, processes):
+        found[savefield][name] = rows
+    for (name, savefield), store in _gathered(collection, processes, wanted):
+        found[savefield][name] = store.finish(torch.arange(selected[savefield]))
+        places.pop(savefield, None)
+    for (name, savefield), store in collection.rows.items():
+        assert isinstance(store, Rows)
+        found[savefield][name] = store.finish(places[savefield])
+    collection.rows.clear()
+    for extension in collection.extensions:
+        results, merging = found[extension.savefield], collection.merging[extension.savefield]
+        for name in sorted(results):
+            value = merging.finish(results[name], factor) if isinstance(merging, Joined) else results[name]
+            results[name] = extension.of_whole(value)
+            setattr(collection.parameters[name], extension.savefield, results[name])
+    return found, places
+
+
+def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, Sums]]:
+    """Sums of all processes, small ones with one message for many."""
+    forms: dict[Key, list[Any]] = {}
+    if processes.count > 1:
+        own = {key: [(p.shape, p.dtype, p.device.type) for p in sums.state] for key, sums in collection.sums.items()}
+        for other in processes.all_objects(own):
+            forms |= other
+    keys = sorted(forms or collection.sums)
+    sizes = [sum(prod(shape) * dtype.itemsize for shape, dtype, _ in forms.get(key, ())) for key in keys]
+    for bundle in bundles(sizes):
+        running = {}
+        for name, savefield in keys[bundle]:
+            merging = collection.merging[savefield]
+            assert isinstance(merging, Merging)
+            sums = collection.sums.pop((name, savefield), None) or Sums(merging)
+            form = forms.get((name, savefield), ())
+            state = sums.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
+            running[name, savefield] = Sums(merging, state)
+        if processes.count > 1:
+            _reduce(list(running.values()), processes)
+        yield from running.items()
+
+
+def _reduce(jobs: list[Sums], processes: Processes) -> None:
+    """Run reductions in step."""
+    running = [(sums, sums.merging.reduce(sums.state)) for sums in jobs]
+    asked = [next(reduction) for _, reduction in running]
+    while running:
+        answers = iter(processes.all_sums([tensor for tensors in asked for tensor in tensors]))
+        still, given, asked = running, [[next(answers) for _ in tensors] for tensors in asked], []
+        running = []
+        for (sums, reduction), own in zip(still, given, strict=True):
+            try:
+                asked.append(reduction.send(own))
+                running.append((sums, reduction))
+            except StopIteration as end:
+                sums.state = end.value
+
+
+def _files(collection: Collection, processes: Processes) -> Iterator[tuple[Key, Tensor]]:
+    """Results of single samples in files that all processes write to."""
+    own = {key: store for key, store in collection.rows.items() if isinstance(store, FileRows)}
+    for store in own.values():
+        store.flush()
+    processes.all_objects(None)  # the others have written theirs as well
+    for key, store in own.items():
+        del collection.rows[key]
+        if store.path.exists():
+            yield key, store.finish()
+
+
+def _gathered(collection: Collection, processes: Processes, wanted: set[str]) -> Iterator[tuple[Key, Rows]]:
+    """Results of single samples of all processes, where they are wanted; small ones with one message for many."""
+    own = {key: store for key, store in collection.rows.items() if isinstance(store, Rows) and key[1] in wanted}
+    packed = {key: store.pack() for key, store in own.items()}
+    for key in own:
+        del collection.rows[key]
+    forms = processes.all_objects(
+        {key: (len(rows), rows.shape[1:], rows.dtype, rows.device.type) for key, (rows, _) in packed.items()}
+    )
+    known = {key: form for other in forms for key, form in other.items()}
+    keys = sorted(known)
+    counts = [[other[key][0] if key in other else 0 for key in keys] for other in forms]
+    sizes = [max(n) * prod(known[key][1]) * known[key][2].itemsize for key, *n in zip(keys, *counts, strict=True)]
+    for bundle in bundles(sizes):
+        tensors: list[Tensor] = []
+        for key in keys[bundle]:
+            _, shape, dtype, device = known[key]
+            nothing = torch.zeros(0, *shape, dtype=dtype, device=device), torch.zeros(0, dtype=torch.int64)
+            tensors += packed.pop(key, nothing)
+        twice = [[n for n in own[bundle] for _ in range(2)] for own in counts]
+        found = processes.all_rows(tensors, twice)
+        for key, rows, places in zip(keys[bundle], found[::2], found[1::2], strict=True):
+            yield key, Rows([rows], [places])

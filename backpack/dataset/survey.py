@@ -1,0 +1,77 @@
+"""What must be known of a whole data set before its first batch is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backpack.dataset.batch_pass import BatchPass
+from backpack.dataset.batches import Batches
+from backpack.dataset.collection import Collection
+from backpack.dataset.processes import Processes
+from backpack.dataset.randomness import Randomness
+from backpack.dataset.stores import FileRows
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merging import Joined
+
+
+def survey(
+    batches: Batches, one: BatchPass, extensions: tuple[BackpropExtension, ...], fixed: bool, random: Randomness
+) -> tuple[int | None, float]:
+    """The number of samples, where it is known, and what the loss of all divides by, where that is ``fixed``; else 1.
+
+    Where it must be, the data are read once for this.
+
+    Raises:
+        ValueError: They can be read once only.
+    """
+    total, reference = batches.samples(), 1.0
+    chosen = any(extension.get_subsampling() is not None for extension in extensions)
+    if not fixed and not (chosen and total is None):
+        return total, reference
+    if isinstance(batches.loader, Iterator):
+        raise ValueError(
+            "The data can be read once only, but stream=, subsampling and ClippedGrad need to know their size "
+            "beforehand: pass a DataLoader or a list instead of an iterator."
+        )
+    divided, total, before = 0.0, 0, random.read()
+    for batch in batches.read():
+        total += batch.samples
+        divided += one.divided(batch.content) if fixed else 0.0
+    random.write(*before)  # the data come in the same order again
+    sums = batches.processes.all_sum(torch.tensor([divided, total], dtype=torch.float64)).tolist()
+    if fixed and not one.is_sum:
+        reference = sums[0]
+    return int(sums[1]), reference
+
+
+def chosen_samples(extensions: tuple[BackpropExtension, ...], total: int | None) -> dict[str, Tensor]:
+    """The numbers of the selected samples, by ``savefield``, of extensions that select some."""
+    found = {}
+    for extension in extensions:
+        if extension.get_subsampling() is not None:
+            assert total is not None
+            rows = extension.subset.rows(total, torch.device("cpu"))
+            assert rows is not None
+            found[extension.savefield] = rows
+    return found
+
+
+def open_files(
+    folder: Path, collection: Collection, total: int, chosen: dict[str, Tensor], processes: Processes, anew: bool
+) -> None:
+    """Let results of single samples go to files in a folder; ``anew``: what is there is of another run."""
+    if processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    processes.all_objects(None)  # all wait until it is there
+    for savefield, merging in collection.merging.items():
+        for name in collection.parameters if isinstance(merging, Joined) else ():
+            path = folder / f"{savefield}.{name}.npy"
+            if anew and processes.rank == 0:
+                path.unlink(missing_ok=True)
+            count = len(chosen[savefield]) if savefield in chosen else total
+            collection.rows[name, savefield] = FileRows(path, count)
+    processes.all_objects(None)
