@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend
+from backpack.dataset.checkpoint import Checkpoint
 from backpack.extensions import KFRA, BatchGrad, DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared, Variance
 
 RANK, COUNT = int(sys.argv[1]), int(sys.argv[2])
@@ -100,21 +101,37 @@ class Failing(list):
 
 
 def resumed(folder):
-    model, lossfunc, X, y = problem()
-    data = Failing(zip(X.split(1), y.split(1), strict=True))
-    extensions = [Variance(), DiagGGNMC(), BatchGrad()]
-    where = {"checkpoint": Path(folder) / "checkpoint", "checkpoint_seconds": 0, "gather": True}
-    torch.manual_seed(RANK)
-    try:
-        accumulate(model, lossfunc, data, *extensions, **where)
-    except InterruptedError:
-        data.fail = False
-    again = accumulate(model, lossfunc, data, *extensions, **where)
-    torch.manual_seed(RANK)
-    whole = accumulate(model, lossfunc, data, *extensions, gather=True)
-    for extension in extensions:
-        for name, value in whole[extension.savefield].items():
-            assert torch.equal(again[extension.savefield][name], value)
+    """Processes of a sharded model go on at the same batch, also if one was killed before it replaced its file."""
+    for wrap in (plain, sharded):
+        model, lossfunc, X, y = problem()
+        model = wrap(model)
+        data = Failing(zip(X.split(1), y.split(1), strict=True))
+        extensions = [Variance(), DiagGGNMC(), BatchGrad()]
+        path = Path(folder) / f"checkpoint of {wrap.__name__}"
+        where = {"checkpoint": path, "checkpoint_seconds": 0, "gather": True}
+        torch.manual_seed(RANK)
+        replace, saved = Checkpoint.replace, []
+
+        def killed(self):
+            saved.append(1)  # noqa: B023
+            if wrap is sharded and RANK == 1 and len(saved) == 2:  # noqa: B023
+                raise InterruptedError
+            replace(self)  # noqa: B023
+
+        Checkpoint.replace = killed
+        try:
+            accumulate(model, lossfunc, data, *extensions, **where)
+        except InterruptedError:
+            data.fail = False
+        finally:
+            Checkpoint.replace = replace
+        dist.barrier()
+        again = accumulate(model, lossfunc, data, *extensions, **where)
+        torch.manual_seed(RANK)
+        whole = accumulate(model, lossfunc, data, *extensions, gather=True)
+        for extension in extensions:
+            for name, value in whole[extension.savefield].items():
+                assert torch.equal(again[extension.savefield][name], value)
 
 
 def divided_twice_is_refused():

@@ -18,6 +18,7 @@ from backpack.extensions import (
     KFAC,
     KFLR,
     KFRA,
+    BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
     BatchGrad,
@@ -332,3 +333,35 @@ def test_nothing_is_printed_unless_there_is_a_terminal(capfd):
     assert capfd.readouterr() == ("", "")
     accumulate(model, lossfunc, [(X, y)] * 3, SumGradSquared(), progress=True)
     assert "/3 [" in capfd.readouterr().err
+
+
+class Reading(torch.autograd.Function):
+    """Its backward pass reads a number, which ``torch.vmap`` does not allow."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad if grad.sum().item() < 1e9 else None
+
+
+class Doubled(nn.Module):
+    reading = False
+
+    def forward(self, x):
+        return Reading.apply(x) if self.reading else 2 * x
+
+
+def test_results_of_a_pass_that_begins_anew_count_once(monkeypatch):
+    """Of the last layer, results were there before the pass failed and its columns were pulled back one by one."""
+    monkeypatch.setattr("backpack.seeds.must_loop", lambda edge: False)
+    model, lossfunc, X, y = problem()
+    model[1] = nn.Sequential(nn.Tanh(), Doubled())
+    truth = giant(model, lossfunc, X, y, 11)
+    model[1][1].reading = True
+    found = accumulate(model, lossfunc, [(X[:5], y[:5]), (X[5:], y[5:])], DiagGGNExact(), BatchDiagGGNExact())
+    for name, v in truth["roots"].items():
+        assert close(found["diag_ggn_exact"][name], v.square().sum((0, 1)))
+        assert close(found["diag_ggn_exact_batch"][name], v.square().sum(0))

@@ -16,7 +16,7 @@ from backpack.compat import is_fully_sharded
 from backpack.context import backpack, disable, extend
 from backpack.dataset.batches import Batch, apply, moved, samples_of, split
 from backpack.dataset.collection import Collection, part_of
-from backpack.engine import HERE, SHARDED
+from backpack.engine import HERE, SHARDED, without_autocast
 from backpack.hooks import EXTENDED
 from backpack.losses.denominators import denominator as of_loss
 
@@ -122,7 +122,7 @@ class BatchPass:
                 collection.selected[savefield] += len(part.places)
         # Of a sharded model all processes pull back the same columns.
         wanted = [part.extension for part in parts.values() if self.sharded or part.places is not None]
-        with torch.autocast(self.device.type, enabled=False), backpack(*wanted):
+        with without_autocast(self.device), backpack(*wanted):
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
             grads = self._gradients(loss)

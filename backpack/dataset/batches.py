@@ -30,6 +30,11 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def samples_of(batch: Any, axis: int) -> int:
     """The size of an axis of the first tensor."""
+    first = batch
+    while isinstance(first, (tuple, list)) and first:
+        first = first[0]
+    if isinstance(first, Tensor) and first.dim() > axis:
+        return first.shape[axis]  # of most batches, without the time that the rest takes
     if isinstance(batch, Mapping):
         batch = dict(batch)
     for leaf in tree_leaves(batch):
@@ -136,8 +141,9 @@ class Batches:
         """The batches of all processes."""
         start = 0
         for content in self.loader:
-            yield Batch(start, samples_of(content, self.axis), content)
-            start += samples_of(content, self.axis)
+            samples = samples_of(content, self.axis)
+            yield Batch(start, samples, content)
+            start += samples
 
     def _own(self) -> Iterator[Batch]:
         """As ``read``, without reading the others' samples; all processes follow the order that the first one draws."""

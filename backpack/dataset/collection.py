@@ -34,6 +34,8 @@ class Part:
 class Collection:
     """Results by parameter name and ``savefield``, merged as they come.
 
+    ``merging`` and ``joined`` say by ``savefield`` how results merge: those that are summed, those of single samples.
+
     Args:
         model: Whose parameters are looked at.
         extensions: As users gave them.
@@ -50,8 +52,8 @@ class Collection:
     """What is to be summed of the batch at hand."""
 
     def __post_init__(self) -> None:
-        self.merging: dict[str, Merging | Joined] = {GRAD: Summed(1)}
-        """How the results of an extension merge, by ``savefield``."""
+        self.merging: dict[str, Merging] = {GRAD: Summed(1)}
+        self.joined: dict[str, Joined] = {}
         for extension in self.extensions:
             part = extension.on_batch(None, 1.0)
             if extension.rules and part.rules is not extension.rules:
@@ -63,7 +65,8 @@ class Collection:
                 raise ValueError(
                     f"{type(extension).__name__} has no meaning for more than one batch: its results do not merge."
                 )
-            self.merging[extension.savefield] = part.batches
+            store: dict[str, Any] = self.joined if isinstance(part.batches, Joined) else self.merging
+            store[extension.savefield] = part.batches
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("The model has no parameter that requires a gradient.")
@@ -89,10 +92,10 @@ class Collection:
         name, part = self.name_of(parameter), parts[savefield]
         if name is None or part.places is None:
             return
-        merging = self.merging[savefield]
-        if isinstance(merging, Joined):
-            store = self.rows.setdefault((name, savefield), Rows())
-            store.add(merging.rows(result, part.factor), part.places, self.device)
+        if savefield in self.joined:
+            joined = self.joined[savefield]
+            rows, weight = result.detach().movedim(joined.axis, 0), joined.weight(part.factor)
+            self.rows.setdefault((name, savefield), Rows()).add(rows, part.places, weight, self.device)
         else:
             self.new[name, savefield] = tree_map(self._moved, result)
 
@@ -102,14 +105,19 @@ class Collection:
     def merge(self, parts: dict[str, Part]) -> None:
         """Add the sums of a batch to those of the batches before."""
         for (name, savefield), result in self.new.items():
-            part, merging = parts[savefield], self.merging[savefield]
-            assert isinstance(merging, Merging) and part.places is not None
-            self.sums.setdefault((name, savefield), Sums(merging)).add(result, part.factor, len(part.places))
+            factor, places = parts[savefield].factor, parts[savefield].places
+            self._add(name, savefield, result, factor, 0 if places is None else len(places))
         self.new.clear()
 
     def add_gradient(self, name: str, grad: Tensor, factor: float) -> None:
         """Add the gradient of a batch to those of the batches before."""
-        self.sums.setdefault((name, GRAD), Sums(Summed(1))).add(self._moved(grad), factor, 0)
+        self._add(name, GRAD, self._moved(grad), factor, 0)
+
+    def _add(self, name: str, savefield: str, result: Any, factor: float, samples: int) -> None:
+        known = self.sums.get((name, savefield))
+        if known is None:
+            known = self.sums[name, savefield] = Sums(self.merging[savefield])
+        known.add(result, factor, samples)
 
 
 def part_of(

@@ -12,7 +12,6 @@ from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.stores import FileRows, Rows, Sums
-from backpack.extensions.merging import Merging
 
 
 @dataclass(eq=False)
@@ -62,6 +61,8 @@ class Interruption:
         last = None if current is None else current[1]["done"]
         everything = self.in_step.all_objects((last, set(own)))
         common = {done for done, _ in everything if done is not None}.intersection(*(n for _, n in everything))
+        if common and max(common) != last:
+            self.checkpoint.replace()
         return own[max(common)] if common else None
 
     def save_if_due(self) -> None:
@@ -116,13 +117,11 @@ class Interruption:
         self.now = _named(tensors, "now "), header["now"]
         device = collection.device or counts.loss.device
         for name, savefield, count in header["sums"]:
-            merging = collection.merging[savefield]
-            assert isinstance(merging, Merging)
             state = [tensors[f"sums {name} {savefield} {k}"].to(device) for k in range(count)]
-            collection.sums[name, savefield] = Sums(merging, state)
+            collection.sums[name, savefield] = Sums(collection.merging[savefield], state)
         for name, savefield in header["rows"]:
             chunk, places = tensors[f"rows {name} {savefield}"].to(device), tensors[f"places {name} {savefield}"]
-            collection.rows[name, savefield] = Rows([chunk], [places])
+            collection.rows[name, savefield] = Rows([chunk], [places], [1.0])
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

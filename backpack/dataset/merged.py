@@ -13,7 +13,6 @@ from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes, bundles
 from backpack.dataset.stores import FileRows, Rows, Sums
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.merging import Joined, Merging
 
 Key = tuple[str, str]
 
@@ -30,7 +29,8 @@ def merged(
         selected: How many samples all processes have for each extension.
         gather: Bring results of single samples to all processes.
     """
-    found: dict[str, dict[str, Any]] = {savefield: {} for savefield in collection.merging}
+    joined = collection.joined
+    found: dict[str, dict[str, Any]] = {savefield: {} for savefield in (*collection.merging, *joined)}
     places: dict[str, Tensor] = {}
     for (name, savefield), sums in _sums(collection, processes):
         found[savefield][name] = sums.merging.finish(sums.state, factor, selected.get(savefield, 0))
@@ -42,18 +42,17 @@ def merged(
     of_whole = {e.savefield for e in collection.extensions if type(e).of_whole is not BackpropExtension.of_whole}
     wanted = {e.savefield for e in collection.extensions if gather or processes.count == 1} | of_whole
     for (name, savefield), rows in _files(collection, processes):
-        found[savefield][name] = rows
+        found[savefield][name] = joined[savefield].finish(rows, 1.0)  # that of all was known before
     for (name, savefield), store in _gathered(collection, processes, wanted):
-        found[savefield][name] = store.finish(torch.arange(selected[savefield]))
+        found[savefield][name] = joined[savefield].finish(store.finish(torch.arange(selected[savefield])), factor)
         places.pop(savefield, None)
     for (name, savefield), store in collection.rows.items():
         assert isinstance(store, Rows)
-        found[savefield][name] = store.finish(places[savefield])
+        found[savefield][name] = joined[savefield].finish(store.finish(places[savefield]), factor)
     collection.rows.clear()
     for extension in collection.extensions:
-        results, merging = found[extension.savefield], collection.merging[extension.savefield]
-        for name in sorted(results):
-            value = merging.finish(results[name], factor) if isinstance(merging, Joined) else results[name]
+        results = found[extension.savefield]
+        for name, value in results.items():
             results[name] = extension.of_whole(value)
             setattr(collection.parameters[name], extension.savefield, results[name])
     return found, places
@@ -72,7 +71,6 @@ def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, S
         running = {}
         for name, savefield in keys[bundle]:
             merging = collection.merging[savefield]
-            assert isinstance(merging, Merging)
             sums = collection.sums.pop((name, savefield), None) or Sums(merging)
             form = forms.get((name, savefield), ())
             state = sums.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
@@ -132,4 +130,4 @@ def _gathered(collection: Collection, processes: Processes, wanted: set[str]) ->
         twice = [[n for n in own[bundle] for _ in range(2)] for own in counts]
         found = processes.all_rows(tensors, twice)
         for key, rows, places in zip(keys[bundle], found[::2], found[1::2], strict=True):
-            yield key, Rows([rows], [places])
+            yield key, Rows([rows], [places], [1.0])

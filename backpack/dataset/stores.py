@@ -30,22 +30,30 @@ class Sums:
 
 @dataclass(eq=False)
 class Rows:
-    """Results of single samples in memory: ``places`` says which samples they are."""
+    """Results of single samples in memory: ``places`` says which samples they are, ``weights`` what to multiply by."""
 
     chunks: list[Tensor] = field(default_factory=list)
     places: list[Tensor] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
-    def add(self, rows: Tensor, places: Tensor, device: torch.device | None) -> None:
+    def add(self, rows: Tensor, places: Tensor, weight: float, device: torch.device | None) -> None:
         """Keep those of one more batch; if they come twice, as when its pass began anew, the last ones."""
         if self.places and self.places[-1] is places:
-            self.chunks.pop(), self.places.pop()
+            self.chunks.pop(), self.places.pop(), self.weights.pop()
         self.chunks.append(rows if device is None else rows.to(device))
         self.places.append(places)
+        self.weights.append(weight)
 
     def pack(self) -> tuple[Tensor, Tensor]:
-        """As one tensor each."""
+        """As one tensor each, multiplied by the weights."""
         if len(self.chunks) > 1:
-            self.chunks, self.places = [torch.cat(self.chunks)], [torch.cat(self.places)]
+            joined = torch.cat(self.chunks)
+            for piece, weight in zip(joined.split([len(chunk) for chunk in self.chunks]), self.weights, strict=True):
+                if weight != 1:
+                    piece.mul_(weight)
+            self.chunks, self.places, self.weights = [joined], [torch.cat(self.places)], [1.0]
+        elif self.weights[0] != 1:
+            self.chunks, self.weights = [self.chunks[0] * self.weights[0]], [1.0]
         return self.chunks[0], self.places[0]
 
     def finish(self, order: Tensor) -> Tensor:
@@ -69,11 +77,12 @@ class FileRows:
     count: int
     file: Any = None
 
-    def add(self, rows: Tensor, places: Tensor, device: torch.device | None) -> None:
+    def add(self, rows: Tensor, places: Tensor, weight: float, device: torch.device | None) -> None:
         """Write those of one more batch."""
         import numpy
 
-        values = rows.to("cpu", torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype).numpy()
+        rows = rows.to("cpu", torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype)
+        values = (rows if weight == 1 else rows * weight).numpy()
         if self.file is None:
             self.file = self._open(numpy, values)
         self.file[places.numpy()] = values
@@ -103,5 +112,4 @@ class FileRows:
         """The file, as a tensor."""
         import numpy
 
-        self.flush()
         return torch.from_numpy(numpy.load(self.path, mmap_mode="r+"))

@@ -15,7 +15,6 @@ from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.stores import FileRows
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.merging import Joined
 
 
 def survey(
@@ -67,8 +66,8 @@ def open_files(
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     processes.all_objects(None)  # all wait until it is there
-    for savefield, merging in collection.merging.items():
-        for name in collection.parameters if isinstance(merging, Joined) else ():
+    for savefield in collection.joined:
+        for name in collection.parameters:
             path = folder / f"{savefield}.{name}.npy"
             if anew and processes.rank == 0:
                 path.unlink(missing_ok=True)

@@ -151,9 +151,9 @@ class Joined:
     degree: float
     axis: int = 0
 
-    def rows(self, result: Tensor, factor: float) -> Tensor:
-        """``[samples, ...]`` of a batch whose loss enters with ``factor``."""
-        return self.scale(result.detach(), factor).movedim(self.axis, 0)
+    def weight(self, factor: float) -> float:
+        """What a result is multiplied by for ``factor`` times the loss."""
+        return factor**self.degree
 
     def finish(self, rows: Tensor, factor: float) -> Tensor:
         """The result, from the rows of all samples and a last factor of the loss."""
@@ -161,4 +161,4 @@ class Joined:
 
     def scale(self, result: Tensor, factor: float) -> Tensor:
         """The result for ``factor`` times the loss."""
-        return result if factor == 1 else result * factor**self.degree
+        return result if factor == 1 else result * self.weight(factor)
