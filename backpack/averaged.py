@@ -59,7 +59,7 @@ class AveragedPass(SeedPass):
         HERE.inner = self
         try:
             for module, x in zip(reversed(modules), reversed(inputs), strict=True):
-                root = self._through(module, x, root if len(root) <= root.shape[1] else _root(root.T @ root))
+                root = self._step(module, x, root if len(root) <= root.shape[1] else _root(root.T @ root))
         finally:
             HERE.inner = None
             self.delivery.clear()
@@ -117,15 +117,19 @@ class AveragedPass(SeedPass):
             )
         return modules, inputs
 
-    def _through(self, module: Module, x: Tensor, root: Tensor) -> Tensor:
+    def _step(self, module: Module, x: Tensor, root: Tensor) -> Tensor:
         """The root of the curvature in a module's output to that in its input ``x``; parameters on the way."""
+        return self._through(module, x, root)
+
+    def _through(self, module: Module, x: Tensor, root: Tensor, last: bool = True) -> Tensor:
+        """A root in a module's output pulled back to its input ``x``. ``last``: nothing else is for this module."""
         n, size = len(x), root.shape[1]
-        if _is(module, ELEMENTWISE):
-            slope = self._pull_back(module, x, root.new_ones(1, n, size)).flatten(2)[0] / n**0.5
+        if is_one_of(module, ELEMENTWISE):
+            slope = self._pull_back(module, x, root.new_ones(1, n, size), last).flatten(2)[0] / n**0.5
             return _root((root.T @ root) * (slope.T @ slope))
-        if _is(module, AFFINE):
-            learns = any(p.requires_grad for p in module.parameters())
-            pulled = self._pull_back(module, x[:1], root.unsqueeze(1), final=not learns)
+        if is_one_of(module, AFFINE):
+            learns = last and any(p.requires_grad for p in module.parameters())
+            pulled = self._pull_back(module, x[:1], root.unsqueeze(1), final=last and not learns)
             if learns:  # the inputs of all samples count, and no more cotangents
                 self._pull_back(module, x, root.new_zeros(1, n, size))
             return pulled.flatten(1)
@@ -133,7 +137,7 @@ class AveragedPass(SeedPass):
         step = max(1, BUDGET // (n * max(x[0].numel(), size)))
         for start in range(0, len(root), step):
             seeds = root[start : start + step, None].expand(-1, n, -1) / n**0.5
-            pulled = self._pull_back(module, x, seeds, final=start + step >= len(root))
+            pulled = self._pull_back(module, x, seeds, final=last and start + step >= len(root))
             accumulate(terms, second_moment(pulled.flatten(0, 1).flatten(1)))
         return _root(terms[0])
 
@@ -163,7 +167,7 @@ class AveragedPass(SeedPass):
 PASSES["average"] = AveragedPass
 
 
-def _is(module: Module, kinds: tuple[type[Module], ...]) -> bool:
+def is_one_of(module: Module, kinds: tuple[type[Module], ...]) -> bool:
     """Whether the forward pass of a module is that of one of these classes."""
     return any(type(module).forward is cls.forward for cls in kinds if isinstance(module, cls))
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from backpack import averaged as averaged  # it registers a pass
+from backpack import averaged_hessian as averaged_hessian  # it registers passes
 from backpack import products as products  # as well
 from backpack.bystanders import undisturbed
 from backpack.compat import (

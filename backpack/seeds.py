@@ -461,7 +461,7 @@ class SeedPass:
         """Add what some seeds give to the results of a parameter."""
         values: list[Any] = []
         for extension in extensions:
-            value = extension.compute(grads)
+            value = self._value(extension, grads)
             # Results are merged in place: none may be another's.
             values.append(value.clone() if any(value is other for other in values) else value)
             results = self.results.setdefault((id(extension), id(parameter)), [])
@@ -471,6 +471,10 @@ class SeedPass:
             if self.final:
                 merged = extension.merge(results) if len(results) > 1 else results[0]
                 self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
+
+    def _value(self, extension: Curvature, grads: Individual) -> Any:
+        """What some seeds give to the result of an extension."""
+        return extension.compute(grads)
 
     def module_passed(self, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
         """The cotangents of a module's outputs have arrived."""

@@ -32,6 +32,8 @@ PATHS = {
     "backpack.extensions.secondorder": "DiagGGNExact DiagGGNMC BatchDiagGGNExact BatchDiagGGNMC SqrtGGNExact SqrtGGNMC",
     "backpack.extensions.secondorder.base": "SecondOrderBackpropExtension",
     "backpack.extensions.secondorder.diag_ggn": "DiagGGNExact DiagGGNMC BatchDiagGGNExact BatchDiagGGNMC",
+    "backpack.extensions.secondorder.hbp": "HBP KFAC KFLR KFRA Curvature BackpropStrategy",
+    "backpack.extensions.secondorder.hbp.hbp_options": "BackpropStrategy ExpectationApproximation LossHessianStrategy",
     "backpack.extensions.secondorder.sqrt_ggn": "SqrtGGNExact SqrtGGNMC",
 }
 

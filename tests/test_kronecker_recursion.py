@@ -1,5 +1,7 @@
 """Factors from averaged curvatures, against a recursion over explicit Jacobians; strategies of HBP."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_second_order import LABELS, Custom, make, values
@@ -29,6 +31,10 @@ def mixed():
     return nn.Sequential(Residual(), block, nn.AvgPool1d(3), nn.Flatten(), nn.Linear(2, 3), nn.Softmax(1)).eval()
 
 
+def deep(activation):
+    return nn.Linear(4, 4), activation()
+
+
 def words():
     return nn.Sequential(nn.Embedding(5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
 
@@ -44,6 +50,8 @@ CHAINS = {
     ),
     "mixed": (mixed, (4, 2, 4)),
     "words": (words, None),
+    "deep": (lambda: nn.Sequential(*deep(nn.Sigmoid), *deep(nn.Tanh), nn.Linear(4, 3)), (4, 4)),
+    "smooth": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3), nn.Softmax(1)), (4, 4)),
 }
 
 
@@ -53,7 +61,28 @@ def flattened(module):
     return [module]
 
 
-def recursion(model, X, lossfunc, y, chosen):
+def gradients(modules, X, lossfunc, y):
+    """That of the loss in the output of each module."""
+    outputs = [X]
+    for module in modules:
+        outputs.append(module(outputs[-1].clone()))
+    return dict(zip(modules, torch.autograd.grad(lossfunc(outputs[-1], y), outputs[1:]), strict=True))
+
+
+def residual(module, x, g, chosen, curvature):
+    """The sum over samples of Hessians of ``<g_n, f(x_n)>``, its eigenvalues changed as the curvature says."""
+
+    def weighed(row, n):
+        return (module(row[None].clone())[0] * g[n]).sum()
+
+    d = x[0].numel()
+    R = sum(torch.autograd.functional.hessian(partial(weighed, n=n), x[n]).reshape(d, d) for n in chosen)
+    values, vectors = torch.linalg.eigh(R)
+    changed = {"hessian": values, "pch-abs": values.abs(), "pch-clip": values.clamp(min=0)}[curvature]
+    return vectors @ torch.diag(changed) @ vectors.T
+
+
+def recursion(model, X, lossfunc, y, chosen, curvature="ggn"):
     """For each parameter the mean over the chosen samples of its curvature, ``[p, p]``, and the outputs' of modules."""
     modules, inputs = flattened(model), [X]
     for module in modules:
@@ -61,6 +90,7 @@ def recursion(model, X, lossfunc, y, chosen):
     out = inputs[-1]
     hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out)
     H = sum(hessian[n, :, n] for n in chosen)
+    grads = {} if curvature == "ggn" else gradients(modules, X, lossfunc, y)
     curvatures, outputs = {}, {}
     for module, x in zip(reversed(modules), reversed(inputs[:-1]), strict=True):
         outputs[module] = H
@@ -78,6 +108,8 @@ def recursion(model, X, lossfunc, y, chosen):
 
             Js = [torch.autograd.functional.jacobian(of_input, x[n]).reshape(len(H), -1) for n in chosen]
             H = sum(J.T @ H @ J for J in Js) / len(Js)
+            if curvature != "ggn":
+                H = H + residual(module, x, grads[module], chosen, curvature)
     return curvatures, outputs
 
 
@@ -112,6 +144,28 @@ def test_kfra_is_the_averaged_recursion(name, loss):
                 assert close(module.weight.kfra[1], module.weight.kflr[1], size, 1e-12)
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "pch-abs", "pch-clip"])
+@pytest.mark.parametrize("name", ["mlp", "deep", "cnn", "smooth", "words"])
+def test_second_derivatives_of_modules_are_added_to_the_averaged_recursion(name, curvature):
+    model, X, lossfunc, y = problem(name, "cross_entropy")
+    for chosen in (None, [3, 1]):
+        curvatures, _ = recursion(model, X, lossfunc, y, chosen or range(4), curvature)
+        extend(model)
+        extension = HBP(curvature, "sum", "average", "E[J^T E(H) J]", subsampling=chosen)
+        with backpack(extension, KFRA(subsampling=chosen)):
+            extend(lossfunc)(model(X), y).backward()
+        size = 1e-6 * max(c.abs().max() for c in curvatures.values())
+        for parameter, truth in curvatures.items():
+            if len(parameter.hbp) == 1:
+                assert close(parameter.hbp[0], truth, size, 1e-9)
+        for layer in model.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                assert close(layer.weight.hbp[0], layer.bias.hbp[0], size, 1e-9)
+                assert close(layer.weight.hbp[1], layer.weight.kfra[1], size, 1e-12)
+        first = next(model.parameters())
+        assert not all(close(a, b, rtol=1e-3) for a, b in zip(first.hbp, first.kfra, strict=True))
+
+
 def test_kfra_equals_kflr_for_one_sample():
     model, X, lossfunc, y = make("mlp", "cross_entropy")
     with backpack(KFRA(), KFLR()):
@@ -140,6 +194,23 @@ def test_hbp_is_the_general_form(strategies, other):
         assert all(torch.equal(a, b) for a, b in zip(parameter.hbp, getattr(parameter, other.savefield), strict=True))
 
 
+def test_columns_know_no_second_derivatives_of_the_model():
+    model, X, lossfunc, y = make("mlp", "cross_entropy")
+    with pytest.warns(UserWarning, match='factors of "ggn"'):
+        extension = HBP("pch-abs", "exact", "sqrt", "E[J^T E(H) J]")
+    with backpack(extension, KFLR()):
+        lossfunc(model(X), y).backward()
+    for parameter in model.parameters():
+        assert all(torch.equal(a, b) for a, b in zip(parameter.hbp, parameter.kflr, strict=True))
+
+
+def test_second_derivatives_within_a_module_of_modules_are_refused():
+    model, lossfunc, X = extend(nn.Sequential(Residual(), nn.Flatten())), extend(nn.MSELoss()), torch.rand(4, 2, 4)
+    extension = HBP("hessian", "sum", "average", "E[J^T E(H) J]")
+    with pytest.raises(RuntimeError, match="Residual in the chain holds modules"), backpack(extension):
+        lossfunc(model(X), torch.rand(4, 8)).backward()
+
+
 def test_sampled_hessians_can_be_averaged():
     model, X, lossfunc, y = make("mlp", "mse")
     draws = []
@@ -156,7 +227,7 @@ def test_sampled_hessians_can_be_averaged():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("hessian", "exact", "sqrt", "E[J^T E(H) J]"), "curv_type"),
+        (("fisher", "exact", "sqrt", "E[J^T E(H) J]"), "curv_type"),
         (("ggn", "all", "sqrt", "E[J^T E(H) J]"), "loss_hessian_strategy"),
         (("ggn", "exact", "mean", "E[J^T E(H) J]"), "backprop_strategy"),
         (("ggn", "exact", "sqrt", "E(J^T) E(H) E(J)"), "ea_strategy"),

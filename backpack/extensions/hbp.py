@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
@@ -11,6 +12,9 @@ class Curvature:
     """The curvature of which there are factors."""
 
     GGN = "ggn"
+    HESSIAN = "hessian"
+    PCH_ABS = "pch-abs"
+    PCH_CLIP = "pch-clip"
 
 
 class LossHessianStrategy:
@@ -36,7 +40,7 @@ class ExpectationApproximation:
 
 
 class HBP(KroneckerExtension):
-    """Kronecker factors of the generalized Gauss-Newton matrix by the strategies given: a list of tensors.
+    """Kronecker factors by the strategies given: a list of tensors.
 
     For what they are and for ``approx``, see ``KroneckerExtension``. The instances that have a name:
 
@@ -50,14 +54,23 @@ class HBP(KroneckerExtension):
 
     ``"sampling"`` with ``"average"`` is KFRA with the loss's Hessian estimated from ``mc_samples`` labels.
 
+    Other curvatures than ``"ggn"`` need ``"average"``: to the mean curvature that is pulled back through a module comes
+    ``R``, the sum over samples of the second derivatives of the module, weighed by the gradient in its output (Dangel,
+    Harmeling & Hennig, 2020, section 3). Modules with parameters must be linear in them. With ``"sqrt"``, ``R`` is left
+    out, as the original does.
+
     Args:
-        curv_type: ``"ggn"``.
+        curv_type: ``"ggn"``, the generalized Gauss-Newton matrix; ``"hessian"``, with ``R``; ``"pch-abs"`` and
+            ``"pch-clip"``, with the absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsieh, 2018).
         loss_hessian_strategy: ``"exact"``, ``"sampling"``, or ``"sum"`` (the Hessian summed over samples).
         backprop_strategy: ``"sqrt"`` (the columns of a root) or ``"average"`` (their mean after each module).
         ea_strategy: ``"E[J^T E(H) J]"``.
 
     Raises:
         ValueError: Any other strategy, or ``"sum"`` with ``"sqrt"``: the summed Hessian has no columns of samples.
+
+    Warns:
+        UserWarning: The factors are those of ``"ggn"``, since the columns of ``"sqrt"`` know no ``R``.
     """
 
     batches = FACTORS
@@ -73,7 +86,7 @@ class HBP(KroneckerExtension):
         subsampling: Any = None,
         approx: str | None = None,
     ) -> None:
-        _one_of("curv_type", curv_type, "ggn")
+        _one_of("curv_type", curv_type, "ggn", "hessian", "pch-abs", "pch-clip")
         _one_of("loss_hessian_strategy", loss_hessian_strategy, "exact", "sampling", "sum")
         _one_of("backprop_strategy", backprop_strategy, "sqrt", "average")
         _one_of("ea_strategy", ea_strategy, "E[J^T E(H) J]")
@@ -85,6 +98,15 @@ class HBP(KroneckerExtension):
         fisher = "mc" if loss_hessian_strategy == "sampling" else "exact"
         super().__init__(savefield, subsampling, None, mc_samples, approx, fisher)
         self.backprop = backprop_strategy
+        if curv_type != "ggn":
+            if backprop_strategy == "average":
+                self.backprop = f"average {curv_type}"
+            else:
+                warnings.warn(
+                    f'curv_type="{curv_type}" with backprop_strategy="sqrt" gives the factors of "ggn": columns of a '
+                    f'root of the loss Hessian know no second derivatives of the model. Take "average" for these.',
+                    stacklevel=2,
+                )
 
 
 def _one_of(name: str, given: str, *known: str) -> None:

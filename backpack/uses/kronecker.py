@@ -74,7 +74,7 @@ def assemble(separated: list[Tensor]) -> list[Tensor]:
     rows, rows_input, columns, columns_input = separated
     if not rows_input.numel() and not columns_input.numel():
         trace = columns.trace()
-        return [rows, columns / torch.where(trace > 0, trace, 1)]
+        return [rows, columns / torch.where(trace == 0, 1, trace)]
     pairs = (rows, rows_input), (columns, columns_input)
     return [_sum([factor for factor in pair if factor.numel()]) for pair in pairs]
 

@@ -1,0 +1,114 @@
+"""Second order, averaged, with the second derivatives of the modules: Kronecker factors of the Hessian.
+
+To the curvature that is pulled back through a module ``f`` comes its residual ``R = sum_n d^2 <g_n, f(x_n)>``, with the
+gradient ``g_n`` of the loss in its output (Dangel, Harmeling & Hennig, 2020, section 3). A positive-curvature Hessian
+takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsieh, 2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from backpack.averaged import AFFINE, ELEMENTWISE, AveragedPass, is_one_of
+from backpack.bystanders import run_again
+from backpack.engine import HERE
+from backpack.seeds import PASSES, Curvature
+from backpack.uses import Individual
+
+
+@dataclass(eq=False)
+class AveragedHessianPass(AveragedPass):
+    """As ``AveragedPass``, for a curvature ``S^T S - T^T T``."""
+
+    grad: Tensor | None = None
+    """Of the loss in a module's output, ``[n, d]``."""
+    negative: Tensor | None = None
+    """The root ``T``, where the curvature has a negative part."""
+    sign: int = 1
+
+    def _step(self, module: Module, x: Tensor, root: Tensor) -> Tensor:
+        if module._modules and any(p.requires_grad for p in module.parameters()):
+            raise RuntimeError(
+                f"{type(self.extensions[0]).__name__}: {type(module).__name__} in the chain holds modules whose second "
+                f'derivatives are not taken one by one. Write them into the chain, or use curv_type="ggn".'
+            )
+        root = self._through(module, x, root, self.negative is None)
+        if self.negative is not None:
+            self.sign = -1
+            self.negative = self._through(module, x, self.negative)
+            self.sign = 1
+        residual = self._residual(module, x)
+        if residual is not None:
+            curvature = root.T @ root + residual
+            if self.negative is not None:
+                curvature = curvature - self.negative.T @ self.negative
+            values, vectors = torch.linalg.eigh(curvature)
+            root = (vectors * values.clamp(min=0).sqrt()).T
+            below = values < -torch.finfo(values.dtype).eps * values.abs().max()
+            self.negative = (vectors * values.clamp(max=0).neg().sqrt()).T[below] if bool(below.any()) else None
+        return root
+
+    def _value(self, extension: Curvature, grads: Individual) -> Any:
+        found = super()._value(extension, grads)
+        return found if self.sign > 0 else [-factor for factor in found]
+
+    def _residual(self, module: Module, x: Tensor) -> Tensor | None:
+        """That of a module, ``[d, d]``, ``None`` where it is linear; the gradient is pulled back to its input."""
+        if not x.is_floating_point():
+            return None
+        if self.grad is None:
+            grad = self.loss.grad(self.layout, torch.ones_like(self.outer))
+            rows = self.extensions[0].subset.rows(self.layout.n, grad.device)
+            self.grad = grad if rows is None else grad[rows]
+        x = x.detach().requires_grad_()
+        HERE.inner, HERE.muted = None, True
+        try:
+            with torch.enable_grad(), run_again(module):
+                out = module(x.clone())  # it may work in place
+                (grad,) = torch.autograd.grad(out, x, self.grad.reshape(out.shape), create_graph=True)
+                self.grad = grad.detach().flatten(1)
+                found = None if is_one_of(module, AFFINE) else self._derivative(module, grad.flatten(1), x)
+        finally:
+            HERE.inner, HERE.muted = self, False
+        return None if found is None or not found.any() else self._modified(found)
+
+    def _derivative(self, module: Module, grad: Tensor, x: Tensor) -> Tensor | None:
+        """Of ``grad[n, d]`` with respect to ``x``, summed over samples."""
+        if not grad.requires_grad:
+            return None
+        elementwise, rows = is_one_of(module, ELEMENTWISE), []
+        for entry in [grad.sum()] if elementwise else grad.sum(0):
+            (row,) = torch.autograd.grad(entry, x, retain_graph=True, allow_unused=True)
+            if row is None:
+                return None
+            rows.append(row.flatten(1).sum(0))
+        return torch.diag(rows[0]) if elementwise else torch.stack(rows)
+
+    def _modified(self, residual: Tensor) -> Tensor:
+        return residual
+
+
+class PositiveParts(AveragedHessianPass):
+    """With the positive parts of the residuals' eigenvalues."""
+
+    def _modified(self, residual: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(residual)
+        return (vectors * values.clamp(min=0)) @ vectors.T
+
+
+class AbsoluteValues(AveragedHessianPass):
+    """With the absolute values of the residuals' eigenvalues."""
+
+    def _modified(self, residual: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(residual)
+        return (vectors * values.abs()) @ vectors.T
+
+
+PASSES["average hessian"] = AveragedHessianPass
+PASSES["average pch-clip"] = PositiveParts
+PASSES["average pch-abs"] = AbsoluteValues
