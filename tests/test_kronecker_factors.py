@@ -374,9 +374,41 @@ def test_large_parameters_that_are_no_matrix_have_second_moments_of_rows_and_col
 
 def test_what_is_no_matrix_and_too_large_is_refused():
     model = extend(Table(2**15 + 1, 2))
-    words = r"shape \[1, 32769, 2\] is not the matrix of a linear map.*requires_grad_"
+    words = r"shape \[1, 32769, 2\] would have a Kronecker factor of 32769 rows.*requires_grad_"
     with pytest.raises(ValueError, match=words), backpack(KFLR()):
         extend(nn.MSELoss())(model(torch.ones(2, 1, 1)), torch.ones(2, 2)).backward()
+
+
+class Wide(nn.Module):
+    """More outputs than a factor may have rows, few of which make up what is predicted."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.out, self.scale = nn.Linear(2, size), nn.Parameter(torch.rand(size))
+
+    def forward(self, x):
+        return (self.out(x) * self.scale).tanh()[:, :3]
+
+
+def test_a_large_parameter_of_one_axis_has_a_diagonal_factor_and_a_large_matrix_is_refused():
+    torch.manual_seed(0)
+    model, X, y, lossfunc = Wide(2**15 + 1).double(), values(4, 2), LABELS, nn.CrossEntropyLoss()
+    extend(model)
+    with pytest.raises(ValueError, match=r"\[32769, 2\] would have .* 32769 rows, that is 4 GiB"), backpack(KFLR()):
+        extend(lossfunc)(model(X), y).backward()
+    model.out.weight.requires_grad_(False)
+    with backpack(KFLR(), EKFAC(fisher="exact")):
+        extend(lossfunc)(model(X), y).backward()
+    small = Wide(3).double()
+    for own, whole in zip(small.parameters(), model.parameters(), strict=True):
+        own.data = whole.detach()[:3]
+    _, ggn = explicit(small, X, lossfunc, y, 4)
+    for own, whole in zip(small.parameters(), model.parameters(), strict=True):
+        if own.dim() == 1:
+            diagonal = block(ggn, list(small.parameters()), own).diagonal()
+            assert whole.kflr[0].shape == whole.shape and not whole.kflr[0][3:].any()
+            assert close(whole.kflr[0][:3], diagonal, rtol=1e-9)
+            assert close(whole.ekfac.eigenvalues, whole.kflr[0]) and whole.ekfac.bases[0].dim() == 1
 
 
 class Positions(nn.Module):

@@ -36,7 +36,8 @@ class KroneckerExtension(CurvatureExtension):
       over them (transposed: ``A`` is block-diagonal, ``B`` the mean).
     - Embeddings, of words and of positions: ``[A, B]``; ``A``, the mean count of each row, is diagonal and stored with
       one axis.
-    - Biases, weights of normalizations, and all else: one factor, the exact block, of shape ``[p, p]``. Of parameters
+    - Biases, weights of normalizations, and all else: one factor, the exact block, of shape ``[p, p]``; with more than
+      32,768 entries along one axis, its diagonal, of shape ``[p]``. Of parameters
       with several axes and more than 4,096 entries (position tables that are added, weights computed from others), two
       factors: with individual gradients ``G[r c]``, the axes being divided where the factors are smallest, the sums
       over samples and columns of ``G G^T``, and of ``G^T G`` divided by its trace. The product has the block's trace,
@@ -59,7 +60,8 @@ class KroneckerExtension(CurvatureExtension):
             weighs the terms (in a mean over ``N`` samples: by ``1/N``).
 
     Raises:
-        ValueError: An argument is none of these.
+        ValueError: An argument is none of these. In the backward pass: a factor that is not diagonal would have more
+            than 32,768 rows (4 GiB in ``float32``).
     """
 
     separated = False

@@ -31,16 +31,19 @@ LARGEST = 2**12
 """Entries of a parameter of several axes up to which one factor of all of them is formed."""
 
 LARGEST_FACTOR = 2**15
-"""Rows that a factor of a larger one may have."""
+"""Rows that a factor may have: of more, it would take more than 4 GiB in ``float32``."""
 
 
 def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
     """What of the factors depends on the seeds, and is additive over them: one tensor a map.
 
     Raises:
-        ValueError: The parameter is no matrix of a linear map, and too large.
+        ValueError: A factor would have too many rows.
     """
     maps = grads.maps()
+    for a in maps:
+        rows, columns = a.matrix
+        _check_size(grads.shape, *((columns,) if a.diagonal_inputs else (rows, columns)))
     return [a.output_factor(approx) for a in maps] if maps else _second_moments(grads)
 
 
@@ -98,6 +101,8 @@ def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
     maps = grads.maps()
     if maps:
         return join([a.rotated(*bases) for a in maps]).sum_squares()
+    if len(bases) == 1 and bases[0].dim() == 1:
+        return grads.sum_squares()
     terms: list[Tensor] = []
     for piece in grads.chunks():
         turned = piece.dense().flatten(2) @ bases[0] if len(bases) == 1 else _rows(piece, len(bases[0])) @ bases[1]
@@ -107,8 +112,10 @@ def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
 
 
 def _second_moments(grads: Individual) -> list[Tensor]:
-    """Of all entries together; of a larger parameter's rows, and of its columns."""
+    """Of all entries together; of a larger parameter's rows, and of its columns, or of entries, if it has one axis."""
     size = grads.shape.numel()
+    if len(grads.shape) < 2 and size > LARGEST_FACTOR:
+        return [grads.sum_squares()]
     whole = len(grads.shape) < 2 or size <= LARGEST
     height = 1 if whole else _height(grads.shape)
     found: list[list[Tensor]] = [[], []]
@@ -131,13 +138,17 @@ def _height(shape: torch.Size) -> int:
     """The number of rows, the product of the first sizes, with which the factors are smallest."""
     size = shape.numel()
     height = min(accumulated(shape[:-1], mul), key=lambda rows: rows**2 + (size // rows) ** 2)
-    if max(height, size // height) > LARGEST_FACTOR:
-        raise ValueError(
-            f"A parameter of shape {list(shape)} is not the matrix of a linear map, and factors of its rows and "
-            f"columns would have up to {max(height, size // height)} rows, for which at most {LARGEST_FACTOR} are "
-            f"formed. Freeze the parameter with requires_grad_(False) for this backward pass."
-        )
+    _check_size(shape, height, size // height)
     return height
+
+
+def _check_size(shape: torch.Size, *sizes: int) -> None:
+    if max(sizes) > LARGEST_FACTOR:
+        raise ValueError(
+            f"A parameter of shape {list(shape)} would have a Kronecker factor of {max(sizes)} rows, that is "
+            f"{max(sizes) ** 2 / 2**28:.3g} GiB in float32; at most {LARGEST_FACTOR} rows are formed. Freeze the "
+            f"parameter with requires_grad_(False) for this backward pass, or take an extension that is diagonal in it."
+        )
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

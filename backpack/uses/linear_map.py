@@ -24,6 +24,8 @@ class LinearMap(Individual):
     """Those of the matrix that the map uses."""
     inputs_first = False
     """Whether the rows are inputs."""
+    diagonal_inputs = False
+    """Whether the input factor is diagonal, and of one axis."""
 
     @abstractmethod
     def output_factor(self, approx: str | None) -> Tensor:

@@ -25,6 +25,7 @@ class Lookup(LinearMap):
     shape: torch.Size
     mask: Tensor
     inputs_first = True
+    diagonal_inputs = True
 
     @property
     def size(self) -> tuple[int, int]:
