@@ -179,6 +179,7 @@ class Block:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
         self.second_order: list[Any] = [extension for extension in self.extensions if extension.seeds is not None]
         self.with_rules = [extension for extension in self.extensions if extension.rules]
+        self.reads_passages = bool(self.extension_hook or self.retain_graph or self.with_rules)
 
     def clear(self) -> None:
         """Forget what a backward pass delivered; of one that has failed, also what it stored."""
@@ -316,6 +317,7 @@ class Block:
         if not trainable(passage.module):
             self.module_done(passage.module, passage)
         elif self.extension_hook is not None:
+            passage.hold()
             self.passages[id(passage.module)] = passage
 
     def _apply(self, extension: Quantity, rule: Any, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:

@@ -30,12 +30,13 @@ from backpack.compat import (
     graph_task,
     interpreted,
     is_fully_sharded,
+    running_node,
     uncompiled,
     unobserved,
 )
 from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
 from backpack.losses import ROOTS
-from backpack.passages import LEFT, Passage, forget, is_ruled
+from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
 from backpack.recorder import Call, Recording, Source
 from backpack.seeds import MARK, PASSES, LossCall, Origin, SeedPass, tap
 
@@ -64,6 +65,8 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
             return
         block = _block(home, grad)
         if block is not None:
+            if block.task != graph_task():
+                _wake(block, home)
             block.receive(kept[0], place, grad[None])
         if not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
@@ -219,6 +222,7 @@ def _close(recording: Recording) -> None:
 @interpreted
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """The outermost extended module closes the recording; any other notes its output."""
+    recorded = HERE.recording is not None  # otherwise no output of a root wakes what was left at nodes
     if module is HERE.root:
         HERE.depth -= 1
         if HERE.depth == 0:
@@ -235,11 +239,13 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if tensors and module in EXTENDED:
-            loss = not module._modules and not trainable(module) and _is_loss(module, tensors[0])
+            loss = not module._modules and _is_loss(module, tensors[0]) and not trainable(module)
             if loss:
                 _hook_loss(module, args, kwargs, tensors[0])
-            keep = loss or is_ruled(module) or bool(HERE.blocks and HERE.blocks[-1].extension_hook)
-            _hook_passage(Passage.of(module, (*args, *kwargs.values()), output, tensors, keep), tensors)
+            ruled = loss or is_ruled(module)
+            keep = ruled or bool(HERE.blocks and HERE.blocks[-1].extension_hook)
+            passage = Passage.of(module, (*args, *kwargs.values()), output, tensors, keep)
+            _leave_passage(passage, tensors, ruled or not recorded)
 
 
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -257,6 +263,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
         edge = get_gradient_edge(tensor)
         if edge in recording.inputs:  # handed through: what it comes from is known already
             continue
+        tensor.register_hook(_waking(HERE.blocks))
         metadata: Any = edge.node.metadata
         metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
@@ -291,6 +298,7 @@ def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
         block = _block(home, grad)
         if HERE.muted or HERE.inner is not None or not kept:
             return
+        _wake(block, home)
         if block is not None and block.second_order:
             block.enter_pass()
             block.loss_seen = True
@@ -301,23 +309,44 @@ def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
     output.register_hook(on_cotangent)
 
 
-def _hook_passage(passage: Passage, tensors: list[Tensor]) -> None:
-    """On what a module's outputs were computed by: what came in and out may be read when its cotangents arrive."""
-    home, kept, numbers = HERE.blocks, [passage], passage.outputs
+def _leave_passage(passage: Passage, tensors: list[Tensor], eager: bool) -> None:
+    """What came in and out of a module may be read when the cotangents arrive at what computed its outputs."""
+    node = tensors[0].grad_fn
+    if node is not None and not eager:
+        rest(passage, node)
+    elif node is None or len(tensors) == 1:
+        tensors[0].register_hook(_on_cotangents(passage, HERE.blocks))
+    else:  # those of several outputs arrive together, if one node computed them
+        node.register_prehook(_on_cotangents(passage, HERE.blocks))
+
+
+def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]:
+    kept, numbers = [passage], passage.numbers
 
     def on_cotangents(grads: Any) -> None:
-        block = _block(home, next((grad for grad in grads if grad is not None), None))
-        receiver = HERE.inner or block
         if HERE.muted or not kept:
             return
+        own = (grads,) if isinstance(grads, Tensor) else tuple(grads[number] for number in numbers)
+        block = _block(home, next((grad for grad in own if grad is not None), None))
+        receiver = HERE.inner or block
         if receiver is not None:
-            receiver.module_passed(kept[0], grads)
+            receiver.module_passed(kept[0], own)
         if HERE.inner is None and not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
 
-    if len(tensors) == 1 or tensors[0].grad_fn is None:
-        tensors[0].register_hook(lambda grad: on_cotangents((grad,)))
-    else:  # those of several outputs arrive together, if one node computed them
-        node = tensors[0].grad_fn
-        numbers[:] = [t.output_nr for t in tensors if t.grad_fn is node]
-        node.register_prehook(lambda grads: on_cotangents(tuple(grads[number] for number in numbers)))
+    return on_cotangents
+
+
+def _waking(home: list[Block]) -> Callable[[Tensor], None]:
+    return lambda grad: _wake(_block(home, grad), home)
+
+
+def _wake(block: Block | None, home: list[Block]) -> None:
+    """Hook what was left at the nodes that the backward pass has still to visit, where a block wants it."""
+    node = running_node()
+    if block is not None and block.reads_passages and node is not None:
+        block.enter_pass()
+        for passage, below in wake(node):
+            below.register_prehook(_on_cotangents(passage, home))
+            if trainable(passage.module):  # hooks on nodes do not run where a pull-back of seeds stops
+                block.passages[id(passage.module)] = passage

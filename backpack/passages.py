@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager as Context
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Identity, Module
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
-from torch.utils.weak import TensorWeakRef
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from backpack.bystanders import undisturbed
+from backpack.looped import nodes
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
@@ -48,80 +48,117 @@ def forget(module: Module) -> None:
         vars(module).pop(name, None)
 
 
-class Noted(NamedTuple):
-    """A tensor of the forward pass, and how often it had been written to."""
+NOTED = "backpack passages"
+
+
+@dataclass(eq=False, slots=True)
+class Noted:
+    """A tensor of the forward pass, perhaps by a weak reference, and how often it had been written to."""
 
     held: Any
     version: int
 
     def value(self) -> Tensor | None:
         """The tensor, if it is still there as it was."""
-        tensor = self.held() if isinstance(self.held, TensorWeakRef) else self.held
+        tensor = self.held
+        if isinstance(tensor, ref):
+            tensor = tensor()
+            if tensor is not None:
+                tensor._fix_weakref()  # the reference was perhaps to one that had been dropped
         return None if tensor is None or _version(tensor) != self.version else tensor
+
+    def hold(self) -> None:
+        """Refer to it by itself from now on, if it is still there."""
+        self.held = self.value()
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@dataclass(eq=False)
-class Passage:
-    """One call of a module.
+def _weakly(tensor: Tensor) -> Noted:
+    return Noted(ref(tensor), _version(tensor))
 
-    ``outputs``: their numbers at the node that computed them; ``edges``: of the inputs, where gradients flow to them.
+
+def _note(value: Any, hold: Callable[[Tensor], Noted]) -> Any:
+    """What ``hold`` makes of a tensor; of anything else, its leaves with that, and how they belong together."""
+    if isinstance(value, Tensor):
+        return hold(value)
+    leaves, spec = tree_flatten(value)
+    return [hold(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def _leaves(note: Any) -> list[Any]:
+    return [note] if isinstance(note, Noted) else note[0]
+
+
+def _value(note: Any) -> Any:
+    """Undo ``_note``."""
+    leaves = [leaf.value() if isinstance(leaf, Noted) else leaf for leaf in _leaves(note)]
+    return leaves[0] if isinstance(note, Noted) else tree_unflatten(leaves, note[1])
+
+
+@dataclass(eq=False, slots=True)
+class Passage:
+    """One call of a module: what came in and out, with each tensor noted.
+
+    ``node``: what computed its first output, which the others may have in common; ``numbers``: of those; ``edges``: of
+    the inputs, where gradients flow to them; ``overwritten``: the places of inputs that were returned.
     """
 
     module: Module
-    values: dict[str, tuple[list[Any], TreeSpec | None]]
-    outputs: list[int]
+    inputs: list[Any]
+    output: Any
+    numbers: list[int]
     edges: list[GradientEdge | None]
-    overwritten: bool
+    overwritten: list[int]
 
     @classmethod
     def of(cls, module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> Passage:
-        """Of a call that has just ended; ``tensors``: outputs that require a gradient."""
-        returned = {id(tensor) for tensor in tensors}
+        """Of a call that has just ended; ``tensors``: outputs that require a gradient; ``keep``: hold what came in."""
+        node = tensors[0].grad_fn
+        numbers = [tensor.output_nr for tensor in tensors if tensor.grad_fn is node]
+        same = [place for place, value in enumerate(inputs) if any(value is tensor for tensor in tensors)]
+        overwritten = [] if isinstance(module, Identity) else same
+        edges: list[GradientEdge | None] = [None] * len(inputs)
+        hold = _weakly
+        if keep:
 
-        def note(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if not keep:
-                return Noted(TensorWeakRef(value), _version(value))
-            # An output that is kept would keep the hook that holds it.
-            return Noted(value.detach() if id(value) in returned else value, _version(value))
+            def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the hook that holds it
+                returned = any(tensor is other for other in tensors)
+                return Noted(tensor.detach() if returned else tensor, _version(tensor))
 
-        def noted(value: Any) -> tuple[list[Any], TreeSpec | None]:
-            if isinstance(value, Tensor):
-                return [note(value)], None
-            leaves, spec = tree_flatten(value)
-            return [note(leaf) for leaf in leaves], spec
-
-        values: dict[str, tuple[list[Any], TreeSpec | None]] = {}
-        edges: list[GradientEdge | None] = []
-        overwritten = False
-        for place, value in enumerate(inputs):
-            same = id(value) in returned
-            if same and not isinstance(module, Identity):
-                overwritten = True
-            else:
-                values[f"input{place}"] = noted(value)
-            follows = keep and isinstance(value, Tensor) and value.requires_grad and not same
-            edges.append(get_gradient_edge(value) if follows else None)
-        values["output"] = noted(output)
-        return cls(module, values, [tensor.output_nr for tensor in tensors], edges, overwritten)
+            for place, value in enumerate(inputs):
+                if isinstance(value, Tensor) and value.requires_grad and place not in same:
+                    edges[place] = get_gradient_edge(value)
+        return cls(module, [_note(value, hold) for value in inputs], _note(output, hold), numbers, edges, overwritten)
 
     def readable(self) -> dict[str, Any]:
         """The attributes that can be served, but those that the module has of its own."""
         module, found = self.module, {}
-        for name, (notes, spec) in self.values.items():
+        notes = {f"input{place}": note for place, note in enumerate(self.inputs) if place not in self.overwritten}
+        for name, note in {**notes, "output": self.output}.items():
             taken = any(name in names for names in (module._modules, module._buffers, module._parameters))
             if taken or name in vars(module) or hasattr(type(module), name):
                 continue
-            leaves = [note.value() if isinstance(note, Noted) else note for note in notes]
-            gone = (isinstance(note, Noted) and leaf is None for note, leaf in zip(notes, leaves, strict=True))
-            if not any(gone):
-                found[name] = leaves[0] if spec is None else tree_unflatten(leaves, spec)
+            if not any(isinstance(leaf, Noted) and leaf.value() is None for leaf in _leaves(note)):
+                found[name] = _value(note)
         return found
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What came in and out, as far as it is still there."""
+        for noted in self._noted():
+            if (tensor := noted.value()) is not None:
+                yield tensor
+
+    def hold(self) -> None:
+        """Keep what is still there: autograd frees it when the module's backward pass has run."""
+        for noted in self._noted():
+            noted.hold()
+
+    def _noted(self) -> Iterator[Noted]:
+        notes = (*self.inputs, self.output)
+        return (leaf for note in notes for leaf in _leaves(note) if isinstance(leaf, Noted))
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -160,6 +197,20 @@ class Passage:
         return InputGradients(self, node, g_out)
 
 
+def rest(passage: Passage, node: Node) -> None:
+    """Leave a passage at the node that computed its outputs, until a backward pass comes that wants it."""
+    metadata: Any = node.metadata
+    metadata.setdefault(NOTED, []).append(passage)
+
+
+def wake(start: Node) -> Iterator[tuple[Passage, Node]]:
+    """The passages that were left at the nodes of a graph."""
+    for node in list(nodes(GradientEdge(start, 0))):
+        metadata: Any = node.metadata
+        for passage in metadata.pop(NOTED, ()):
+            yield passage, node
+
+
 def serve(passage: Passage | None) -> Context[None]:
     """Its inputs and outputs, if there was such a call."""
     return nullcontext() if passage is None else passage.served()
@@ -185,9 +236,8 @@ class InputGradients(Sequence[Any]):
             )
         if edge is None or self._node is None:
             return None
-        given = [(k, grad) for k, grad in zip(self._passage.outputs, self._g_out, strict=True) if grad is not None]
-        notes = [note for held, _ in self._passage.values.values() for note in held if isinstance(note, Noted)]
-        with undisturbed(tensor for note in notes if (tensor := note.value()) is not None):
+        given = [(k, grad) for k, grad in zip(self._passage.numbers, self._g_out, strict=True) if grad is not None]
+        with undisturbed(self._passage.tensors()):
             (found,) = torch.autograd.grad(
                 [GradientEdge(self._node, k) for k, _ in given],
                 edge,
