@@ -22,7 +22,6 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged_hessian as averaged_hessian  # it registers passes
 from backpack import products as products  # as well
-from backpack.bystanders import undisturbed
 from backpack.compat import (
     caller,
     gathered_parameters,
@@ -37,7 +36,7 @@ from backpack.compat import (
 from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
-from backpack.recorder import Call, Recording, Source
+from backpack.recorder import Call, Recording, Source, tensors_in
 from backpack.seeds import MARK, PASSES, LossCall, Origin, SeedPass, tap
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,8 +71,9 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
             kept.clear()
 
     out.register_hook(on_cotangent)
-    for tensor in {source.tensor for source, _ in call.uses if source.tensor.grad_fn is not None}:
-        _hook_source(tensor, home)
+    for source, _ in call.uses:
+        if source.tensor.grad_fn is not None:
+            _hook_source(source.tensor, home)
 
 
 def _hook_source(tensor: Tensor, home: list[Block]) -> None:
@@ -95,26 +95,42 @@ COMPUTED: Any = WeakTensorKeyDictionary()
 """Tensors computed from parameters that have their hook."""
 
 
-def watch(module: Module, seen: set[tuple[int, int]]) -> list[tuple[str, Tensor]]:
-    """See to it that each trainable parameter has its hook; returns them with their names.
+def watch(module: Module, parts: list[Module], seen: dict[tuple[int, int], Source]) -> list[Source]:
+    """See to it that each trainable parameter of these parts of a module has its hook; returns them.
 
-    ``seen`` spares those of earlier calls. (Should a number in it be used again by a new parameter, that one's
-    results are computed when the backward pass ends instead of while it runs.)
+    ``seen``, by owner and parameter: those of the call before.
     """
-    found = []
-    for prefix, owner in module.named_modules():
+    found = {}
+    for owner in parts:
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
-                path = f"{prefix}.{name}" if prefix else name
-                found.append((path, parameter))
-                if (id(owner), id(parameter)) not in seen:
-                    seen.add((id(owner), id(parameter)))
+                key = (id(owner), id(parameter))
+                source = seen.get(key)
+                if source is None:
+                    prefix = next(prefix for prefix, other in module.named_modules() if other is owner)
+                    source = Source(parameter, (parameter,), f"{prefix}.{name}" if prefix else name)
                     watched = WATCHED.get(parameter)
                     if watched is None:
-                        hook = parameter.register_hook(_parameter_hook(TensorWeakRef(parameter), path, HERE.blocks))
-                        watched = WATCHED[parameter] = Watched(hook, WeakSet())
+                        on_total = _parameter_hook(TensorWeakRef(parameter), source.name, HERE.blocks)
+                        watched = WATCHED[parameter] = Watched(parameter.register_hook(on_total), WeakSet())
                     watched.owners.add(owner)
-    return found
+                found[key] = source
+    if found.keys() != seen.keys():
+        seen.clear()
+        seen.update(found)
+    return list(found.values())
+
+
+def submodules(module: Module) -> list[Module]:
+    """A module and all below it, each once; in less time than ``modules()`` takes."""
+    found = {id(module): module}
+    pending = [module]
+    while pending:
+        for child in reversed(pending.pop()._modules.values()):
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                pending.append(child)
+    return list(found.values())
 
 
 def _parameter_hook(parameter: Any, name: str, home: list[Block]) -> Callable[[Tensor], None]:
@@ -137,7 +153,7 @@ class Extended:
     handles: list[RemovableHandle]
     settled: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     batch_axis: int = 0
-    seen: set[tuple[int, int]] = field(default_factory=set)
+    seen: dict[tuple[int, int], Source] = field(default_factory=dict)
 
 
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
@@ -175,13 +191,14 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
     extended = EXTENDED.get(module)
     if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
         return
-    parameters = watch(module, extended.seen)
+    parts = submodules(module)
+    parameters = watch(module, parts, extended.seen)
     if parameters:
         replace = HERE.expanded or any(
             PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order
         )
         axis, settled = extended.batch_axis, extended.settled
-        modes = tuple(part.training for part in module.modules())
+        modes = tuple([part.training for part in parts])
         recording = Recording(parameters, (args, kwargs), axis, deliver, settled, replace, modes)
         # Noted before it is begun: an interrupt at any point in between is found by what runs next.
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()
@@ -198,7 +215,7 @@ def _watch_gathered(module: Module, recording: Recording) -> None:
         if whole.requires_grad:
             SHARDED[whole] = TensorWeakRef(sharded)
             recording.sources[id(whole)] = Source(whole, (whole,), names.get(id(whole), "of a fully sharded module"))
-    watch(module, EXTENDED[module].seen)
+    watch(module, submodules(module), EXTENDED[module].seen)
 
 
 def drop_interrupted() -> None:
@@ -229,15 +246,14 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             recording = HERE.recording
             assert recording is not None
             _close(recording)
-            with muted(), undisturbed(recording.tensors):
+            with muted():
                 _conclude(recording, module, args, kwargs, output)
     if HERE.disabled or HERE.muted or not torch.is_grad_enabled() or (module._modules and not is_ruled(module)):
         return
     with unobserved():
         if LEFT:
             forget(module)
-        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if tensors and module in EXTENDED:
             loss = not module._modules and _is_loss(module, tensors[0]) and not trainable(module)
             if loss:
@@ -253,12 +269,11 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
     axis = EXTENDED[module].batch_axis
     outputs = [
         (place, tensor, recording.layout_of(tensor, place, axis))
-        for place, tensor in enumerate(tree_leaves(output))
+        for place, tensor in enumerate([output] if isinstance(output, Tensor) else tree_leaves(output))
         if isinstance(tensor, Tensor) and tensor.grad_fn is not None
     ]
     recording.settle([(tensor, layout) for _, tensor, layout in outputs if layout is not None])
-    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    intact = [get_gradient_edge(tensor) for tensor in inputs] == recording.inputs
+    intact = [get_gradient_edge(t) for t in tensors_in((args, kwargs)) if t.requires_grad] == recording.inputs
     for place, tensor, layout in outputs:
         edge = get_gradient_edge(tensor)
         if edge in recording.inputs:  # handed through: what it comes from is known already
@@ -282,7 +297,9 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
 
 def _is_loss(module: Module, output: Tensor) -> bool:
     """Whether a module without parameters is a loss: PyTorch's are known, others return a scalar."""
-    return isinstance(module, (_Loss, *ROOTS)) or (output.dim() == 0 and HERE.recording is None)
+    if output.dim() == 0 and HERE.recording is None:
+        return True
+    return isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(type(module).__mro__)
 
 
 def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:

@@ -23,13 +23,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from backpack.bystanders import guarded
+from backpack.bystanders import guarded, undisturbed
 from backpack.compat import is_active
 from backpack.operations import EXPANDED, REPLACED, RULES
 from backpack.samples import Layout, Rows, layouts
 from backpack.uses import PullbackUse, Use
 
 START = "backpack start"
+_REGISTER_HOOK = Tensor.register_hook
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class Call:
     function: Any
     n: int
     sources: list[Source]
-    layouts: list[Layout]
+    layouts: Sequence[Layout]
     shape: torch.Size
     outputs: int
     problem: str | None = None
@@ -93,7 +94,7 @@ class Recording(TorchFunctionMode):
     """One forward pass of an extended module.
 
     Args:
-        parameters: Names and parameters of the module.
+        parameters: Of the module, each once.
         inputs: All that the module is called with; axis ``axis`` of the first tensor counts the samples.
         axis: The sample axis of that tensor.
         deliver: Called with each call and each of its outputs; attaches what brings the cotangent.
@@ -104,7 +105,7 @@ class Recording(TorchFunctionMode):
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, Tensor]],
+        parameters: list[Source],
         inputs: Any,
         axis: int,
         deliver: Callable[[Call, int, Tensor, torch.Size], None],
@@ -115,8 +116,8 @@ class Recording(TorchFunctionMode):
         super().__init__()
         self._deliver, self._replace = deliver, replace
         self._settled = settled
-        self.sources = {id(p): Source(p, (p,), name) for name, p in parameters if p.requires_grad}
-        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        self.sources = {id(source.tensor): source for source in parameters}
+        tensors = tensors_in(inputs)
         self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
         self._first = next((t for t in tensors if t.dim() > axis), None)
         self.n: int | None = None if self._first is None else self._first.shape[axis]
@@ -147,15 +148,13 @@ class Recording(TorchFunctionMode):
                 out = REPLACED[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        if func is Tensor.register_hook:
+        if func is _REGISTER_HOOK:
             args = (args[0], guarded(args[1]))
         tensors = _tensors(args, kwargs)
-        for tensor in tensors:
-            if id(tensor) in self.sources:
-                break
-        else:
+        sources = [self.sources[id(tensor)] for tensor in tensors if id(tensor) in self.sources]
+        if not sources:
             out = func(*args, **kwargs)
-            for result in (out,) if isinstance(out, Tensor) else _tensors((out,), {}):
+            for result in [out] if isinstance(out, Tensor) else _tensors((out,), {}):
                 if result.requires_grad:
                     self.tensors.append(ref(result))
                 elif any(map(self._is_data, tensors)):
@@ -168,10 +167,10 @@ class Recording(TorchFunctionMode):
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
-        results = [ref(o) for o in _tensors((out,), {}) if o.requires_grad]
+        results = [ref(o) for o in ([out] if isinstance(out, Tensor) else _tensors((out,), {})) if o.requires_grad]
         self.tensors += results
         if results and torch.is_grad_enabled():
-            self._observe(func, given, kwargs, out, tensors)
+            self._observe(func, given, kwargs, out, tensors, sources)
         return out
 
     def _is_data(self, tensor: Tensor) -> bool:
@@ -183,9 +182,14 @@ class Recording(TorchFunctionMode):
         return id(tensor) not in self.sources and tensor.dim() > 0 and tensor.shape[0] == self.n
 
     def _observe(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tensors: list[Tensor]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        tensors: list[Tensor],
+        sources: list[Source],
     ) -> None:
-        sources = [self.sources[id(t)] for t in tensors if id(t) in self.sources]
         if any(map(self._is_data, tensors)):
             self._record(func, args, kwargs, out, sources)
         elif any(map(self._may_be_data, tensors)) or self._spreads(sources, out):
@@ -221,21 +225,21 @@ class Recording(TorchFunctionMode):
         sources: list[Source],
         alternative: Source | None = None,
     ) -> None:
-        given, outputs = out, _tensors((out,), {})
+        given, outputs = out, [out] if isinstance(out, Tensor) else _tensors((out,), {})
         out = outputs[0]
         rule = RULES.get(func)
         operation = None if rule is None else rule(given, *args, **kwargs)
         axes = range(out.dim()) if operation is None else operation.axes
-        found: list[Layout]
-        problem: str | None
+        found: Sequence[Layout] = ()
+        problem = None
         if operation is not None and any(tensor is self._first for tensor in operation.grouped) and not self.calls:
             self.n, self.grouped = out.shape[0], True
         if self.n is None:
-            found, problem = [], "cannot be told by samples, since the module was called without a tensor"
+            problem = "cannot be told by samples, since the module was called without a tensor"
         elif self.n == 0:
-            found, problem = [], "has a batch of size 0, which has no individual gradients"
+            problem = "has a batch of size 0, which has no individual gradients"
         else:
-            found, problem = layouts(out.shape, self.n, axes), None
+            found = layouts(out.shape, self.n, axes)
             if operation is not None and operation.broadcast and self.n > 1:
                 found = [f for f in found if not any(_occupies(s.tensor, out, f.axis) for s in sources)]
             if given is not out and operation is None:
@@ -256,21 +260,20 @@ class Recording(TorchFunctionMode):
                 call.problem = "returns several tensors, of which the parameter is no weight"
             call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
-        self._decide(call, _own_base(out, args), len(axes))
+        bases = [_own_base(output, args) for output in outputs]
+        self._decide(call, bases[0], len(axes))
         self.calls.append(ref(call))
         for source, _ in call.uses:
             for parameter in source.parameters:
                 self.uses[id(parameter)] += 1
-        returned = set(map(id, outputs))  # an operation in place returns what it was given
-        data = [t for t in _tensors(args, kwargs) if id(t) not in self.sources and id(t) not in returned]
-        first = not any(t.requires_grad for t in data)
-        for place, output in enumerate(outputs):
+        data = [t for t in _tensors(args, kwargs) if t.requires_grad and id(t) not in self.sources]
+        first = all(any(t is output for output in outputs) for t in data)  # what is overwritten is returned
+        for place, (output, base) in enumerate(zip(outputs, bases, strict=True)):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())
-                hooked = _own_base(output, args)
                 if first:
-                    mark_start(get_gradient_edge(hooked))
-                self._deliver(call, place, hooked, output.shape)
+                    mark_start(get_gradient_edge(base))
+                self._deliver(call, place, base, output.shape)
 
     def _pullbacks(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Source, call: Call
@@ -316,7 +319,7 @@ class Recording(TorchFunctionMode):
         else:
             self._adopt(call, [f for f in call.layouts if (f.axis, f.factor > 1, f.strided) == known])
 
-    def _adopt(self, call: Call, layouts: list[Layout]) -> None:
+    def _adopt(self, call: Call, layouts: Sequence[Layout]) -> None:
         """Keep these layouts only; none: the output holds no samples."""
         if layouts:
             call.layouts = layouts
@@ -339,9 +342,10 @@ class Recording(TorchFunctionMode):
         grads: Sequence[Tensor | None] = [None] * len(edges)
         if outputs:
             seeds = [half_of(output, layout) for output, layout in outputs]
-            grads = torch.autograd.grad(
-                [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
-            )
+            with undisturbed(self.tensors):
+                grads = torch.autograd.grad(
+                    [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
+                )
             self._settled[self._mode] = ()
         grads = [None if grad is None else grad.reshape(call.shape) for call, grad in zip(calls, grads, strict=True)]
         for (key, call, _), grad in zip(undecided, grads, strict=False):
@@ -381,7 +385,9 @@ class Recording(TorchFunctionMode):
         if self._anchor is None:
             return False
         edge, known, shape = self._anchor
-        (grad,) = torch.autograd.grad(output, edge, half_of(output, layout), retain_graph=True, allow_unused=True)
+        half = half_of(output, layout)
+        with undisturbed(self.tensors):
+            (grad,) = torch.autograd.grad(output, edge, half, retain_graph=True, allow_unused=True)
         return grad is not None and bool(grad.any()) and is_of_first_half(grad.reshape(shape), known)
 
     def _choose(self, key: Any, call: Call, grad: Tensor | None) -> None:
@@ -445,6 +451,15 @@ def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(value, (tuple, list)):
             found += [entry for entry in value if isinstance(entry, Tensor)]
     return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of a nested structure."""
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [tensor for entry in value for tensor in tensors_in(entry)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)] if value else []
 
 
 def half_of(output: Tensor, layout: Layout) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,14 +46,15 @@ class Layout:
         return index.reshape([-1 if a == self.axis else 1 for a in range(len(shape))])
 
 
-def layouts(shape: Sequence[int], n: int, axes: Iterable[int]) -> list[Layout]:
+@lru_cache(2**12)
+def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> tuple[Layout, ...]:
     """All layouts of ``n`` samples that a tensor of this shape admits; ``axes`` may hold samples."""
     if n == 1 and shape and shape[0] != 1:
-        return [Layout(1, 0, shape[0])]
+        return (Layout(1, 0, shape[0]),)
     found = [Layout(n, axis) for axis in axes if shape[axis] == n]
     if 0 in axes and n > 1 and shape[0] % n == 0 and shape[0] > n:
         found += [Layout(n, 0, shape[0] // n), Layout(n, 0, shape[0] // n, strided=True)]
-    return found[:1] if n == 1 else found
+    return tuple(found[:1] if n == 1 else found)
 
 
 def layout_like(layout: Layout, tensor: Tensor) -> Layout:

@@ -11,7 +11,7 @@ from torch import Tensor
 from backpack.uses import Use
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Operation:
     """What one call of a function does with its parameters.
 
