@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +108,7 @@ class Graph:
         """
         n = self.layout.n
         found: dict[GradientEdge, Layout | None] = {}
-        unclear: dict[GradientEdge, list[Layout]] = {}
+        unclear: dict[GradientEdge, Sequence[Layout]] = {}
         for edge in edges:
             shape = shape_at(edge)
             possible = layouts(shape, n, range(len(shape)))

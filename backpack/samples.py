@@ -47,7 +47,7 @@ class Layout:
 
 
 @lru_cache(2**12)
-def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> tuple[Layout, ...]:
+def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> Sequence[Layout]:
     """All layouts of ``n`` samples that a tensor of this shape admits; ``axes`` may hold samples."""
     if n == 1 and shape and shape[0] != 1:
         return (Layout(1, 0, shape[0]),)
