@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import _CheckpointFrame
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,6 +70,14 @@ def is_active(mode: TorchFunctionMode) -> bool:
     """Whether a mode is the innermost one. When a backward pass fails, PyTorch takes off those that it began."""
     depth = torch._C._len_torch_function_stack()
     return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
+
+
+def checkpointed_region() -> Any:
+    """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    names = () if hooks is None or hooks[0] is None else getattr(hooks[0], "__closure__", None) or ()
+    found = next((cell.cell_contents for cell in names), None)
+    return found if isinstance(found, _CheckpointFrame) else None
 
 
 def interpreted(function: Callable[P, T]) -> Callable[P, T]:

@@ -19,8 +19,13 @@ class Arrival:
     """Cotangents ``[v, ...]`` that reached the outputs of one use."""
 
     call: Call
-    use: Use
+    number: int
     grads: Cotangents
+
+    @property
+    def use(self) -> Use:
+        """Which use of the call it is; of a checkpointed region its inputs come late."""
+        return self.call.uses[self.number][1]
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in ``subset``."""
@@ -63,7 +68,7 @@ class Contributions:
         sizes = [found.abs().max()]
         for arrival in self.arrivals:  # a total may be small only because its terms cancel
             grads = Cotangents({place: grad.abs() for place, grad in arrival.grads.items()})
-            bound = Arrival(arrival.call, arrival.use, grads).individual(Subset(), found.shape, found.dtype)
+            bound = Arrival(arrival.call, arrival.number, grads).individual(Subset(), found.shape, found.dtype)
             sizes.append(bound.total().abs().max())
             eps = max(eps, *(torch.finfo(grad.dtype).eps for grad in grads.values()))
         if grad.is_cuda and found.dtype == torch.float32:
@@ -95,13 +100,13 @@ class Delivery:
         if known is not None:
             known[place] = torch.cat([known[place], grads]) if place in known else grads
             return []
-        uses = [(source, use) for source, use in call.uses if not source.void]
+        uses = [(source, number) for number, (source, _) in enumerate(call.uses) if not source.void]
         if not uses:
             return []
         found = self.grads[id(call)] = Cotangents({place: grads})
-        for source, use in uses:
+        for source, number in uses:
             self.sources[id(source.tensor)] = source
-            self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, use, found))
+            self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, number, found))
         return [source for source, _ in uses]
 
     def derive(self, source: Source, parameter: Tensor, key: Any, individual: Individual) -> None:

@@ -36,6 +36,7 @@ from backpack.compat import (
 from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
+from backpack.recomputed import free_if_recomputed
 from backpack.recorder import Call, Recording, Source, tensors_in
 from backpack.seeds import MARK, PASSES, LossCall, Origin, SeedPass, tap
 
@@ -74,6 +75,8 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
     for source, _ in call.uses:
         if source.tensor.grad_fn is not None:
             _hook_source(source.tensor, home)
+    if HERE.recording is not None:
+        free_if_recomputed(call, HERE.recording)
 
 
 def _hook_source(tensor: Tensor, home: list[Block]) -> None:

@@ -64,6 +64,8 @@ class Call:
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     alternative: Source | None = None
     """The output as a tensor without samples, where the shapes allow that too."""
+    recomputed: bool = False
+    """Whether its inputs are freed until a checkpointed region is computed again."""
 
     @property
     def name(self) -> str:
@@ -114,11 +116,11 @@ class Recording(TorchFunctionMode):
         modes: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
-        self._deliver, self._replace = deliver, replace
+        self._deliver, self.replace = deliver, replace
         self._settled = settled
         self.sources = {id(source.tensor): source for source in parameters}
         tensors = tensors_in(inputs)
-        self._data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
+        self.data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
         self._first = next((t for t in tensors if t.dim() > axis), None)
         self.n: int | None = None if self._first is None else self._first.shape[axis]
         self.grouped = False
@@ -143,7 +145,7 @@ class Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._replace and func in REPLACED:
+        if self.replace and func in REPLACED:
             with self:
                 out = REPLACED[func](*args, **kwargs)
             if out is not NotImplemented:
@@ -158,7 +160,7 @@ class Recording(TorchFunctionMode):
                 if result.requires_grad:
                     self.tensors.append(ref(result))
                 elif any(map(self._is_data, tensors)):
-                    self._data[id(result)] = result
+                    self.data[id(result)] = result
             return out
         if func in EXPANDED:
             with self:
@@ -175,7 +177,7 @@ class Recording(TorchFunctionMode):
 
     def _is_data(self, tensor: Tensor) -> bool:
         """Whether a tensor is computed from the samples."""
-        return (tensor.requires_grad or id(tensor) in self._data) and id(tensor) not in self.sources
+        return (tensor.requires_grad or id(tensor) in self.data) and id(tensor) not in self.sources
 
     def _may_be_data(self, tensor: Tensor) -> bool:
         """Whether a constant has a first axis of the samples' number."""

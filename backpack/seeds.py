@@ -28,6 +28,7 @@ from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, witho
 from backpack.looped import counts_backward_passes, edges_from, must_loop
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
+from backpack.recomputed import drop, is_dropped
 from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
@@ -82,6 +83,11 @@ class Origin:
     root: ref[Module]
     arguments: tuple[Any, Any] | None
     input_axis: int
+
+    def alive(self) -> list[Call]:
+        """The calls that are still there."""
+        return [call for found in self.calls if (call := found()) is not None]
+
     grouped: bool
 
 
@@ -139,6 +145,11 @@ class LossCall:
                 raise RuntimeError(
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
+                )
+            if extension.backprop == "hessian" and any(call.recomputed for _, o in found for call in o.alive()):
+                raise RuntimeError(
+                    f"{type(extension).__name__} reads several times what the functions of the graph keep, and of a "
+                    f"region with activation checkpointing it can be read once. Run the forward pass without it."
                 )
         if origin.n == 0:
             raise RuntimeError(
@@ -249,6 +260,8 @@ class SeedPass:
     count: int = 0
     weights: Tensor | None = None
     finished: set[int] = field(default_factory=set)
+    waiting: list[tuple[Call, Source]] = field(default_factory=list)
+    late: list[Call] = field(default_factory=list)
     twice = False
     """Whether the model is differentiated twice, so that fused functions are to be replaced in forward passes."""
 
@@ -288,7 +301,7 @@ class SeedPass:
             self._clear()
 
     def _clear(self) -> None:
-        for store in (self.delivery, self.results, self.finished):
+        for store in (self.delivery, self.results, self.finished, self.waiting, self.late):
             store.clear()
 
     def _count_uses(self) -> Counter[int]:
@@ -418,7 +431,24 @@ class SeedPass:
                 and source.tensor.grad_fn is None
                 and call.outputs == 1
             ):
-                self._compute(source)
+                if call.recomputed:
+                    self.waiting.append((call, source))
+                else:
+                    self._compute(source)
+        if call.recomputed:
+            self.late.append(call)
+        if self.waiting:
+            self._compute_recomputed()
+
+    def _compute_recomputed(self) -> None:
+        """Parameters whose inputs have come back since; then these may go again."""
+        ready = [(call, source) for call, source in self.waiting if not is_dropped(call)]
+        self.waiting = [pair for pair in self.waiting if pair not in ready]
+        for _, source in ready:
+            self._compute(source)
+        for call, _ in ready:
+            if not any(id(source.tensor) in self.delivery.arrivals for source, _ in call.uses):
+                drop(call)
 
     def _finish(self) -> None:
         """Parameters with several uses, and those behind computed tensors."""
@@ -432,7 +462,11 @@ class SeedPass:
             for source in list(self.delivery.sources.values()):
                 self._compute(source)
             self.delivery.clear()
+            for call in self.late:
+                drop(call)
         finally:
+            self.waiting.clear()
+            self.late.clear()
             HERE.inner, HERE.muted = self, False
 
     def _compute(self, source: Source) -> None:

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_real_models import LANGUAGE, MODELS, problem
+from test_real_models import LANGUAGE, MODELS, SINGLE, problem
 from torch import nn
 
 from backpack import extensions, verify
@@ -33,7 +33,8 @@ def outcome(name, exts):
         lossfunc, targets, forward = nn.MSELoss(), torch.zeros(2, 3, 50), None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*which costs|.*is linear in its input")
-        return verify(given.model, lossfunc, inputs, targets, *exts, forward=forward)
+        tolerance = 1e-4 if name in SINGLE else 1e-6
+        return verify(given.model, lossfunc, inputs, targets, *exts, forward=forward, tolerance=tolerance)
 
 
 def chosen(names, subsampling=None):
@@ -108,7 +109,9 @@ def test_quantities_of_all_models_are_right(name, subsampling):
 def test_factors_of_all_models_are_right(name, largest, monkeypatch):
     """Of small tables too: what is small counts as large."""
     monkeypatch.setattr(kronecker, "LARGEST", largest)
-    is_right(outcome(name, factors(None if largest > 32 else [1])))
+    found = outcome(name, factors(None if largest > 32 else [1]))
+    verdicts = {row.verdict for row in found.rows}
+    assert found.passed and verdicts <= {"right", "not compared: there are more than 512 positions"}, found
 
 
 @pytest.mark.slow

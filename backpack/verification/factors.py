@@ -25,7 +25,7 @@ def _factors(result: list[Tensor], truth: Truth) -> Pairs:
         chosen = truth.plain.chosen(len(factor))
         found = factor[chosen] if factor.dim() == 1 else factor[chosen][:, chosen]
         vectors = torch.eye(len(factor), dtype=factor.dtype)[chosen]
-        true = truth.blocks().sum(0) if len(result) == 1 else moments(truth, side, vectors)
+        true = truth.blocks().sum(0) if len(result) == 1 else moments(truth, side, vectors, result)
         yield found, true.diagonal() if factor.dim() == 1 else true
 
 
@@ -51,14 +51,15 @@ def _eigen(result: Any, truth: Truth) -> Pairs:
     for side, (basis, own) in enumerate(zip(result.bases, vectors, strict=True)):
         if basis.dim() == 2:
             yield basis.T @ basis, torch.eye(len(basis), dtype=basis.dtype)
-        true = blocks if len(vectors) == 1 else moments(truth, side, own)
+        true = blocks if len(vectors) == 1 else moments(truth, side, own, result.bases)
         yield torch.diag(true.diagonal()), true
 
 
-def moments(truth: Truth, side: int, vectors: Tensor) -> Tensor:
+def moments(truth: Truth, side: int, vectors: Tensor, result: list[Tensor]) -> Tensor:
     """The first or second of two factors, along ``vectors``: ``[k, k]``."""
     found = _maps(truth)
-    if not found:
+    # What all samples look up is a table as others are, or a tensor that others are computed from.
+    if not found or (all(a.is_shared_table for a in found) and all(factor.dim() > 1 for factor in result)):
         return _own_moments(truth, side, vectors)
     forms: dict[Any, list[Map]] = {}
     for a in found:

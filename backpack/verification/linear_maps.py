@@ -72,6 +72,11 @@ class Map:
         self.form = (self.inputs_first, self.groups, self.swapped, *self.rows.tolist())
         self.layout = self._layout()
 
+    @property
+    def is_shared_table(self) -> bool:
+        """Whether it looks up the same rows for all samples."""
+        return kind(self.node) == "Embedding" and self.layout is None
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape in the form of which there are factors."""
         return (tensor.transpose(0, 1) if self.swapped else tensor).flatten(1)

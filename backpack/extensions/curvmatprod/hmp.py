@@ -1,0 +1,5 @@
+"""An import path of the original."""
+
+from backpack.extensions.matrix_products import HMP
+
+__all__ = ["HMP"]

@@ -1,0 +1,135 @@
+"""Activation checkpointing: what was recorded in a region that is computed again is dropped, and comes back with it.
+
+``torch.utils.checkpoint`` (not reentrant) frees what a region keeps, and runs it again when the backward pass needs the
+first of it. The inputs of calls that were recorded in the region are freed as well; the second run records the same
+calls, in the same order, and theirs take their place until they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from backpack.compat import checkpointed_region
+from backpack.engine import HERE, Block, muted
+from backpack.recorder import Call, Recording, Source
+from backpack.samples import Rows
+from backpack.uses import Individual, PullbackUse, Use
+
+
+class Dropped(Use):
+    """A use whose inputs are freed until its region is computed again."""
+
+    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
+        raise RuntimeError(
+            "A parameter's individual gradients need an input that activation checkpointing has freed, and its region "
+            "was not computed again. Use the parameter outside of the checkpointed region."
+        )
+
+
+DROPPED = Dropped()
+
+
+@dataclass(eq=False)
+class Region:
+    """The calls of one checkpointed region, and what is needed to record them again."""
+
+    home: list[Block]
+    n: int | None
+    replace: bool
+    sources: dict[int, Source]
+    data: WeakValueDictionary[int, Tensor]
+    calls: list[ref[Call]] = field(default_factory=list)
+
+    def run(self, recompute: Callable[..., None], *args: Any) -> None:
+        """Compute the region again; within a block, with a recording."""
+        with muted():
+            if not (HERE.blocks or self.home):
+                recompute(*args)
+                return
+            with Again(self, args) as recording:
+                recompute(*args)
+        if len(recording.found) != len(self.calls):
+            raise RuntimeError(
+                f"A checkpointed region used parameters {len(self.calls)} times, and {len(recording.found)} times when "
+                f"it was computed again: it must do the same in both."
+            )
+        for reference, again in zip(self.calls, recording.found, strict=True):
+            call = reference()
+            if call is not None and call.uses:
+                pairs = zip(call.uses, again.uses, strict=True)
+                call.uses, call.versions = [(source, use) for (source, _), (_, use) in pairs], again.versions
+
+
+class Again(Recording):
+    """The recording of a region that is computed again: its tensors are not held by their graph."""
+
+    def __init__(self, region: Region, args: tuple[Any, ...]) -> None:
+        super().__init__([], args, 0, self._note, {}, region.replace)
+        self.sources, self.n = dict(region.sources), region.n
+        self.data.update(region.data)
+        self.found: dict[Call, None] = {}
+        self._attached = any(block.grad_mode for block in (HERE.blocks or region.home)[-1:])
+
+    def _note(self, call: Call, *_: Any) -> None:
+        if droppable(call) and checkpointed_region() is None:  # in a region in the region, it is that one's
+            self.found[call] = None
+
+    def _record(self, func: Any, args: Any, kwargs: Any, *rest: Any) -> None:
+        if not self._attached:
+            args, kwargs = tree_map(self._detached, (args, kwargs))
+        super()._record(func, args, kwargs, *rest)
+
+    def _detached(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or id(value) in self.sources or not value.requires_grad:
+            return value
+        found = value.detach()
+        self.data[id(found)] = found
+        return found
+
+
+REGIONS: WeakKeyDictionary[Any, Region] = WeakKeyDictionary()
+
+
+def droppable(call: Call) -> bool:
+    """Whether a call's inputs come back: of parameters themselves, and where autograd keeps the inputs as well."""
+    return (
+        all(source.tensor.grad_fn is None for source in call.sources)
+        and not any(isinstance(use, PullbackUse) for _, use in call.uses)
+        and any(use is DROPPED or use.recorded() for _, use in call.uses)
+    )
+
+
+def is_dropped(call: Call) -> bool:
+    """Whether inputs of a call are still to come."""
+    return any(use is DROPPED for _, use in call.uses)
+
+
+def drop(call: Call) -> None:
+    """Free a call's inputs."""
+    call.uses = [(source, DROPPED if use.recorded() else use) for source, use in call.uses]
+    call.versions = []
+
+
+def free_if_recomputed(call: Call, recording: Recording) -> None:
+    """Free the inputs of a call that is made in a checkpointed region."""
+    frame = checkpointed_region()
+    if frame is None or not droppable(call):
+        return
+    if frame not in REGIONS:
+        sources = {key: source for key, source in recording.sources.items() if source.tensor.grad_fn is None}
+        region = Region(HERE.blocks, recording.n, recording.replace, sources, recording.data)
+        REGIONS[frame] = region
+        frame.recompute_fn, frame.early_stop = partial(region.run, frame.recompute_fn), False
+    region = REGIONS[frame]
+    if not call.recomputed:
+        call.recomputed = True
+        region.calls.append(ref(call))
+        drop(call)
