@@ -109,18 +109,26 @@ def test_quantities_of_all_models_are_right(name, subsampling):
 def test_factors_of_all_models_are_right(name, largest, monkeypatch):
     """Of small tables too: what is small counts as large."""
     monkeypatch.setattr(kronecker, "LARGEST", largest)
-    found = outcome(name, factors(None if largest > 32 else [1]))
+    given = factors(None if largest > 32 else [1])
+    # Cotangents at each position alone take minutes, of hundreds of groups of channels.
+    found = outcome(name, [ext for ext in given if name != "mobilenet" or ext.approx != "expand"])
     verdicts = {row.verdict for row in found.rows}
     assert found.passed and verdicts <= {"right", "not compared: there are more than 512 positions"}, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_hessians_of_all_models_are_right(name):
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("swin", "mobilenet")])
+def test_hessians_of_models_are_right(name):
+    """But of two, which take more than ten minutes."""
     is_right(outcome(name, chosen(HESSIAN)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_products_of_all_models_are_right(name):
-    is_right(outcome(name, chosen(PRODUCTS[:2])))
+def test_products_of_all_models_are_right_or_refused(name):
+    """Refused where the model computes in less than its parameters' data type, and its graph is not kept."""
+    found = outcome(name, chosen(PRODUCTS[:2]))
+    if name in SINGLE:
+        assert all("call backward(retain_graph=True)" in row.verdict for row in found.rows)
+    else:
+        is_right(found)
