@@ -54,14 +54,15 @@ class Region:
             if not (HERE.blocks or self.home):
                 recompute(*args)
                 return
-            with Again(self, args) as recording:
+            found: dict[Call, None] = {}
+            with Again(self, args, partial(_note, found)):
                 recompute(*args)
-        if len(recording.found) != len(self.calls):
+        if len(found) != len(self.calls):
             raise RuntimeError(
-                f"A checkpointed region used parameters {len(self.calls)} times, and {len(recording.found)} times when "
+                f"A checkpointed region used parameters {len(self.calls)} times, and {len(found)} times when "
                 f"it was computed again: it must do the same in both."
             )
-        for reference, again in zip(self.calls, recording.found, strict=True):
+        for reference, again in zip(self.calls, found, strict=True):
             call = reference()
             if call is not None and call.uses:
                 pairs = zip(call.uses, again.uses, strict=True)
@@ -71,16 +72,11 @@ class Region:
 class Again(Recording):
     """The recording of a region that is computed again: its tensors are not held by their graph."""
 
-    def __init__(self, region: Region, args: tuple[Any, ...]) -> None:
-        super().__init__([], args, 0, self._note, {}, region.replace)
+    def __init__(self, region: Region, args: tuple[Any, ...], note: Callable[..., None]) -> None:
+        super().__init__([], args, 0, note, {}, region.replace)
         self.sources, self.n = dict(region.sources), region.n
         self.data.update(region.data)
-        self.found: dict[Call, None] = {}
         self._attached = any(block.grad_mode for block in (HERE.blocks or region.home)[-1:])
-
-    def _note(self, call: Call, *_: Any) -> None:
-        if droppable(call) and checkpointed_region() is None:  # in a region in the region, it is that one's
-            self.found[call] = None
 
     def _record(self, func: Any, args: Any, kwargs: Any, *rest: Any) -> None:
         if not self._attached:
@@ -93,6 +89,12 @@ class Again(Recording):
         found = value.detach()
         self.data[id(found)] = found
         return found
+
+
+def _note(found: dict[Call, None], call: Call, *_: Any) -> None:
+    """A call of the region itself; one in a region within belongs to that."""
+    if droppable(call) and checkpointed_region() is None:
+        found[call] = None
 
 
 REGIONS: WeakKeyDictionary[Any, Region] = WeakKeyDictionary()

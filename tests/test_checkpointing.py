@@ -1,5 +1,6 @@
 """Activation checkpointing: right, and without keeping what it drops."""
 
+import gc
 import weakref
 
 import pytest
@@ -21,6 +22,7 @@ from backpack.extensions import (
     SqrtGGNExact,
     Variance,
 )
+from backpack.uses import DenseUse
 
 X = torch.arange(40, dtype=torch.float64).reshape(4, 2, 5).sin()
 Y = torch.tensor([0, 2, 1, 0])
@@ -133,6 +135,26 @@ def test_nothing_of_a_region_is_kept():
         assert not any(seen() is not None for block in again.blocks for seen in block.seen)
         loss.backward()
     assert not any(seen() is not None for block in again.blocks for seen in block.seen)
+
+
+def test_inputs_that_came_back_go_as_the_pass_goes_on():
+    """Without the garbage collector."""
+    model, left = models()[1], []
+    torch.manual_seed(1)
+    loss = extend(nn.CrossEntropyLoss())(model(X), Y)
+    gc.collect()
+
+    def hook(module):
+        if module is model.blocks[0].norm:
+            left.append([use for use in gc.get_objects() if type(use) is DenseUse])
+
+    gc.disable()
+    try:
+        with backpack(BatchGrad(), extension_hook=hook):
+            loss.backward()
+    finally:
+        gc.enable()
+    assert left == [[]]
 
 
 def test_the_exact_diagonal_of_the_hessian_is_refused():
