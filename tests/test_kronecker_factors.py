@@ -440,23 +440,50 @@ def test_positions_that_samples_share_have_the_factors_of_those_that_each_looks_
         assert close(first, second, rtol=1e-9)
 
 
-def steps_of_lstm(layer, X):
-    """Inputs, states and gates of each time step, and the last output."""
-    h = c = X.new_zeros(len(X), layer.hidden_size)
-    inputs, states, gates = [], [], []
-    for x in X.unbind(1):
-        inputs.append(x)
-        states.append(h)
-        gates.append(x @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T + layer.bias_hh_l0)
-        i, f, g, o = gates[-1].chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-    return inputs, states, gates, h
+def next_state(kind, x, h, state):
+    """The new state of a cell, from the gates of its input and of its state."""
+    if kind == "LSTM":
+        i, f, g, o = (x + h).chunk(4, 1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if kind == "GRU":
+        (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), h.chunk(3, 1)
+        z = (xz + hz).sigmoid()
+        return ((1 - z) * (xn + (xr + hr).sigmoid() * hn).tanh() + z * state[0],)
+    return ((x + h).tanh() if kind == "tanh" else (x + h).relu(),)
+
+
+def replayed(kind, layer, X):
+    """For each weight its inputs ``[n s i]`` and, step by step, its products; and the last outputs."""
+    found, outputs = {}, list(X.unbind(1))
+    for number in range(layer.num_layers):
+        both = []
+        for suffix in (f"l{number}", f"l{number}_reverse")[: 1 + layer.bidirectional]:
+            w_ih, w_hh, b_ih, b_hh = (
+                getattr(layer, f"{n}_{suffix}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            state = (X.new_zeros(len(X), layer.hidden_size),) * 2
+            inputs, states, gates, products, own = [], [], [], [], []
+            for x in reversed(outputs) if suffix.endswith("reverse") else outputs:
+                inputs.append(x)
+                states.append(state[0])
+                gates.append(x @ w_ih.T + b_ih)
+                products.append(state[0] @ w_hh.T + b_hh)
+                state = next_state(kind, gates[-1], products[-1], state)
+                own.append(state[0])
+            found[w_ih, b_ih] = torch.stack(inputs, 1).detach(), gates
+            found[w_hh, b_hh] = torch.stack(states, 1).detach(), products
+            both.append(own[::-1] if suffix.endswith("reverse") else own)
+        outputs = [torch.cat(steps, 1) for steps in zip(*both, strict=True)]
+    return found, outputs[-1]
 
 
 def columns_at(out, hessian_root, tensors):
     """Root columns pulled back by autograd: ``[columns, n, s, o]``."""
-    pulled = [torch.autograd.grad(out, tensors, column, retain_graph=True) for column in hessian_root]
+    pulled = [
+        torch.autograd.grad(out, tensors, column, retain_graph=True, materialize_grads=True, allow_unused=True)
+        for column in hessian_root
+    ]
     return torch.stack([torch.stack(grads, 1) for grads in pulled])
 
 
@@ -468,27 +495,41 @@ def expected(g, x, approx):
     return B, torch.einsum("nsi,nsj->ij", x, x) / n / (s if approx == "expand" else 1)
 
 
+RECURRENT = {
+    "LSTM": lambda **options: nn.LSTM(3, 2, batch_first=True, **options),
+    "GRU": lambda **options: nn.GRU(3, 2, batch_first=True, **options),
+    "tanh": lambda **options: nn.RNN(3, 2, batch_first=True, **options),
+    "relu": lambda **options: nn.RNN(3, 2, batch_first=True, nonlinearity="relu", **options),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
 @pytest.mark.parametrize("approx", [None, "expand", "reduce"])
-def test_time_steps_of_a_recurrent_layer_are_positions(approx):
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_time_steps_of_a_recurrent_layer_are_positions(kind, approx, options):
     class Last(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.LSTM(3, 2, batch_first=True)
+            self.layer = RECURRENT[kind](**options)
 
         def forward(self, x):
             return self.layer(x)[0][:, -1]
 
-    model, X, y = Last().double(), values(3, 4, 3), values(3, 2)
-    inputs, states, gates, out = steps_of_lstm(model.layer, X)
-    g = columns_at(out, (2 / 6) ** 0.5 * torch.eye(6, dtype=torch.float64).reshape(6, 3, 2), gates)
+    torch.manual_seed(0)
+    model, X = Last().double(), values(3, 4, 3)
+    size = 4 if options else 2
+    maps, out = replayed(kind, model.layer, X)
+    assert close(out, model(X))
+    y, root = values(3, size), (2 / out.numel()) ** 0.5 * torch.eye(out.numel(), dtype=out.dtype)
+    cotangents = {pair: columns_at(out, root.reshape(-1, 3, size), steps) for pair, (_, steps) in maps.items()}
     extend(model)
     with backpack(KFLR(approx=approx)):
         extend(nn.MSELoss())(model(X), y).backward()
-    for weight, x in ((model.layer.weight_ih_l0, inputs), (model.layer.weight_hh_l0, states)):
-        for found, truth in zip(weight.kflr, expected(g, torch.stack(x, 1).detach(), approx), strict=True):
+    for (weight, bias), (inputs, _) in maps.items():
+        g = cotangents[weight, bias]
+        for found, truth in zip(weight.kflr, expected(g, inputs, approx), strict=True):
             assert close(found, truth, rtol=1e-9)
-    bias = torch.einsum("vnso,vntp->op", g, g)
-    assert close(model.layer.bias_ih_l0.kflr[0], bias, rtol=1e-9)
+        assert close(bias.kflr[0], torch.einsum("vnso,vntp->op", g, g), rtol=1e-9)
 
 
 @pytest.mark.parametrize("approx", [None, "expand", "reduce"])
