@@ -23,7 +23,9 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
+from kronecker_truth import Truth, check
 from torch import nn
+from truth import close
 
 from backpack import backpack, extend, extensions, verify
 
@@ -236,7 +238,45 @@ def case(number: int) -> list[str]:
         raise AssertionError(f"{found}\n{model}\n{lossfunc}, inputs {list(inputs.shape)}, {subsets}")
     if not refused:
         together(model, lossfunc, inputs, targets, exts)
+    if r.random() < 0.5:
+        refused += factors(r, model, lossfunc, inputs, targets, n)
     return refused
+
+
+def factors(r, model, lossfunc, inputs, targets, n):
+    """Kronecker factors and their eigendecompositions against plain autograd by samples; what was refused."""
+    plain = copy.deepcopy(model).eval()  # the same dropout for a single sample and for all cannot be drawn
+    if sum(p.numel() for p in plain.parameters()) > 600:
+        return []
+    rows, approx = subset(r, n), r.choice([None, "expand", "reduce"])
+    unit = lossfunc.reduction == "sum" and getattr(lossfunc, "weight", None) is None
+    fisher = r.choice(["exact", "exact", "empirical"]) if unit else "exact"
+    if rows is None or isinstance(rows, slice):
+        chosen = list(range(n))[rows or slice(None)]
+    else:
+        chosen = [i % n for i in rows] if rows[0] is not True else list(range(n))
+    extended = extend(copy.deepcopy(plain))
+    choices = {"subsampling": rows, "approx": approx}
+    exts = [extensions.KFAC(fisher=fisher, **choices), extensions.EKFAC(fisher=fisher, **choices)]
+    if fisher == "exact":
+        exts.append(extensions.KFLR(**choices))
+    try:
+        with backpack(*exts):
+            extend(lossfunc)(extended(inputs), targets).backward()
+    except (RuntimeError, ValueError) as error:
+        if CLEAR.search(str(error)):
+            return [str(error)]
+        raise
+    truth = Truth(plain, inputs, lossfunc, targets, chosen, approx, fisher)
+    for name, p in extended.named_parameters():
+        if p.requires_grad:
+            try:
+                check(name, p, truth, p.kfac, p.ekfac, close)
+                if fisher == "exact":
+                    check(name, p, truth, p.kflr, None, close)
+            except AssertionError as error:
+                raise AssertionError(f"{error} {approx} {fisher} {rows} of {extended}, {lossfunc}") from error
+    return []
 
 
 def together(model, lossfunc, inputs, targets, exts):
