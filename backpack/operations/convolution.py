@@ -58,34 +58,34 @@ def _moments(
     stride: Size,
     padding: Sequence[int],
     dilation: Size,
-    groups: int,
     scale: float,
 ) -> Tensor:
-    """``scale`` times sums over samples and positions of outer products of the columns of ``_patches``, ``[g, i, i]``.
+    """``scale`` times the sum over samples and positions of outer products of the columns of ``_patches``, ``[i, i]``.
 
     For stride 1 along the last axis: patches are formed along the others only, and what pairs of entries of the kernel
     that are equally far apart have in common is multiplied once.
     """
+    dims, strides, gaps = len(kernel), _each(stride, len(kernel)), _each(dilation, len(kernel))
+    if strides[-1] > 1 or kernel[-1] == 1:
+        x = F.pad(x, list(padding)) if any(padding) else x
+        patches = contiguous(unfold(x, kernel, out, stride, dilation).movedim(0, dims + 1))  # [c, *kernel, b, *out]
+        return second_moment(patches.reshape(x.shape[1] * prod(kernel), -1).T, scale)
     order = 1, x.dim() - 1, 0, *range(2, x.dim() - 1)
     *pads, before, _ = *padding[2:], *padding[:2]
     x = F.pad(x.permute(order), pads) if any(pads) else x.permute(order)  # [c, last axis, b, *other axes]
     width, size = x.shape[1], kernel[-1]
-    others = _each(stride, len(kernel))[:-1], _each(dilation, len(kernel))[:-1]
-    rows = unfold(x.flatten(1, 2), kernel[:-1], out[:-1], *others)
-    rows = contiguous(rows.movedim(1, len(kernel))).reshape(groups, -1, width, len(x[0, 0]) * prod(out[:-1]))
-    inputs = rows.shape[1]
-    result = rows.new_zeros(groups, inputs, size, inputs, size)
-    for distance, apart, start, stop, pairs in _shared(size, out[-1], _each(dilation, len(kernel))[-1], before, width):
-        left, right = rows[:, :, start:stop].flatten(2), rows[:, :, start + apart : stop + apart].flatten(2)
-        if distance:
-            moment = scaled_product(left, right.transpose(1, 2), scale)
-        else:
-            moment = second_moment(left.transpose(1, 2), scale)
+    rows = unfold(x.flatten(1, 2), kernel[:-1], out[:-1], strides[:-1], gaps[:-1])
+    rows = contiguous(rows.movedim(1, dims)).reshape(-1, width, len(x[0, 0]) * prod(out[:-1]))
+    inputs = len(rows)
+    result = rows.new_zeros(inputs, size, inputs, size)
+    for distance, apart, start, stop, pairs in _shared(size, out[-1], gaps[-1], before, width):
+        left, right = rows[:, start:stop].flatten(1), rows[:, start + apart : stop + apart].flatten(1)
+        moment = scaled_product(left, right.T, scale) if distance else second_moment(left.T, scale)
         for place in pairs:
-            result[:, :, place, :, place + distance] += moment
+            result[:, place, :, place + distance] += moment
             if distance:
-                result[:, :, place + distance, :, place] += moment.transpose(1, 2)
-    return result.reshape(groups, inputs * size, inputs * size)
+                result[:, place + distance, :, place] += moment.T
+    return result.reshape(inputs * size, inputs * size)
 
 
 def _shared(size: int, out: int, gap: int, before: int, width: int) -> Iterator[tuple[int, int, int, int, list[int]]]:
@@ -131,7 +131,6 @@ def convolution(
     if out.dim() != weight.dim():  # a single sample without a batch axis
         return None
     pads = _padding(padding, kernel, dilation)
-    unit = _each(stride, len(kernel))[-1] == 1
 
     def columns(x: Tensor) -> Tensor:
         batch = x.flatten(0, x.dim() - len(kernel) - 2)
@@ -139,15 +138,15 @@ def convolution(
         return _positions(patches, len(x)).transpose(2, 3)
 
     def moments(x: Tensor, scale: float) -> Tensor:
-        batch = x.flatten(0, x.dim() - len(kernel) - 2)
-        return _moments(batch, kernel, spatial, stride, pads, dilation, groups, scale)
+        batch = x.reshape(-1, weight.shape[1], *x.shape[x.dim() - len(kernel) :])  # the mean over groups is wanted
+        return _moments(batch, kernel, spatial, stride, pads, dilation, scale / groups)[None]
 
     def channels(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]
         batch = grad.reshape(-1, groups, weight.shape[0] // groups, prod(spatial))
         return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    use = DenseUse((input,), columns, channels, moments=moments if kernel[-1] > 1 and unit else None)
+    use = DenseUse((input,), columns, channels, moments=moments)
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
 
 

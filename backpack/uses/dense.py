@@ -27,7 +27,8 @@ class Dense(LinearMap):
     ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
     ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
     ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the
-    ``inputs`` and a factor, gives its multiple of ``sum_ns x[n g s i] x[n g s j]`` for less than from ``x``.
+    ``inputs`` and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
+    before, for less than from ``x``.
     """
 
     inputs: tuple[Tensor, ...]

@@ -57,11 +57,11 @@ LONG = 2**9
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * sum_r rows[... r a] rows[... r b]``."""
     if rows.dim() > 2 and len(rows) > 1:
-        return scaled_product(rows.transpose(1, 2), rows, scale)
+        return torch.baddbmm(rows.new_zeros(()), rows.transpose(1, 2), rows, beta=0, alpha=scale)
     if rows.dim() > 2:
         return second_moment(rows[0], scale)[None]
     if torch.is_grad_enabled():
-        return torch.addmm(rows.new_zeros(()), rows.T, rows, beta=0, alpha=scale)
+        return scaled_product(rows.T, rows, scale)
     size = rows.shape[1]
     result = empty((size, size), rows)
     number = BLOCKS if size >= 64 * BLOCKS and len(rows) >= LONG else 1
@@ -73,8 +73,8 @@ def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``scale * left[g a r] right[g r b]``."""
-    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
+    """``scale * left[a r] right[r b]``."""
+    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
 
 
 def moment_of_outputs(grads: Individual, rows: Callable[[], Tensor]) -> Tensor:
