@@ -186,5 +186,5 @@ def _chain(module: Module) -> Iterator[Module]:
 
 
 def _root(curvature: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(curvature)
-    return (vectors * values.clamp(min=0).sqrt()).T
+    values, vectors = torch.linalg.eigh(curvature.double())  # in float32, it does not always converge
+    return (vectors * values.clamp(min=0).sqrt()).T.to(curvature.dtype)

@@ -47,10 +47,11 @@ class AveragedHessianPass(AveragedPass):
             curvature = root.T @ root + residual
             if self.negative is not None:
                 curvature = curvature - self.negative.T @ self.negative
-            values, vectors = torch.linalg.eigh(curvature)
-            root = (vectors * values.clamp(min=0).sqrt()).T
-            below = values < -torch.finfo(values.dtype).eps * values.abs().max()
-            self.negative = (vectors * values.clamp(max=0).neg().sqrt()).T[below] if bool(below.any()) else None
+            values, vectors = torch.linalg.eigh(curvature.double())
+            roots = (vectors * values.abs().sqrt()).T.to(curvature.dtype)
+            root = roots * (values > 0)[:, None]
+            below = values < -torch.finfo(curvature.dtype).eps * values.abs().max()
+            self.negative = roots[below] if bool(below.any()) else None
         return root
 
     def _value(self, extension: Curvature, grads: Individual) -> Any:
@@ -97,16 +98,16 @@ class PositiveParts(AveragedHessianPass):
     """With the positive parts of the residuals' eigenvalues."""
 
     def _modified(self, residual: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(residual)
-        return (vectors * values.clamp(min=0)) @ vectors.T
+        values, vectors = torch.linalg.eigh(residual.double())
+        return ((vectors * values.clamp(min=0)) @ vectors.T).to(residual.dtype)
 
 
 class AbsoluteValues(AveragedHessianPass):
     """With the absolute values of the residuals' eigenvalues."""
 
     def _modified(self, residual: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(residual)
-        return (vectors * values.abs()) @ vectors.T
+        values, vectors = torch.linalg.eigh(residual.double())
+        return ((vectors * values.abs()) @ vectors.T).to(residual.dtype)
 
 
 PASSES["average hessian"] = AveragedHessianPass

@@ -16,7 +16,8 @@ class KFRA(KroneckerExtension):
     others, nothing is averaged.
 
     The model must be a ``torch.nn.Sequential``, of any modules; it is run once more, module by module. A matrix with as
-    many rows as a sample has entries is formed for each module's output. Over a data set, each batch has its own
+    many rows as a sample has entries is formed for each module's output, and its eigenvalues are taken: minutes for ten
+    thousand. Over a data set, each batch has its own
     averages, and their factors are averaged.
 
     Raises (in the backward pass):
