@@ -142,6 +142,16 @@ def muted() -> Iterator[None]:
         HERE.muted = before
 
 
+@contextmanager
+def expanded() -> Iterator[None]:
+    """Modules that run inside are recorded with functions that have second derivatives in the place of fused ones."""
+    HERE.expanded, before = True, HERE.expanded
+    try:
+        yield
+    finally:
+        HERE.expanded = before
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Contractions are in the data type of the parameters, also where ``backward`` runs under ``torch.autocast``."""
     enabled = torch.is_autocast_enabled(device.type)

@@ -11,6 +11,8 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.compat import dtype_at, shape_at
+from backpack.joined import Joined
+from backpack.looped import Instead, nodes
 from backpack.recorder import is_of_first_half
 from backpack.residuals import LocalHessian, Pairs, Residual, is_bilinear, is_flat, is_fused_node, residual_of
 from backpack.samples import Layout, layouts
@@ -18,12 +20,12 @@ from backpack.samples import Layout, layouts
 
 @dataclass(eq=False)
 class Graph:
-    """Nodes that lead from ``edge``, the input of a loss, to ``targets``, the outputs of the first uses of parameters.
+    """Nodes that lead from a loss's input, where a graph starts, to ``targets``, outputs of parameters' first uses.
 
-    ``layout``: where the samples lie at ``edge``.
+    ``layout``: where the samples lie at that input.
     """
 
-    edge: GradientEdge
+    joined: Joined
     targets: list[GradientEdge]
     layout: Layout
     nodes: dict[Node, bool] = field(default_factory=dict)
@@ -31,6 +33,7 @@ class Graph:
 
     def __post_init__(self) -> None:
         self._ends = {(target.node, target.output_nr) for target in self.targets}
+        self.edge = self.joined.start
         self.outputs[self.edge.node] = {self.edge.output_nr}
         pending: list[tuple[Node, bool]] = [(self.edge.node, False)]
         while pending:
@@ -40,12 +43,13 @@ class Graph:
             elif node not in self.nodes:
                 self.nodes[node] = False
                 pending.append((node, True))
-                for edge in following(node):
+                for edge in map(self.joined.now, following(node)):
                     self.outputs.setdefault(edge.node, set()).add(edge.output_nr)
                     pending.append((edge.node, False))
 
     def leads(self, edge: GradientEdge) -> bool:
         """Whether what is seeded at an edge reaches a target."""
+        edge = self.joined.now(edge)
         if (edge.node, edge.output_nr) in self._ends:
             return True
         if edge.node not in self.nodes:  # not between the loss and the parameters
@@ -66,7 +70,7 @@ class Graph:
         arrivals = [GradientEdge(node, number) for node in curved for number in sorted(self.outputs[node])]
         if not arrivals:
             return
-        grads = torch.autograd.grad(self.edge, arrivals, grad, retain_graph=True, allow_unused=True)
+        grads = self.joined.grad([self.edge], arrivals, [grad])
         arrived: dict[Node, dict[int, Tensor]] = {}
         for edge, found in zip(arrivals, grads, strict=True):
             if found is not None:
@@ -122,10 +126,7 @@ class Graph:
         seed = torch.arange(shape.numel(), device=like.device).cos().add(1.5).to(like.dtype).reshape(shape)
         first = self.layout.owners(shape, seed.device) < n // 2
         edges = list(unclear)
-        halves = [
-            torch.autograd.grad(self.edge, edges, seed * half, retain_graph=True, allow_unused=True)
-            for half in (first, ~first)
-        ]
+        halves = [self.joined.grad([self.edge], edges, [seed * half]) for half in (first, ~first)]
         for edge, own, others in zip(edges, *halves, strict=True):
             if own is not None and others is not None and bool((own.ne(0) & others.ne(0)).any()):
                 raise RuntimeError(
@@ -155,22 +156,11 @@ def is_lowered(node: Node) -> bool:
     return any(dtype_at(edge) not in LOW for edge in following(node))
 
 
-def nodes_of(edge: GradientEdge) -> Iterator[Node]:
-    """All nodes of a graph."""
-    pending, visited = [edge.node], set()
-    while pending:
-        node = pending.pop()
-        if node not in visited:
-            visited.add(node)
-            yield node
-            pending += [edge.node for edge in following(node)]
-
-
 def is_fused(edge: GradientEdge) -> bool:
     """Whether a graph has a node without second derivatives for which there is a replacement."""
-    return any(map(is_fused_node, nodes_of(edge)))
+    return any(map(is_fused_node, nodes(edge)))
 
 
-def has_autocast(edge: GradientEdge) -> bool:
+def has_autocast(edge: GradientEdge, instead: Instead | None = None) -> bool:
     """Whether a part of a graph was recorded under autocast: derivatives of second order would mix its data types."""
-    return any(map(is_lowered, nodes_of(edge)))
+    return any(map(is_lowered, nodes(edge, instead)))

@@ -18,12 +18,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack.compat import dtype_at, shape_at
 from backpack.delivery import Contributions
-from backpack.engine import HERE
+from backpack.engine import HERE, expanded
 from backpack.graph import Graph, has_autocast, is_fused
-from backpack.looped import must_loop
+from backpack.joined import Joined, place_of
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
-from backpack.seeds import BUDGET, PASSES, Curvature, SeedPass, origins, targets
+from backpack.seeds import BUDGET, PASSES, Curvature, Origin, SeedPass, agree, origins, targets
 from backpack.shortcuts import squares
 from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse
@@ -45,6 +45,7 @@ class HessianPass(SeedPass):
     parameters: dict[int, Tensor] = field(default_factory=dict)
     totals: dict[int, tuple[Tensor, Dense, Tensor]] = field(default_factory=dict)
     gradients: dict[Call, dict[int, Tensor]] | None = None
+    again: set[Call] | None = None
     twice = True
     coupled: set[int] | None = None
 
@@ -59,8 +60,8 @@ class HessianPass(SeedPass):
         self.subset = self.extensions[0].subset
         rows = self.subset.rows(self.layout.n, self.loss.input.device)
         own = self.graph(rows)
-        ends = targets(own.edge)
-        graph = Graph(own.edge, ends, own.layout)
+        ends = targets(own.edge, self.joined.instead)
+        graph = Graph(self.joined, ends, own.layout)
         self.uses = self._count_uses()
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
         HERE.muted = True
@@ -111,6 +112,8 @@ class HessianPass(SeedPass):
 
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note cotangents: of the loss's gradient, of seeds at the data of a parameter used before, or of columns."""
+        if self.again is not None and call not in self.again:
+            return  # its output is the end of a module that ran again
         if self.gradients is not None:
             self.gradients.setdefault(call, {})[place] = grads
         elif self.coupled is None:
@@ -125,12 +128,11 @@ class HessianPass(SeedPass):
         both: its mixed second derivatives count where the data depend on the same parameter, those with respect to
         the parameter where it is not linear in it.
         """
-        calls = [call for _, origin in self.found for found in origin.calls if (call := found()) is not None]
         if not any(
             source.tensor.grad_fn is not None
             or isinstance(use, PullbackUse)
             or any(self.uses[id(p)] > 1 for p in source.parameters)
-            for call in dict.fromkeys(calls)
+            for call in dict.fromkeys(self._calls())
             for source, use in call.uses
         ):
             return
@@ -180,7 +182,8 @@ class HessianPass(SeedPass):
         split = layout.split(data)
         size = split[0].numel()
         wide = max(p.numel() for p in parameters) * max(1, len(split))
-        chunk = 1 if must_loop(edge) else max(1, min(self.extensions[0].chunk_size or size, BUDGET // wide))
+        looped = self.joined.must_loop(edge)
+        chunk = 1 if looped else max(1, min(self.extensions[0].chunk_size or size, BUDGET // wide))
         self.coupled = {id(p) for p in parameters}
         try:
             count = self.extensions[0].mc_samples if self.sampled else size
@@ -288,21 +291,11 @@ class HessianPass(SeedPass):
     def graph(self, rows: Tensor | None) -> SecondOrderGraph:
         """A graph whose nodes all have second derivatives, if possible of the selected samples alone."""
         rounded = has_autocast(self.loss.edge)
-        fused = is_fused(self.loss.edge) or any(
-            isinstance(use, ReplayUse)
-            for _, origin in self.found
-            for call in origin.calls
-            if (alive := call()) is not None
-            for _, use in alive.uses
-        )
-        if not fused and not rounded and rows is None:
-            return SecondOrderGraph(self.loss.edge, self.layout, None)
-        expanded, HERE.expanded = HERE.expanded, True
-        try:
-            edge = self._rerun(rows, rounded)
-        finally:
-            HERE.expanded = expanded
-        if (edge is None and (fused or rounded)) or (edge is not None and rounded and has_autocast(edge)):
+        edge = None if rows is None else self._rerun(rows, rounded)
+        if rows is not None and edge is not None and not (rounded and has_autocast(edge)):
+            self.subset, self.joined, self.found = Subset(), Joined(edge), list(origins(edge))
+            return SecondOrderGraph(edge, replace(self.layout, n=len(rows)), rows)
+        if (self._has_fused() or rounded) and not self._join(rounded):
             raise RuntimeError(
                 f"{type(self.extensions[0]).__name__}: the model has a fused attention or recurrent layer, or was run "
                 f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
@@ -310,13 +303,41 @@ class HessianPass(SeedPass):
                 f"forward pass inside the backpack(...) block and without autocast, or put the model into evaluation "
                 f"mode."
             )
-        if edge is None:
-            return SecondOrderGraph(self.loss.edge, self.layout, None)
-        self.found = list(origins(edge))
-        if rows is None:
-            return SecondOrderGraph(edge, self.layout, None)
-        self.subset = Subset()
-        return SecondOrderGraph(edge, replace(self.layout, n=len(rows)), rows)
+        return SecondOrderGraph(self.joined.start, self.layout, None)
+
+    def _calls(self) -> list[Call]:
+        """All that were recorded on the way to the loss."""
+        return [call for _, origin in self.found for found in origin.calls if (call := found()) is not None]
+
+    def _has_fused(self) -> bool:
+        """Whether there are functions of which PyTorch has no second derivatives, but others that compute the same."""
+        replayed = any(isinstance(use, ReplayUse) for call in self._calls() for _, use in call.uses)
+        return replayed or is_fused(self.loss.edge)
+
+    def _rerun(self, rows: Tensor | None, rounded: bool = False) -> GradientEdge | None:
+        with expanded():
+            return super()._rerun(rows, rounded)
+
+    def _join(self, rounded: bool) -> bool:
+        """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
+        modules: dict[int, list[tuple[GradientEdge, Origin]]] = {}
+        for edge, origin in self.found:
+            modules.setdefault(id(origin.calls), []).append((edge, origin))
+        parts = []
+        for outputs in sorted(modules.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
+            with expanded():
+                again = self._run_again(outputs[0][1], None)
+            part = {}
+            for edge, origin in outputs:
+                expected = self.loss.input if edge == self.loss.edge else origin.output
+                if again is None or expected is None or not agree(again[origin.place], expected, rounded):
+                    return False
+                part[place_of(edge)] = get_gradient_edge(again[origin.place])
+            parts.append(part)
+        self.joined = Joined(self.loss.edge, parts)
+        self.found = list(origins(self.joined.start, self.joined.instead))
+        self.again = set(self._calls())
+        return not (rounded and has_autocast(self.joined.start, self.joined.instead))
 
     def _columns(
         self, graph: Graph, grad: Tensor, own: SecondOrderGraph, rows: Tensor | None

@@ -22,6 +22,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged_hessian as averaged_hessian  # it registers passes
 from backpack import products as products  # as well
+from backpack.bystanders import random_state
 from backpack.compat import (
     caller,
     gathered_parameters,
@@ -55,8 +56,8 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
     home = HERE.blocks
     kept = [call]
 
-    def on_cotangent(grad: Tensor) -> None:
-        if HERE.muted or not kept:
+    def on_cotangent(grad: Tensor | None) -> None:
+        if HERE.muted or not kept or grad is None:  # none arrives behind what was replaced
             return
         if grad.shape != shape:
             grad = grad.reshape(shape)
@@ -197,12 +198,11 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
     parts = submodules(module)
     parameters = watch(module, parts, extended.seen)
     if parameters:
-        replace = HERE.expanded or any(
-            PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order
-        )
         axis, settled = extended.batch_axis, extended.settled
         modes = tuple([part.training for part in parts])
-        recording = Recording(parameters, (args, kwargs), axis, deliver, settled, replace, modes)
+        recording = Recording(parameters, (args, kwargs), axis, deliver, settled, HERE.expanded, modes)
+        if any(PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order):
+            recording.random = random_state()  # the module may have to run again
         # Noted before it is begun: an interrupt at any point in between is found by what runs next.
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()
         HERE.closing.enter_context(uncompiled())
@@ -295,6 +295,8 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             arguments=(args, kwargs) if intact else None,
             input_axis=axis,
             grouped=recording.grouped,
+            output=tensor.detach() if recording.fused or recording.random is not None else None,
+            random=recording.random,
         )
 
 

@@ -7,7 +7,7 @@ What users' own functions do in their backward pass is not known: for them seeds
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
@@ -52,11 +52,20 @@ LOOPED = frozenset(
 )
 
 
-def edges_from(edge: GradientEdge) -> Iterator[GradientEdge]:
+Instead = Mapping[GradientEdge, GradientEdge | None]
+"""Edges that others take the place of; ``None``: the graph ends there."""
+
+
+def edges_from(edge: GradientEdge, instead: Instead | None = None) -> Iterator[GradientEdge]:
     """All edges of a graph, from this one on."""
     pending, visited, followed = [edge], set(), set()
     while pending:
         edge = pending.pop()
+        if instead and edge in instead:
+            taken = instead[edge]
+            if taken is None:
+                continue
+            edge = taken
         if edge not in visited:
             visited.add(edge)
             yield edge
@@ -65,16 +74,16 @@ def edges_from(edge: GradientEdge) -> Iterator[GradientEdge]:
                 pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
 
 
-def nodes(edge: GradientEdge) -> Iterator[Node]:
+def nodes(edge: GradientEdge, instead: Instead | None = None) -> Iterator[Node]:
     """All nodes of a graph."""
-    return iter(dict.fromkeys(edge.node for edge in edges_from(edge)))
+    return iter(dict.fromkeys(edge.node for edge in edges_from(edge, instead)))
 
 
-def must_loop(edge: GradientEdge) -> bool:
+def must_loop(edge: GradientEdge, instead: Instead | None = None) -> bool:
     """Whether a graph holds such a node."""
     return any(
         isinstance(node, BackwardCFunction) or node.name().removesuffix("_copy").rstrip("0123456789") in LOOPED
-        for node in nodes(edge)
+        for node in nodes(edge, instead)
     )
 
 

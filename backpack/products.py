@@ -20,9 +20,10 @@ from torch.nn import Module
 
 from backpack.bystanders import forget_retained, undisturbed
 from backpack.compat import dtype_at, graph_is_kept, shape_at
-from backpack.engine import HERE, muted
-from backpack.graph import Graph, has_autocast, is_fused
+from backpack.engine import muted
+from backpack.graph import Graph, has_autocast
 from backpack.hessian import HessianPass
+from backpack.joined import Joined
 from backpack.losses.functional import hessian_product
 from backpack.samples import Layout
 from backpack.seeds import PASSES, bystanders, origins, targets
@@ -77,8 +78,7 @@ class ProductPass(HessianPass):
         given = self.extensions[0].subset.rows(self.layout.n, loss.input.device)
         if given is not None:
             rows, counts = given.unique(return_counts=True)
-        edge, selected = self._lasting(rows)
-        chosen = rows if selected else None
+        chosen = rows if self._take_lasting(rows) else None
         layout = self.layout if chosen is None else Layout(len(chosen), self.layout.axis)
         axis = layout.axis
         shape, dtype = list(loss.input.shape), loss.input.dtype
@@ -97,8 +97,8 @@ class ProductPass(HessianPass):
             return whole(embedded).index_select(axis, chosen) * weight
 
         grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
-        grad = grad.to(dtype_at(edge))
-        curvature = CurvatureBlocks(edge, layout, targets(edge), grad, multiply, list(bystanders(self.found)))
+        grad = grad.to(dtype_at(self.joined.start))
+        curvature = CurvatureBlocks(self.joined, layout, grad, multiply, list(bystanders(self.found)))
         module = self.found[0][1].root()
         owner, handle, products = loss.loss if module is None else module, Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
@@ -109,25 +109,20 @@ class ProductPass(HessianPass):
 
     def _parameters(self) -> list[Tensor]:
         """Those that the loss's input may depend on."""
-        calls = [call for _, origin in self.found for found in origin.calls if (call := found()) is not None]
-        return list({id(p): p for call in calls for source in call.sources for p in source.parameters}.values())
+        return list({id(p): p for call in self._calls() for source in call.sources for p in source.parameters}.values())
 
-    def _lasting(self, rows: Tensor | None) -> tuple[GradientEdge, bool]:
-        """A graph that outlives the backward pass, and whether it is of these samples alone."""
+    def _take_lasting(self, rows: Tensor | None) -> bool:
+        """Go over to a graph that outlives the backward pass; returns whether it is of these samples alone."""
         rounded = has_autocast(self.loss.edge)
-        lasts = graph_is_kept() and not is_fused(self.loss.edge) and not rounded
-        if lasts and rows is None:
-            return self.loss.edge, False
-        expanded, HERE.expanded = HERE.expanded, True
-        try:
-            edge = self._rerun(rows, rounded)
-        finally:
-            HERE.expanded = expanded
+        edge = None if rows is None else self._rerun(rows, rounded)
         if edge is not None and not (rounded and has_autocast(edge)):
-            self.found = list(origins(edge))
-            return edge, rows is not None
-        if lasts:
-            return self.loss.edge, False
+            self.joined, self.found = Joined(edge), list(origins(edge))
+            return True
+        if graph_is_kept() and not rounded and not self._has_fused():
+            return False
+        alone = len({id(origin.calls) for _, origin in self.found}) == 1 and self.loss.edge == self.found[0][0]
+        if (alone or graph_is_kept()) and self._join(rounded):
+            return False
         raise RuntimeError(
             f"{type(self.extensions[0]).__name__} needs a graph that outlives the backward pass, and running the model "
             f"again does not give the input of the loss (as with dropout in training mode, where the output is "
@@ -140,16 +135,18 @@ class ProductPass(HessianPass):
 class CurvatureBlocks:
     """Multiplies with blocks of the Hessian, of the GGN, and of the GGN with a part of the residuals.
 
-    ``grad`` is the gradient of the loss at ``edge``, where ``of_loss`` multiplies with the Hessian of the loss.
+    ``grad``: of the loss where the graph starts; ``of_loss`` multiplies with the Hessian of the loss there.
     """
 
-    edge: GradientEdge
+    joined: Joined
     layout: Layout
-    targets: list[GradientEdge]
     grad: Tensor
     of_loss: Product
     tensors: list[ref[Tensor] | Tensor]
     modified: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.edge = self.joined.start
 
     def hessian(self, parameter: Tensor) -> Product:
         """Of the loss (Pearlmutter, 1994)."""
@@ -176,7 +173,7 @@ class CurvatureBlocks:
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
-            graph = Graph(self.edge, self.targets, self.layout)
+            graph = Graph(self.joined, targets(self.edge, self.joined.instead), self.layout)
             with muted():
                 found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(self.grad)]
             self.modified[modify] = found
@@ -202,17 +199,16 @@ class CurvatureBlocks:
             zeros = [self.grad.new_zeros(shape_at(edge)) for edge in edges[1:]]
             with torch.enable_grad():
                 cotangents = [cotangent.detach().requires_grad_() for cotangent in (self.grad, *zeros)]
-                found = _grads_twice(edges, parameter, cotangents)
+                (found,) = self.joined.grad(edges, [parameter], cotangents, create_graph=True)
+            assert found is not None
             return found, cotangents
 
         return cache(pull)
 
     def _pull(self, edges: list[GradientEdge], parameter: Tensor, seeds: list[Tensor]) -> Tensor:
-        return torch.autograd.grad(edges, parameter, seeds, retain_graph=True)[0]
-
-
-def _grads_twice(edges: list[GradientEdge], parameter: Tensor, cotangents: list[Tensor]) -> Tensor:
-    return torch.autograd.grad(edges, parameter, cotangents, retain_graph=True, create_graph=True)[0]
+        (found,) = self.joined.grad(edges, [parameter], seeds)
+        assert found is not None
+        return found
 
 
 def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:

@@ -117,6 +117,8 @@ class Recording(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._deliver, self.replace = deliver, replace
+        self.fused = False
+        self.random: list[Tensor] | None = None
         self._settled = settled
         self.sources = {id(source.tensor): source for source in parameters}
         tensors = tensors_in(inputs)
@@ -145,11 +147,13 @@ class Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.replace and func in REPLACED:
-            with self:
-                out = REPLACED[func](*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+        if func in REPLACED:
+            self.fused = True
+            if self.replace:
+                with self:
+                    out = REPLACED[func](*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
         if func is _REGISTER_HOOK:
             args = (args[0], guarded(args[1]))
         tensors = _tensors(args, kwargs)
@@ -314,7 +318,7 @@ class Recording(TorchFunctionMode):
             if self._anchor is None and out.requires_grad:
                 self._anchor = (get_gradient_edge(out), call.layout, call.shape)
             return
-        key = (self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
+        key = (self.replace, self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
         known = self._settled.get(key)
         if known is None:
             self._undecided.append((key, call, get_gradient_edge(out)))

@@ -21,11 +21,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
-from backpack.bystanders import forget_retained, run_again, undisturbed
+from backpack.bystanders import drawing_again, forget_retained, run_again, undisturbed
 from backpack.compat import is_fully_sharded
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, without_autocast
-from backpack.looped import counts_backward_passes, edges_from, must_loop
+from backpack.joined import Joined
+from backpack.looped import Instead, counts_backward_passes, edges_from
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
 from backpack.recomputed import drop, is_dropped
@@ -69,8 +70,9 @@ class Origin:
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
     were recorded; ``tensors``: what was computed; ``widest``: entries of the largest output of one; ``arguments``: of
-    the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them. No node is held: what
-    one of them holds would live forever if it held that node in turn.
+    the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them; ``output``: its values,
+    where the module may have to run again, and ``random``: what was drawn from then. No node is held: what one of them
+    holds would live forever if it held that node in turn.
     """
 
     n: int
@@ -89,11 +91,13 @@ class Origin:
         return [call for found in self.calls if (call := found()) is not None]
 
     grouped: bool
+    output: Tensor | None
+    random: list[Tensor] | None
 
 
-def origins(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Origin]]:
+def origins(edge: GradientEdge, instead: Instead | None = None) -> Iterator[tuple[GradientEdge, Origin]]:
     """The outputs of extended modules that a tensor was computed from, and theirs in turn."""
-    for found in edges_from(edge):
+    for found in edges_from(edge, instead):
         metadata: Any = found.node.metadata
         origin = metadata.get((MARK, found.output_nr))
         if origin is not None:
@@ -109,9 +113,9 @@ def bystanders(found: list[tuple[GradientEdge, Origin]]) -> Iterator[ref[Tensor]
         yield from () if root is None else root.parameters()
 
 
-def targets(edge: GradientEdge) -> list[GradientEdge]:
+def targets(edge: GradientEdge, instead: Instead | None = None) -> list[GradientEdge]:
     """Where a pull-back may stop: at the first uses of parameters, and at inputs of extended modules."""
-    return list(filter(is_start, edges_from(edge)))
+    return list(filter(is_start, edges_from(edge, instead)))
 
 
 @dataclass(eq=False)
@@ -263,7 +267,10 @@ class SeedPass:
     waiting: list[tuple[Call, Source]] = field(default_factory=list)
     late: list[Call] = field(default_factory=list)
     twice = False
-    """Whether the model is differentiated twice, so that fused functions are to be replaced in forward passes."""
+    """Whether the model is differentiated twice, so that it is run again where it has fused functions."""
+
+    def __post_init__(self) -> None:
+        self.joined = Joined(self.loss.edge)
 
     def run(self) -> None:
         """Pull back all seeds and store the results."""
@@ -322,7 +329,7 @@ class SeedPass:
 
     def _chunk(self, edge: GradientEdge) -> int:
         """How many seeds are pulled back from an edge at a time."""
-        if torch.is_grad_enabled() or not self.batchable or must_loop(edge):
+        if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop(edge):
             return 1
         return self.extensions[0].chunk_size or max(3, BUDGET // max(origin.widest for _, origin in self.found))
 
@@ -372,7 +379,7 @@ class SeedPass:
         create = torch.is_grad_enabled()
 
         def pull(*seed: Tensor) -> Tensor:
-            found = torch.autograd.grad(edges, targets, seed, retain_graph=True, create_graph=create, allow_unused=True)
+            found = self.joined.grad(edges, targets, seed, create_graph=create)
             return seed[0].new_zeros(()) if found[-1] is None else found[-1]
 
         self.count = len(seeds[0])
@@ -390,17 +397,19 @@ class SeedPass:
         ``rounded``: it was computed in 16 bits before, and is not now.
         """
         edge, origin = self.found[0]
-        root = origin.root()
-        if (
-            root is None
-            or origin.arguments is None
-            or edge != self.loss.edge
-            or self.layout.factor > 1
-            or len(self.found) > 1
-        ):
+        if edge != self.loss.edge or self.layout.factor > 1 or len(self.found) > 1:
             return None
-        if any(b is not None for module in root.modules() if module.training for b in module._buffers.values()):
-            return None  # running statistics would be updated once more
+        outputs = self._run_again(origin, rows)
+        expected = self.loss.input if rows is None else self.loss.input.index_select(self.layout.axis, rows)
+        if outputs is None or not agree(outputs[origin.place], expected, rounded):
+            return None
+        return get_gradient_edge(outputs[origin.place])
+
+    def _run_again(self, origin: Origin, rows: Tensor | None) -> list[Any] | None:
+        """All outputs of a module, of the selected samples alone, if it can run again."""
+        root = origin.root()
+        if root is None or origin.arguments is None:
+            return None
         if any(map(is_fully_sharded, root.modules())):
             return None  # processes would not gather parameters in step
         if rows is not None and (origin.grouped or any(map(is_observed, root.modules()))):
@@ -415,12 +424,8 @@ class SeedPass:
             return value
 
         args, kwargs = tree_map(select, origin.arguments)
-        with torch.enable_grad(), torch.random.fork_rng(enabled=root.training), run_again(root):
-            output = tree_leaves(root(*args, **kwargs))[origin.place]
-        expected = self.loss.input if rows is None else self.loss.input.index_select(self.layout.axis, rows)
-        if not agree(output, expected, rounded):
-            return None
-        return get_gradient_edge(output)
+        with torch.enable_grad(), drawing_again(origin.random), run_again(root):
+            return tree_leaves(root(*args, **kwargs))
 
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note cotangents of one of a call's outputs; finish parameters that have no other use."""

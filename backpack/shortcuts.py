@@ -43,7 +43,7 @@ def squares(graph: Graph, residual: Residual) -> list[tuple[GradientEdge, Tensor
             total = total * slope.square()
         else:
             return None
-        edge = live[0]
+        edge = graph.joined.now(live[0])
         found.append((edge, total))
     return found
 

@@ -54,6 +54,11 @@ def all_cnn_c() -> nn.Module:
     return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
 
 
+def sigmoid_cnn() -> nn.Module:
+    layers = [nn.Conv2d(3, 4, 5), nn.Sigmoid(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
+
+
 def conv1d() -> nn.Module:
     layers = [nn.Conv1d(8, 32, 5), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(32, 64, 5), nn.ReLU(), nn.MaxPool1d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 29, 10))
@@ -82,13 +87,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int, in
     "Grouped": (grouped, 32, (3, 32, 32), 10, None),
     "GPT-2 block": (gpt2_block, 8, (128, 256), 10, None),
     "MLP, sigmoid": (partial(mlp, last=nn.Sigmoid), 128, (784,), 10, None),
+    "CNN, sigmoid": (sigmoid_cnn, 16, (3, 16, 16), 10, None),
     **{f"3C3D, N={n}": (three_c_three_d, n, (3, 32, 32), 10, None) for n in (8, 128)},
     **{f"MLP, C={c}": (partial(mlp, c), 128, (784,), c, None) for c in (100, 1000)},
     **{f"GPT-2 block, T={t}": (gpt2_block, 8, (t, 256), 10, None) for t in (32, 512)},
 }
 """Name to model, batch size, shape of one sample, number of classes, number of words (``None``: real inputs)."""
 
-MAIN = ["MLP", "MLP, sigmoid", "3C3D", "All-CNN-C", "Conv1d", "Embedding", "Grouped", "GPT-2 block"]
+MAIN = ["MLP", "MLP, sigmoid", "CNN, sigmoid", "3C3D", "All-CNN-C", "Conv1d", "Embedding", "Grouped", "GPT-2 block"]
 """The networks on which every quantity is measured; the others are of the series."""
 
 TOO_LARGE = {("All-CNN-C", "SqrtGGNExact"), ("All-CNN-C", "BatchDiagGGNExact"), ("All-CNN-C", "BatchDiagHessian")}
@@ -146,12 +152,18 @@ QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "GGNGram": [("GGNGram", {})],
     "DiagHessian": [("DiagHessian", {})],
     "BatchDiagHessian": [("BatchDiagHessian", {})],
+    "HMP": [("HMP", {})],
+    "GGNMP": [("GGNMP", {})],
+    "PCHMP": [("PCHMP", {})],
     "KFAC": [("KFAC", {})],
     "KFLR": [("KFLR", {})],
     "KFRA": [("KFRA", {})],
     "EKFAC": [("EKFAC", {})],
 }
 """Name to extensions and their arguments; what an implementation lacks is left out."""
+
+PRODUCTS = {"HMP": "hmp", "GGNMP": "ggnmp", "PCHMP": "pchmp"}
+"""Extensions that leave functions, by the attribute: each is called once, with a vector for its parameter."""
 
 
 def extensions_of(quantity: str, n: int) -> Sequence[tuple[str, dict[str, Any]]]:

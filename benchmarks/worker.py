@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from subjects import PLAIN, extensions_of, make
+from subjects import PLAIN, PRODUCTS, extensions_of, make
 from torch import Tensor, nn
 
 Step = Callable[[], Any]
@@ -48,18 +48,25 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
         raise NotOffered(", ".join(missing))
     lossfunc = extend(nn.CrossEntropyLoss())
     extend(model)
+    products = [PRODUCTS[name] for name, _ in wanted if name in PRODUCTS]
+    vectors = [torch.ones_like(p) for p in model.parameters()]
 
     def step() -> None:
         model.zero_grad()
         loss = lossfunc(model(X), y)
         with backpack(*[getattr(extensions, name)(**arguments) for name, arguments in wanted]):
-            loss.backward()
+            loss.backward(retain_graph=bool(products))
+        for name in products:
+            for parameter, vector in zip(model.parameters(), vectors, strict=True):
+                getattr(parameter, name)(vector)
 
     return step
 
 
 def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
-    """Individual gradients as ``torch.func`` users write them; their sum, the gradient, is not taken."""
+    """As ``torch.func`` users write it; the gradient itself is not taken."""
+    if quantity == "HMP":
+        return _products_of_functorch(model, X, y)
     if quantity != "BatchGrad":
         raise NotOffered(quantity)
     lossfunc = nn.CrossEntropyLoss()
@@ -77,6 +84,21 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
         found.update(individual(parameters, X, y))
 
     return step
+
+
+def _products_of_functorch(model: nn.Module, X: Tensor, y: Tensor) -> Step:
+    """Each parameter's block of the Hessian, times a vector."""
+    lossfunc = nn.CrossEntropyLoss()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def product(name: str) -> Tensor:
+        def loss(own: Tensor) -> Tensor:
+            return lossfunc(torch.func.functional_call(model, {**parameters, name: own}, (X,)), y)
+
+        vector = torch.ones_like(parameters[name])
+        return torch.func.jvp(torch.func.grad(loss), (parameters[name],), (vector,))[1]
+
+    return lambda: [product(name) for name in parameters]
 
 
 def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:

@@ -280,12 +280,7 @@ def factors(r, model, lossfunc, inputs, targets, n):
 
 
 def together(model, lossfunc, inputs, targets, exts):
-    """All extensions in one block leave the gradients bit for bit as they are without.
-
-    But for the Hessian's diagonal: in its blocks attention and recurrent layers run unfused, as their fused kernels
-    have no second derivative, and round otherwise.
-    """
-    exts = [ext for ext in exts if "Hessian" not in type(ext).__name__]
+    """All extensions in one block leave the gradients bit for bit as they are without."""
     plain, extended = copy.deepcopy(model), extend(copy.deepcopy(model))
     torch.manual_seed(0)
     lossfunc(plain(inputs), targets).backward()

@@ -356,7 +356,7 @@ class Doubled(nn.Module):
 
 def test_results_of_a_pass_that_begins_anew_count_once(monkeypatch):
     """Of the last layer, results were there before the pass failed and its columns were pulled back one by one."""
-    monkeypatch.setattr("backpack.seeds.must_loop", lambda edge: False)
+    monkeypatch.setattr("backpack.joined.must_loop", lambda *graph: False)
     model, lossfunc, X, y = problem()
     model[1] = nn.Sequential(nn.Tanh(), Doubled())
     truth = giant(model, lossfunc, X, y, 11)

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hessians import sample_diagonals
+from hessians import blocks, sample_diagonals
 from torch import nn
 from truth import close
 
 from backpack import backpack, extend
-from backpack.extensions import BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, DiagHessianMC
+from backpack.extensions import HMP, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, DiagHessianMC
 
 
 def values(*shape):
@@ -335,22 +335,79 @@ def test_create_graph_is_refused():
         lossfunc(model(values(3, 3)), values(3, 3)).backward(create_graph=True)
 
 
+class Dropping(nn.Module):
+    """Dropout before a recurrent layer, and a buffer that counts forward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.layer = nn.Dropout(0.5), nn.GRU(3, 3, batch_first=True)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return self.layer(self.drop(x))[0]
+
+
 def test_dropout_before_a_recurrent_layer_asks_for_a_forward_pass_inside_the_block():
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop, self.layer = nn.Dropout(0.5), nn.GRU(3, 3, batch_first=True)
-
-        def forward(self, x):
-            return self.layer(self.drop(x))[0][:, -1]
-
-    model, lossfunc, X, y = extend(Last().double()), extend(nn.MSELoss()), values(2, 3, 3), values(2, 3)
+    model, lossfunc, X, y = Dropping().double(), nn.MSELoss(), values(2, 3, 3), values(2, 3, 3)
+    torch.manual_seed(1)
+    dropped = model.drop(X)
+    torch.manual_seed(1)
+    plain = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()))
+    state = torch.get_rng_state()
+    truth = sample_diagonals(model.layer, dropped, lambda out, y: lossfunc(out[0], y), y)
+    extend(model), extend(lossfunc)
     loss = lossfunc(model(X), y)
     with pytest.raises(RuntimeError, match="forward pass inside the backpack"), backpack(DiagHessian()):
         loss.backward()
+    model.zero_grad()
+    torch.manual_seed(1)
     with backpack(DiagHessian()):
         lossfunc(model(X), y).backward()
-    assert all(p.diag_h.isfinite().all() for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.count == 3  # the model has run more often than that
+    for p, grad, expected in zip(model.parameters(), plain, truth, strict=True):
+        assert torch.equal(p.grad, grad)
+        assert close(p.diag_h, expected.sum(0), 1e-4, 1e-8)
+
+
+class Two(nn.Module):
+    """An attention and a recurrent layer, with an output each."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.MultiheadAttention(2, 1, batch_first=True), nn.GRU(2, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.a(x, x, x, need_weights=False)[0], self.b(x)[0]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fused_functions_may_lie_anywhere_before_the_loss(inside):
+    """In two models, with functions that are not linear between them and behind them."""
+    models = nn.ModuleList([Two(), nn.TransformerEncoderLayer(2, 1, 2, dropout=0.0, batch_first=True)]).double()
+    X, y, lossfunc = values(2, 3, 2), values(2, 2), nn.MSELoss()
+    parameters = list(models.parameters())
+
+    def forward(x):
+        a, b = models[0](x)
+        h = (a * b).tanh() + x
+        return models[1](h).square().mean(1) + h.mean(1)
+
+    samples = [blocks(models, lambda n=n: lossfunc(forward(X[n : n + 1]), y[n : n + 1]) / 2) for n in range(2)]
+    truth = [first + second for first, second in zip(*samples, strict=True)]
+    plain = torch.autograd.grad(lossfunc(forward(X), y), parameters)
+    for module in (*models, lossfunc):
+        extend(module)
+    loss = lossfunc(forward(X), y)
+    with backpack(DiagHessian(), HMP()):
+        (lossfunc(forward(X), y) if inside else loss).backward(retain_graph=True)
+    size = 1e-4 * max(float(t.abs().max()) for t in truth)
+    for p, grad, expected in zip(parameters, plain, truth, strict=True):
+        assert torch.equal(p.grad, grad)
+        assert close(p.diag_h.flatten(), expected.diagonal(), size, 1e-8)
+        vector = values(*p.shape)
+        assert close(p.hmp(vector).flatten(), expected @ vector.flatten(), size, 1e-8)
 
 
 @pytest.mark.parametrize("name", ["residual", "unrolled", "attention"])

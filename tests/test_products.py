@@ -153,8 +153,9 @@ def test_what_is_no_modification_is_refused():
 def test_a_graph_that_does_not_last_is_an_error_with_the_remedy():
     model = extend(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double())
     lossfunc, X, y = extend(nn.CrossEntropyLoss()), values(3, 3), labels(3)
+    loss = lossfunc(model(X), y)
     with pytest.raises(RuntimeError, match="retain_graph=True"), backpack(HMP()):
-        lossfunc(model(X), y).backward()
+        loss.backward()
     loss = lossfunc(model(X), y)
     grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with backpack(HMP()):

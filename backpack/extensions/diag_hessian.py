@@ -17,9 +17,9 @@ class DiagHessian(CurvatureExtension):
     The GGN diagonal and, for each function of the graph that is not piecewise linear, the diagonal of its residual
     (Dangel, Harmeling & Hennig, 2020, section 3). An elementwise function of ``d`` entries a sample costs ``d``
     backward passes from there on; piecewise linear networks cost what ``DiagGGNExact`` costs. The loss need not be
-    convex in its input. Fused attention and recurrent layers are replaced by functions that can be differentiated
-    twice: without a warning, as nothing is approximated and there is nothing to do about it. Of a model under autocast,
-    the graph is that of a second forward pass in the parameters' data type.
+    convex in its input. Of models with fused attention or recurrent layers the graph is that of a second forward pass
+    with functions that can be differentiated twice: without a warning, as nothing is approximated and there is nothing
+    to do about it. Of a model under autocast, it is that of one in the parameters' data type.
 
     Raises:
         RuntimeError: A function has no second derivative in PyTorch, or ``create_graph=True`` was asked for: roots of

@@ -26,7 +26,7 @@ class Severed:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        self._handles = [node.register_prehook(_zeros) for node in self._nodes]
+        self._handles = [node.register_prehook(_nothing) for node in self._nodes]
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -35,8 +35,8 @@ class Severed:
             handle.remove()
 
 
-def _zeros(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
+def _nothing(grads: tuple[Tensor | None, ...]) -> tuple[None, ...]:
+    return (None,) * len(grads)  # not zeros, which would be computed with from there on
 
 
 class LocalHessian:

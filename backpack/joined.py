@@ -1,0 +1,107 @@
+"""A graph of which parts were recorded anew, by running modules again with functions that have second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from backpack.looped import edges_from, must_loop
+from backpack.residuals import Severed
+
+
+def place_of(edge: GradientEdge) -> GradientEdge:
+    """The edge without what some of them hold beside the node and the number, so that equal ones are equal."""
+    return GradientEdge(edge.node, edge.output_nr)
+
+
+@dataclass
+class Joined:
+    """A graph from ``start`` on in which the outputs of modules lead to other graphs than those that they came from.
+
+    ``parts``: for each module that ran again, the last one first, the edges of its outputs as they were to what they
+    are now. Its parameters are used in its part alone.
+    """
+
+    start: GradientEdge
+    parts: Sequence[Mapping[GradientEdge, GradientEdge]] = ()
+    _nodes: dict[int, set[Node]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.start = self.now(self.start)
+
+    @cached_property
+    def instead(self) -> dict[GradientEdge, GradientEdge]:
+        """All replaced edges."""
+        return {old: new for part in self.parts for old, new in part.items()}
+
+    def now(self, edge: GradientEdge) -> GradientEdge:
+        """The edge that has taken the place of one."""
+        return self.instead.get(place_of(edge), edge)
+
+    def grad(
+        self,
+        edges: Sequence[GradientEdge],
+        inputs: Sequence[Any],
+        seeds: Sequence[Tensor],
+        **more: Any,
+    ) -> Sequence[Tensor | None]:
+        """``torch.autograd.grad`` through all parts, which keeps the graph; each node of a part runs once at most.
+
+        ``inputs``: edges, or tensors.
+        """
+        options = {"retain_graph": True, "allow_unused": True, **more}
+        if not self.parts:
+            return torch.autograd.grad(edges, inputs, seeds, **options)
+        ends = [self.now(get_gradient_edge(i) if isinstance(i, Tensor) else i) for i in inputs]
+        starts: list[list[tuple[GradientEdge, Tensor]]] = [[] for _ in range(len(self.parts) + 1)]
+        for edge, seed in zip(map(self.now, edges), seeds, strict=True):
+            starts[self._stage(edge.node)].append((edge, seed))
+        found: list[Tensor | None] = [None] * len(ends)
+        for stage, given in enumerate(starts):
+            own = [k for k, end in enumerate(ends) if end.node in self._reached(stage)]
+            left = self._next(stage)
+            if not given or not (own or left):
+                continue
+            with Severed([old for _, old in left]):
+                grads = torch.autograd.grad(
+                    [edge for edge, _ in given],
+                    [ends[k] for k in own] + [old for _, old in left],
+                    [seed for _, seed in given],
+                    **options,
+                )
+            for k, grad in zip(own, grads, strict=False):
+                before = found[k]
+                found[k] = grad if before is None or grad is None else before + grad
+            for (later, old), grad in zip(left, grads[len(own) :], strict=True):
+                if grad is not None:
+                    starts[later + 1].append((self.instead[old], grad))
+        return found
+
+    def must_loop(self, edge: GradientEdge) -> bool:
+        """Whether seeds are pulled back from an edge one by one."""
+        return must_loop(edge, self.instead)
+
+    def _next(self, stage: int) -> list[tuple[int, GradientEdge]]:
+        """Replaced outputs to which a part leads, each with the number of its own part."""
+        reached = {edge for node in self._reached(stage) for edge in node.next_functions}
+        return [(part, old) for part in range(stage, len(self.parts)) for old in self.parts[part] if old[:2] in reached]
+
+    def _stage(self, node: Node) -> int:
+        """The last part that leads to a node; of a view that was taken later, to what it is of."""
+        found = [k for k in range(len(self.parts) + 1) if node in self._reached(k)]
+        return max(found or [self._stage(before) for before, _ in node.next_functions if before is not None], default=0)
+
+    def _reached(self, stage: int) -> set[Node]:
+        """The nodes between the start, or the outputs of a part, and the next parts."""
+        if stage not in self._nodes:
+            begins = self.parts[stage - 1].values() if stage else [self.start]
+            if stage == 0 and self.start in self.instead.values():
+                begins = []
+            self._nodes[stage] = {e.node for begin in begins for e in edges_from(begin, dict.fromkeys(self.instead))}
+        return self._nodes[stage]
