@@ -277,7 +277,7 @@ class Recording(TorchFunctionMode):
         for place, (output, base) in enumerate(zip(outputs, bases, strict=True)):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())
-                if first:
+                if first and call.uses:
                     mark_start(get_gradient_edge(base))
                 self._deliver(call, place, base, output.shape)
 
@@ -354,9 +354,11 @@ class Recording(TorchFunctionMode):
                 )
             self._settled[self._mode] = ()
         grads = [None if grad is None else grad.reshape(call.shape) for call, grad in zip(calls, grads, strict=True)]
-        for (key, call, _), grad in zip(undecided, grads, strict=False):
+        for (key, call, edge), grad in zip(undecided, grads, strict=False):
             self._choose(key, call, grad)
             call.alternative = None
+            if not call.uses:  # it holds no samples
+                unmark_start(edge)
         for (call, _), grad in zip(unchecked, grads[len(undecided) :], strict=True):
             if grad is not None and not grad.isnan().any() and not is_of_first_half(grad, call.layout):
                 self._settled.pop(self._mode, None)
@@ -422,6 +424,12 @@ def mark_start(edge: GradientEdge) -> None:
     """Note at a node that a pull-back may stop there; what held the nodes could be held by one of them."""
     metadata: Any = edge.node.metadata
     metadata[(START, edge.output_nr)] = True
+
+
+def unmark_start(edge: GradientEdge) -> None:
+    """Undo ``mark_start``."""
+    metadata: Any = edge.node.metadata
+    metadata.pop((START, edge.output_nr), None)
 
 
 def is_start(edge: GradientEdge) -> bool:

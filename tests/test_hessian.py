@@ -169,7 +169,15 @@ class Nonlinear(nn.Module):
         return self.out(h @ self.root)
 
 
+def scaled():
+    """A matrix of which the scales of the rows are trained alone, and could be samples by their number."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    layer.parametrizations.weight.original1.requires_grad_(False)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), layer, nn.RMSNorm(4), nn.Linear(4, 3))
+
+
 NETWORKS = {
+    "scaled": (scaled, (2, 3)),
     "residual": (lambda: Net(residual, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 3)), (3, 3)),
     "norms": (
         lambda: nn.Sequential(
