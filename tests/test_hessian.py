@@ -268,6 +268,18 @@ def test_of_parameters_that_enter_nonlinearly_is_exact_and_says_what_it_costs():
     ]
 
 
+def test_samples_without_a_gradient_have_no_residual_at_all():
+    """Not one that cancels up to rounding: their targets are ignored, and their loss is constant."""
+    model, lossfunc = (
+        nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 3)),
+        nn.CrossEntropyLoss(ignore_index=0),
+    )
+    extend(model.double()), extend(lossfunc)
+    with backpack(DiagHessian(subsampling=[0, 2])):
+        lossfunc(model(values(3, 3)), torch.tensor([0, 2, 0])).backward()
+    assert not any(p.diag_h.any() for p in model.parameters())
+
+
 class Concave(nn.Module):
     def forward(self, out, target):
         return ((out - target).sin() * out.exp()).mean() - (out.sum(1) * target.sum(1)).cos().mean()

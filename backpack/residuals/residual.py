@@ -214,7 +214,7 @@ class Pairs(Residual):
         scale = torch.where(length > 0, length, torch.ones_like(length))  # so that both terms are of the same size
         sign = 1 - 2 * (number % 2)
         columns = [u + f * (sign[:, None] / scale).unsqueeze(2) for u, f in zip(units, found, strict=True)]
-        weights = self.factor * scale * sign[:, None] / 2
+        weights = self.factor * length * sign[:, None] / 2
         return [self.join(place, column) for place, column in enumerate(columns)], weights
 
 
