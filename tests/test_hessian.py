@@ -296,14 +296,51 @@ LOSSES = {
     "poisson": (nn.PoissonNLLLoss(), torch.rand(3, 3, dtype=torch.float64)),
     "soft_margin": (nn.SoftMarginLoss(), torch.rand(3, 3, dtype=torch.float64).sub(0.5).sign()),
     "kl_div": (nn.KLDivLoss(reduction="batchmean", log_target=True), torch.rand(3, 3, dtype=torch.float64)),
+    "probabilities": (nn.CrossEntropyLoss(), torch.rand(3, 3, dtype=torch.float64)),
+    "bce": (nn.BCELoss(), torch.rand(3, 3, dtype=torch.float64)),
+    "bce_weighed": (
+        nn.BCEWithLogitsLoss(torch.tensor([0.5, 1.0, 2.0]), pos_weight=torch.tensor(3.0)).double(),
+        torch.rand(3, 3, dtype=torch.float64),
+    ),
+    "poisson_of_rates": (nn.PoissonNLLLoss(log_input=False), torch.rand(3, 3, dtype=torch.float64)),
+    "margin": (nn.MultiLabelSoftMarginLoss(), torch.tensor([[0.0, 1.0, 1.0]] * 3, dtype=torch.float64)),
     "indefinite": (Concave(), torch.rand(3, 3, dtype=torch.float64)),
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_of_losses(name):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    last = nn.Sigmoid() if name in ("bce", "poisson_of_rates") else nn.LogSoftmax(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), last).double()
     check(model, values(3, 3), *LOSSES[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["classes", "normal"])
+def test_of_losses_that_weigh_samples(kind, reduction):
+    """By class, with an ignored one, or by a variance: with the mean's denominator of the whole batch."""
+    model, X = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), values(4, 3)
+    if kind == "classes":
+        weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        lossfunc = nn.CrossEntropyLoss(weight, reduction=reduction, ignore_index=1)
+        args, total = (torch.tensor([0, 2, 1, 2]),), 4.5
+    else:
+        lossfunc, args, total = nn.GaussianNLLLoss(reduction=reduction), (values(4, 3), values(4, 3).square() + 0.5), 12
+    scale = total if reduction == "mean" else 1
+    term = type(lossfunc)(*([weight] if kind == "classes" else []), reduction="sum")
+    if kind == "classes":
+        term.ignore_index = 1
+    found = [
+        blocks(model, lambda n=n: term(model(X[n : n + 1]), *(a[n : n + 1] for a in args)) / scale) for n in range(4)
+    ]
+    extend(model), extend(lossfunc)
+    with backpack(DiagHessian(), BatchDiagHessian()):
+        lossfunc(model(X), *args).backward()
+    for p, expected in zip(model.parameters(), map(torch.stack, zip(*found, strict=True)), strict=True):
+        each = expected.diagonal(dim1=1, dim2=2)
+        size = 1e-4 * float(expected.abs().max())
+        assert close(p.diag_h_batch.flatten(1), each, size, 1e-8)
+        assert close(p.diag_h.flatten(), each.sum(0), size, 1e-8)
 
 
 def test_an_indefinite_loss_is_refused_by_what_needs_a_root_before_anything_is_computed():
