@@ -27,7 +27,7 @@ from kronecker_truth import Truth, check
 from torch import nn
 from truth import close
 
-from backpack import backpack, extend, extensions, verify
+from backpack import backpack, extend, extensions, verification, verify
 
 CLEAR = re.compile(
     "statistics of the batch|samples cannot be told apart|may hold|no axis of the|eigenvalue|drops out"
@@ -301,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1200)
     options = parser.parse_args(arguments)
+    verification.ZERO = 1e-17  # errors of small values count as well
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Using padding='same' with even kernel")  # of PyTorch
     warnings.filterwarnings("ignore", ".*which costs")  # slow, but right
