@@ -63,18 +63,26 @@ class Contributions:
 
     def explain(self, grad: Tensor) -> bool:
         """Whether they add up to the gradient of the parameter, up to rounding. Synchronizes with the host."""
-        found = self.individual(Subset()).total()
-        eps = torch.finfo(found.dtype).eps
-        sizes = [found.abs().max()]
+        eps, sizes = torch.finfo(self.tensor.dtype).eps, []
         for arrival in self.arrivals:  # a total may be small only because its terms cancel
             grads = Cotangents({place: grad.abs() for place, grad in arrival.grads.items()})
-            bound = Arrival(arrival.call, arrival.number, grads).individual(Subset(), found.shape, found.dtype)
-            sizes.append(bound.total().abs().max())
+            bound = Arrival(arrival.call, arrival.number, grads).individual(
+                Subset(), self.tensor.shape, self.tensor.dtype
+            )
+            sizes.append(_largest(bound.total()))
+            del bound
             eps = max(eps, *(torch.finfo(grad.dtype).eps for grad in grads.values()))
+        found = self.individual(Subset()).total()
+        sizes.append(_largest(found))
         if grad.is_cuda and found.dtype == torch.float32:
             eps = max(eps, 2.0**-11)  # products may be in TF32
         # Not a number: what has overflowed is explained.
-        return not bool((grad.to_dense() - found).abs().max() > 64 * eps * torch.stack(sizes).sum())
+        return not bool(_largest(grad.to_dense() - found) > 64 * eps * torch.stack(sizes).sum())
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest absolute value."""
+    return torch.linalg.vector_norm(tensor, torch.inf)
 
 
 @dataclass(eq=False)

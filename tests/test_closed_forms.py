@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from truth import close
 
 from backpack.operations import RULES
+from backpack.operations.convolution import _gram
 from backpack.samples import Layout, Rows
 from backpack.uses import Dense, Derived, Explicit, Individual, Lookup, PullbackUse, join
 from backpack.uses.dense import Transposed
@@ -88,6 +89,13 @@ CALLS = {
     "matmul": (torch.matmul, lambda: (randn(N, T, 4), randn(4, 3)), {}, 0),
     "bilinear": (F.bilinear, lambda: (randn(N, T, 2), randn(N, T, 3), randn(4, 2, 3), randn(4)), {}, 0),
     "convolution": (F.conv2d, lambda: (randn(N, 4, 3, 4), randn(6, 4, 3, 3), randn(6)), {"padding": 1}, 0),
+    "pixels": (F.conv2d, lambda: (randn(N, 64, 4, 4), randn(8, 64, 3, 3)), {"padding": 1}, 0),
+    "pixels_apart": (
+        F.conv1d,
+        lambda: (randn(N, 64, 16), randn(16, 32, 5)),
+        {"padding": 4, "dilation": 2, "groups": 2},
+        0,
+    ),
     "groups": (F.conv1d, lambda: (randn(N, 4, 9), randn(6, 2, 3)), {"groups": 2, "stride": 2}, 0),
     "depthwise": (F.conv1d, lambda: (randn(N, 4, 9), randn(4, 1, 3)), {"groups": 4}, 0),
     "transposed": (F.conv_transpose2d, lambda: (randn(N, 4, 2, 3), randn(4, 3, 2, 2)), {"stride": 2}, 0),
@@ -148,6 +156,22 @@ def test_a_function_without_a_rule_gives_the_same_as_its_rule(name):
     pairs = zip(bound(name, 2, None, generic=True), bound(name, 2, None), strict=True)
     for (make, dense), (other, other_dense) in pairs:
         laws(make, dense, other, other_dense)
+
+
+@QUICK
+@given(data=st.data())
+def test_dot_products_of_patches_follow_from_those_of_pixels(data):
+    torch.manual_seed(0)
+    n, images, groups, channels = (data.draw(st.integers(1, 2)) for _ in range(4))
+    options = [[data.draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 1)]
+    kernel, stride, padding, dilation = options
+    x = randn(n * images, groups * channels, 7, 8)
+    out = F.conv2d(x, randn(1, groups * channels, *kernel), None, stride, padding, dilation).shape[2:]
+    columns = F.unfold(x, kernel, dilation, padding, stride).unflatten(0, (n, images)).unflatten(2, (groups, -1))
+    truth = torch.einsum("nkgis,nlgit->ngkslt", columns, columns).flatten(4).flatten(2, 3)
+    x, pads = x.unflatten(0, (n, images)), [p for p in reversed(padding) for _ in range(2)]
+    found = _gram(x if images > 1 else x[:, 0], kernel, out, stride, pads, dilation, groups)
+    assert close(found, truth, columns.square().sum(), 1e-12)
 
 
 def dense(v, n, s, g, o, i):

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.memory import contiguous
+from backpack.memory import contiguous, product
 from backpack.operations.linear import shift
 from backpack.operations.registry import Operation, rule
 from backpack.uses import DenseUse
+from backpack.uses.base import accumulate
 from backpack.uses.linear_map import scaled_product, second_moment
 
 Size = int | Sequence[int]
@@ -49,6 +50,38 @@ def _patches(
         x = F.pad(x, list(padding))
     columns = contiguous(unfold(x, kernel, out, stride, dilation))
     return columns.reshape(len(x), groups, -1, prod(out))
+
+
+def _gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    out: Sequence[int],
+    stride: Size,
+    padding: Sequence[int],
+    dilation: Size,
+    groups: int,
+) -> Tensor:
+    """Dot products of the columns of ``_patches``, ``[b, g, out, out]``; of several images a sample if there are.
+
+    Pixels of two patches are as far apart as the patches: what is summed, over the kernel's axes one by one, are dot
+    products of single pixels.
+    """
+    dims = len(kernel)
+    x = F.pad(x, list(padding)) if any(padding) else x
+    x = x.transpose(1, 2) if x.dim() > dims + 2 else x
+    images, sizes = x.shape[2:-dims], x.shape[2:]
+    pixels = x.reshape(len(x), groups, -1, prod(sizes))
+    gram = product(torch.matmul, pixels.transpose(2, 3), pixels, (*pixels.shape[:2], prod(sizes), prod(sizes)))
+    gram = gram.reshape(*pixels.shape[:2], *sizes, *sizes)
+    for axis, (size, step, gap) in enumerate(zip(kernel, _each(stride, dims), _each(dilation, dims), strict=True)):
+        terms: list[Tensor] = []
+        places: list[slice] = [slice(None)] * gram.dim()
+        for start in range(0, size * gap, gap):
+            window = slice(start, start + step * (out[axis] - 1) + 1, step)
+            places[axis - dims] = places[axis - dims - len(sizes)] = window
+            accumulate(terms, gram[tuple(places)] if terms else contiguous(gram[tuple(places)]))
+        gram = terms[0]
+    return gram.reshape(*pixels.shape[:2], prod(images) * prod(out), -1)
 
 
 def _moments(
@@ -141,12 +174,19 @@ def convolution(
         batch = x.reshape(-1, weight.shape[1], *x.shape[x.dim() - len(kernel) :])  # the mean over groups is wanted
         return _moments(batch, kernel, spatial, stride, pads, dilation, scale / groups)[None]
 
+    def gram(x: Tensor) -> Tensor:
+        return _gram(x, kernel, spatial, stride, pads, dilation, groups)
+
+    def share() -> float:  # to add a dot product of two pixels takes as long as eight multiplications
+        pixels, places = prod(map(sum, zip(input.shape[2:], pads[-2::-2], pads[-1::-2], strict=True))), prod(spatial)
+        return (pixels * weight.shape[1] + 8 * sum(kernel) * places) * pixels / (places**2 * max(1, weight[0].numel()))
+
     def channels(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]
         batch = grad.reshape(-1, groups, weight.shape[0] // groups, prod(spatial))
         return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    use = DenseUse((input,), columns, channels, moments=moments)
+    use = DenseUse((input,), columns, channels, moments=moments, gram=(gram, share))
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
 
 

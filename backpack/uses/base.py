@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from backpack.uses.linear_map import LinearMap
 I = TypeVar("I", bound="Individual")
 
-SCRATCH = 2**20
+SCRATCH = 2**19
 """Entries of scratch that a reduction over individual gradients may fill at a time."""
 
 
@@ -88,10 +88,10 @@ class Individual(ABC):
         missing = [name for name in dict.fromkeys(names) if name not in known]
         if "dense" in missing:
             known["dense"] = self._dense()
-        swept = []
-        for name in missing:
+        swept: list[str] = []
+        for name in sorted(missing, key="norms".__eq__):
             if name != "dense":
-                value = self.closed(name)
+                value = self.closed(name, bool(swept) or "dense" in known)
                 if value is None:
                     swept.append(name)
                 else:
@@ -99,8 +99,11 @@ class Individual(ABC):
         if swept:
             known.update(self._sweep(swept))
 
-    def closed(self, name: str) -> Tensor | None:
-        """This reduction by a closed form; ``None`` where individual gradients, a few at a time, are as good."""
+    def closed(self, name: str, swept: bool = False) -> Tensor | None:
+        """This reduction by a closed form; ``None`` where individual gradients, a few at a time, are as good.
+
+        ``swept``: these are known, or gone through anyway.
+        """
         return None
 
     @property
@@ -232,6 +235,29 @@ def accumulate(terms: list[Tensor], term: Tensor) -> None:
         terms[0] = terms[0] + term
     else:
         terms[0].add_(term)
+
+
+class SampleSum:
+    """A sum over samples, the first axis of many tensors, and seeds, the last but one.
+
+    Each core first adds up those samples that it has computed, as far as that can be told: to fetch the others from its
+    neighbour's cache costs several times what adding does.
+    """
+
+    def __init__(self) -> None:
+        self._terms: dict[int, list[Tensor]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Add ``tensor[n, ..., v, o]``."""
+        cores = torch.get_num_threads()
+        if len(tensor) % cores or len(tensor) == cores:
+            cores = 1
+        accumulate(self._terms.setdefault(cores, []), tensor.unflatten(0, (cores, -1)).sum((1, -2)))
+
+    def result(self) -> Tensor:
+        """The sum, ``[..., o]``."""
+        sums = [total.sum(0) for (total,) in self._terms.values()]
+        return sum(sums[1:], start=sums[0])
 
 
 def push_forward(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:

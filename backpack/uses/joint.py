@@ -39,7 +39,7 @@ class Joint(Individual):
     def _dense(self) -> Tensor:
         return sum((part.dense() for part in self.parts[1:]), start=self.parts[0].dense())
 
-    def closed(self, name: str) -> Tensor | None:
+    def closed(self, name: str, swept: bool = False) -> Tensor | None:
         if name == "total":
             return sum((part.total() for part in self.parts[1:]), start=self.parts[0].total())
         if name == "norms":

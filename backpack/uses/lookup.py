@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from backpack.memory import empty
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use
 from backpack.uses.dense import Dense
@@ -43,8 +44,8 @@ class Lookup(LinearMap):
         index = self.index.expand(v, n, -1)
         if rows > 1:
             index = index + torch.arange(rows, device=index.device).reshape(-1, n, 1) * self.shape[0]
-        table = grad.new_zeros(rows * self.shape[0], self.shape[1])
-        return table.index_add(0, index.flatten(), grad.flatten(0, 2)).reshape(rows, *self.shape)
+        table = empty((rows * self.shape[0], self.shape[1]), grad).zero_()
+        return table.index_add_(0, index.flatten(), grad.flatten(0, 2)).reshape(rows, *self.shape)
 
     def _dense(self) -> Tensor:
         v, n = self.size
@@ -63,7 +64,7 @@ class Lookup(LinearMap):
             pieces.append((same @ part.grad).square() / same.sum(2, keepdim=True))
         return torch.cat(pieces, 1)
 
-    def closed(self, name: str) -> Tensor | None:
+    def closed(self, name: str, swept: bool = False) -> Tensor | None:
         if name == "total":
             return self._scatter(self.grad, 1)[0]
         squares = self._squares()
