@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,18 +11,26 @@ from torch.func import functional_call, jacrev
 from truth import close
 
 from backpack.extensions import (
+    HBP,
+    KFAC,
     KFLR,
     BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
     BatchDotGrad,
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
     GGNGram,
     SqrtGGNExact,
+    SqrtGGNMC,
     SumGradSquared,
     Variance,
 )
+from backpack.losses.base import Diagonal
 
 
 def parameters_of(model):
@@ -47,7 +56,7 @@ def giant(model, lossfunc, X, y, divided, rows=None):
         out = model(X[k : k + 1]).detach()
         hessian = torch.autograd.functional.hessian(lambda o: sums(o, y[k : k + 1]) / divided, out)  # noqa: B023
         values, vectors = torch.linalg.eigh(hessian.reshape(out.numel(), out.numel()))
-        root = vectors * values.clamp(min=0).sqrt()
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         jacobian = jacrev(lambda p: functional_call(model, p, (X[k : k + 1],)).flatten())(  # noqa: B023
             {name: p.detach() for name, p in parameters.items()}
         )
@@ -93,6 +102,76 @@ def all_extensions(bound, rows=None):
         GGNGram(rows),
         KFLR(rows),
     ]
+
+
+SIGNS = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+
+
+@contextmanager
+def fixed_draws():
+    """Of losses whose entries do not interact: these signs in the place of random ones."""
+    before = Diagonal.sampled
+    Diagonal.sampled = lambda self: SIGNS * self.scale
+    try:
+        yield
+    finally:
+        Diagonal.sampled = before
+
+
+def other_extensions(rows=None, whole=True):
+    """Those that ``all_extensions`` leaves out, sampled ones with ``fixed_draws``; ``whole``: of unsharded models."""
+    empirical = KFAC(fisher="empirical", subsampling=rows)
+    empirical.savefield = "kfac_empirical"
+    return [
+        DiagGGNMC(3, rows),
+        BatchDiagGGNMC(3, rows),
+        SqrtGGNMC(3, rows),
+        KFAC(3, rows),
+        HBP("ggn", "sampling", "sqrt", "E[J^T E(H) J]", subsampling=rows),
+        empirical,
+        *([DiagHessian(rows), BatchDiagHessian(rows)] if whole else []),
+    ]
+
+
+def check_others(found, truth, model, divided):
+    """All extensions of ``other_extensions``, for a loss that divides by ``divided``."""
+    for name, parameter in parameters_of(model).items():
+        v = torch.einsum("c,cn...->n...", SIGNS, truth["roots"][name])
+        assert close(found["diag_ggn_mc"][name], v.square().sum(0)), name
+        assert close(found["diag_ggn_mc_batch"][name], v.square()), name
+        assert close(found["sqrt_ggn_mc"][name], v[None].expand(3, *v.shape) / 3**0.5), name
+        layer = name.split(".")[0]
+        x = truth["inputs"][layer]
+        signed = torch.einsum("c,cn...->n...", SIGNS, truth["roots"][layer + ".bias"])
+        grads = truth["individual"][layer + ".bias"] * divided**0.5  # each term enters with the weight 1 / divided
+        for field, b in {"kfac": signed, "hbp": signed, "kfac_empirical": grads}.items():
+            expected = [b.T @ b, x.T @ x / len(x)][: parameter.dim()]
+            for factor, expected_factor in zip(found[field][name], expected, strict=True):
+                assert close(factor, expected_factor), (field, name)
+
+
+def check_hessians(found, diagonals):
+    """Against those of ``hessian_diagonals``."""
+    for name, h in diagonals.items():
+        assert close(found["diag_h_batch"][name], h, h.abs().max()), name
+        assert close(found["diag_h"][name], h.sum(0), h.abs().max()), name
+
+
+def hessian_diagonals(model, lossfunc, X, y, divided, rows=None):
+    """Of each sample's term of the loss, ``[n, *p]``."""
+    sums, parameters = copy.deepcopy(lossfunc), {name: p.detach() for name, p in model.named_parameters()}
+    sums.reduction = "sum"
+
+    def diagonal(name, k):
+        def loss(p):
+            out = functional_call(model, {**parameters, name: p}, (X[k : k + 1],))
+            return sums(out, y[k : k + 1]) / divided
+
+        p = parameters[name]
+        return torch.autograd.functional.hessian(loss, p).reshape(p.numel(), -1).diagonal().reshape(p.shape)
+
+    rows = range(len(X)) if rows is None else [k % len(X) for k in rows]
+    return {name: torch.stack([diagonal(name, k) for k in rows]) for name in parameters}
 
 
 def bound_of(truth):

@@ -9,7 +9,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from dataset_truth import LOSSES, all_extensions, bound_of, check, giant, parameters_of, problem, targets
+from dataset_truth import (
+    LOSSES,
+    all_extensions,
+    bound_of,
+    check,
+    check_hessians,
+    check_others,
+    fixed_draws,
+    giant,
+    hessian_diagonals,
+    other_extensions,
+    parameters_of,
+    problem,
+    targets,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +32,17 @@ from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend
 from backpack.dataset.checkpoint import Checkpoint
-from backpack.extensions import KFRA, BatchGrad, DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared, Variance
+from backpack.extensions import (
+    EKFAC,
+    KFLR,
+    KFRA,
+    BatchGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SumGradSquared,
+    Variance,
+)
 
 RANK, COUNT = int(sys.argv[1]), int(sys.argv[2])
 ROWS = (None, [7, 2, -1, 2])
@@ -59,6 +83,52 @@ def data_sets(folder, thorough):
             where = {"stream": Path(folder) / f"{wrap.__name__}-{rows}-{kind}"} if stream else {"gather": True}
             found = accumulate(model, lossfunc, data, *all_extensions(bound, rows), **where)
             check(found, truth, bound, model.module if wrap is parallel else model)
+
+
+def other_quantities():
+    """Sampled ones, those of the Hessian where the model is not sharded, and factors of the empirical Fisher matrix."""
+    lossfunc, divided = LOSSES["mse"]
+    for wrap in WRAPPERS:
+        for rows in ROWS if COUNT == 4 else ROWS[1:]:
+            model, lossfunc, X, _ = problem(copy.deepcopy(lossfunc))
+            y = targets("mse")
+            truth = giant(model, lossfunc, X, y, divided(y), rows)
+            diagonals = hessian_diagonals(model, lossfunc, X, y, divided(y), rows)
+            data = DataLoader(TensorDataset(X, y), batch_size=4)
+            model = wrap(model)
+            extensions = other_extensions(rows, whole=wrap is not sharded)
+            with fixed_draws():
+                found = accumulate(model, lossfunc, data, *extensions, gather=True)
+            check_others(found, truth, model.module if wrap is parallel else model, divided(y))
+            if wrap is not sharded:
+                check_hessians(found, diagonals)
+
+
+def factors_of_one_process():
+    """In a block, twice through one graph: of the process's own batch, with any wrapper."""
+    for wrap in WRAPPERS:
+        model, lossfunc, X, y = problem(n=8)
+        X, lossfunc = X + RANK, extend(lossfunc)
+        truth = giant(model, lossfunc, X, y, 8)
+        model = wrap(extend(model))
+        loss = lossfunc(model(X), y)
+        for number in range(2):
+            with backpack(KFLR(), EKFAC(fisher="exact"), Variance(), retain_graph=number == 0):
+                loss.backward(retain_graph=number == 0)
+            for name, p in parameters_of(model.module if wrap is parallel else model).items():
+                layer = name.split(".")[0]
+                x, b = truth["inputs"][layer], truth["roots"][layer + ".bias"].flatten(0, 1)
+                v = truth["roots"][name].flatten(0, 1)
+                factors = [b.T @ b, x.T @ x / 8][: v.dim() - 1]
+                bases, eigenvalues = p.ekfac
+                turned = v
+                for place, (basis, factor) in enumerate(zip(bases, factors, strict=True), start=1):
+                    assert close(p.kflr[place - 1], factor)
+                    assert close(basis.T @ factor @ basis, torch.diag((basis.T @ factor @ basis).diagonal()), 1.0)
+                    turned = torch.tensordot(turned, basis, ([1], [0]))  # the next axis comes first, this one last
+                assert close(eigenvalues, turned.square().sum(0))
+                assert close(p.variance, truth["individual"][name].var(0, correction=0))
+                del p.kflr, p.ekfac, p.variance
 
 
 def own_samples_stay():
@@ -244,7 +314,8 @@ if __name__ == "__main__":
     )
     if len(sys.argv) > 5:
         one_dies()
-    for scenario in (blocks_of_one_process, own_samples_stay, order_is_shared, divided_twice_is_refused,
+    for scenario in (blocks_of_one_process, factors_of_one_process, other_quantities, own_samples_stay,
+                     order_is_shared, divided_twice_is_refused,
                      static_graph_is_refused, what_sharded_models_have_not_is_refused, training_loops):  # fmt: skip
         scenario()
     resumed(sys.argv[4])

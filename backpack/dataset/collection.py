@@ -63,7 +63,8 @@ class Collection:
                 )
             if part.batches is None:
                 raise ValueError(
-                    f"{type(extension).__name__} has no meaning for more than one batch: its results do not merge."
+                    f"{type(extension).__name__} has no meaning for more than one batch: its results do not merge. "
+                    f"(For EKFAC, docs/scale.md shows a second pass over the data.)"
                 )
             store: dict[str, Any] = self.joined if isinstance(part.batches, Joined) else self.merging
             store[extension.savefield] = part.batches

@@ -108,19 +108,20 @@ class Listed(Merging):
 
 @dataclass(frozen=True)
 class Moments(Merging):
-    """A population variance, from pairs ``(mean, variance)`` (Chan, Golub & LeVeque, 1979, eq. 2.1).
+    """A population variance, from pairs ``(sum, variance)`` (Chan, Golub & LeVeque, 1979, eq. 2.1).
 
     The state is the number of samples, their mean, and the sum of their squared deviations.
     """
 
     def state(self, result: tuple[Tensor, Tensor], factor: float, samples: int) -> list[Tensor]:
-        mean, variance = (wide(moment.detach()) for moment in result)
-        return [torch.tensor(samples, dtype=torch.float64), mean * factor, variance * (factor**2 * samples)]
+        total, variance = (wide(moment.detach()) for moment in result)
+        n = torch.tensor(samples, dtype=torch.float64)
+        return [n, total * (factor / samples), variance * (factor**2 * samples)]
 
     def add(self, state: list[Tensor], result: tuple[Tensor, Tensor], factor: float, samples: int) -> None:
         n, mean, deviation = state
         before = n.item()
-        difference = mean.sub(result[0].detach().to(mean.device), alpha=factor)
+        difference = mean.sub(result[0].detach().to(mean.device), alpha=factor / samples)
         deviation.add_(result[1].detach().to(mean.device), alpha=factor**2 * samples)
         deviation.addcmul_(difference, difference, value=before * samples / (before + samples))
         mean.sub_(difference, alpha=samples / (before + samples))
