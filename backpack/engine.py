@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -103,9 +103,18 @@ class Watched:
     """A parameter of extended modules: its hook, and the modules that own it."""
 
     handle: RemovableHandle
-    owners: WeakSet[Module]
+    references: list[ref[Module]] = field(default_factory=list)
     explained: set[bool] = field(default_factory=set)
     """Modes of training in which its gradient was compared with what was delivered."""
+
+    @property
+    def owners(self) -> list[Module]:
+        """The modules that are still there."""
+        return [owner for reference in self.references if (owner := reference()) is not None]
+
+    def add(self, owner: Module) -> None:
+        """Note an owner."""
+        self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
 
 
 WATCHED: Any = WeakTensorKeyDictionary()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -116,8 +116,8 @@ def watch(module: Module, parts: list[Module], seen: dict[tuple[int, int], Sourc
                     watched = WATCHED.get(parameter)
                     if watched is None:
                         on_total = _parameter_hook(TensorWeakRef(parameter), source.name, HERE.blocks)
-                        watched = WATCHED[parameter] = Watched(parameter.register_hook(on_total), WeakSet())
-                    watched.owners.add(owner)
+                        watched = WATCHED[parameter] = Watched(parameter.register_hook(on_total))
+                    watched.add(owner)
                 found[key] = source
     if found.keys() != seen.keys():
         seen.clear()

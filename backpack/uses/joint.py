@@ -61,6 +61,8 @@ class Joint(Individual):
 
 def join(parts: Sequence[Individual]) -> Individual:
     """One object for all uses: those of one form are merged, others added when they are read."""
+    if len(parts) == 1:
+        return parts[0]
     groups: dict[object, list[Individual]] = {}
     for part in parts:
         groups.setdefault(_form(part), []).append(part)
