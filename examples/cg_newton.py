@@ -104,12 +104,12 @@ assert by_newton[-1] < min(by_descent[:STEPS])
 # Step by step Newton is far ahead. A product costs about two gradients; by work, to the right, well-tuned descent
 # is ahead on a problem of this size.
 
-figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(5, 5.6), sharey=True, layout="constrained")
 axes[0].plot(by_newton, "o-", label="Newton, 15 iterations of CG")
 axes[0].plot(by_descent[:STEPS], label="gradient descent")
 axes[0].set(xlabel="step", ylabel="loss", yscale="log")
 axes[1].plot([2 * PRODUCTS * step for step in range(STEPS)], by_newton, "o-", label="Newton")
 axes[1].plot(by_descent, label="gradient descent")
-axes[1].set(xlabel="work [gradients]")
+axes[1].set(xlabel="work [gradients]", ylabel="loss")
 axes[0].legend()
 plt.show()

@@ -91,7 +91,7 @@ assert loss < 0.75
 points = torch.linspace(-3, 4, 60, dtype=torch.float64)
 with torch.no_grad():
     prediction = model(torch.cartesian_prod(points, points)).reshape(60, 60).T
-figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
 filled = axis.contourf(points.numpy(), points.numpy(), prediction.numpy(), 12, cmap="RdBu_r")
 axis.plot(*X.T.numpy(), ".", color="black", markersize=2, label="patients")
 axis.plot(*model[0].centres.detach().T.numpy(), "x", color="gold", label="centres")

@@ -49,7 +49,7 @@ def losses(make_optimizer) -> list[float]:
     return history
 
 
-figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 makers = {f"SGD, rate {rate}": lambda parameters, rate=rate: SGD(parameters, rate) for rate in (1, 2, 4)}
 makers["diagonal GGN, rate 0.1"] = lambda parameters: DiagGGNOptimizer(parameters, 0.1, 0.03)
 final = {}

@@ -62,7 +62,7 @@ accuracies = [model_trained_with(noise)[1] for noise in noises]
 for noise, accuracy in zip(noises, accuracies, strict=True):
     print(f"noise {noise:5.0f}: epsilon {epsilon(noise):6.2f}, accuracy {accuracy:.2f}")
 
-figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 axis.plot([epsilon(noise) for noise in noises], accuracies, "o-", label="DP-SGD")
 axis.axhline(without_noise, color="black", linestyle="--", label="clipped, without noise")
 axis.set(xscale="log", xlabel="epsilon (delta = 1e-5): less is more private", ylabel="test accuracy", ylim=(0, 1))

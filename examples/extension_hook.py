@@ -50,7 +50,7 @@ assert most < everything and not any(hasattr(p, "grad_batch") for p in model.par
 # The hook was called in the order of the backward pass: the last layer first. Median and mean disagree: most
 # individual gradients are small, a few large ones make the sum.
 
-figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(5, 5.8), layout="constrained")
 for axis, layer in zip(axes, (model[-1], model[-3]), strict=True):
     axis.scatter(layer.weight.grad.flatten(), medians[layer.weight].flatten(), s=4)
     axis.axline((0, 0), slope=1, color="black", linewidth=0.8)

@@ -44,7 +44,7 @@ kernel = torch.ones(20) / 20
 noise, signal = (torch.nn.functional.conv1d(v[None, None], kernel[None, None])[0, 0] for v in (noise, signal))
 scale = noise / signal.clamp(min=1e-4)
 
-figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(5, 5.4), layout="constrained")
 axes[0].plot(loss.numpy())
 axes[0].set(xlabel="step", ylabel="loss of the batch")
 axes[1].plot(range(19, len(loss)), scale.numpy(), label="gradient noise scale")

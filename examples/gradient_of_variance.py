@@ -61,7 +61,7 @@ assert abs(slope - quotient) < 1e-6 * abs(slope)
 # %%
 # Training without and with the penalty: the variance falls faster, at almost the same loss.
 
-figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(5, 5.4), layout="constrained")
 for weight in (0.0, 0.05):
     model, history = make_model(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.3)
@@ -74,6 +74,6 @@ for weight in (0.0, 0.05):
     for axis, values in zip(axes, zip(*history, strict=True), strict=True):
         axis.plot(values, label=f"penalty {weight}")
 axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
-axes[1].set(xlabel="step", ylabel="variance of individual gradients", ylim=(0, None))
+axes[1].set(xlabel="step", ylabel="variance of gradients", ylim=(0, None))
 axes[0].legend()
 plt.show()

@@ -77,16 +77,16 @@ for k in (order[0].item(), order[-1].item()):
     assert abs(change - influence[k]) < 0.5 * abs(influence[k])
 
 # %%
-# Left, the test digit. Above, the digits that helped most; below, those that misled most.
+# Beside the test digit, the digits that helped most; below, those that misled most.
 
 figure, axes = plt.subplot_mosaic(
-    [["test", "test", *(f"+{k}" for k in range(6))], ["test", "test", *(f"-{k}" for k in range(6))]],
-    figsize=(9, 2.8),
+    [["test", "test", "+0", "+1"], ["test", "test", "+2", "+3"], ["-0", "-1", "-2", "-3"]],
+    figsize=(5, 4.4),
     layout="constrained",
 )
 axes["test"].imshow(X_test[n, 0].numpy(), cmap="gray_r")
 axes["test"].set_title(f"a {y_test[n]}, read as {output[n].argmax()}")
-for k in range(6):
+for k in range(4):
     for name, sample in ((f"+{k}", order[k]), (f"-{k}", order[-1 - k])):
         axes[name].imshow(X[sample, 0].numpy(), cmap="gray_r")
         axes[name].set_title(f"{y[sample]}: {influence[sample]:+.2f}", fontsize=9)

@@ -91,7 +91,7 @@ print(f"plain:          {steps:4} steps, {seconds:5.2f} s (inf: not within {STEP
 print(f"preconditioned: {fewer:4} steps, {less:5.2f} s")
 print(f"Fewer steps with Kronecker factors? {fewer < steps}")
 
-figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 for label, errors in (("plain", plain), ("preconditioned", preconditioned)):
     axis.plot(range(5, 5 * len(errors) + 5, 5), errors, label=label)
 axis.axhline(TARGET, color="black", linestyle="--", linewidth=0.8, label="target")

@@ -73,7 +73,7 @@ axis_points = torch.linspace(-5, 5, 50, dtype=torch.float64)
 grid = torch.cartesian_prod(axis_points, axis_points)
 plain, laplace = predict(grid)
 
-figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True, layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(5, 7.2), sharey=True, layout="constrained")
 for axis, probability, title in zip(axes, (plain, laplace), ("network", "Laplace approximation"), strict=True):
     confidence = probability.max(1).values.reshape(50, 50).T
     levels = torch.linspace(1 / 3, 1, 13).tolist()

@@ -56,7 +56,7 @@ def accuracy_without(share: float, score: list[Tensor]) -> float:
 
 
 shares = torch.linspace(0, 0.98, 25).tolist()
-figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 accuracies = {}
 for name, score in scores.items():
     accuracies[name] = [accuracy_without(share, score) for share in shares]

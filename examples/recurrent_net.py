@@ -55,9 +55,9 @@ assert torch.allclose(torch.cat([g.flatten() for g in grads]).norm(), norms[7], 
 # the shortest.
 
 order = norms.argsort(descending=True)
-figure, axes = plt.subplots(2, 8, figsize=(8, 2.8), layout="constrained")
+figure, axes = plt.subplots(4, 4, figsize=(5, 5.6), layout="constrained")
 for axis, n in zip(axes.flat, torch.cat([order[:8], order[-8:]]).tolist(), strict=True):
     axis.imshow(X[n, 0].numpy(), cmap="gray_r")
-    axis.set_title(f"{y[n]}, read as {output[n].argmax()}", fontsize=8)
+    axis.set_title(f"{y[n]}, read as {output[n].argmax()}", fontsize=9)
     axis.set_axis_off()
 plt.show()

@@ -63,7 +63,7 @@ for p, expected in zip(model.parameters(), torch.autograd.grad(alone, list(model
 
 names = [name for name, p in model.named_parameters() if p.dim() > 1]
 curvature = [p.diag_ggn_exact.mean().item() for p in model.parameters() if p.dim() > 1]
-figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 axis.barh(names, curvature)
 axis.invert_yaxis()
 axis.set(xscale="log", xlabel="mean of the GGN's diagonal")

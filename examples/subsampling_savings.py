@@ -54,7 +54,7 @@ assert all(allclose(few, every[:4], atol=1e-7) for few, every in zip(results[4],
 # %%
 # Time is flat until the products for individual gradients cost as much as the rest of the pass.
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+figure, (left, right) = plt.subplots(2, 1, figsize=(5, 5.6), layout="constrained")
 left.plot(sizes, times, "o-", label="gradient and individual gradients")
 left.axhline(plain, color="black", linestyle="--", label="gradient alone")
 left.set(xscale="log", xlabel="samples selected (of 128)", ylabel="time [ms]", ylim=(0, None))

@@ -60,7 +60,7 @@ if not match:
 # %%
 # A few directions carry most of the trace.
 
-figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
 axis.bar(range(1, 21), largest[::-1])
 axis.set(xlabel="number", ylabel="eigenvalue", title=f"The 20 largest of {size}", xticks=range(1, 21, 2))
 plt.show()

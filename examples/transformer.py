@@ -72,7 +72,7 @@ for title, chosen in (("longest gradients", norms.topk(3).indices), ("shortest",
 
 names = [name.removeprefix("gpt.transformer.") for name, p in model.named_parameters() if p.dim() > 1]
 curvature = [p.diag_ggn_mc.mean().item() for p in model.parameters() if p.dim() > 1]
-figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 axis.barh(names, curvature)
 axis.invert_yaxis()
 axis.set(xscale="log", xlabel="mean of the GGN's diagonal")
