@@ -1,5 +1,7 @@
 """One implementation in a process of its own: measures what it is asked for, one line of JSON each way.
 
+A step of each gives the quantity and the gradient, as this package's does; products give no gradient in ``torch.func``.
+
 The original has the name of this package, so that they need an environment and a process each.
 """
 
@@ -64,7 +66,7 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
 
 def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
-    """As ``torch.func`` users write it; the gradient itself is not taken."""
+    """As ``torch.func`` users write it; the gradient is the sum of the individual ones."""
     if quantity == "HMP":
         return _products_of_functorch(model, X, y)
     if quantity != "BatchGrad":
@@ -82,6 +84,8 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     def step() -> None:
         found.clear()
         found.update(individual(parameters, X, y))
+        for name, parameter in model.named_parameters():
+            parameter.grad = found[name].sum(0)
 
     return step
 
@@ -118,14 +122,17 @@ def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
 
 def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
+    """Its factors; it gives no gradient, which a step of its own takes."""
     kinds = {"KFAC": "mc", "KFLR": "type-2"}
     if quantity not in kinds:
         raise NotOffered(quantity)
     from curvlinops import KFACLinearOperator
 
     arguments = {"fisher_type": kinds[quantity], "check_deterministic": False}
+    gradient = plain(model, X, y)
 
     def step() -> None:
+        gradient()
         operator = KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)], **arguments)
         operator.compute_kronecker_factors()
 
