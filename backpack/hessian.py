@@ -353,7 +353,7 @@ class HessianPass(SeedPass):
                 signs = signs[start:stop] if own.rows is None else signs[start:stop, own.rows]
             yield [graph.edge], [self._place(seeds, rows, own.rows)], signs, False
             start = stop
-        chunk = self._chunk(graph.edge)
+        chunk = self._chunk(graph.edge, 4 * BUDGET)  # there are more than of the loss: measured
         if self.sampled:
             yield from self._drawn_columns(graph, grad, chunk)
             return

@@ -327,11 +327,11 @@ class SeedPass:
         if self.columns == 0:
             yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
 
-    def _chunk(self, edge: GradientEdge) -> int:
+    def _chunk(self, edge: GradientEdge, budget: int = BUDGET) -> int:
         """How many seeds are pulled back from an edge at a time."""
         if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop(edge):
             return 1
-        return self.extensions[0].chunk_size or max(3, BUDGET // max(origin.widest for _, origin in self.found))
+        return self.extensions[0].chunk_size or max(3, budget // max(origin.widest for _, origin in self.found))
 
     def _seeds(self, start: int, stop: int) -> Tensor:
         """Some of the seeds, ``[v, n, d]``."""
