@@ -7,6 +7,7 @@ takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,16 +99,20 @@ class PositiveParts(AveragedHessianPass):
     """With the positive parts of the residuals' eigenvalues."""
 
     def _modified(self, residual: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(residual.double())
-        return ((vectors * values.clamp(min=0)) @ vectors.T).to(residual.dtype)
+        return _with_eigenvalues(residual, torch.relu)
 
 
 class AbsoluteValues(AveragedHessianPass):
     """With the absolute values of the residuals' eigenvalues."""
 
     def _modified(self, residual: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(residual.double())
-        return ((vectors * values.abs()) @ vectors.T).to(residual.dtype)
+        return _with_eigenvalues(residual, torch.abs)
+
+
+def _with_eigenvalues(residual: Tensor, modify: Callable[[Tensor], Tensor]) -> Tensor:
+    """A symmetric matrix with modified eigenvalues."""
+    values, vectors = torch.linalg.eigh(residual.double())
+    return ((vectors * modify(values)) @ vectors.T).to(residual.dtype)
 
 
 PASSES["average hessian"] = AveragedHessianPass

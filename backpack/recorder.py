@@ -20,11 +20,9 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from backpack.bystanders import guarded, undisturbed
-from backpack.compat import is_active
+from backpack.bystanders import Guarding, guarded, undisturbed
 from backpack.operations import EXPANDED, REPLACED, RULES
 from backpack.samples import Layout, Rows, layouts
 from backpack.uses import PullbackUse, Use
@@ -92,7 +90,7 @@ class Call:
         return Rows(self.layout, index)
 
 
-class Recording(TorchFunctionMode):
+class Recording(Guarding):
     """One forward pass of an extended module.
 
     Args:
@@ -138,10 +136,6 @@ class Recording(TorchFunctionMode):
         self._unchecked: list[tuple[Call, GradientEdge]] = []
         self._mode = ("samples apart", modes)
         self._count = 0
-
-    def __exit__(self, *exception: Any) -> None:
-        if is_active(self):
-            super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
