@@ -389,7 +389,7 @@ class Block:
                             value = extension.compute_jointly(found.individual(extension.subset), joint)
                         self.store(found.tensor, extension.savefield, value)
         self._hand_over()
-        if self.extensions and not self.seen:
+        if self.extensions and not self.seen and not self.stored:
             raise RuntimeError(
                 "The backward pass reached no trainable parameter of an extended module, so nothing was computed. "
                 "Call extend(model) before the forward pass; of frozen parameters, requires_grad_() those whose "

@@ -104,7 +104,7 @@ class ProductPass(HessianPass):
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
         for parameter in self._parameters():
             for extension in self.extensions:
-                setattr(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
+                self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
                 products.append(extension.product(curvature, parameter))
 
     def _parameters(self) -> list[Tensor]:

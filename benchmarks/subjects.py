@@ -133,6 +133,9 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 PLAIN = "plain"
 """No extended module at all: what the noise between two plain gradients is."""
 
+ALONE = " alone"
+"""Behind a quantity's name: the gradient is left out, the loss is differentiated by the model's output only."""
+
 QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     PLAIN: [],
     "nothing": [],
@@ -157,6 +160,8 @@ QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "PCHMP": [("PCHMP", {})],
     "KFAC": [("KFAC", {})],
     "KFLR": [("KFLR", {})],
+    "KFAC" + ALONE: [("KFAC", {})],
+    "KFLR" + ALONE: [("KFLR", {})],
     "KFRA": [("KFRA", {})],
     "EKFAC": [("EKFAC", {})],
 }

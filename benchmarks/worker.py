@@ -1,6 +1,7 @@
 """One implementation in a process of its own: measures what it is asked for, one line of JSON each way.
 
-A step of each gives the quantity and the gradient, as this package's does; products give no gradient in ``torch.func``.
+A step of each gives the quantity and the gradient, as this package's does, except for quantities named "alone";
+products give no gradient in ``torch.func``.
 
 The original has the name of this package, so that they need an environment and a process each.
 """
@@ -20,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from subjects import PLAIN, PRODUCTS, extensions_of, make
+from subjects import ALONE, PLAIN, PRODUCTS, extensions_of, make
 from torch import Tensor, nn
 
 Step = Callable[[], Any]
@@ -46,6 +47,8 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
     wanted = extensions_of(quantity, len(X))
     missing = [name for name, _ in wanted if not hasattr(extensions, name)]
+    if quantity.endswith(ALONE) and not hasattr(extensions, "EKFAC"):
+        missing = [quantity]  # the original computes what the gradients of parameters pass by
     if missing:
         raise NotOffered(", ".join(missing))
     lossfunc = extend(nn.CrossEntropyLoss())
@@ -55,9 +58,13 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
     def step() -> None:
         model.zero_grad()
-        loss = lossfunc(model(X), y)
+        output = model(X)
+        loss = lossfunc(output, y)
         with backpack(*[getattr(extensions, name)(**arguments) for name, arguments in wanted]):
-            loss.backward(retain_graph=bool(products))
+            if quantity.endswith(ALONE):
+                torch.autograd.grad(loss, output)
+            else:
+                loss.backward(retain_graph=bool(products))
         for name in products:
             for parameter, vector in zip(model.parameters(), vectors, strict=True):
                 getattr(parameter, name)(vector)
@@ -122,14 +129,15 @@ def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
 
 def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
-    """Its factors; it gives no gradient, which a step of its own takes."""
+    """Its factors; it gives no gradient, which a step of its own takes where it is wanted."""
     kinds = {"KFAC": "mc", "KFLR": "type-2"}
-    if quantity not in kinds:
+    kind = quantity.removesuffix(ALONE)
+    if kind not in kinds:
         raise NotOffered(quantity)
     from curvlinops import KFACLinearOperator
 
-    arguments = {"fisher_type": kinds[quantity], "check_deterministic": False}
-    gradient = plain(model, X, y)
+    arguments = {"fisher_type": kinds[kind], "check_deterministic": False}
+    gradient = (lambda: None) if quantity.endswith(ALONE) else plain(model, X, y)
 
     def step() -> None:
         gradient()

@@ -9,8 +9,12 @@ from truth import close
 
 from backpack import backpack, extend
 from backpack.extensions import (
+    HMP,
+    KFLR,
+    KFRA,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
+    BatchDiagHessian,
     BatchGrad,
     DiagGGNExact,
     DiagGGNMC,
@@ -258,6 +262,38 @@ def test_a_rescaled_loss_warns_and_ignores_the_factor():
     with pytest.warns(UserWarning, match="factor"), backpack(DiagGGNExact()):
         (2 * lossfunc(model(X), y)).backward()
     assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("extension", "values"),
+    [
+        (DiagGGNExact, lambda p: [p.diag_ggn_exact]),
+        (GGNGram, lambda p: [p.ggn_gram]),
+        (KFLR, lambda p: p.kflr),
+        (KFRA, lambda p: p.kfra),
+        (BatchDiagHessian, lambda p: [p.diag_h_batch]),
+        (HMP, lambda p: [p.hmp(torch.ones_like(p))]),
+    ],
+)
+def test_curvature_comes_without_the_gradient_as_well(extension, values):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 3), nn.Sigmoid(), nn.Conv1d(1, 2, 2), nn.Flatten()]
+    model = extend(nn.Sequential(layers[0], layers[1], nn.Unflatten(1, (1, 3)), *layers[2:]).double())
+    lossfunc = extend(nn.CrossEntropyLoss())
+    X, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 3, 1])
+    with backpack(extension()):
+        lossfunc(model(X), y).backward(retain_graph=True)
+    expected = [value for p in model.parameters() for value in values(p)]
+    for p in model.parameters():
+        vars(p).clear()
+        p.grad = None
+    output = model(X)
+    with backpack(extension()):
+        torch.autograd.grad(lossfunc(output, y), output, retain_graph=True)
+    found = [value for p in model.parameters() for value in values(p)]
+    assert all(p.grad is None for p in model.parameters())
+    assert len(found) == len(expected) >= 4
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
 def test_results_are_differentiable():
