@@ -7,24 +7,26 @@ once more.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch import Size, Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
 from backpack.bystanders import forget_retained, undisturbed
 from backpack.compat import dtype_at, graph_is_kept, shape_at
 from backpack.engine import muted
-from backpack.graph import Graph, has_autocast
+from backpack.graph import Graph, following, has_autocast
 from backpack.hessian import HessianPass
-from backpack.joined import Joined
+from backpack.joined import Joined, place_of
+from backpack.looped import edges_from, nodes
 from backpack.losses.functional import hessian_product
+from backpack.recorder import call_at
 from backpack.samples import Layout
 from backpack.seeds import PASSES, bystanders, origins, targets
 
@@ -132,10 +134,29 @@ class ProductPass(HessianPass):
 
 
 @dataclass(eq=False)
+class Entrance:
+    """Where a parameter enters the graph: itself, or the only output that it has a part in and that is linear in it.
+
+    ``change``: of what is there, as the parameter moves along a vector.
+    """
+
+    place: Tensor | GradientEdge
+    change: Product
+
+    @property
+    def key(self) -> Any:
+        """Equal for the same place."""
+        return id(self.place) if isinstance(self.place, Tensor) else self.place
+
+
+@dataclass(eq=False)
 class CurvatureBlocks:
     """Multiplies with blocks of the Hessian, of the GGN, and of the GGN with a part of the residuals.
 
     ``grad``: of the loss where the graph starts; ``of_loss`` multiplies with the Hessian of the loss there.
+
+    Second derivatives are taken between the loss and where a parameter enters the graph: what is linear in it need not
+    be differentiated twice, and parameters of one call share the graph of the first derivatives.
     """
 
     joined: Joined
@@ -147,28 +168,24 @@ class CurvatureBlocks:
 
     def __post_init__(self) -> None:
         self.edge = self.joined.start
+        self._entrances = dict(self._outputs())
+        self._pulled: dict[Any, tuple[dict[Any, Tensor], list[Tensor]]] = {}
 
     def hessian(self, parameter: Tensor) -> Product:
         """Of the loss (Pearlmutter, 1994)."""
-        pulled = self._pulled([self.edge], parameter)
+        entrance = self._entrance(parameter)
 
         def product(vector: Tensor) -> Tensor:
-            found, (cotangent,) = pulled()
-            residual, pushed = _grads(found, [parameter, cotangent], vector)
-            return residual + self._pull([self.edge], parameter, [self.of_loss(pushed)])
+            found, (cotangent,) = self._pull([self.edge], entrance)
+            residual, pushed = _grads(found, [entrance.place, cotangent], entrance.change(vector))
+            seeds = [self.of_loss(torch.zeros_like(cotangent) if pushed is None else pushed)]
+            return self._push(parameter, entrance, [self.edge], seeds, residual)
 
-        return _of_one_or_several(product, pulled, parameter, self.tensors)
+        return _of_one_or_several(product, lambda: self._pull([self.edge], entrance), parameter, self.tensors)
 
     def ggn(self, parameter: Tensor) -> Product:
         """The generalized Gauss-Newton matrix (Schraudolph, 2002)."""
-        pulled = self._pulled([self.edge], parameter)
-
-        def product(vector: Tensor) -> Tensor:
-            found, cotangents = pulled()
-            (pushed,) = _grads(found, cotangents, vector)
-            return self._pull([self.edge], parameter, [self.of_loss(pushed)])
-
-        return _of_one_or_several(product, pulled, parameter, self.tensors)
+        return self._semidefinite(parameter, [])
 
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
@@ -177,43 +194,96 @@ class CurvatureBlocks:
             with muted():
                 found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(self.grad)]
             self.modified[modify] = found
-        residuals = self.modified[modify]
+        return self._semidefinite(parameter, self.modified[modify])
+
+    def _semidefinite(self, parameter: Tensor, residuals: list[tuple[list[GradientEdge], Any]]) -> Product:
+        """The GGN, and ``J^T R J`` for symmetric ``R`` between the edges given with each."""
+        entrance = self._entrance(parameter)
         edges = [self.edge, *(edge for own, _ in residuals for edge in own)]
-        pulled = self._pulled(edges, parameter)
 
         def product(vector: Tensor) -> Tensor:
-            found, cotangents = pulled()
-            pushed = _grads(found, cotangents, vector)
+            found, cotangents = self._pull(edges, entrance)
+            grads = _grads(found, cotangents, entrance.change(vector))
+            pushed = [torch.zeros_like(c) if g is None else g for c, g in zip(cotangents, grads, strict=True)]
             seeds, rest = [self.of_loss(pushed[0])], pushed[1:]
             for own, multiply in residuals:
                 seeds += multiply(rest[: len(own)])
                 rest = rest[len(own) :]
-            return self._pull(edges, parameter, seeds)
+            return self._push(parameter, entrance, edges, seeds, None)
 
-        return _of_one_or_several(product, pulled, parameter, self.tensors)
+        return _of_one_or_several(product, lambda: self._pull(edges, entrance), parameter, self.tensors)
 
-    def _pulled(self, edges: list[GradientEdge], parameter: Tensor) -> Callable[[], tuple[Tensor, list[Tensor]]]:
-        """The pull-back of cotangents at the edges, and these: the first one is the loss's gradient."""
+    def _entrance(self, parameter: Tensor) -> Entrance:
+        """Where second derivatives end."""
+        return self._entrances.get(id(parameter)) or Entrance(parameter, lambda vector: vector)
 
-        def pull() -> tuple[Tensor, list[Tensor]]:
+    def _outputs(self) -> Iterator[tuple[int, Entrance]]:
+        """Of parameters: the output that all of the loss depends on them through, linear in them."""
+        if len(self.joined.parts) > 1 or any(self.edge not in part.values() for part in self.joined.parts):
+            return  # what functions have kept leads to graphs that others have taken the place of
+        incoming: dict[Node, list[GradientEdge]] = {}
+        before: dict[Node, list[Node]] = {}
+        for node in nodes(self.edge):
+            for edge in following(node):
+                incoming.setdefault(edge.node, []).append(edge)
+                before.setdefault(edge.node, []).append(node)
+        for edge in edges_from(self.edge):
+            call = call_at(edge)
+            if call is None or call.outputs > 1 or any(other != edge for other in incoming.get(edge.node, ())):
+                continue
+            for source, use in call.uses:
+                parameter, forward = source.tensor, use.forward()
+                node = get_gradient_edge(parameter).node
+                while node != edge.node and len(before.get(node, ())) == 1:
+                    (node,) = before[node]
+                if (
+                    forward is not None
+                    and node == edge.node
+                    and dtype_at(edge) == parameter.dtype
+                    and parameter.is_leaf
+                ):
+                    yield id(parameter), Entrance(edge, partial(_change, forward, call.shape, shape_at(edge)))
+
+    def _pull(self, edges: list[GradientEdge], entrance: Entrance) -> tuple[Tensor, list[Tensor]]:
+        """The pull-back of cotangents at the edges to an entrance, and these: the first one is the loss's gradient."""
+        shared = isinstance(entrance.place, GradientEdge)
+        key = (*map(place_of, edges), None if shared else entrance.key)
+        if key not in self._pulled:
+            entrances = {own.key: own for own in self._entrances.values()} if shared else {entrance.key: entrance}
             zeros = [self.grad.new_zeros(shape_at(edge)) for edge in edges[1:]]
             with torch.enable_grad():
                 cotangents = [cotangent.detach().requires_grad_() for cotangent in (self.grad, *zeros)]
-                (found,) = self.joined.grad(edges, [parameter], cotangents, create_graph=True)
-            assert found is not None
-            return found, cotangents
+                places = [own.place for own in entrances.values()]
+                found = self.joined.grad(edges, places, cotangents, create_graph=True)
+            known = {key: tensor for key, tensor in zip(entrances, found, strict=True) if tensor is not None}
+            self._pulled[key] = known, cotangents
+        known, cotangents = self._pulled[key]
+        return known[entrance.key], cotangents
 
-        return cache(pull)
-
-    def _pull(self, edges: list[GradientEdge], parameter: Tensor, seeds: list[Tensor]) -> Tensor:
+    def _push(
+        self,
+        parameter: Tensor,
+        entrance: Entrance,
+        edges: list[GradientEdge],
+        seeds: list[Tensor],
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The gradient of a parameter, from seeds at the edges and the gradient at its entrance beside them."""
+        if residual is not None and isinstance(entrance.place, GradientEdge):
+            edges, seeds, residual = [*edges, entrance.place], [*seeds, residual], None
         (found,) = self.joined.grad(edges, [parameter], seeds)
         assert found is not None
-        return found
+        return found if residual is None else found + residual
 
 
-def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(value, inputs, vector, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(i) if f is None else f for i, f in zip(inputs, found, strict=True)]
+def _change(forward: Callable[[Tensor, Size], Tensor], output: Size, shape: Size, vector: Tensor) -> Tensor:
+    """That of a call's output ``[*output]``, in the shape of what it is a view of."""
+    with torch.no_grad():
+        return forward(vector, output).reshape(shape)
+
+
+def _grads(value: Tensor, inputs: Sequence[Any], vector: Tensor) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(value, inputs, vector, retain_graph=True, allow_unused=True)
 
 
 def _of_one_or_several(

@@ -28,6 +28,7 @@ from backpack.samples import Layout, Rows, layouts
 from backpack.uses import PullbackUse, Use
 
 START = "backpack start"
+CALL = "backpack call"
 _REGISTER_HOOK = Tensor.register_hook
 
 
@@ -271,8 +272,10 @@ class Recording(Guarding):
         for place, (output, base) in enumerate(zip(outputs, bases, strict=True)):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())
+                edge = get_gradient_edge(base)
+                mark_call(edge, call)
                 if first and call.uses:
-                    mark_start(get_gradient_edge(base))
+                    mark_start(edge)
                 self._deliver(call, place, base, output.shape)
 
     def _pullbacks(
@@ -424,6 +427,19 @@ def unmark_start(edge: GradientEdge) -> None:
     """Undo ``mark_start``."""
     metadata: Any = edge.node.metadata
     metadata.pop((START, edge.output_nr), None)
+
+
+def mark_call(edge: GradientEdge, call: Call) -> None:
+    """Note at a node that it computed the output of a call."""
+    metadata: Any = edge.node.metadata
+    metadata[(CALL, edge.output_nr)] = ref(call)
+
+
+def call_at(edge: GradientEdge) -> Call | None:
+    """The call whose output an edge stands for."""
+    metadata: Any = edge.node.metadata
+    found = metadata.get((CALL, edge.output_nr))
+    return None if found is None else found()
 
 
 def is_start(edge: GradientEdge) -> bool:

@@ -186,7 +186,11 @@ def convolution(
         batch = grad.reshape(-1, groups, weight.shape[0] // groups, prod(spatial))
         return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    use = DenseUse((input,), columns, channels, moments=moments, gram=(gram, share))
+    def apply(matrix: Tensor) -> Tensor:
+        function = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+        return function(input, matrix, None, stride, padding, dilation, groups)
+
+    use = DenseUse((input,), columns, channels, moments=moments, gram=(gram, share), apply=apply)
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
 
 
@@ -247,7 +251,11 @@ def transposed_convolution(
         batch = grad.reshape(-1, groups, weight.shape[1], prod(out.shape[2:]))
         return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    use = DenseUse((input,), rows, columns, flipped=True, other=(spread, channels))
+    def apply(matrix: Tensor) -> Tensor:
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return function(input, matrix, None, stride, padding, output_padding, groups, dilation)
+
+    use = DenseUse((input,), rows, columns, flipped=True, other=(spread, channels), apply=apply)
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,21 +41,24 @@ def shift(out: Tensor, bias: Tensor | None, axis: int = -1) -> ElementwiseUse:
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Operation | None:
     if weight.dim() != 2:
         return None
-    return Operation(leading_axes(out), [(weight, DenseUse((input,), rows_of, grad_rows_of)), (bias, shift(out, bias))])
+    use = DenseUse((input,), rows_of, grad_rows_of, apply=partial(F.linear, input))
+    return Operation(leading_axes(out), [(weight, use), (bias, shift(out, bias))])
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(out: Tensor, input: Tensor, other: Tensor) -> Operation | None:
     if other.dim() != 2 or input.dim() < 2:
         return None
-    return Operation(leading_axes(out), [(other, DenseUse((input,), rows_of, grad_rows_of, flipped=True))])
+    use = DenseUse((input,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.matmul, input))
+    return Operation(leading_axes(out), [(other, use)])
 
 
 @rule(torch.addmm, Tensor.addmm)
 def addmm(out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scale: Any) -> Operation | None:
     if scale or input.dim() != 1:
         return None
-    return Operation((0,), [(mat2, DenseUse((mat1,), rows_of, grad_rows_of, flipped=True)), (input, shift(out, input))])
+    use = DenseUse((mat1,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, mat1))
+    return Operation((0,), [(mat2, use), (input, shift(out, input))])
 
 
 @rule(F.bilinear)
@@ -62,5 +66,5 @@ def bilinear(out: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: 
     def pairs(x: Tensor, y: Tensor) -> Tensor:
         return rows_of((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2))
 
-    use = DenseUse((input1, input2), pairs, grad_rows_of)
+    use = DenseUse((input1, input2), pairs, grad_rows_of, apply=partial(F.bilinear, input1, input2))
     return Operation(leading_axes(out), [(weight, use), (bias, shift(out, bias))])

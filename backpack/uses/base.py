@@ -208,6 +208,13 @@ class Use(ABC):
             shape: Of the parameter.
         """
 
+    def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
+        """Where the output is linear in the parameter: the map from a change of it to that of the output ``[*shape]``.
+
+        It takes one vector at a time, but may run inside of ``torch.vmap``. ``None``: not known.
+        """
+        return None
+
     def data(self) -> tuple[Tensor, ...]:
         """The recorded tensors that the individual gradients vary with, other than the parameter."""
         return ()

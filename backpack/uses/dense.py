@@ -333,7 +333,8 @@ class DenseUse(Use):
 
     ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
     ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
-    wanted for them; ``moments`` and ``gram`` as in ``Dense``. A shift in the same call is along the outputs ``o``.
+    wanted for them; ``moments`` and ``gram`` as in ``Dense``; ``apply`` is the map, of a matrix, as PyTorch has it. A
+    shift in the same call is along the outputs ``o``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -343,6 +344,7 @@ class DenseUse(Use):
     other: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
     moments: Callable[..., Tensor] | None = None
     gram: tuple[Callable[..., Tensor], Callable[[], float]] | None = None
+    apply: Callable[[Tensor], Tensor] | None = None
 
     def recorded(self) -> tuple[Tensor, ...]:
         return self.inputs
@@ -359,6 +361,10 @@ class DenseUse(Use):
                 return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
 
         return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, other, self.moments, self.gram)
+
+    def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
+        apply = self.apply
+        return None if apply is None else lambda matrix, shape: apply(matrix).reshape(shape)
 
     def data(self) -> tuple[Tensor, ...]:
         return self.inputs

@@ -59,6 +59,15 @@ class ElementwiseUse(Use):
     def recorded(self) -> tuple[Tensor, ...]:
         return () if self.x is None else (self.x,)
 
+    def forward(self) -> Callable[[Tensor, torch.Size], Tensor]:
+        def change(vector: Tensor, shape: torch.Size) -> Tensor:
+            vector = vector.reshape(self.padded)
+            if self.x is not None:
+                vector = vector * (self.x if self.factor is None else self.factor(self.x))
+            return (vector if self.sign > 0 else -vector).expand(shape)
+
+        return change
+
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
         if self.x is not None:
             x = rows.take(self.x).to(grad.dtype)
