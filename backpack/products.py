@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -21,14 +21,13 @@ from torch.nn import Module
 from backpack.bystanders import forget_retained, undisturbed
 from backpack.compat import dtype_at, graph_is_kept, shape_at
 from backpack.engine import muted
-from backpack.graph import Graph, following, has_autocast
+from backpack.graph import Graph, has_autocast
 from backpack.hessian import HessianPass
 from backpack.joined import Joined, place_of
-from backpack.looped import edges_from, nodes
-from backpack.losses.functional import hessian_product
-from backpack.recorder import call_at
+from backpack.looped import edges_from
+from backpack.recorder import call_at, tensors_in
 from backpack.samples import Layout
-from backpack.seeds import PASSES, bystanders, origins, targets
+from backpack.seeds import PASSES, Origin, bystanders, origins, targets
 
 Product = Callable[[Tensor], Tensor]
 
@@ -72,6 +71,8 @@ class ProductPass(HessianPass):
     """Leaves functions on the parameters, for extensions that share a subset."""
 
     extensions: list[Any]
+    again_outputs: dict[GradientEdge, Tensor] = field(default_factory=dict)
+    """Of modules that ran again."""
 
     def run(self) -> None:
         """Store the functions; nothing is multiplied yet."""
@@ -90,17 +91,20 @@ class ProductPass(HessianPass):
             if chosen is None:
                 weight = weight.new_zeros(layout.n).index_copy(0, rows, weight)
             weight = weight[layout.owners(shape, weight.device)]
-        whole = hessian_product(loss.loss, loss.input, loss.args, loss.kwargs, self.outer)
 
-        def multiply(vector: Tensor) -> Tensor:
-            if chosen is None:
-                return whole(vector.to(dtype)) * weight
-            embedded = vector.new_zeros(shape, dtype=dtype).index_copy(axis, chosen, vector.to(dtype))
-            return whole(embedded).index_select(axis, chosen) * weight
+        def gradient(point: Tensor) -> Tensor:
+            with torch.enable_grad():
+                whole = point.to(dtype).view_as(point)  # behind the hooks of the model's output
+                if chosen is not None:
+                    whole = loss.input.detach().index_copy(axis, chosen, whole)
+                value = loss.loss.forward(whole, *loss.args, **loss.kwargs)
+                (found,) = torch.autograd.grad(value, whole, self.outer if value.dim() else None, create_graph=True)
+                found = found if chosen is None else found.index_select(axis, chosen)
+                return (found * weight).to(point.dtype)
 
-        grad = self._place(loss.grad(self.layout, self.outer)[None], None, chosen)[0].detach() * weight
-        grad = grad.to(dtype_at(self.joined.start))
-        curvature = CurvatureBlocks(self.joined, layout, grad, multiply, list(bystanders(self.found)))
+        start = self.again_outputs.get(place_of(self.joined.start), loss.input)
+        tensors = [start, *bystanders(self.found)]
+        curvature = CurvatureBlocks(self.joined, layout, start, gradient, tensors)
         module = self.found[0][1].root()
         owner, handle, products = loss.loss if module is None else module, Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
@@ -112,6 +116,13 @@ class ProductPass(HessianPass):
     def _parameters(self) -> list[Tensor]:
         """Those that the loss's input may depend on."""
         return list({id(p): p for call in self._calls() for source in call.sources for p in source.parameters}.values())
+
+    def _run_again(self, origin: Origin, rows: Tensor | None) -> list[Any] | None:
+        outputs = super()._run_again(origin, rows)
+        for output in tensors_in(outputs):
+            if output.requires_grad:
+                self.again_outputs[place_of(get_gradient_edge(output))] = output
+        return outputs
 
     def _take_lasting(self, rows: Tensor | None) -> bool:
         """Go over to a graph that outlives the backward pass; returns whether it is of these samples alone."""
@@ -153,83 +164,123 @@ class Entrance:
 class CurvatureBlocks:
     """Multiplies with blocks of the Hessian, of the GGN, and of the GGN with a part of the residuals.
 
-    ``grad``: of the loss where the graph starts; ``of_loss`` multiplies with the Hessian of the loss there.
+    ``gradient``: of the loss, at ``start``, where the graph starts, or at any other values.
 
-    Second derivatives are taken between the loss and where a parameter enters the graph: what is linear in it need not
-    be differentiated twice, and parameters of one call share the graph of the first derivatives.
+    Of a gradient that is a linear function of those at an output, these are differentiated instead: what is linear in
+    the parameters need not be differentiated twice, and all parameters share one graph of first derivatives.
     """
 
     joined: Joined
     layout: Layout
-    grad: Tensor
-    of_loss: Product
+    start: Tensor
+    gradient: Product
     tensors: list[ref[Tensor] | Tensor]
     modified: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.edge = self.joined.start
-        self._entrances = dict(self._outputs())
-        self._pulled: dict[Any, tuple[dict[Any, Tensor], list[Tensor]]] = {}
+        self._pulled: dict[Any, dict[Any, Tensor]] = {}
+
+    @cached_property
+    def _of_hessian(self) -> Tensor:
+        """The gradient of the loss as a function of the parameters."""
+        return self.gradient(self.start)
+
+    @cached_property
+    def _of_ggn(self) -> tuple[Tensor, Tensor]:
+        """A point, and the gradient of the loss as a function of it."""
+        point = self.start.detach().requires_grad_()
+        return point, self.gradient(point)
 
     def hessian(self, parameter: Tensor) -> Product:
         """Of the loss (Pearlmutter, 1994)."""
-        entrance = self._entrance(parameter)
+        cotangent = self._of_hessian
+
+        def pull() -> tuple[Entrance, Tensor]:
+            return self._pull(parameter, [self.edge], [cotangent])
 
         def product(vector: Tensor) -> Tensor:
-            found, (cotangent,) = self._pull([self.edge], entrance)
-            residual, pushed = _grads(found, [entrance.place, cotangent], entrance.change(vector))
-            seeds = [self.of_loss(torch.zeros_like(cotangent) if pushed is None else pushed)]
-            return self._push(parameter, entrance, [self.edge], seeds, residual)
+            entrance, found = pull()
+            (result,) = _grads(found, [parameter], entrance.change(vector))
+            return torch.zeros_like(parameter) if result is None else result
 
-        return _of_one_or_several(product, lambda: self._pull([self.edge], entrance), parameter, self.tensors)
+        return _of_one_or_several(product, pull, parameter, self.tensors)
 
     def ggn(self, parameter: Tensor) -> Product:
         """The generalized Gauss-Newton matrix (Schraudolph, 2002)."""
-        return self._semidefinite(parameter, [])
+        return self._semidefinite(parameter, [], [])
 
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
             graph = Graph(self.joined, targets(self.edge, self.joined.instead), self.layout)
             with muted():
-                found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(self.grad)]
-            self.modified[modify] = found
-        return self._semidefinite(parameter, self.modified[modify])
+                found = [(r.edges, r.modified(modify)) for r in graph.residuals(self._of_ggn[1].detach())]
+            edges = [edge for own, _ in found for edge in own]
+            zeros = [self.start.new_zeros(shape_at(edge), requires_grad=True) for edge in edges]
+            self.modified[modify] = found, zeros
+        return self._semidefinite(parameter, *self.modified[modify])
 
-    def _semidefinite(self, parameter: Tensor, residuals: list[tuple[list[GradientEdge], Any]]) -> Product:
-        """The GGN, and ``J^T R J`` for symmetric ``R`` between the edges given with each."""
-        entrance = self._entrance(parameter)
+    def _semidefinite(
+        self, parameter: Tensor, residuals: list[tuple[list[GradientEdge], Any]], zeros: list[Tensor]
+    ) -> Product:
+        """The GGN and ``J^T R J`` for matrices ``R`` between the edges given with each; ``zeros``: at all these."""
         edges = [self.edge, *(edge for own, _ in residuals for edge in own)]
+        point, cotangent = self._of_ggn
+
+        def pull() -> tuple[Entrance, Tensor]:
+            return self._pull(parameter, edges, [cotangent, *zeros])
 
         def product(vector: Tensor) -> Tensor:
-            found, cotangents = self._pull(edges, entrance)
-            grads = _grads(found, cotangents, entrance.change(vector))
-            pushed = [torch.zeros_like(c) if g is None else g for c, g in zip(cotangents, grads, strict=True)]
-            seeds, rest = [self.of_loss(pushed[0])], pushed[1:]
+            entrance, found = pull()
+            inputs = [point, *zeros]
+            grads = _grads(found, inputs, entrance.change(vector))
+            pushed = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True)]
+            seeds, rest = pushed[:1], pushed[1:]
             for own, multiply in residuals:
                 seeds += multiply(rest[: len(own)])
                 rest = rest[len(own) :]
-            return self._push(parameter, entrance, edges, seeds, None)
+            (result,) = self.joined.grad(edges, [parameter], seeds)
+            assert result is not None
+            return result
 
-        return _of_one_or_several(product, lambda: self._pull(edges, entrance), parameter, self.tensors)
+        return _of_one_or_several(product, pull, parameter, self.tensors)
 
-    def _entrance(self, parameter: Tensor) -> Entrance:
-        """Where second derivatives end."""
-        return self._entrances.get(id(parameter)) or Entrance(parameter, lambda vector: vector)
+    def _pull(self, parameter: Tensor, edges: list[GradientEdge], cotangents: list[Tensor]) -> tuple[Entrance, Tensor]:
+        """Where a parameter enters, and the pull-back to there of cotangents at the edges, as a function of them."""
+        entrance = self._entrances.get(id(parameter))
+        entrances = list(self._entrances.values())
+        if entrance is None:
+            entrance = Entrance(parameter, lambda vector: vector)
+            entrances = [entrance]
+        key = (*map(id, cotangents), None if isinstance(entrance.place, GradientEdge) else id(parameter))
+        if key not in self._pulled:
+            places = {own.key: own.place for own in entrances}
+            with torch.enable_grad():
+                found = self.joined.grad(edges, list(places.values()), cotangents, create_graph=True)
+            self._pulled[key] = {k: tensor for k, tensor in zip(places, found, strict=True) if tensor is not None}
+        return entrance, self._pulled[key][entrance.key]
+
+    @cached_property
+    def _entrances(self) -> dict[int, Entrance]:
+        return dict(self._outputs())
 
     def _outputs(self) -> Iterator[tuple[int, Entrance]]:
         """Of parameters: the output that all of the loss depends on them through, linear in them."""
         if len(self.joined.parts) > 1 or any(self.edge not in part.values() for part in self.joined.parts):
             return  # what functions have kept leads to graphs that others have taken the place of
-        incoming: dict[Node, list[GradientEdge]] = {}
+        edges = list(map(place_of, edges_from(self.edge)))
+        numbers: dict[Node, set[int]] = {}
+        for edge in edges:
+            numbers.setdefault(edge.node, set()).add(edge.output_nr)
         before: dict[Node, list[Node]] = {}
-        for node in nodes(self.edge):
-            for edge in following(node):
-                incoming.setdefault(edge.node, []).append(edge)
-                before.setdefault(edge.node, []).append(node)
-        for edge in edges_from(self.edge):
+        for node in numbers:
+            for after, _ in node.next_functions:
+                if after is not None:
+                    before.setdefault(after, []).append(node)
+        for edge in edges:
             call = call_at(edge)
-            if call is None or call.outputs > 1 or any(other != edge for other in incoming.get(edge.node, ())):
+            if call is None or call.outputs > 1 or len(numbers[edge.node]) > 1:
                 continue
             for source, use in call.uses:
                 parameter, forward = source.tensor, use.forward()
@@ -244,37 +295,6 @@ class CurvatureBlocks:
                 ):
                     yield id(parameter), Entrance(edge, partial(_change, forward, call.shape, shape_at(edge)))
 
-    def _pull(self, edges: list[GradientEdge], entrance: Entrance) -> tuple[Tensor, list[Tensor]]:
-        """The pull-back of cotangents at the edges to an entrance, and these: the first one is the loss's gradient."""
-        shared = isinstance(entrance.place, GradientEdge)
-        key = (*map(place_of, edges), None if shared else entrance.key)
-        if key not in self._pulled:
-            entrances = {own.key: own for own in self._entrances.values()} if shared else {entrance.key: entrance}
-            zeros = [self.grad.new_zeros(shape_at(edge)) for edge in edges[1:]]
-            with torch.enable_grad():
-                cotangents = [cotangent.detach().requires_grad_() for cotangent in (self.grad, *zeros)]
-                places = [own.place for own in entrances.values()]
-                found = self.joined.grad(edges, places, cotangents, create_graph=True)
-            known = {key: tensor for key, tensor in zip(entrances, found, strict=True) if tensor is not None}
-            self._pulled[key] = known, cotangents
-        known, cotangents = self._pulled[key]
-        return known[entrance.key], cotangents
-
-    def _push(
-        self,
-        parameter: Tensor,
-        entrance: Entrance,
-        edges: list[GradientEdge],
-        seeds: list[Tensor],
-        residual: Tensor | None,
-    ) -> Tensor:
-        """The gradient of a parameter, from seeds at the edges and the gradient at its entrance beside them."""
-        if residual is not None and isinstance(entrance.place, GradientEdge):
-            edges, seeds, residual = [*edges, entrance.place], [*seeds, residual], None
-        (found,) = self.joined.grad(edges, [parameter], seeds)
-        assert found is not None
-        return found if residual is None else found + residual
-
 
 def _change(forward: Callable[[Tensor, Size], Tensor], output: Size, shape: Size, vector: Tensor) -> Tensor:
     """That of a call's output ``[*output]``, in the shape of what it is a view of."""
@@ -282,7 +302,9 @@ def _change(forward: Callable[[Tensor, Size], Tensor], output: Size, shape: Size
         return forward(vector, output).reshape(shape)
 
 
-def _grads(value: Tensor, inputs: Sequence[Any], vector: Tensor) -> Sequence[Tensor | None]:
+def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> Sequence[Tensor | None]:
+    if not value.requires_grad:
+        return [None] * len(inputs)
     return torch.autograd.grad(value, inputs, vector, retain_graph=True, allow_unused=True)
 
 

@@ -9,6 +9,7 @@ from hessians import blocks
 from test_hessian import NETWORKS, Concave, values
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from truth import close
 
 from backpack import backpack, extend, hessianfree, memory_cleanup
@@ -56,6 +57,55 @@ def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
         loss.backward(retain_graph=retain)
     check(model, "hmp", hessian)
     check(model, "ggnmp", ggn)
+
+
+class Entrances(nn.Module):
+    """Parameters that enter linearly, in calls of each kind, and others that only seem to."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm = nn.ConvTranspose1d(2, 3, 2, stride=2, output_padding=1), nn.BatchNorm1d(3).eval()
+        self.conv, self.pairs, self.out = nn.Conv1d(3, 2, 2, groups=1), nn.Bilinear(2, 2, 3), nn.Linear(3, 3)
+        self.scale, self.matrix = nn.Parameter(values(3)), nn.Parameter(values(3, 3))
+        self.column, self.square, self.both = nn.Parameter(values(2)), nn.Parameter(values(3)), nn.Parameter(values(3))
+
+    def forward(self, x):
+        x = self.norm(self.up(x)).sigmoid()
+        x = self.conv(x).tanh()[..., :2]
+        x = self.pairs(x[..., 0], x[..., 1]) * self.scale
+        x = torch.addmm(self.both, x.sin(), self.matrix) - self.both * x
+        x = x.exp() * self.square * self.square
+        whole = x.clone()
+        part = whole[:, :2].add_(self.column)
+        return self.out((whole.sin() * part[:, :1]).tanh()) + x
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_products_start_where_a_parameter_enters_linearly(retain):
+    model, X, y, lossfunc = Entrances().double(), values(3, 2, 3), labels(3), nn.CrossEntropyLoss()
+    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    extend(model), extend(lossfunc)
+    loss = lossfunc(model(X), y)
+    with backpack(HMP(), GGNMP()):
+        loss.backward(retain_graph=retain)
+    check(model, "hmp", hessian)
+    check(model, "ggnmp", ggn)
+
+
+def test_a_product_costs_less_than_twice_a_gradient_of_its_parameter():
+    """Counted in multiplications: the first layer's gradient is not differentiated, nor those of the others taken."""
+    model, lossfunc = (
+        extend(nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))),
+        extend(nn.CrossEntropyLoss()),
+    )
+    with backpack(HMP()):
+        lossfunc(model(torch.rand(4, 64)), labels(4)).backward()
+    multiply, vector = model[0].weight.hmp, torch.rand(16, 64)
+    multiply(vector)
+    with FlopCounterMode(display=False) as counter:
+        multiply(vector)
+    first, last = 2 * 4 * 64 * 16, 2 * 4 * 16 * 3
+    assert counter.get_total_flops() == 2 * first + 2 * last
 
 
 def test_products_of_selected_samples_keep_the_normalization_of_the_batch():
