@@ -45,7 +45,7 @@ class Contributions:
 
     def individual(self, subset: Subset) -> Individual:
         """The individual gradients of the samples in ``subset``."""
-        counts = {arrival.call.n for arrival in self.arrivals}
+        counts = {arrival.call.n for arrival in self.arrivals} if len(self.arrivals) > 1 else ()
         if len(counts) > 1:
             raise RuntimeError(
                 f"A parameter of shape {list(self.tensor.shape)} was used with batches of {sorted(counts)} samples: "

@@ -317,7 +317,8 @@ class SeedPass:
 
     def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
-        whole, chunk = self.extensions[0].whole, self._chunk(edge)
+        whole = self.extensions[0].whole
+        chunk = 1 if self.columns == 1 and not whole else self._chunk(edge)
         self.gathered = whole and chunk == 1
         if whole and not self.gathered:
             chunk = self.columns

@@ -13,16 +13,16 @@ from backpack.samples import Layout
 
 
 class SoftmaxRoot(LossRoot):
-    """Of ``positions`` softmaxes a sample; ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``.
+    """Of ``positions`` softmaxes a sample; ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``, perhaps ``signed``.
 
     With ``q = sqrt(p)``, a unit vector, ``diag(p) - p p^T = diag(q) (I - q q^T) diag(q)``, and the columns but the
     last of the Householder matrix that maps ``q`` to the last axis are a root of ``I - q q^T``: ``c - 1`` columns.
     """
 
-    def __init__(self, probability: Tensor, weight: Tensor, shape: torch.Size, axis: int) -> None:
+    def __init__(self, probability: Tensor, weight: Tensor, shape: torch.Size, axis: int, signed: bool) -> None:
         self.positions, self.classes = probability.shape[1:]
         self.columns = self.positions * (self.classes - 1)
-        self.smallest = min(0.0, weight.min().item()) if weight.numel() else 0.0
+        self.smallest = min(0.0, weight.min().item()) if signed and weight.numel() else 0.0
         if self.smallest < 0:
             self.signs = weight.sign().T.repeat_interleave(self.classes - 1, 0)
             weight = weight.abs()
@@ -78,7 +78,10 @@ class SoftmaxRoot(LossRoot):
         return divided(grad, weight)
 
     def sampled(self) -> Tensor:
-        drawn = torch.multinomial(self.probability.flatten(0, 1), 1).reshape(*self.weight.shape, 1)
+        reached = self.probability.detach().cumsum(2).contiguous()
+        whole = reached[..., -1:]
+        point = torch.rand_like(whole).mul_(whole)
+        drawn = torch.searchsorted(reached, point, right=True).clamp_(max=self.classes - 1)  # not a number: the last
         column = self.probability.scatter_add(2, drawn, -torch.ones_like(drawn, dtype=self.probability.dtype))
         return self._restore(column * self.weight.sqrt().unsqueeze(2))
 
@@ -92,16 +95,18 @@ def cross_entropy(
     if input.dim() == 1:  # of one sample, without a batch axis
         input, target, layout = input[None], target[None], Layout(1)
     classes = input.shape[min(1, input.dim() - 1)]
-    weight = input.new_ones(classes) if loss.weight is None else loss.weight.to(input.dtype)
-    smoothing = loss.label_smoothing
+    weight, smoothing = None if loss.weight is None else loss.weight.to(input.dtype), loss.label_smoothing
     if target.is_floating_point():
-        per_class = weight.reshape(-1, *[1] * (input.dim() - 2))
-        mass = (((1 - smoothing) * target + smoothing / classes) * per_class).sum(1)
-        count = mass.new_tensor(float(mass.numel()))
+        share = (1 - smoothing) * target + smoothing / classes
+        mass = (share if weight is None else share * weight.reshape(-1, *[1] * (input.dim() - 2))).sum(1)
+        count: Tensor | int = mass.numel()
     else:
         counted = target != loss.ignore_index
-        own = weight[target.where(counted, target.new_zeros(()))] * counted
-        mass = (1 - smoothing) * own + smoothing / classes * weight.sum() * counted
+        if weight is None:
+            mass = own = counted.to(input.dtype)
+        else:
+            own = weight[target.where(counted, target.new_zeros(()))] * counted
+            mass = (1 - smoothing) * own + smoothing / classes * weight.sum() * counted
         count = own.sum()
     if loss.reduction == "mean":
         mass = mass / count
@@ -115,4 +120,5 @@ def cross_entropy(
         layout.split(mass).reshape(len(split), -1),
         split.shape,
         axis,
+        signed=weight is not None or target.is_floating_point() or outer.dim() > 0,
     )

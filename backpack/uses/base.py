@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Individual(ABC):
 
     shape: torch.Size
     """Of the parameter."""
-    shared: dict[str, Tensor] | None = None
+    shared: dict[Any, Tensor] | None = None
     """What was computed for other parameters of the call, from the same cotangents of all samples."""
     weights: Tensor | None = None
     """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
@@ -152,6 +152,13 @@ class Individual(ABC):
             piece.weights = self.weights[:, start:stop]
         return piece  # type: ignore[return-value]
 
+    def share(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """What is the same for all parameters of the call that have this key, computed once."""
+        known = {} if self.shared is None else self.shared
+        if key not in known:
+            known[key] = compute()
+        return known[key]
+
     def maps(self) -> Sequence[LinearMap]:
         """The linear maps that the parameter is the matrix of; none: it has no Kronecker factors."""
         return []
@@ -180,7 +187,7 @@ class Cotangents(dict[int, Tensor]):
 
     def __init__(self, grads: dict[int, Tensor]) -> None:
         super().__init__(grads)
-        self.shared: dict[torch.dtype, dict[str, Tensor]] = {}
+        self.shared: dict[torch.dtype, dict[Any, Tensor]] = {}
         """What was computed from them, in a data type, that other uses can read as well."""
 
 

@@ -105,6 +105,9 @@ class Dense(LinearMap):
         if s > 1:
             return None
         if name == "norms":
+            if g == 1:
+                own = self.share(("norms", o), lambda: self.grad.square().sum((2, 3, 4)))
+                return own * self.x.square().sum((1, 2, 3))
             return (self.grad.square().sum((3, 4)) * self.x.square().sum((2, 3))).sum(2)
         x, grad = self.x, self.grad
         if name == "total":
@@ -253,7 +256,7 @@ class Dense(LinearMap):
         if approx == "expand" and s > 1:
             return self._output_blocks(_moments(grad))
         if g == 1:
-            return moment_of_outputs(self, lambda: grad.sum((1, 2)) if s > 1 else grad[:, 0, 0])
+            return moment_of_outputs(self, grad.shape[3], lambda: grad.sum((1, 2)) if s > 1 else grad[:, 0, 0])
         return self._output_blocks(_moments(grad.sum(2, keepdim=True) if s > 1 else grad))
 
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
@@ -324,6 +327,8 @@ class Transposed(Dense):
 
 def _moments(rows: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * sum_ns rows[n g s a] rows[n g s b]``, ``[g, a, b]``."""
+    if rows.shape[1] == 1:
+        return second_moment(rows.reshape(-1, rows.shape[3]), scale)[None]
     return second_moment(rows.transpose(0, 1).flatten(1, 2), scale)
 
 

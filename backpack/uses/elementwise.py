@@ -37,6 +37,11 @@ class Explicit(Individual):
     def _dense(self) -> Tensor:
         return self.value
 
+    def closed(self, name: str, swept: bool = False) -> Tensor | None:
+        if name != "norms" or not self.summed or swept:
+            return None
+        return self.share(("norms", self.shape.numel()), lambda: self.value.square().flatten(2).sum(2))
+
     def chunks(self) -> Iterator[Explicit]:
         yield self
 

@@ -122,8 +122,8 @@ def _second_moments(grads: Individual) -> list[Tensor]:
     for piece in grads.chunks():
         rows = _rows(piece, height)
         columns = partial(rows.reshape, -1, size // height)
-        share = isinstance(piece, Explicit) and piece.summed
-        accumulate(found[1], moment_of_outputs(piece, columns) if share else second_moment(columns()))
+        share = isinstance(piece, Explicit) and piece.summed and height == 1
+        accumulate(found[1], moment_of_outputs(piece, size, columns) if share else second_moment(columns()))
         if not whole:
             accumulate(found[0], second_moment(rows.transpose(2, 3).reshape(-1, height)))
     return [moment for (moment,) in filter(None, found)]

@@ -56,15 +56,15 @@ LONG = 2**9
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * sum_r rows[... r a] rows[... r b]``."""
-    if rows.dim() > 2 and len(rows) > 1:
-        return torch.baddbmm(rows.new_zeros(()), rows.transpose(1, 2), rows, beta=0, alpha=scale)
     if rows.dim() > 2:
-        return second_moment(rows[0], scale)[None]
+        return torch.baddbmm(rows.new_zeros(()), rows.transpose(1, 2), rows, beta=0, alpha=scale)
     if torch.is_grad_enabled():
         return scaled_product(rows.T, rows, scale)
     size = rows.shape[1]
     result = empty((size, size), rows)
     number = BLOCKS if size >= 64 * BLOCKS and len(rows) >= LONG else 1
+    if number == 1:
+        return torch.addmm(result, rows.T, rows, beta=0, alpha=scale, out=result)
     for start, stop in pairwise(size * block // number for block in range(number + 1)):
         upper = result[:stop, start:stop]
         torch.addmm(upper, rows[:, :stop].T, rows[:, start:stop], beta=0, alpha=scale, out=upper)
@@ -77,12 +77,11 @@ def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
 
 
-def moment_of_outputs(grads: Individual, rows: Callable[[], Tensor]) -> Tensor:
-    """The second moment of cotangents summed over positions, ``rows()``; computed once for all parameters of a call."""
-    known = {} if grads.shared is None else grads.shared
-    moment = known.get(MOMENT)
-    if moment is None:
-        known[MOMENT] = moment = second_moment(rows())
+def moment_of_outputs(grads: Individual, size: int, rows: Callable[[], Tensor]) -> Tensor:
+    """The second moment ``[o, o]`` of cotangents summed over positions, ``rows()[r, o]``, ``o`` being of this size."""
+    known = (grads.shared or {}).get((MOMENT, size))
+    moment = grads.share((MOMENT, size), lambda: second_moment(rows()))
+    if moment is not known:
         return moment
     return moment.clone() if torch.is_grad_enabled() else empty(moment.shape, moment).copy_(moment)
 
