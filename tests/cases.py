@@ -245,7 +245,20 @@ class Spread(nn.Module):
         return torch.addmv(self.bias.expand(len(x)), x, self.weight).unsqueeze(1)
 
 
+class OneBias(nn.Module):
+    """A bias of one entry for all outputs, of a linear layer and of ``addmm``."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.matrix = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 2))
+        self.bias, self.shift = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return torch.addmm(self.shift, F.linear(x, self.weight, self.bias).tanh(), self.matrix)
+
+
 register("spread", Spread, 3, 4)
+register("one_bias", OneBias, 3, 4)
 register("adapter_merged", lambda: Adapted(True), 3, 5, 4)
 register("adapter", lambda: Adapted(False), 3, 5, 4)
 

@@ -31,9 +31,9 @@ def leading_axes(out: Tensor) -> tuple[int, ...]:
 
 
 def shift(out: Tensor, bias: Tensor | None, axis: int = -1) -> ElementwiseUse:
-    """A bias along one axis of the output."""
+    """A bias along one axis of the output, or of one entry for all of it."""
     padded = [1] * out.dim()
-    padded[axis] = out.shape[axis]
+    padded[axis] = out.shape[axis] if bias is None else bias.numel()
     return ElementwiseUse(tuple(padded))
 
 
