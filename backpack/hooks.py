@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from backpack import averaged_hessian as averaged_hessian  # it registers passes
-from backpack import products as products  # as well
+from backpack import columns as columns  # as well
+from backpack import products as products
 from backpack.bystanders import random_state
 from backpack.compat import (
     caller,

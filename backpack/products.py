@@ -27,7 +27,7 @@ from backpack.joined import Joined, place_of
 from backpack.looped import edges_from
 from backpack.recorder import call_at, tensors_in
 from backpack.samples import Layout
-from backpack.seeds import PASSES, Origin, bystanders, origins, targets
+from backpack.seeds import PASSES, LossCall, Origin, bystanders, origins, targets
 
 Product = Callable[[Tensor], Tensor]
 
@@ -67,51 +67,51 @@ class BlockProduct:
 
 
 @dataclass(eq=False)
-class ProductPass(HessianPass):
-    """Leaves functions on the parameters, for extensions that share a subset."""
+class LossGradient:
+    """The gradient of a loss with respect to its input, as a function of this, of all samples or the ``chosen`` ones.
 
-    extensions: list[Any]
+    ``layout``: where these samples lie.
+    """
+
+    loss: LossCall
+    outer: Tensor
+    layout: Layout
+    chosen: Tensor | None
+
+    def __call__(self, weights: Tensor | None, point: Tensor) -> Tensor:
+        """With the terms of the samples weighed by ``weights[n]``."""
+        loss, axis = self.loss, self.layout.axis
+        with torch.enable_grad():
+            whole = point.to(loss.input.dtype).view_as(point)  # behind the hooks of the model's output
+            if self.chosen is not None:
+                whole = loss.input.detach().index_copy(axis, self.chosen, whole)
+            value = loss.loss.forward(whole, *loss.args, **loss.kwargs)
+            (found,) = torch.autograd.grad(value, whole, self.outer if value.dim() else None, create_graph=True)
+            found = found if self.chosen is None else found.index_select(axis, self.chosen)
+            if weights is not None:
+                found = found * weights[self.layout.owners(found.shape, weights.device)]
+            return found.to(point.dtype)
+
+
+@dataclass(eq=False)
+class LastingPass(HessianPass):
+    """Differentiates the gradient of the loss, from a graph that outlives the backward pass."""
+
     again_outputs: dict[GradientEdge, Tensor] = field(default_factory=dict)
     """Of modules that ran again."""
 
-    def run(self) -> None:
-        """Store the functions; nothing is multiplied yet."""
+    def _prepare(self) -> tuple[LossGradient, Tensor, Tensor | None]:
+        """The gradient of the loss, where the graph starts, and how often each sample there is selected, ``[n]``."""
         self._refuse_rules()
-        loss, rows, counts = self.loss, None, None
-        given = self.extensions[0].subset.rows(self.layout.n, loss.input.device)
-        if given is not None:
-            rows, counts = given.unique(return_counts=True)
+        given = self.extensions[0].subset.rows(self.layout.n, self.loss.input.device)
+        rows, counts = (None, None) if given is None else given.unique(return_counts=True)
         chosen = rows if self._take_lasting(rows) else None
         layout = self.layout if chosen is None else Layout(len(chosen), self.layout.axis)
-        axis = layout.axis
-        shape, dtype = list(loss.input.shape), loss.input.dtype
-        weight = loss.input.new_ones(())
-        if rows is not None and counts is not None:
-            weight = counts.to(loss.input.dtype)
-            if chosen is None:
-                weight = weight.new_zeros(layout.n).index_copy(0, rows, weight)
-            weight = weight[layout.owners(shape, weight.device)]
-
-        def gradient(point: Tensor) -> Tensor:
-            with torch.enable_grad():
-                whole = point.to(dtype).view_as(point)  # behind the hooks of the model's output
-                if chosen is not None:
-                    whole = loss.input.detach().index_copy(axis, chosen, whole)
-                value = loss.loss.forward(whole, *loss.args, **loss.kwargs)
-                (found,) = torch.autograd.grad(value, whole, self.outer if value.dim() else None, create_graph=True)
-                found = found if chosen is None else found.index_select(axis, chosen)
-                return (found * weight).to(point.dtype)
-
-        start = self.again_outputs.get(place_of(self.joined.start), loss.input)
-        tensors = [start, *bystanders(self.found)]
-        curvature = CurvatureBlocks(self.joined, layout, start, gradient, tensors)
-        module = self.found[0][1].root()
-        owner, handle, products = loss.loss if module is None else module, Handle(), list[Product]()
-        HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
-        for parameter in self._parameters():
-            for extension in self.extensions:
-                self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
-                products.append(extension.product(curvature, parameter))
+        weights = None if counts is None else counts.to(self.loss.input.dtype)
+        if weights is not None and rows is not None and chosen is None:
+            weights = weights.new_zeros(layout.n).index_copy(0, rows, weights)
+        start = self.again_outputs.get(place_of(self.joined.start), self.loss.input)
+        return LossGradient(self.loss, self.outer, layout, chosen), start, weights
 
     def _parameters(self) -> list[Tensor]:
         """Those that the loss's input may depend on."""
@@ -142,6 +142,26 @@ class ProductPass(HessianPass):
             f"reshaped before the loss, or where the model itself uses autocast). Run the forward pass inside the "
             f"backpack(...) block and without autocast, and call backward(retain_graph=True)."
         )
+
+
+@dataclass(eq=False)
+class ProductPass(LastingPass):
+    """Leaves functions on the parameters, for extensions that share a subset."""
+
+    extensions: list[Any]
+
+    def run(self) -> None:
+        """Store the functions; nothing is multiplied yet."""
+        gradient, start, weights = self._prepare()
+        tensors = [start, *bystanders(self.found)]
+        curvature = CurvatureBlocks(self.joined, gradient.layout, start, partial(gradient, weights), tensors)
+        module = self.found[0][1].root()
+        owner, handle, products = self.loss.loss if module is None else module, Handle(), list[Product]()
+        HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
+        for parameter in self._parameters():
+            for extension in self.extensions:
+                self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
+                products.append(extension.product(curvature, parameter))
 
 
 @dataclass(eq=False)

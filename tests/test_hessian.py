@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hessians import blocks, sample_diagonals
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from truth import close
 
 from backpack import backpack, extend
@@ -386,10 +387,97 @@ def test_a_function_without_second_derivatives_is_an_error_that_names_it():
         lossfunc(model(values(3, 3)), values(3, 2)).backward()
 
 
-def test_create_graph_is_refused():
-    model, lossfunc = extend(nn.Linear(3, 3).double()), extend(nn.MSELoss())
-    with pytest.raises(RuntimeError, match="create_graph"), backpack(DiagHessian()):
+def small():
+    return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.GroupNorm(1, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+
+
+def small_lstm():
+    return Net(
+        lambda m, x: m.out(m.a(x.unsqueeze(1))[0][:, -1]), a=nn.LSTM(2, 1, batch_first=True), out=nn.Linear(1, 3)
+    )
+
+
+DIFFERENTIATED = {
+    "sequential": small,
+    "lstm": lambda: small_lstm().double(),
+    "tied": lambda: Net(lambda m, x: m.a(m.a(x).sin()).exp() @ torch.eye(2, 3).double(), a=nn.Linear(2, 2)).double(),
+    "linear": lambda: nn.Linear(2, 3).double(),
+}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:(?s)Using backward.. with create_graph=True")
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*entry by entry")
+@pytest.mark.parametrize("subsampling", [None, [2, 0, 2]])
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_results_of_create_graph_are_differentiable(name, subsampling):
+    model, X, y, lossfunc = DIFFERENTIATED[name](), values(3, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
+    point = {name: p.detach() for name, p in model.named_parameters()}
+    chosen = subsampling or range(3)
+
+    def of_sample(own, key, rest, n):
+        out = torch.func.functional_call(model, {**rest, key: own}, (X[n : n + 1],))
+        return lossfunc(out, y[n : n + 1]) / len(X)
+
+    def diagonals(point):
+        found = {}
+        for key, p in point.items():
+            with sdpa_kernel(SDPBackend.MATH):
+                hessians = [torch.func.jacrev(torch.func.jacrev(of_sample))(p, key, point, n) for n in chosen]
+            found[key] = torch.stack([h.reshape(p.numel(), -1).diagonal().reshape(p.shape) for h in hessians])
+        return found
+
+    weights = {key: values(len(chosen), *p.shape) for key, p in point.items()}
+    truth = diagonals(point)
+    rate = torch.func.grad(lambda at: sum((d * weights[key]).sum() for key, d in diagonals(at).items()))(point)
+    total_rate = torch.func.grad(lambda at: sum(d.sum() for d in diagonals(at).values()))(point)
+    extend(model), extend(lossfunc)
+    with backpack(DiagHessian(subsampling=subsampling), BatchDiagHessian(subsampling=subsampling)):
+        lossfunc(model(X), y).backward(create_graph=True)
+    parameters = dict(model.named_parameters())
+    for key, p in parameters.items():
+        assert close(p.diag_h_batch, truth[key]) and close(p.diag_h, truth[key].sum(0))
+    total = sum((p.diag_h_batch * weights[key]).sum() for key, p in parameters.items())
+    alone = sum(p.diag_h.sum() for p in parameters.values())
+    with backpack(DiagHessian(subsampling=subsampling)):
+        lossfunc(model(X), y).backward(create_graph=True)
+    again = sum(p.diag_h.sum() for p in parameters.values())
+    for value, expected in ((total, rate), (alone, total_rate), (again, total_rate)):
+        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for key, own in zip(parameters, found, strict=True):
+            assert close(torch.zeros_like(expected[key]) if own is None else own, expected[key])
+
+
+def test_create_graph_says_what_it_costs_and_leaves_gradients_as_they_are():
+    model, lossfunc, X, y = small(), nn.CrossEntropyLoss(), values(3, 2), torch.tensor([0, 2, 1])
+    expected = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()), create_graph=True)
+    extend(model), extend(lossfunc)
+    with pytest.warns(UserWarning, match="costs 27 derivatives"), backpack(DiagHessian()):
+        lossfunc(model(X), y).backward(create_graph=True)
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_create_graph_is_refused_where_third_derivatives_of_pytorch_are_wrong():
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()), extend(nn.MSELoss())
+    with pytest.raises(RuntimeError, match="third derivatives of NativeLayerNormBackward"), backpack(DiagHessian()):
         lossfunc(model(values(3, 3)), values(3, 3)).backward(create_graph=True)
+    assert not any(hasattr(p, "diag_h") for p in model.parameters())
+
+
+def test_the_estimate_with_create_graph_is_unbiased_and_differentiable():
+    model, lossfunc, X, y = small(), nn.CrossEntropyLoss(), values(3, 2), torch.tensor([0, 2, 1])
+    truth = sample_diagonals(model, X, lossfunc, y)
+    extend(model), extend(lossfunc)
+    with backpack(DiagHessianMC(300)):
+        lossfunc(model(X), y).backward(create_graph=True)
+    for p, expected, matrix in zip(
+        model.parameters(), truth, blocks(model, lambda: lossfunc(model(X), y)), strict=True
+    ):
+        # The variance of r * H r is that of sums over the other entries of a row, each of it its square.
+        deviation = ((matrix.square().sum(1) - matrix.diagonal().square()) / 300).sqrt().reshape(p.shape)
+        assert bool(((p.diag_h_mc - expected.sum(0)).abs() <= 6 * deviation + 1e-12).all())
+    assert torch.autograd.grad(model[0].weight.diag_h_mc.sum(), model[0].weight)[0].any()
 
 
 class Dropping(nn.Module):

@@ -21,10 +21,12 @@ class DiagHessian(CurvatureExtension):
     with functions that can be differentiated twice: without a warning, as nothing is approximated and there is nothing
     to do about it. Of a model under autocast, it is that of one in the parameters' data type.
 
+    With ``backward(create_graph=True)`` the result can be differentiated, at the price of a derivative of second order
+    for each of its entries (of two for ``BatchDiagHessian``): the roots of the residuals have no derivatives where
+    entries cross zero or eigenvalues meet.
+
     Raises:
-        RuntimeError: A function has no second derivative in PyTorch, or ``create_graph=True`` was asked for: roots of
-            the residuals (square roots of entries of any sign, eigenvectors of equal eigenvalues) have no derivatives
-            where these cross zero or meet.
+        RuntimeError: A function has no second derivative in PyTorch, or with ``create_graph=True`` a wrong third one.
     """
 
     savefield = "diag_h"
@@ -45,7 +47,8 @@ class DiagHessianMC(DiagHessian):
 
     For the GGN as ``DiagGGNMC``; each residual ``R`` is replaced by the mean over ``mc_samples`` of ``r (R r)^T`` with
     random signs ``r`` (Hutchinson, 1989), drawn at the inputs of all functions at a time. Costs three backward passes a
-    sample. What a parameter adds that enters not linearly is taken exactly.
+    sample. What a parameter adds that enters not linearly is taken exactly. With ``backward(create_graph=True)``, the
+    mean of ``r * H r`` with random signs at the parameters, one of them at a time.
 
     Raises:
         ValueError: The loss is not convex in its input.

@@ -1,15 +1,17 @@
 """Second derivatives of single nodes of a recorded graph: what the Gauss-Newton matrix leaves out of the Hessian."""
 
 from backpack.residuals.local import LocalHessian, Severed
-from backpack.residuals.nodes import is_bilinear, is_flat, is_fused_node
+from backpack.residuals.nodes import WRONG_THIRD, base_name, is_bilinear, is_flat, is_fused_node
 from backpack.residuals.residual import Blocks, Pairs, Residual, residual_of
 
 __all__ = [
+    "WRONG_THIRD",
     "Blocks",
     "LocalHessian",
     "Pairs",
     "Residual",
     "Severed",
+    "base_name",
     "is_bilinear",
     "is_flat",
     "is_fused_node",

@@ -24,6 +24,9 @@ Rsqrt Sigmoid Silu Sin Sinc Sinh Softplus Sqrt Square Tan Tanh Xlogy
 """
 
 
+_WRONG_THIRD = "NativeLayerNorm SpecialI1 SpecialI1E"
+
+
 def _nodes(names: str) -> frozenset[str]:
     return frozenset(f"{name}Backward" for name in names.split())
 
@@ -36,6 +39,9 @@ BILINEAR = _nodes(_BILINEAR)
 
 ELEMENTWISE = _nodes(_ELEMENTWISE)
 """Entry by entry: an output depends on the entries of the operands at its place only."""
+
+WRONG_THIRD = _nodes(_WRONG_THIRD)
+"""Of these PyTorch's third derivatives are wrong: their double backward takes what it has kept for constants."""
 
 FUSED = (
     "ScaledDotProduct",
