@@ -59,8 +59,8 @@ class ColumnPass(LastingPass):
             raise RuntimeError(
                 f"{type(self.extensions[0]).__name__} under backward(create_graph=True) needs the third derivatives of "
                 f"{' and '.join(sorted(wrong))}, and those that PyTorch gives are wrong. Write the function with "
-                f"elementary ones (a LayerNorm over one axis as GroupNorm with one group, or RMSNorm of centered values)"
-                f", or call backward() without create_graph=True."
+                f"elementary ones (LayerNorm over one axis is GroupNorm with one group), or call backward() without "
+                f"create_graph=True."
             )
 
     def _warn(self, parameters: list[Tensor]) -> None:

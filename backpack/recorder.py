@@ -149,6 +149,9 @@ class Recording(Guarding):
                     out = REPLACED[func](*args, **kwargs)
                 if out is not NotImplemented:
                     return out
+        if func in EXPANDED:  # there may be fused functions in it, also where all its parameters are frozen
+            with self:
+                return looked_into(func)(*args, **kwargs)
         if func is _REGISTER_HOOK:
             args = (args[0], guarded(args[1]))
         tensors = _tensors(args, kwargs)
@@ -161,9 +164,6 @@ class Recording(Guarding):
                 elif any(map(self._is_data, tensors)):
                     self.data[id(result)] = result
             return out
-        if func in EXPANDED:
-            with self:
-                return looked_into(func)(*args, **kwargs)
         given = args
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])

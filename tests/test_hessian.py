@@ -249,6 +249,13 @@ def test_of_networks(name):
     check(model, values(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1])[: shape[0]], chunk=3)
 
 
+def test_of_what_lies_behind_frozen_attention():
+    build, shape = NETWORKS["attention"]
+    model = Net(lambda m, x: m.rest(m.first(x)), first=nn.Linear(4, 4), rest=build()).double()
+    model.rest.a.requires_grad_(False)
+    check(model, values(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2]))
+
+
 def test_of_a_tied_embedding():
     check(TiedWords().double(), torch.randint(0, 5, (2, 3)), nn.CrossEntropyLoss(), torch.tensor([0, 4]))
 
