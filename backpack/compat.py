@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, maybe_get_bdim
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
@@ -70,6 +72,17 @@ def is_active(mode: TorchFunctionMode) -> bool:
     """Whether a mode is the innermost one. When a backward pass fails, PyTorch takes off those that it began."""
     depth = torch._C._len_torch_function_stack()
     return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
+
+
+@contextmanager
+def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
+    """Code inside runs outside of ``torch.vmap``, and gets the tensor with the axis of size ``count`` in front.
+
+    A custom function with a rule for ``torch.vmap`` does that too, and takes 150 microseconds more.
+    """
+    axis = maybe_get_bdim(tensor)
+    with retrieve_current_functorch_interpreter().lower():
+        yield tensor.expand(count, *tensor.shape) if axis < 0 else get_unwrapped(tensor).movedim(axis, 0)
 
 
 def checkpointed_region() -> Any:

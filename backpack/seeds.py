@@ -22,7 +22,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.bystanders import drawing_again, forget_retained, run_again, undisturbed
-from backpack.compat import is_fully_sharded
+from backpack.compat import is_fully_sharded, outside_vmap
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, without_autocast
 from backpack.joined import Joined
@@ -545,30 +545,11 @@ PASSES: dict[str, type[SeedPass]] = {"sqrt": SeedPass}
 second derivatives of the model."""
 
 
-class Tap(torch.autograd.Function):
-    """Identity that hands the cotangents of all seeds at once to the running pass, from inside ``torch.vmap``."""
-
-    @staticmethod
-    def forward(grad: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        """A cotangent that is the same for all seeds."""
-        receive(grad.expand(HERE.inner.count, *grad.shape))  # type: ignore[union-attr]
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is saved: seeds in several are pulled back without a further graph."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, grad: Tensor, receive: Callable[[Tensor], None]) -> tuple[Tensor, int]:
-        """The cotangents of all seeds."""
-        receive(grad.movedim(in_dims[0], 0))
-        return grad, in_dims[0]
-
-
 def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> None:
     """Bring a cotangent to the running pass, as ``[v, ...]``."""
     if running.batched:
-        Tap.apply(grad, receive)
+        with outside_vmap(grad, running.count) as grads:
+            receive(grads)
     else:
         receive(grad[None])
 
