@@ -86,8 +86,12 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def checkpointed_region() -> Any:
-    """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does.
+
+    It is not told by PyTorch 2.5: what is recorded in a region is kept there.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(True)
     names = () if hooks is None or hooks[0] is None else getattr(hooks[0], "__closure__", None) or ()
     found = next((cell.cell_contents for cell in names), None)
     return found if isinstance(found, _CheckpointFrame) else None

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from truth import close
 
 from backpack.operations import RULES
-from backpack.operations.convolution import _gram
+from backpack.operations.windows import Windows
 from backpack.samples import Layout, Rows
 from backpack.uses import Dense, Derived, Explicit, Individual, Lookup, PullbackUse, join
 from backpack.uses.dense import Transposed
@@ -170,7 +170,7 @@ def test_dot_products_of_patches_follow_from_those_of_pixels(data):
     columns = F.unfold(x, kernel, dilation, padding, stride).unflatten(0, (n, images)).unflatten(2, (groups, -1))
     truth = torch.einsum("nkgis,nlgit->ngkslt", columns, columns).flatten(4).flatten(2, 3)
     x, pads = x.unflatten(0, (n, images)), [p for p in reversed(padding) for _ in range(2)]
-    found = _gram(x if images > 1 else x[:, 0], kernel, out, stride, pads, dilation, groups)
+    found = Windows(kernel, out, stride, pads, dilation).gram(x if images > 1 else x[:, 0], groups)
     assert close(found, truth, columns.square().sum(), 1e-12)
 
 
