@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from types import FrameType
+from types import FrameType, GeneratorType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils.checkpoint import _CheckpointFrame
 
 P = ParamSpec("P")
@@ -86,15 +87,25 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def checkpointed_region() -> Any:
-    """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does.
-
-    It is not told by PyTorch 2.5: what is recorded in a region is kept there.
-    """
+    """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(True)
+    if top is None:
+        return _region_by_frames()
+    hooks = top(True)
     names = () if hooks is None or hooks[0] is None else getattr(hooks[0], "__closure__", None) or ()
     found = next((cell.cell_contents for cell in names), None)
     return found if isinstance(found, _CheckpointFrame) else None
+
+
+def _region_by_frames() -> Any:
+    """The same where PyTorch does not tell what packs the tensors that are saved, as in version 2.5."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        steps = frame.f_locals.get("gen") if frame.f_code.co_filename == checkpoint.__file__ else None
+        if isinstance(steps, GeneratorType) and steps.gi_frame is not None:
+            return steps.gi_frame.f_locals.get("new_frame")
+        frame = frame.f_back
+    return None
 
 
 def interpreted(function: Callable[P, T]) -> Callable[P, T]:
