@@ -12,6 +12,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from select import select
 from statistics import median
 from typing import Any
 
@@ -28,29 +29,38 @@ IMPLEMENTATIONS = {
 }
 LIMIT = 16 * 2**30
 """Bytes that one process may use."""
+PATIENCE = 60
+"""Seconds that one answer may take: three steps, or a round."""
 
 
 class Process:
     """A worker."""
 
     def __init__(self, python: str, implementation: str, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.command = [python, str(HERE / "worker.py"), implementation, str(LIMIT)]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if python == PEERS:
-            environment.pop("PYTHONPATH", None)  # it may lead to this package, which has the original's name
+            self.environment.pop("PYTHONPATH", None)  # it may lead to this package, which has the original's name
+        self.start()
+
+    def start(self) -> None:
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [python, str(HERE / "worker.py"), implementation, str(LIMIT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=HERE,
+            self.command, stdin=pipe, stdout=pipe, text=True, env=self.environment, cwd=HERE
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        return json.loads(answer) if answer else {"error": "the process ended"}
+        if select([self.process.stdout], [], [], PATIENCE)[0]:
+            answer = self.process.stdout.readline()
+            if answer:
+                return json.loads(answer)
+        ended = self.process.poll() is not None
+        self.process.kill()
+        self.process.wait()
+        self.start()
+        return {"error": "the process ended" if ended else f"takes over {PATIENCE} s"}
 
 
 Cell = tuple[float, float] | str
@@ -67,7 +77,7 @@ def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int,
         if "peak" in answer:
             peaks[name] = answer["peak"] / 2**20
         elif "missing" not in answer:
-            row[name] = f"fails ({answer['error'][:40]})"
+            row[name] = f"fails ({answer['error'].split(': ', 1)[-1][:60]})"
     ratios: dict[str, list[float]] = {name: [] for name in peaks}
     for _ in range(rounds):
         for name in peaks:
