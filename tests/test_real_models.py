@@ -1,5 +1,7 @@
 """Unmodified models that others wrote, every parameter, without downloads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
 import pytest
@@ -41,7 +43,20 @@ MODELS = {
 
 LANGUAGE = ("gpt2", "bert", "llama", "t5")
 SINGLE = ("llama", "t5")
-"""Normalize in float32 whatever the model's data type, so that two ways to the same number differ by its rounding."""
+"""Normalize, and take softmax, in float32 whatever the model's data type: two ways to a number differ by its rounding.
+
+In second derivatives, which are differences of larger numbers, by up to a thousand times as much. ``widened`` shows
+that it is this alone.
+"""
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    """What is computed in float32 inside of a model is computed in float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
 
 
 def problem(name: str, n: int = 3, length: int = 7) -> Problem:

@@ -97,7 +97,7 @@ def _of_cotangents(truth: Truth, group: list[Map], vectors: Tensor) -> Tensor:
     for parts in zip(*outputs, strict=True):
         if truth.extension.approx == "expand":
             for a, part in zip(group, parts, strict=True):
-                for own in zip(*map(a.positions, part), strict=True):
+                for own in a.positions(torch.stack(part)):
                     total += truth.gram(truth.plain.along(a.edge, own)).sum(0)
         elif any(bool(own.any()) for part in parts for own in part):
             columns = [truth.plain.along(a.edge, part) for a, part in zip(group, parts, strict=True)]

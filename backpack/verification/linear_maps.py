@@ -35,7 +35,7 @@ VIEWS = {
 }
 
 LARGEST = 2**9
-"""Positions of all samples up to which the cotangents of each are looked at."""
+"""Positions of a sample up to which the cotangents of each are looked at."""
 
 
 @dataclass(eq=False)
@@ -55,7 +55,8 @@ class Map:
     def __post_init__(self) -> None:
         self.edge = GradientEdge(self.node, 0)
         self.shape, self.dtype = shape_at(self.edge), dtype_at(self.edge)
-        own, self.axis = CHANNELS[kind(self.node), self.place]
+        own, axis = CHANNELS[kind(self.node), self.place]
+        self.axis = axis % len(self.shape)
         self.groups = getattr(self.node, "_saved_groups", 1)
         self.swapped = getattr(self.node, "_saved_transposed", False)
         given = call(self.node, 0, torch.zeros(self.shape, dtype=self.dtype))[self.place]
@@ -118,16 +119,18 @@ class Map:
             found.append((mask.movedim(self.axis, -1) * values).movedim(-1, self.axis))
         return found
 
-    def positions(self, output: Tensor) -> Iterator[Tensor]:
-        """The same at each position alone."""
-        rows = output.movedim(self.axis, -1)
-        flat = rows.reshape(-1, rows.shape[-1])
-        if len(flat) > LARGEST:
+    def positions(self, outputs: Tensor) -> Iterator[Tensor]:
+        """The same, ``[k, *output]``, at each position alone, of all samples at a time, as they do not interact."""
+        rows = outputs.movedim(self.axis + 1, -1)
+        split = rows.unsqueeze(1) if self.layout is None else self.layout.split(rows, 1)
+        flat = split.reshape(*split.shape[:2], -1, split.shape[-1])
+        if flat.shape[2] > LARGEST:
             raise NoTruth(f"there are more than {LARGEST} positions")
-        for place in range(len(flat)):
+        for place in flat.ne(0).any(3).any(1).any(0).nonzero().flatten():
             part = torch.zeros_like(flat)
-            part[place] = flat[place]
-            yield part.reshape(rows.shape).movedim(-1, self.axis)
+            part[:, :, place] = flat[:, :, place]
+            own = part.reshape(split.shape)
+            yield (own.squeeze(1) if self.layout is None else self.layout.join(own, 1)).movedim(-1, self.axis + 1)
 
     def _by_samples(self, output: Tensor) -> Tensor:
         rows = output.movedim(self.axis, -1)

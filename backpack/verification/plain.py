@@ -92,7 +92,10 @@ class Plain:
         if not pulled.requires_grad:
             return self._looped(at, directions)
         try:
-            pulls = [torch.autograd.grad(pulled, dummy, d, retain_graph=True, allow_unused=True) for d in directions]
+            pulls = [
+                torch.autograd.grad(pulled, dummy, d, retain_graph=True, allow_unused=True) if d.any() else (None,)
+                for d in directions
+            ]
         except RuntimeError:
             return self._looped(at, directions)
         return torch.stack([torch.zeros_like(dummy) if grad is None else grad for (grad,) in pulls])
