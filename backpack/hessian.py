@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from backpack.delivery import Contributions
 from backpack.engine import HERE, expanded
 from backpack.graph import Graph, has_autocast, is_fused
 from backpack.joined import Joined, place_of
+from backpack.recomputed import Dropped, drop
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
 from backpack.seeds import BUDGET, PASSES, Curvature, Origin, SeedPass, agree, origins, targets
@@ -84,6 +86,9 @@ class HessianPass(SeedPass):
             self.delivery.clear()
             self.results.clear()
             self.totals.clear()
+            for call in self._calls() if self.recomputed else ():
+                if call.recomputed:
+                    drop(call)
 
     def _compute(self, source: Source) -> None:
         """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
@@ -139,12 +144,12 @@ class HessianPass(SeedPass):
         self._deliver_from([graph.edge], targets, [grad.unsqueeze(0)])
         gradients, self.gradients = self.gradients, None
         for call, grads in gradients.items():
-            for source, use in call.uses:
+            for number, (source, use) in enumerate(call.uses):
                 if not source.void:
                     self._add_own_curvature(call, source, use, grads)
-                    for place, data in enumerate(use.data()):
-                        if data.requires_grad:
-                            self._add_coupling(graph, targets, call, source, use, grads, place, data)
+                    for place, edge in enumerate(_edges_of(call, number)):
+                        if edge is not None:
+                            self._add_coupling(graph, targets, call, source, use, grads, place, edge)
         for source, total in self._totals(gradients):
             self._add_parametrization(source, total)
 
@@ -167,11 +172,10 @@ class HessianPass(SeedPass):
         use: Use,
         grads: dict[int, Tensor],
         place: int,
-        data: Tensor,
+        edge: GradientEdge,
     ) -> None:
         """Twice the mixed derivatives of a call by its parameter and its data, along the data's unit vectors."""
-        edge = get_gradient_edge(data)
-        edge = GradientEdge(edge.node, edge.output_nr)
+        edge, data = GradientEdge(edge.node, edge.output_nr), use.data()[place]
         parameters = [p for p in source.parameters if self.uses[id(p)] > 1]
         if not parameters or not graph.leads(edge):
             return
@@ -310,8 +314,8 @@ class HessianPass(SeedPass):
 
     def _has_fused(self) -> bool:
         """Whether there are functions of which PyTorch has no second derivatives, but others that compute the same."""
-        replayed = any(isinstance(use, ReplayUse) for call in self._calls() for _, use in call.uses)
-        return replayed or is_fused(self.loss.edge)
+        kinds = {use.kind if isinstance(use, Dropped) else type(use) for call in self._calls() for _, use in call.uses}
+        return ReplayUse in kinds or is_fused(self.loss.edge)
 
     def _rerun(self, rows: Tensor | None, rounded: bool = False) -> GradientEdge | None:
         with expanded():
@@ -357,7 +361,7 @@ class HessianPass(SeedPass):
             yield from self._drawn_columns(graph, grad, chunk)
             return
         for residual in graph.residuals(grad):
-            known = squares(graph, residual)
+            known = None if self.recomputed else squares(graph, residual)  # it reads what comes back only once
             if known is not None and all(self._suffices(edge) for edge, _ in known):
                 for edge, total in known:
                     roots, signs = _roots(total)
@@ -366,6 +370,11 @@ class HessianPass(SeedPass):
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
                 yield residual.edges, columns, weights.expand(-1, own.layout.n), False
+
+    @cached_property
+    def recomputed(self) -> bool:
+        """Whether parts of the graph are computed again for each pull-back."""
+        return any(call.recomputed for call in self._calls())
 
     @property
     def sampled(self) -> bool:
@@ -412,6 +421,13 @@ class HessianPass(SeedPass):
             for call in calls
             for source, use in call.uses
         )
+
+
+def _edges_of(call: Call, number: int) -> list[GradientEdge | None]:
+    """Those of the data of one of a call's uses; ``None``: they need no gradient."""
+    if call.edges is not None:
+        return call.edges[number]
+    return [get_gradient_edge(data) if data.requires_grad else None for data in call.uses[number][1].data()]
 
 
 def signs_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:

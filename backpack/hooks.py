@@ -78,7 +78,7 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
         if source.tensor.grad_fn is not None:
             _hook_source(source.tensor, home)
     if HERE.recording is not None:
-        free_if_recomputed(call, HERE.recording)
+        free_if_recomputed(call, HERE.recording, out)
 
 
 def _hook_source(tensor: Tensor, home: list[Block]) -> None:

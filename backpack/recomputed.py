@@ -15,26 +15,27 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from backpack.compat import checkpointed_region
 from backpack.engine import HERE, Block, muted
-from backpack.recorder import Call, Recording, Source
+from backpack.recorder import Call, Recording, Source, is_start
 from backpack.samples import Rows
 from backpack.uses import Individual, PullbackUse, Use
 
 
+@dataclass(eq=False)
 class Dropped(Use):
-    """A use whose inputs are freed until its region is computed again."""
+    """A use, of this kind, whose inputs are freed until its region is computed again."""
+
+    kind: type[Use]
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
         raise RuntimeError(
             "A parameter's individual gradients need an input that activation checkpointing has freed, and its region "
             "was not computed again. Use the parameter outside of the checkpointed region."
         )
-
-
-DROPPED = Dropped()
 
 
 @dataclass(eq=False)
@@ -49,9 +50,10 @@ class Region:
     calls: list[ref[Call]] = field(default_factory=list)
 
     def run(self, recompute: Callable[..., None], *args: Any) -> None:
-        """Compute the region again; within a block, with a recording."""
+        """Compute the region again; within a block, or where functions were replaced, with a recording."""
+        unwanted = HERE.muted or not (HERE.blocks or self.home)
         with muted():
-            if not (HERE.blocks or self.home):
+            if unwanted and not self.replace:
                 recompute(*args)
                 return
             found: dict[Call, None] = {}
@@ -64,7 +66,7 @@ class Region:
             )
         for reference, again in zip(self.calls, found, strict=True):
             call = reference()
-            if call is not None and call.uses:
+            if call is not None and call.recomputed and not unwanted:
                 pairs = zip(call.uses, again.uses, strict=True)
                 call.uses, call.versions = [(source, use) for (source, _), (_, use) in pairs], again.versions
 
@@ -105,23 +107,27 @@ def droppable(call: Call) -> bool:
     return (
         all(source.tensor.grad_fn is None for source in call.sources)
         and not any(isinstance(use, PullbackUse) for _, use in call.uses)
-        and any(use is DROPPED or use.recorded() for _, use in call.uses)
+        and any(isinstance(use, Dropped) or use.recorded() for _, use in call.uses)
     )
 
 
 def is_dropped(call: Call) -> bool:
     """Whether inputs of a call are still to come."""
-    return any(use is DROPPED for _, use in call.uses)
+    return any(isinstance(use, Dropped) for _, use in call.uses)
 
 
 def drop(call: Call) -> None:
     """Free a call's inputs."""
-    call.uses = [(source, DROPPED if use.recorded() else use) for source, use in call.uses]
+    call.uses = [(source, Dropped(type(use)) if use.recorded() else use) for source, use in call.uses]
     call.versions = []
 
 
-def free_if_recomputed(call: Call, recording: Recording) -> None:
-    """Free the inputs of a call that is made in a checkpointed region."""
+def free_if_recomputed(call: Call, recording: Recording, out: Tensor) -> None:
+    """Free the inputs of a call that is made in a checkpointed region.
+
+    But not where a pull-back may stop at its output ``out``, so that nothing would be computed again: its inputs need
+    no gradient, and are mostly the model's.
+    """
     frame = checkpointed_region()
     if frame is None or not droppable(call):
         return
@@ -131,7 +137,10 @@ def free_if_recomputed(call: Call, recording: Recording) -> None:
         REGIONS[frame] = region
         frame.recompute_fn, frame.early_stop = partial(region.run, frame.recompute_fn), False
     region = REGIONS[frame]
-    if not call.recomputed:
-        call.recomputed = True
+    if all(known() is not call for known in region.calls[-1:]):  # of several outputs, the first
         region.calls.append(ref(call))
+        if is_start(get_gradient_edge(out)):
+            return
+        call.recomputed = True
+        call.edges = [[get_gradient_edge(d) if d.requires_grad else None for d in use.data()] for _, use in call.uses]
         drop(call)

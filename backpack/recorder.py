@@ -65,6 +65,8 @@ class Call:
     """The output as a tensor without samples, where the shapes allow that too."""
     recomputed: bool = False
     """Whether its inputs are freed until a checkpointed region is computed again."""
+    edges: list[list[GradientEdge | None]] | None = None
+    """Then, of the data of each use; what comes back is cut off from the graph."""
 
     @property
     def name(self) -> str:

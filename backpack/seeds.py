@@ -150,11 +150,6 @@ class LossCall:
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
                 )
-            if extension.backprop == "hessian" and any(call.recomputed for _, o in found for call in o.alive()):
-                raise RuntimeError(
-                    f"{type(extension).__name__} reads several times what the functions of the graph keep, and of a "
-                    f"region with activation checkpointing it can be read once. Run the forward pass without it."
-                )
         if origin.n == 0:
             raise RuntimeError(
                 f"The input of {type(self.loss).__name__}, of shape {list(self.input.shape)}, comes from a batch of "

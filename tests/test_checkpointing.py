@@ -10,10 +10,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from truth import close
 
-from backpack import backpack, extend
+from backpack import backpack, disable, extend
 from backpack.extensions import (
+    HMP,
     KFLR,
     BatchDiagGGNExact,
+    BatchDiagHessian,
     BatchGrad,
     ClippedGrad,
     DiagGGNExact,
@@ -22,6 +24,7 @@ from backpack.extensions import (
     SqrtGGNExact,
     Variance,
 )
+from backpack.recorder import Call
 from backpack.uses import DenseUse
 
 X = torch.arange(40, dtype=torch.float64).reshape(4, 2, 5).sin()
@@ -157,6 +160,76 @@ def test_inputs_that_came_back_go_as_the_pass_goes_on():
     assert left == [[]]
 
 
-def test_the_exact_diagonal_of_the_hessian_is_refused():
-    with pytest.raises(RuntimeError, match="DiagHessian .*Run the forward pass without it"):
-        run(models()[1], DiagHessian())
+def hessian_rows(model):
+    """Of the whole loss, ``[P, P]``."""
+    torch.manual_seed(1)
+    parameters = list(model.parameters())
+    with disable():
+        grads = torch.autograd.grad(nn.CrossEntropyLoss()(model(X), Y), parameters, create_graph=True)
+    flat = torch.cat([grad.flatten() for grad in grads])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in flat]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+
+
+def blocks_of_the_hessian(model):
+    """Of each parameter, ``[p, p]``."""
+    torch.manual_seed(1)
+    with disable():
+        loss = nn.CrossEntropyLoss()(model(X), Y)
+    for p in model.parameters():
+        (grad,) = torch.autograd.grad(loss, p, create_graph=True)
+        rows = [torch.autograd.grad(entry, p, retain_graph=True)[0].flatten() for entry in grad.flatten()]
+        yield torch.stack(rows)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hessians_are_exact(training):
+    """Of parameters that are used several times, too, the data of which come back cut off from the graph."""
+    plain, again = models()
+    plain.train(training), again.train(training)
+    true = list(blocks_of_the_hessian(plain))
+    run(again, DiagHessian(), BatchDiagHessian(chunk_size=3), BatchGrad(), HMP())
+    whole = [p.diag_h_batch for p in again.parameters()]
+    for p, block in zip(again.parameters(), true, strict=True):
+        assert close(p.diag_h.flatten(), block.diagonal(), rtol=1e-9)
+        assert close(p.diag_h_batch.sum(0).flatten(), block.diagonal(), rtol=1e-9)
+        unit = torch.eye(p.numel(), dtype=p.dtype)[-1].reshape(p.shape)
+        assert close(p.hmp(unit).flatten(), block[-1], rtol=1e-9)
+    run(again, BatchDiagHessian([2, 0, 2]))
+    assert all(close(p.diag_h_batch, w[[2, 0, 2]], rtol=1e-9) for p, w in zip(again.parameters(), whole, strict=True))
+
+
+def test_nothing_that_came_back_for_a_hessian_stays():
+    """When the ordinary backward pass goes on."""
+    model, left = models()[1], []
+    torch.manual_seed(1)
+    with backpack(DiagHessian()):
+        out = model(X)
+        calls = [call for call in gc.get_objects() if type(call) is Call and call.recomputed]
+        out.register_hook(lambda grad: left.append([use for call in calls for _, use in call.uses]))
+        extend(nn.CrossEntropyLoss())(out, Y).backward()
+    assert calls and len(left) == 1 and not any(isinstance(use, DenseUse) for use in left[0])
+
+
+@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact, DiagHessian])
+def test_a_region_of_one_layer_alone(extension):
+    """The pull-back may stop at its output, so that it would not be computed again."""
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = checkpoint(self.first, x, use_reentrant=False) if self.training else self.first(x)
+            return self.last(h.tanh())
+
+    torch.manual_seed(0)
+    model, lossfunc = extend(Alone().double()), extend(nn.CrossEntropyLoss())
+    found = []
+    for again in (False, True):
+        model.train(again)
+        with backpack(extension()):
+            lossfunc(model(X[:, 0]), Y).backward()
+        found.append([getattr(p, extension.savefield) for p in model.parameters()])
+    assert all(close(b, a, rtol=1e-12) for a, b in zip(*found, strict=True))

@@ -116,7 +116,10 @@ def test_quantities_of_all_models_are_right(name, subsampling):
 def test_factors_of_all_models_are_right(name, largest, monkeypatch):
     """Of small tables too: what is small counts as large."""
     monkeypatch.setattr(kronecker, "LARGEST", largest)
-    is_right(outcome(name, factors(None if largest > 32 else [1])))
+    found = outcome(name, factors(None if largest > 32 else [1]))
+    # The positions of the last model's images are too many for cotangents at each alone.
+    few = {"not compared: there are more than 512 positions"} if name == "resnet_inplace" else set()
+    assert found.passed and {row.verdict for row in found.rows} <= {"right", *few}, found
 
 
 @pytest.mark.slow

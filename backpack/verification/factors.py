@@ -98,7 +98,7 @@ def _of_cotangents(truth: Truth, group: list[Map], vectors: Tensor) -> Tensor:
         if truth.extension.approx == "expand":
             for a, part in zip(group, parts, strict=True):
                 for own in a.positions(torch.stack(part)):
-                    total += truth.gram(truth.plain.along(a.edge, own)).sum(0)
+                    total += truth.gram(truth.plain.along(a.edge, list(own))).sum(0)
         elif any(bool(own.any()) for part in parts for own in part):
             columns = [truth.plain.along(a.edge, part) for a, part in zip(group, parts, strict=True)]
             total += truth.gram(sum(columns[1:], start=columns[0])).sum(0)
