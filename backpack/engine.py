@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from backpack.bystanders import undisturbed
 from backpack.compat import graph_task, running_node, when_backward_ends
 from backpack.delivery import Contributions, Delivery
+from backpack.looped import edges_from
 from backpack.passages import Passage, serve
 from backpack.recorder import Call, Recording
 from backpack.samples import Subset
@@ -103,6 +106,7 @@ class Watched:
     """A parameter of extended modules: its hook, and the modules that own it."""
 
     handle: RemovableHandle
+    name: str
     references: list[ref[Module]] = field(default_factory=list)
     explained: set[bool] = field(default_factory=set)
     """Modes of training in which its gradient was compared with what was delivered."""
@@ -116,6 +120,9 @@ class Watched:
         """Note an owner."""
         self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
 
+
+MARK = "backpack"
+"""At the node of an output of an extended module: what its forward pass left there."""
 
 WATCHED: Any = WeakTensorKeyDictionary()
 """Parameter to ``Watched``."""
@@ -189,6 +196,12 @@ class Block:
     loss_factor: float = 1.0
     """That of a scaler, by which the loss is multiplied before ``backward()``."""
     loss_seen: bool = False
+    starts: list[tuple[Node, Counter[int]]] = field(default_factory=list)
+    """Where the pass came into outputs of extended modules, and how often these used each parameter."""
+    partial: set[int] = field(default_factory=set)
+    """Parameters of which the pass reached some uses only."""
+    asked: bool = False
+    """Whether a parameter receives a gradient."""
     unexplained: list[str] = field(default_factory=list)
     """Names of parameters that are used where nothing is recorded as well."""
     taker: Callable[[Tensor, str, Any], None] | None = None
@@ -208,7 +221,8 @@ class Block:
         for parameter, savefield in self.stored:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
-        for store in (self.seen, self.hooked, self.finished, self.passages, self.pulled, self.applied):
+        self.starts.clear()
+        for store in (self.seen, self.hooked, self.finished, self.passages, self.pulled, self.applied, self.partial):
             store.clear()
 
     def enter_pass(self) -> None:
@@ -216,8 +230,9 @@ class Block:
         if self.task != graph_task():
             self.clear()
             self.task = graph_task()
-            self.loss_seen = False
+            self.loss_seen = self.asked = False
             self.grad_mode = torch.is_grad_enabled()
+            when_backward_ends(self._look_for_missed)
             when_backward_ends(self._end_pass)
 
     def check_subsets(self, n: int, device: torch.device) -> None:
@@ -269,6 +284,7 @@ class Block:
     def parameter_done(self, parameter: Tensor, name: str, grad: Tensor | None) -> None:
         """All uses have contributed: compute the results. ``grad``: what the parameter receives."""
         self.enter_pass()
+        self.asked = self.asked or grad is not None
         if grad is not None and self.extensions and id(parameter) not in self.seen:
             raise RuntimeError(
                 f"Parameter {name} of shape {list(parameter.shape)} receives a gradient, but none of its uses was "
@@ -277,6 +293,8 @@ class Block:
                 f"replica, a checkpointed or disabled region). Call the extended module itself, or freeze the "
                 f"parameter with requires_grad_(False)."
             )
+        if id(parameter) in self.partial:
+            self.delivery.fetch(parameter)
         if parameter in self.delivery:
             with without_autocast(parameter.device):
                 self._compute(parameter, name, grad)
@@ -372,6 +390,45 @@ class Block:
             self.hooked.add(id(module))
             with muted(), serve(passage or self.passages.pop(id(module), None)):
                 self.extension_hook(module)
+
+    def _look_for_missed(self) -> None:
+        """A pass that ends before parameters, as ``inputs=`` can have it, leaves no result on them, and no old one."""
+        left = [source for source in self.delivery.sources.values() if source.tensor not in SHARDED]
+        arrivals = self.delivery.arrivals
+        delivered = Counter(id(p) for s in left for p in s.parameters for _ in arrivals.get(id(s.tensor), ()))
+        missed: dict[int, Tensor] = {}
+        for node, own in self.starts if self.first_order else ():
+            if not (delivered or not self.asked or own.keys() - self.seen):
+                continue
+            used = {id(own): own}
+            ends: list[Any] = []
+            for edge in edges_from(GradientEdge(node, 0)):
+                metadata: Any = edge.node.metadata
+                if (origin := metadata.get((MARK, edge.output_nr))) is not None:
+                    used[id(origin.uses)] = origin.uses
+                ends.append(getattr(edge.node, "variable", None))
+            total = sum(used.values(), Counter())
+            self.partial |= {key for key, number in delivered.items() if number < total[key]}
+            missed |= {id(p): p for p in ends if p in WATCHED and (id(p) in self.partial or id(p) not in self.seen)}
+        for parameter in missed.values():
+            for extension in self.first_order:
+                vars(parameter).pop(extension.savefield, None)
+        names = [WATCHED[parameter].name for parameter in missed.values()]
+        found = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for extension in self.first_order if missed else ():
+            if extension.needs_all_parameters:
+                raise RuntimeError(
+                    f"{type(extension).__name__} depends on all parameters of the model, and the backward pass ended "
+                    f"before it reached all uses of {found}. Call backward(), or freeze with requires_grad_(False) "
+                    f"what is to be left out."
+                )
+        if missed and not self.asked:
+            warnings.warn(
+                f"The backward pass ended before it reached all uses of {found}: there are no results of "
+                f"{', '.join(type(extension).__name__ for extension in self.first_order)} for these parameters. Call "
+                f"backward(), or autograd.grad with respect to the parameters whose results are wanted.",
+                stacklevel=2,
+            )
 
     def _end_pass(self) -> None:
         """What no hook of a parameter has fetched, and what needs all parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,12 +36,12 @@ from backpack.compat import (
     uncompiled,
     unobserved,
 )
-from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
+from backpack.engine import HERE, MARK, SHARDED, WATCHED, Block, Watched, muted, trainable
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
 from backpack.recomputed import free_if_recomputed
 from backpack.recorder import Call, Recording, Source, tensors_in
-from backpack.seeds import MARK, PASSES, LossCall, Origin, SeedPass, tap
+from backpack.seeds import PASSES, LossCall, Origin, SeedPass, tap
 
 # ---------------------------------------------------------------------------------------------------------------
 # Hooks on tensors
@@ -117,7 +118,7 @@ def watch(module: Module, parts: list[Module], seen: dict[tuple[int, int], Sourc
                     watched = WATCHED.get(parameter)
                     if watched is None:
                         on_total = _parameter_hook(TensorWeakRef(parameter), source.name, HERE.blocks)
-                        watched = WATCHED[parameter] = Watched(parameter.register_hook(on_total))
+                        watched = WATCHED[parameter] = Watched(parameter.register_hook(on_total), source.name)
                     watched.add(owner)
                 found[key] = source
     if found.keys() != seen.keys():
@@ -282,7 +283,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
         edge = get_gradient_edge(tensor)
         if edge in recording.inputs:  # handed through: what it comes from is known already
             continue
-        tensor.register_hook(_waking(HERE.blocks))
+        tensor.register_hook(_waking(recording.uses, HERE.blocks))
         metadata: Any = edge.node.metadata
         metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
@@ -360,8 +361,15 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
     return on_cotangents
 
 
-def _waking(home: list[Block]) -> Callable[[Tensor], None]:
-    return lambda grad: _wake(_block(home, grad), home)
+def _waking(uses: Counter[int], home: list[Block]) -> Callable[[Tensor], None]:
+    def on_cotangent(grad: Tensor) -> None:
+        block, node = _block(home, grad), running_node()
+        _wake(block, home)
+        if block is not None and block.first_order and node is not None:
+            block.enter_pass()
+            block.starts.append((node, uses))
+
+    return on_cotangent
 
 
 def _wake(block: Block | None, home: list[Block]) -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from backpack.bystanders import drawing_again, forget_retained, run_again, undisturbed
 from backpack.compat import is_fully_sharded, outside_vmap
 from backpack.delivery import Delivery
-from backpack.engine import HERE, Block, Ruled, by_rule, muted, trainable, without_autocast
+from backpack.engine import HERE, MARK, Block, Ruled, by_rule, muted, trainable, without_autocast
 from backpack.joined import Joined
 from backpack.looped import Instead, counts_backward_passes, edges_from
 from backpack.losses import LossRoot, loss_root
@@ -34,7 +34,6 @@ from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
-MARK = "backpack"
 BUDGET = 5 * 2**18
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
 

@@ -1,0 +1,132 @@
+"""A backward pass that ends before all parameters leaves right results, none, or old ones of other models only."""
+
+import pytest
+import torch
+from test_real_models import problem
+from torch import nn
+from truth import close
+
+from backpack import backpack, extend
+from backpack.extensions import BatchGrad, ClippedGrad, DiagGGNExact, SumGradSquared
+
+X = torch.arange(15, dtype=torch.float64).reshape(5, 3).sin()
+Y = torch.tensor([0, 2, 1, 1, 0])
+
+
+class Model(nn.Module):
+    """The first layer is used twice, before and behind the state ``h``."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.early, self.late = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        self.h = self.early(self.shared(x).tanh())
+        return self.late(self.shared(self.h).tanh())
+
+
+def build():
+    torch.manual_seed(0)
+    return extend(Model().double()), extend(nn.CrossEntropyLoss())
+
+
+def rows(model, parameter):
+    losses = [nn.functional.cross_entropy(model(x[None]), y[None]) / len(X) for x, y in zip(X, Y, strict=True)]
+    return torch.stack([torch.autograd.grad(loss, parameter)[0] for loss in losses])
+
+
+def with_results(model):
+    return {name for name, p in model.named_parameters() if hasattr(p, "grad_batch")}
+
+
+def right(model):
+    return all(close(p.grad_batch, rows(model, p)) for p in model.parameters() if hasattr(p, "grad_batch"))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_parameters_that_are_not_reached_have_no_results_nor_old_ones(before):
+    model, lossfunc = build()
+    if before:
+        with backpack(BatchGrad(), SumGradSquared()):
+            lossfunc(model(2 * X), Y).backward()
+    loss = lossfunc(model(X), Y)
+    with (
+        pytest.warns(UserWarning, match=r"ended before .* shared.weight.* no results of BatchGrad"),
+        backpack(BatchGrad()),
+    ):
+        torch.autograd.grad(loss, model.h)
+    assert with_results(model) == {"early.weight", "early.bias", "late.weight", "late.bias"} and right(model)
+    assert all(hasattr(p, "sum_grad_squared") == before for p in model.parameters())
+
+
+def test_the_parameters_asked_for_have_results_and_others_right_ones_or_none():
+    model, lossfunc = build()
+    with backpack(BatchGrad()):
+        lossfunc(model(X), Y).backward(inputs=[model.early.weight])
+    assert {"early.weight", "late.weight"} <= with_results(model) and right(model)
+    assert "shared.weight" not in with_results(model)  # one of its uses was reached
+    with backpack(BatchGrad()):
+        torch.autograd.grad(lossfunc(model(X), Y), [model.shared.bias])
+    assert "shared.bias" in with_results(model) and right(model)
+
+
+def test_calls_of_the_parts_of_a_model():
+    model, lossfunc = build()
+    for p in model.parameters():
+        p.grad_batch = "old"
+    h = model.early(model.shared(X).tanh())
+    with pytest.warns(UserWarning, match="ended before"), backpack(BatchGrad()):
+        torch.autograd.grad(lossfunc(model.late(model.shared(h)), Y), h)
+    assert with_results(model) == {"early.weight", "early.bias", "late.weight", "late.bias"}
+    assert not any(isinstance(getattr(p, "grad_batch", None), str) for p in model.parameters())
+
+
+def test_curvature_has_results_for_all_without_a_warning():
+    model, lossfunc = build()
+    out = model(X)
+    with backpack(DiagGGNExact()):
+        torch.autograd.grad(lossfunc(out, Y), out)
+    found = [p.diag_ggn_exact for p in model.parameters()]
+    with backpack(DiagGGNExact()):
+        lossfunc(model(X), Y).backward()
+    assert all(close(p.diag_ggn_exact, f) for p, f in zip(model.parameters(), found, strict=True))
+
+
+def test_what_depends_on_all_parameters_is_refused():
+    model, lossfunc = build()
+    with pytest.raises(RuntimeError, match="ClippedGrad depends on all .* requires_grad_"), backpack(ClippedGrad(1e-2)):
+        lossfunc(model(X), Y).backward(inputs=[model.late.weight])
+    assert not any(hasattr(p, "grad_clipped") for p in model.parameters())
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(3, 3), nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x):
+        return [head(self.trunk(x).tanh()) for head in self.heads]
+
+
+def test_results_of_a_head_stay_when_the_other_has_its_pass():
+    torch.manual_seed(0)
+    model, lossfunc = extend(Heads().double()), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad()):
+        lossfunc(model(X)[0], Y).backward()
+        lossfunc(model(X)[1], Y).backward()
+    assert all(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext", "mixer"])
+def test_with_respect_to_inputs_all_parameters_have_results(name):
+    given = problem(name, n=2)
+    (x,) = given.inputs
+    x.requires_grad_()
+    loss, found = extend(nn.CrossEntropyLoss()), []
+    extend(given.model)
+    for whole in (True, False):
+        out = loss(given.output(), torch.tensor([1, 0]))
+        with backpack(SumGradSquared()):
+            out.backward() if whole else torch.autograd.grad(out, x)
+        found.append([p.sum_grad_squared for p in given.model.parameters() if p.grad is not None])
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
