@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
+from weakref import ref
 
 from torch.jit import ScriptModule
 from torch.nn import Module, RNNBase
@@ -98,12 +99,22 @@ class backpack:
 
     def __enter__(self) -> None:
         drop_interrupted()
-        HERE.blocks.append(Block(*self._arguments))
+        block, blocks = Block(*self._arguments), HERE.blocks
+
+        def abandon(_: Any) -> None:
+            """Nothing is left that could call ``__exit__``: an interrupt came when it was entered."""
+            block.clear()
+            if block in blocks:
+                blocks.remove(block)
+
+        block.manager = ref(self, abandon)
+        blocks.append(block)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         block = HERE.blocks.pop()
+        block.manager = None
         block.clear()
         if HERE.blocks:
             HERE.blocks[-1].task = max(HERE.blocks[-1].task, block.task)

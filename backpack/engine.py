@@ -206,6 +206,8 @@ class Block:
     """Names of parameters that are used where nothing is recorded as well."""
     taker: Callable[[Tensor, str, Any], None] | None = None
     """What takes the results, in place of the parameters."""
+    manager: ref[Any] | None = None
+    """The context manager that takes the block off again."""
 
     def __post_init__(self) -> None:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]

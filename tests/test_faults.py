@@ -1,7 +1,9 @@
 """An exception anywhere leaves all as it was: no hook, attribute or recording stays, and the next pass is right."""
 
+import gc
 import inspect
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -247,3 +249,73 @@ def test_a_fault_in_any_call_of_the_extension_hook_leaves_all_as_it_was(calm, k)
     with pytest.raises(KeyboardInterrupt):
         step(model, lossfunc, hook)
     as_before(model, lossfunc, before)
+
+
+@pytest.mark.parametrize("place", ["__enter__", "__exit__"])
+def test_an_interrupt_between_a_block_and_its_end_leaves_all_as_it_was(calm, place):
+    model, lossfunc, before = calm
+    code = getattr(backpack, place).__code__
+
+    def interrupt(frame, event, argument):
+        if frame.f_code is code:
+            if (place, event) in (("__exit__", "call"), ("__enter__", "return")):
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return interrupt
+        return None
+
+    sys.settrace(interrupt)
+    try:
+        step(model, lossfunc)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    as_before(model, lossfunc, before)
+
+
+def test_a_block_that_nothing_but_a_stack_holds_stays():
+    model, lossfunc = build()
+    extend(model), extend(lossfunc)
+    with ExitStack() as stack:
+        stack.enter_context(backpack(BatchGrad()))
+        gc.collect()
+        lossfunc(model(X), Y).backward()
+    assert not HERE.blocks and all(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_after_an_error_gradients_are_those_that_pytorch_leaves_after_an_error_at_the_same_place(k):
+    """In the computation for the ``k``-th parameter, and in a hook on it."""
+
+    def gradients(raising):
+        model, lossfunc = build()
+        left, error = [k], None
+
+        def count():
+            left[0] -= 1
+            if left[0] < 0:
+                raise ZeroDivisionError("injected")
+
+        class Broken(BatchGrad):
+            def compute(self, grads):
+                count()
+                return super().compute(grads)
+
+        for p in model.parameters() if raising == "hook" else ():
+            p.register_hook(lambda grad: count())
+        exts = [Broken()] if raising == "extension" else []
+        extend(model), extend(lossfunc)
+        try:
+            with backpack(*exts):
+                lossfunc(model(X), Y).backward()
+        except ZeroDivisionError as caught:
+            error = str(caught)
+        assert error == "injected"
+        assert not any(vars(p).keys() & {"grad_batch"} for p in model.parameters())
+        return [p.grad for p in model.parameters()]
+
+    found, plain = gradients("extension"), gradients("hook")
+    for a, b in zip(found, plain, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert sum(grad is not None for grad in found) == k
