@@ -102,7 +102,7 @@ def accumulate(
     backpack(*extensions)  # refuses what is no extension
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
-    collection = Collection(model, extensions, None if offload is None else torch.device(offload))
+    collection = Collection(model, extensions, None if offload is None else torch.device(offload), True)
     one = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
     processes = Processes(group)
     batches = Batches(dataloader, EXTENDED[model].batch_axis, processes)
@@ -170,7 +170,7 @@ class Run:
             for batch in self._in_step(batches) if self.one.sharded else batches:
                 loss, divided = self.one.run(batch, self.reference)
                 if batch.counts:
-                    counts.loss += loss.double() * ((divided or 1.0) / self.reference)
+                    counts.loss.add_(loss, alpha=(divided or 1.0) / self.reference)
                     counts.divided += divided
                     counts.seen += batch.samples
                 counts.done += 1

@@ -50,11 +50,12 @@ def across_processes(
     collection = Collection(model, extensions)
     counts = processes.all_objects(samples)
     start, total, factor = sum(counts[: processes.rank]), sum(counts), 1 / processes.count
+    whole = torch.arange(start, start + samples)
     scale = 1.0 if scaler is None else scaler.get_scale()
     parts, selected = {}, {}
     for extension in extensions:
         chosen = extension.subset.rows(total, torch.device("cpu"))
-        parts[extension.savefield] = part_of(extension, chosen, start, samples, factor, scale)
+        parts[extension.savefield] = part_of(extension, chosen, whole, factor, scale)
         selected[extension.savefield] = total if chosen is None else len(chosen)
     collection.clear()
     with backpack(*(part.extension for part in parts.values())):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
 
 from backpack.compat import is_fully_sharded
 from backpack.context import backpack, disable, extend
@@ -36,6 +37,9 @@ class BatchPass:
     scaler: Any
     chosen: dict[str, Tensor] = field(default_factory=dict)
     counted: list[int] = field(default_factory=list)
+    handles: dict[str, RemovableHandle] = field(default_factory=dict)
+    factor: float = 1.0
+    """With which the gradients of the batch at hand enter those of all."""
 
     def __post_init__(self) -> None:
         extend(self.model), extend(self.lossfunc)
@@ -51,13 +55,17 @@ class BatchPass:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count the samples that the model is called with."""
+        """Count the samples that the model is called with, and take the gradients of its parameters."""
 
         def count(module: Module, args: Any, kwargs: Any) -> None:
             self.counted.append(samples_of((args, kwargs), EXTENDED[module].batch_axis))
 
         with self.model.register_forward_pre_hook(count, with_kwargs=True):
-            yield
+            try:
+                yield
+            finally:
+                for handle in self.handles.values():
+                    handle.remove()
 
     def divided(self, content: Any) -> float:
         """What the loss of a batch divides by, without its output where that can be."""
@@ -109,10 +117,9 @@ class BatchPass:
         scale = 1.0
         if self.scaler is not None:
             loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
+        whole = torch.arange(batch.start, batch.start + batch.samples)
         parts = {
-            extension.savefield: part_of(
-                extension, self.chosen.get(extension.savefield), batch.start, batch.samples, factor, scale
-            )
+            extension.savefield: part_of(extension, self.chosen.get(extension.savefield), whole, factor, scale)
             for extension in collection.extensions
         }
         for savefield, part in parts.items():
@@ -122,42 +129,63 @@ class BatchPass:
                 collection.selected[savefield] += len(part.places)
         # Of a sharded model all processes pull back the same columns.
         wanted = [part.extension for part in parts.values() if self.sharded or part.places is not None]
+        self.factor = factor / scale if batch.counts else 0.0
         with without_autocast(self.device), backpack(*wanted):
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
-            grads = self._gradients(loss)
-        if self.scaler is not None and not all(bool(grad.isfinite().all()) for _, grad in grads):
+            self._backward(loss)
+        if self.scaler is not None and not collection.gradients_are_finite():
             raise OverflowError(
                 f"A gradient, scaled by {scale:g}, is not finite: give the scaler a smaller init_scale."
             )
         collection.merge(parts)
-        for name, grad in grads if batch.counts else ():
-            collection.add_gradient(name, grad.to_dense(), factor / scale)
 
-    def _gradients(self, loss: Tensor) -> list[tuple[str, Tensor]]:
-        """Those of one batch, without a trace on the parameters."""
+    def _take_gradient(self, name: str, grad: Tensor) -> Tensor | None:
+        """Add it to those of the batches before, at once; PyTorch keeps a number in its place."""
+        if grad.is_sparse:
+            return None
+        self.collection.add_gradient(name, grad, self.factor)
+        return grad.new_zeros(()).expand(grad.shape)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Take the gradients of one batch, without a trace on the parameters."""
         parameters = self.collection.parameters
         if not self.sharded:
+            large = self.collection.large
+            for name, parameter in parameters.items():
+                if name in large:
+                    handle, hooks = self.handles.get(name), parameter._backward_hooks
+                    if handle is None or not hooks or next(reversed(hooks)) != handle.id:  # those of users come first
+                        if handle is not None:
+                            handle.remove()
+                        self.handles[name] = parameter.register_hook(partial(self._take_gradient, name))
             grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            return [(name, grad) for name, grad in zip(parameters, grads, strict=True) if grad is not None]
+            for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+                if grad is not None and (grad.is_sparse or not name in large):
+                    self.collection.add_gradient(name, grad, self.factor)
+            return
         # The backward pass of a sharded model has its effects when gradients are accumulated.
-        found: dict[str, Tensor] = {}
+        found: set[str] = set()
         before = {name: parameter.grad for name, parameter in parameters.items()}
         handles = []
+
+        def take(name: str, grad: Tensor) -> None:
+            found.add(name)
+            self.collection.add_gradient(name, grad, self.factor)
+
         for whole in SHARDED:
             name = self.collection.name_of(whole)
             if name is not None:
-                handles.append(whole.register_hook(lambda grad, name=name: found.__setitem__(name, grad.clone())))
+                handles.append(whole.register_hook(partial(take, name)))
         try:
             for parameter in parameters.values():
                 parameter.grad = None
             loss.backward()
             for name, parameter in parameters.items():
                 if name not in found and parameter.grad is not None:
-                    found[name] = parameter.grad
+                    self.collection.add_gradient(name, parameter.grad, self.factor)
         finally:
             for handle in handles:
                 handle.remove()
             for name, parameter in parameters.items():
                 parameter.grad = before[name]
-        return list(found.items())

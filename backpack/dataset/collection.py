@@ -14,6 +14,7 @@ from backpack.dataset.stores import FileRows, Rows, Sums
 from backpack.engine import SHARDED
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merging import Joined, Merging, Summed
+from backpack.memory import LARGE
 
 GRAD = "grad"
 
@@ -40,11 +41,13 @@ class Collection:
         model: Whose parameters are looked at.
         extensions: As users gave them.
         device: Where results are kept; ``None``: where they are computed.
+        one_pass: Whether each batch has one backward pass, so that results of first order come once.
     """
 
     model: Module
     extensions: tuple[BackpropExtension, ...]
     device: torch.device | None = None
+    one_pass: bool = False
     sums: dict[tuple[str, str], Sums] = field(default_factory=dict)
     rows: dict[tuple[str, str], Rows | FileRows] = field(default_factory=dict)
     selected: dict[str, int] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Collection:
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("The model has no parameter that requires a gradient.")
+        self.large = {name for name, p in self.parameters.items() if p.numel() * p.element_size() >= LARGE}
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.selected = {extension.savefield: 0 for extension in self.extensions}
 
@@ -88,7 +92,8 @@ class Collection:
     def take(self, parts: dict[str, Part], parameter: Tensor, savefield: str, result: Any) -> None:
         """Take one result of a batch.
 
-        Those of samples are kept at once; of sums the last one counts, since a pass may begin anew.
+        Those of samples are kept at once, and those that come once are added while they are in the cache. Of other
+        sums the last one counts, since what pulls columns back may begin anew.
         """
         name, part = self.name_of(parameter), parts[savefield]
         if name is None or part.places is None:
@@ -97,11 +102,13 @@ class Collection:
             joined = self.joined[savefield]
             rows, weight = result.detach().movedim(joined.axis, 0), joined.weight(part.factor)
             self.rows.setdefault((name, savefield), Rows()).add(rows, part.places, weight, self.device)
+        elif self.one_pass and part.extension.seeds is None and name in self.large:
+            self._add(name, savefield, self._moved(result), part.factor, len(part.places))
         else:
-            self.new[name, savefield] = tree_map(self._moved, result)
+            self.new[name, savefield] = self._moved(result)
 
-    def _moved(self, value: Any) -> Any:
-        return value if self.device is None else value.to(self.device)
+    def _moved(self, result: Any) -> Any:
+        return result if self.device is None else tree_map(lambda tensor: tensor.to(self.device), result)
 
     def merge(self, parts: dict[str, Part]) -> None:
         """Add the sums of a batch to those of the batches before."""
@@ -112,7 +119,11 @@ class Collection:
 
     def add_gradient(self, name: str, grad: Tensor, factor: float) -> None:
         """Add the gradient of a batch to those of the batches before."""
-        self._add(name, GRAD, self._moved(grad), factor, 0)
+        self._add(name, GRAD, self._moved(grad.to_dense() if grad.is_sparse else grad), factor, 0)
+
+    def gradients_are_finite(self) -> bool:
+        """Whether those of all batches were."""
+        return all(bool(sums.state[0].isfinite().all()) for (_, field), sums in self.sums.items() if field == GRAD)
 
     def _add(self, name: str, savefield: str, result: Any, factor: float, samples: int) -> None:
         known = self.sums.get((name, savefield))
@@ -122,24 +133,23 @@ class Collection:
 
 
 def part_of(
-    extension: BackpropExtension, chosen: Tensor | None, start: int, samples: int, factor: float, scale: float
+    extension: BackpropExtension, chosen: Tensor | None, whole: Tensor, factor: float, scale: float
 ) -> Part:
-    """What to compute of the ``samples`` from number ``start`` on.
+    """What to compute of a batch.
 
     Args:
         extension: As the user gave it.
-        chosen: The numbers of those selected, of all data; ``None``: all.
-        start: Number of the first sample.
-        samples: How many there are.
+        chosen: The numbers of the samples selected, of all data; ``None``: all.
+        whole: Those of the batch's samples, in order.
         factor: With which the loss of these samples enters that of all.
         scale: By which it is multiplied before ``backward()``, which second order does not see.
     """
     if extension.seeds is None:
         factor /= scale
     if chosen is None:
-        return Part(extension.on_batch(None, factor), factor, torch.arange(start, start + samples))
-    own = chosen - start
-    places = ((own >= 0) & (own < samples)).nonzero().flatten()
+        return Part(extension.on_batch(None, factor), factor, whole)
+    own = chosen - whole[0]
+    places = ((own >= 0) & (own < len(whole))).nonzero().flatten()
     if len(places) == 0:
         return Part(extension.on_batch([0], factor), factor, None)
     return Part(extension.on_batch(own[places].tolist(), factor), factor, places)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,12 @@ class Rows:
     def pack(self) -> tuple[Tensor, Tensor]:
         """As one tensor each, multiplied by the weights."""
         if len(self.chunks) > 1:
-            joined = torch.cat(self.chunks)
-            for piece, weight in zip(joined.split([len(chunk) for chunk in self.chunks]), self.weights, strict=True):
+            joined, start = torch.cat(self.chunks), 0
+            for weight, own in groupby(zip(self.weights, self.chunks, strict=True), itemgetter(0)):
+                stop = start + sum(len(chunk) for _, chunk in own)
                 if weight != 1:
-                    piece.mul_(weight)
+                    joined[start:stop].mul_(weight)
+                start = stop
             self.chunks, self.places, self.weights = [joined], [torch.cat(self.places)], [1.0]
         elif self.weights[0] != 1:
             self.chunks, self.weights = [self.chunks[0] * self.weights[0]], [1.0]

@@ -65,7 +65,7 @@ def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> floa
         return target.numel() / target.shape[min(1, target.dim() - 1)]
     counted = target != loss.ignore_index
     if loss.weight is None:
-        return float(counted.sum())
+        return float(torch.count_nonzero(counted))
     return float((loss.weight.double()[target.where(counted, target.new_zeros(()))] * counted).sum())
 
 
