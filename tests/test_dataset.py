@@ -276,6 +276,28 @@ def test_a_parameter_that_is_never_used_has_no_results(tmp_path):
         assert not hasattr(model.unused, "grad_batch")
 
 
+@pytest.mark.parametrize("rows", [None, [7, 2, -1, 2]])
+def test_large_parameters_whose_results_are_added_as_they_come_are_no_other(rows, monkeypatch):
+    """Also if a gradient is taken in the forward pass, and if a hook changes one."""
+    monkeypatch.setattr("backpack.dataset.collection.LARGE", 0)
+    model, lossfunc, X, y = problem()
+    truth = giant(model, lossfunc, X, y, 11, rows)
+    bound = bound_of(truth)
+
+    def forward(model, batch):
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(model[0].weight.square().sum(), model[0].weight)
+        assert torch.equal(found, 2 * model[0].weight)
+        return model(batch[0]), batch[1]
+
+    data = DataLoader(TensorDataset(X, y), batch_size=4)
+    check(accumulate(model, lossfunc, data, *all_extensions(bound, rows), forward=forward), truth, bound, model)
+    with model[2].weight.register_hook(lambda grad: 2 * grad):
+        found = accumulate(model, lossfunc, data, BatchGrad())
+    for name, grad in truth["grad"].items():
+        assert close(found.grad[name], grad * (2 if name == "2.weight" else 1))
+
+
 def test_gradients_that_are_there_stay():
     model, lossfunc, X, y = problem()
     for parameter in model.parameters():

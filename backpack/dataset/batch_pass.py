@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
 from backpack.compat import is_fully_sharded
 from backpack.context import backpack, disable, extend
@@ -37,7 +36,6 @@ class BatchPass:
     scaler: Any
     chosen: dict[str, Tensor] = field(default_factory=dict)
     counted: list[int] = field(default_factory=list)
-    handles: dict[str, RemovableHandle] = field(default_factory=dict)
     factor: float = 1.0
     """With which the gradients of the batch at hand enter those of all."""
 
@@ -55,17 +53,13 @@ class BatchPass:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count the samples that the model is called with, and take the gradients of its parameters."""
+        """Count the samples that the model is called with."""
 
         def count(module: Module, args: Any, kwargs: Any) -> None:
             self.counted.append(samples_of((args, kwargs), EXTENDED[module].batch_axis))
 
         with self.model.register_forward_pre_hook(count, with_kwargs=True):
-            try:
-                yield
-            finally:
-                for handle in self.handles.values():
-                    handle.remove()
+            yield
 
     def divided(self, content: Any) -> float:
         """What the loss of a batch divides by, without its output where that can be."""
@@ -133,7 +127,7 @@ class BatchPass:
         with without_autocast(self.device), backpack(*wanted):
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
-            self._backward(loss)
+            self._backward_sharded(loss) if self.sharded else self._backward(loss)
         if self.scaler is not None and not collection.gradients_are_finite():
             raise OverflowError(
                 f"A gradient, scaled by {scale:g}, is not finite: give the scaler a smaller init_scale."
@@ -141,30 +135,28 @@ class BatchPass:
         collection.merge(parts)
 
     def _take_gradient(self, name: str, grad: Tensor) -> Tensor | None:
-        """Add it to those of the batches before, at once; PyTorch keeps a number in its place."""
-        if grad.is_sparse:
+        """Add a large one to those of the batches before, at once; PyTorch keeps a number in its place."""
+        if HERE.muted or HERE.inner is not None or grad.is_sparse:
             return None
         self.collection.add_gradient(name, grad, self.factor)
         return grad.new_zeros(()).expand(grad.shape)
 
     def _backward(self, loss: Tensor) -> None:
         """Take the gradients of one batch, without a trace on the parameters."""
-        parameters = self.collection.parameters
-        if not self.sharded:
-            large = self.collection.large
-            for name, parameter in parameters.items():
-                if name in large:
-                    handle, hooks = self.handles.get(name), parameter._backward_hooks
-                    if handle is None or not hooks or next(reversed(hooks)) != handle.id:  # those of users come first
-                        if handle is not None:
-                            handle.remove()
-                        self.handles[name] = parameter.register_hook(partial(self._take_gradient, name))
+        parameters, large = self.collection.parameters, self.collection.large
+        hooks = [parameters[name].register_hook(partial(self._take_gradient, name)) for name in large]
+        try:
             grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
-                if grad is not None and (grad.is_sparse or not name in large):
-                    self.collection.add_gradient(name, grad, self.factor)
-            return
-        # The backward pass of a sharded model has its effects when gradients are accumulated.
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, grad in zip(parameters, grads, strict=True):
+            if grad is not None and (name not in large or grad.is_sparse):
+                self.collection.add_gradient(name, grad, self.factor)
+
+    def _backward_sharded(self, loss: Tensor) -> None:
+        """As ``_backward``: that of a sharded model has its effects when gradients are accumulated."""
+        parameters = self.collection.parameters
         found: set[str] = set()
         before = {name: parameter.grad for name, parameter in parameters.items()}
         handles = []

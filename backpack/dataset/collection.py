@@ -118,8 +118,9 @@ class Collection:
         self.new.clear()
 
     def add_gradient(self, name: str, grad: Tensor, factor: float) -> None:
-        """Add the gradient of a batch to those of the batches before."""
-        self._add(name, GRAD, self._moved(grad.to_dense() if grad.is_sparse else grad), factor, 0)
+        """Add the gradient of a batch to those of the batches before; it does not count if the factor is zero."""
+        if factor:
+            self._add(name, GRAD, self._moved(grad.to_dense() if grad.is_sparse else grad), factor, 0)
 
     def gradients_are_finite(self) -> bool:
         """Whether those of all batches were."""
@@ -132,9 +133,7 @@ class Collection:
         known.add(result, factor, samples)
 
 
-def part_of(
-    extension: BackpropExtension, chosen: Tensor | None, whole: Tensor, factor: float, scale: float
-) -> Part:
+def part_of(extension: BackpropExtension, chosen: Tensor | None, whole: Tensor, factor: float, scale: float) -> Part:
     """What to compute of a batch.
 
     Args:
