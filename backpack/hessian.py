@@ -302,9 +302,9 @@ class HessianPass(SeedPass):
             raise RuntimeError(
                 f"{type(self.extensions[0]).__name__}: the model has a fused attention or recurrent layer, or was run "
                 f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
-                f"was not possible or did not give the same output (as with dropout in training mode). Run the "
-                f"forward pass inside the backpack(...) block and without autocast, or put the model into evaluation "
-                f"mode."
+                f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
+                f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
+                f"autocast, put the model into evaluation mode, or give it its state as an argument."
             )
         return SecondOrderGraph(self.joined.start, self.layout, None)
 

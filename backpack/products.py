@@ -138,9 +138,9 @@ class LastingPass(HessianPass):
             return False
         raise RuntimeError(
             f"{type(self.extensions[0]).__name__} needs a graph that outlives the backward pass, and running the model "
-            f"again does not give the input of the loss (as with dropout in training mode, where the output is "
-            f"reshaped before the loss, or where the model itself uses autocast). Run the forward pass inside the "
-            f"backpack(...) block and without autocast, and call backward(retain_graph=True)."
+            f"again does not give the input of the loss (as with dropout in training mode, a state that is kept from "
+            f"call to call, an output that is reshaped before the loss, or autocast in the model). Run the forward "
+            f"pass inside the backpack(...) block and without autocast, and call backward(retain_graph=True)."
         )
 
 

@@ -523,6 +523,39 @@ def test_dropout_before_a_recurrent_layer_asks_for_a_forward_pass_inside_the_blo
         assert close(p.diag_h, expected.sum(0), 1e-4, 1e-8)
 
 
+class Carrying(nn.Module):
+    """A state of all samples that is kept from call to call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.state = layer(2, 2, batch_first=True), None
+
+    def forward(self, x):
+        out, state = self.layer(x, self.state)
+        self.state = state.detach()
+        return out
+
+
+def test_samples_of_a_model_with_a_state_of_all_are_selected_in_the_graph_of_all():
+    model, lossfunc, X, y = Carrying(nn.GRU).double(), nn.MSELoss(), values(3, 2, 2), values(3, 2, 2)
+    model(X)
+    state = model.state
+    out = model(X)
+    size = y.numel()
+    expected = []
+    for p in model.parameters():
+        rows = [torch.autograd.grad(entry, p, retain_graph=True)[0] for entry in out[[2, 0]].flatten()]
+        expected.append(2 / size * torch.stack(rows).square().sum(0))
+    model.state = state
+    extend(model), extend(lossfunc)
+    with backpack(DiagGGNExact(subsampling=[2, 0])):
+        lossfunc(model(X), y).backward()
+    assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
+    for extension in (DiagHessian(subsampling=[0]), HMP(subsampling=[0])):
+        with pytest.raises(RuntimeError, match="from call to call"), backpack(extension):
+            lossfunc(model(X), y).backward()
+
+
 class Two(nn.Module):
     """An attention and a recurrent layer, with an output each."""
 
