@@ -422,7 +422,7 @@ class SeedPass:
         with torch.enable_grad(), drawing_again(origin.random), run_again(root):
             try:
                 return tree_leaves(root(*args, **kwargs))
-            except Exception:  # it ran before: it keeps a state of all samples, or counts on their number
+            except (RuntimeError, ValueError):  # shapes: of a state of all samples, of what counts on all
                 return None
 
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
