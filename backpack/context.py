@@ -14,6 +14,7 @@ from torch.nn import Module, RNNBase
 from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
 from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, submodules, watch
+from backpack.memory import keep_what_is_freed
 from backpack.passages import forget
 
 M = TypeVar("M", bound=Module)
@@ -45,6 +46,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
                 f"{name or 'The module'} was compiled by torch.jit, which hides the functions that use its parameters: "
                 f"extend the module that it was made from."
             )
+    keep_what_is_freed()
     for name, child in module.named_modules():
         if isinstance(child, ScriptModule):
             continue

@@ -50,8 +50,8 @@ class LinearMap(Individual):
 BLOCKS = 4
 """Into how many blocks of columns a second moment is divided, of which only those up to the diagonal are computed."""
 
-LONG = 2**9
-"""Rows from which on that pays: of fewer, the copies cost more than the products."""
+LARGE = 3 * 2**15
+"""Entries of the rows from which on that pays: of fewer, the copies cost more than the products."""
 
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
@@ -62,7 +62,7 @@ def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
         return scaled_product(rows.T, rows, scale)
     size = rows.shape[1]
     result = empty((size, size), rows)
-    number = BLOCKS if size >= 64 * BLOCKS and len(rows) >= LONG else 1
+    number = BLOCKS if size >= 64 * BLOCKS and rows.numel() >= LARGE else 1
     if number == 1:
         return torch.addmm(result, rows.T, rows, beta=0, alpha=scale, out=result)
     for start, stop in pairwise(size * block // number for block in range(number + 1)):
