@@ -1,7 +1,7 @@
 """Second order, averaged: the mean curvature over the batch is pulled back through a chain of modules, one by one.
 
 With ``H`` the curvature in the output of a module, that in its input is ``1/N sum_n J_n^T H J_n`` (Botev, Ritter &
-Barber, 2017, section 4). It is kept as a root, ``H = S^T S`` with ``S`` of shape ``[v, d]``.
+Barber, 2017, section 4).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from backpack.samples import Subset
 from backpack.seeds import BUDGET, PASSES, SeedPass, agree, origins, targets, unique
 from backpack.uses.base import accumulate
 from backpack.uses.linear_map import second_moment
+
+SHIFT = 1e-13
+"""What is added to the diagonal of a curvature, relative to its largest entry, to have a Cholesky decomposition."""
 
 LARGEST = 2**14
 """Entries of one sample's output up to which the curvature in it is formed."""
@@ -41,8 +45,32 @@ AFFINE = (
 
 
 @dataclass(eq=False)
+class Mean:
+    """A mean curvature in ``d`` entries: ``given`` as a matrix, or as ``given^T given``; the other, when it is read."""
+
+    given: Tensor
+    is_root: bool = True
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``[d, d]``."""
+        return self.given.T @ self.given if self.is_root else self.given
+
+    @cached_property
+    def root(self) -> Tensor:
+        """``S`` of shape ``[v, d]``, ``v <= d``, with ``S^T S`` the curvature."""
+        return self.given if self.is_root and len(self.given) <= self.given.shape[1] else _root(self.matrix)
+
+
+@dataclass(eq=False)
 class AveragedPass(SeedPass):
-    """For extensions whose curvature is averaged over the batch after each module."""
+    """For extensions whose curvature is averaged over the batch after each module.
+
+    ``wanted``: whether a module before the present one has parameters; ``sign``: of the part that is pulled back.
+    """
+
+    wanted: bool = True
+    sign: int = 1
 
     def run(self) -> None:
         """Pull back the mean curvature and store the results.
@@ -55,11 +83,13 @@ class AveragedPass(SeedPass):
         modules, inputs = self._forward(rows)
         self.subset = Subset()
         seeds = self._seeds(0, self.columns)
-        root = (seeds if rows is None else seeds[:, rows]).flatten(0, 1)
+        mean = Mean((seeds if rows is None else seeds[:, rows]).flatten(0, 1))
+        learning = [place for place, module in enumerate(modules) if any(p.requires_grad for p in module.parameters())]
         HERE.inner = self
         try:
-            for module, x in zip(reversed(modules), reversed(inputs), strict=True):
-                root = self._step(module, x, root if len(root) <= root.shape[1] else _root(root.T @ root))
+            for place in reversed(range(len(modules))):
+                self.wanted = place != learning[0]
+                mean = self._step(modules[place], inputs[place], mean)
         finally:
             HERE.inner = None
             self.delivery.clear()
@@ -117,36 +147,55 @@ class AveragedPass(SeedPass):
             )
         return modules, inputs
 
-    def _step(self, module: Module, x: Tensor, root: Tensor) -> Tensor:
-        """The root of the curvature in a module's output to that in its input ``x``; parameters on the way."""
-        return self._through(module, x, root)
+    def _step(self, module: Module, x: Tensor, mean: Mean) -> Mean:
+        """The curvature in a module's output to that in its input ``x``; parameters on the way."""
+        return self._through(module, x, mean)
 
-    def _through(self, module: Module, x: Tensor, root: Tensor, last: bool = True) -> Tensor:
-        """A root in a module's output pulled back to its input ``x``. ``last``: nothing else is for this module."""
-        n, size = len(x), root.shape[1]
+    def _through(self, module: Module, x: Tensor, mean: Mean, last: bool = True) -> Mean:
+        """A curvature in a module's output pulled back to its input ``x``. ``last``: of what is for this module."""
+        n, size, nothing = len(x), mean.given.shape[1], Mean(mean.given.new_zeros(1, x[0].numel()))
         if is_one_of(module, ELEMENTWISE):
-            slope = self._pull_back(module, x, root.new_ones(1, n, size), last).flatten(2)[0] / n**0.5
-            return _root((root.T @ root) * (slope.T @ slope))
+            slope = self._pull_back(module, x, mean.given.new_ones(1, n, size), last).flatten(2)[0] / n**0.5
+            return Mean(mean.matrix * (slope.T @ slope), is_root=False) if self.wanted else nothing
         if is_one_of(module, AFFINE):
             learns = last and any(p.requires_grad for p in module.parameters())
-            pulled = self._pull_back(module, x[:1], root.unsqueeze(1), final=last and not learns)
+            if x.dim() == 2 and is_one_of(module, (nn.Linear,)) and module._parameters.get("weight") is not None:
+                found = self._through_linear(module, mean)
+            else:
+                pulled = self._pull_back(module, x[:1], mean.root.unsqueeze(1), final=last and not learns)
+                found = Mean(pulled.flatten(1))
             if learns:  # the inputs of all samples count, and no more cotangents
-                self._pull_back(module, x, root.new_zeros(1, n, size))
-            return pulled.flatten(1)
+                self._pull_back(module, x, mean.given.new_zeros(1, n, size))
+            return found if self.wanted else nothing
         terms: list[Tensor] = []
         step = max(1, BUDGET // (n * max(x[0].numel(), size)))
-        for start in range(0, len(root), step):
-            seeds = root[start : start + step, None].expand(-1, n, -1) / n**0.5
-            pulled = self._pull_back(module, x, seeds, final=last and start + step >= len(root))
-            accumulate(terms, second_moment(pulled.flatten(0, 1).flatten(1)))
-        return _root(terms[0])
+        for start in range(0, len(mean.root), step):
+            seeds = mean.root[start : start + step, None].expand(-1, n, -1) / n**0.5
+            pulled = self._pull_back(module, x, seeds, final=last and start + step >= len(mean.root))
+            if self.wanted:
+                accumulate(terms, second_moment(pulled.flatten(0, 1).flatten(1)))
+        return Mean(terms[0], is_root=False) if terms else nothing
+
+    def _through_linear(self, module: Module, mean: Mean) -> Mean:
+        """A linear layer of one position: the curvature in its output is the factor that both parameters have there."""
+        for parameter in (module.weight, module.bias):
+            for extension in self.extensions if isinstance(parameter, Tensor) and parameter.requires_grad else ():
+                results = self.results.setdefault((id(extension), id(parameter)), [])
+                results.append([self.sign * mean.matrix])
+                results[:] = [extension.merge(results)]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            if not self.wanted:
+                return mean
+            return Mean(mean.root @ weight) if mean.is_root else Mean(weight.T @ mean.given @ weight, is_root=False)
 
     def _pull_back(self, module: Module, x: Tensor, seeds: Tensor, final: bool = True) -> Tensor:
         """Cotangents ``[v, n, ...]`` of a module's output to those of its input; its parameters are computed.
 
         ``final``: these are the last ones for this module.
         """
-        x = x.detach().requires_grad_(x.is_floating_point())
+        x = x.detach().requires_grad_(x.is_floating_point() and self.wanted)
         with torch.enable_grad(), run_again(module):
             out = module(x.clone())  # it may work in place
         if not out.requires_grad:
@@ -186,5 +235,11 @@ def _chain(module: Module) -> Iterator[Module]:
 
 
 def _root(curvature: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(curvature.double())  # in float32, it does not always converge
+    """``S`` with ``S^T S`` the curvature, up to rounding."""
+    wide = curvature.double()  # in float32, eigenvalues do not always converge
+    shifted = wide + torch.diag_embed(SHIFT * wide.diagonal().amax().expand(len(wide)))
+    factor, problem = torch.linalg.cholesky_ex(shifted)
+    if problem.item() == 0:
+        return factor.T.to(curvature.dtype)
+    values, vectors = torch.linalg.eigh(wide)
     return (vectors * values.clamp(min=0).sqrt()).T.to(curvature.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.averaged import AFFINE, ELEMENTWISE, AveragedPass, is_one_of
+from backpack.averaged import AFFINE, ELEMENTWISE, AveragedPass, Mean, is_one_of
 from backpack.bystanders import run_again
 from backpack.engine import HERE
 from backpack.seeds import PASSES, Curvature
@@ -28,32 +28,31 @@ class AveragedHessianPass(AveragedPass):
 
     grad: Tensor | None = None
     """Of the loss in a module's output, ``[n, d]``."""
-    negative: Tensor | None = None
-    """The root ``T``, where the curvature has a negative part."""
-    sign: int = 1
+    negative: Mean | None = None
+    """``T^T T``, where the curvature has a negative part."""
 
-    def _step(self, module: Module, x: Tensor, root: Tensor) -> Tensor:
+    def _step(self, module: Module, x: Tensor, mean: Mean) -> Mean:
         if module._modules and any(p.requires_grad for p in module.parameters()):
             raise RuntimeError(
                 f"{type(self.extensions[0]).__name__}: {type(module).__name__} in the chain holds modules whose second "
                 f'derivatives are not taken one by one. Write them into the chain, or use curv_type="ggn".'
             )
-        root = self._through(module, x, root, self.negative is None)
+        mean = self._through(module, x, mean, self.negative is None)
         if self.negative is not None:
             self.sign = -1
             self.negative = self._through(module, x, self.negative)
             self.sign = 1
         residual = self._residual(module, x)
         if residual is not None:
-            curvature = root.T @ root + residual
+            curvature = mean.matrix + residual
             if self.negative is not None:
-                curvature = curvature - self.negative.T @ self.negative
+                curvature = curvature - self.negative.matrix
             values, vectors = torch.linalg.eigh(curvature.double())
             roots = (vectors * values.abs().sqrt()).T.to(curvature.dtype)
-            root = roots * (values > 0)[:, None]
+            mean = Mean(roots * (values > 0)[:, None])
             below = values < -torch.finfo(curvature.dtype).eps * values.abs().max()
-            self.negative = roots[below] if bool(below.any()) else None
-        return root
+            self.negative = Mean(roots[below]) if bool(below.any()) else None
+        return mean
 
     def _value(self, extension: Curvature, grads: Individual) -> Any:
         found = super()._value(extension, grads)
