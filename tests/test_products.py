@@ -45,11 +45,8 @@ def check(model, field, truth):
             multiply(values(1, 1, 1, 1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("retain", [False, True])
-@pytest.mark.parametrize("name", ["residual", "norms", "attention", "lstm", "tied", "data_as_weights"])
-def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
-    build, shape = NETWORKS[name]
-    model, X, y, lossfunc = build().double(), values(*shape), labels(shape[0]), nn.CrossEntropyLoss()
+def check_after_the_pass(model, X, retain):
+    y, lossfunc = labels(len(X)), nn.CrossEntropyLoss()
     hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
     extend(model), extend(lossfunc)
     loss = lossfunc(model(X), y)
@@ -57,6 +54,13 @@ def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
         loss.backward(retain_graph=retain)
     check(model, "hmp", hessian)
     check(model, "ggnmp", ggn)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("name", ["residual", "norms", "attention", "lstm", "tied", "data_as_weights"])
+def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
+    build, shape = NETWORKS[name]
+    check_after_the_pass(build().double(), values(*shape), retain)
 
 
 class Entrances(nn.Module):
@@ -82,14 +86,7 @@ class Entrances(nn.Module):
 
 @pytest.mark.parametrize("retain", [False, True])
 def test_products_start_where_a_parameter_enters_linearly(retain):
-    model, X, y, lossfunc = Entrances().double(), values(3, 2, 3), labels(3), nn.CrossEntropyLoss()
-    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
-    extend(model), extend(lossfunc)
-    loss = lossfunc(model(X), y)
-    with backpack(HMP(), GGNMP()):
-        loss.backward(retain_graph=retain)
-    check(model, "hmp", hessian)
-    check(model, "ggnmp", ggn)
+    check_after_the_pass(Entrances().double(), values(3, 2, 3), retain)
 
 
 def test_a_product_costs_less_than_twice_a_gradient_of_its_parameter():
