@@ -1,5 +1,6 @@
 """What users can check before a long run: ``verify`` and ``summary``."""
 
+import pydoc
 import warnings
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from backpack import extensions, summary, verify
-from backpack.extensions import GGNMP, HMP, KFLR, KFRA, PCHMP, BatchGrad, BatchL2Grad, DiagGGNMC, DiagHessian
+from backpack.extensions import GGNMP, HBP, HMP, KFLR, KFRA, PCHMP, BatchGrad, BatchL2Grad, DiagGGNMC, DiagHessian
+from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 
 QUANTITIES = [
@@ -32,6 +34,39 @@ def test_every_quantity_is_verified_and_the_model_left_as_it_is(subsampling, cap
     assert len(outcome.rows) == 6 * len(QUANTITIES) and str(outcome) in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("subsampling", [None, [3, 0, 3]])
+def test_averaged_and_positive_curvature_are_verified(subsampling):
+    model, *rest = problem()
+    strategies = {"a": ("ggn", "sampling"), "b": ("hessian", "exact"), "c": ("pch-abs", "sum"), "d": ("pch-clip", "sum")}
+    exts = [
+        HBP(curvature, loss, "average", "E[J^T E(H) J]", name, 2, subsampling, approx="expand" if name == "d" else None)
+        for name, (curvature, loss) in strategies.items()
+    ]
+    exts += [KFRA(subsampling), KFRA(subsampling, approx="reduce")]
+    exts += [PCHMP(subsampling=subsampling), PCHMP("absolute", "abs", subsampling)]
+    outcome = verify(model.eval(), *rest, *exts)
+    assert {row.verdict for row in outcome.rows} == {"right"}, outcome
+    assert len(outcome.rows) == 6 * len(exts)
+
+
+@pytest.mark.parametrize(
+    ("place", "extension"),
+    [
+        ("backpack.averaged.second_moment", KFRA()),
+        ("backpack.averaged_hessian.AveragedHessianPass._modified", HBP("hessian", "sum", "average", "E[J^T E(H) J]")),
+        ("backpack.residuals.residual.Blocks._to_blocks", PCHMP()),
+    ],
+)
+def test_broken_curvature_is_found_wrong(place, extension, monkeypatch):
+    parent, name = place.rsplit(".", 1)
+    owner = pydoc.locate(parent)
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: 1.001 * function(*args))
+    model, *rest = problem()
+    outcome = verify(model.eval(), *rest, extension)
+    assert any(row.verdict == "wrong" for row in outcome.rows), outcome
 
 
 class Attention(nn.Module):
@@ -68,14 +103,21 @@ def test_a_broken_rule_is_caught():
     assert [row.parameter for row in outcome.rows if row.verdict == "wrong"] == ["5.weight"]
 
 
+class Largest(BackpropExtension):
+    savefield = "largest"
+
+    def compute(self, grads):
+        return grads.dense().abs().amax((0, 1))
+
+
 def test_what_is_refused_or_not_compared_is_said():
     outcome = verify(*problem(training=True), BatchGrad(), DiagGGNMC(), KFLR())
     assert not outcome.passed and "refused: batch_norm" in str(outcome)
     model, *rest = problem()
-    outcome = verify(model.eval(), *rest, PCHMP(), KFRA(), HMP(), GGNMP(subsampling=[1]))
+    outcome = verify(model.eval(), *rest, Largest(), HMP(), GGNMP(subsampling=[1]))
     verdicts = {row.quantity: row.verdict for row in outcome.rows if row.parameter.endswith("weight")}
     assert outcome.passed and verdicts["hmp"] == verdicts["ggnmp"] == "right"
-    assert "no check is known" in verdicts["pchmp"] and "averaged" in verdicts["kfra"]
+    assert "no check is known" in verdicts["largest"]
     with pytest.raises(ValueError, match="needs the extensions"):
         verify(*problem())
 

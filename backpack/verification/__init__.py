@@ -19,7 +19,7 @@ from backpack.context import backpack, extend, unextend
 from backpack.dataset.batches import apply
 from backpack.extensions import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.verification import factors as factors  # it registers checks
+from backpack.verification import factors as factors, positive as positive  # they register checks
 from backpack.verification.plain import Forward, NoTruth, Plain
 from backpack.verification.truths import CHECKS, SIGMAS, Check, Truth
 

@@ -11,6 +11,7 @@ from backpack.extensions import EKFAC, HBP, KFAC, KFLR, KFRA
 from backpack.uses import kronecker
 from backpack.verification.linear_maps import Map, maps
 from backpack.verification.plain import NoTruth
+from backpack.verification.recursion import stage_of
 from backpack.verification.truths import Pairs, Truth, check
 
 LARGEST = 2**9
@@ -20,7 +21,8 @@ LARGEST = 2**9
 @check(KFAC, KFLR, KFRA, HBP)
 def _factors(result: list[Tensor], truth: Truth) -> Pairs:
     if truth.extension.backprop != "sqrt":
-        raise NoTruth("curvature is averaged after each module")
+        stage, name = stage_of(truth)
+        truth = stage.truth(name)
     for side, factor in enumerate(result):
         chosen = truth.plain.chosen(len(factor))
         found = factor[chosen] if factor.dim() == 1 else factor[chosen][:, chosen]

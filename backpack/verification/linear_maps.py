@@ -71,7 +71,7 @@ class Map:
         self.rows = tags.nonzero()[:, 0]
         self.channels = tags[self.rows].long() - 1
         self.form = (self.inputs_first, self.groups, self.swapped, *self.rows.tolist())
-        self.layout = self._layout()
+        self.layout = layout_at(self.plain, self.edge, self.axis)
 
     @property
     def is_shared_table(self) -> bool:
@@ -138,27 +138,28 @@ class Map:
             return rows.reshape(1, -1, rows.shape[-1]).expand(self.plain.n, -1, -1)
         return self.layout.split(rows).reshape(self.plain.n, -1, rows.shape[-1])
 
-    def _layout(self) -> Layout | None:
-        """Where the samples lie in the output, channels last; ``None``: it is the same for all."""
-        draw = torch.randn(self.plain.slope.shape, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
-        reached = []
-        for number in range(self.plain.n):
-            pulled = self.plain.pulled(self.plain.of_sample(draw, number), self.edge)
-            grad = torch.zeros(self.shape) if pulled is None else pulled.detach()
-            reached.append(grad.movedim(self.axis, -1).ne(0))
-        shape = reached[0].shape
-
-        def fits(layout: Layout) -> bool:
-            owners = layout.owners(shape, reached[0].device)
-            return not any(bool((own & (owners != number)).any()) for number, own in enumerate(reached))
-
-        possible = layouts(shape, self.plain.n, range(len(shape) - 1)) if len(shape) > 1 else []
-        return next(filter(fits, possible), None)
-
     def _follow(self, grad: Tensor) -> Tensor:
         for node, number in self.way:
             grad = next(found for found in call(node, number, grad) if found is not None)
         return grad
+
+
+def layout_at(plain: Plain, edge: GradientEdge, channels: int | None = None) -> Layout | None:
+    """Where the samples lie in the tensor at an edge, the axis of its channels put last; ``None``: nowhere."""
+    draw = torch.randn(plain.slope.shape, generator=torch.Generator().manual_seed(0), dtype=plain.slope.dtype)
+    reached = []
+    for number in range(plain.n):
+        pulled = plain.pulled(plain.of_sample(draw, number), edge)
+        grad = torch.zeros(shape_at(edge)) if pulled is None else pulled.detach()
+        reached.append((grad if channels is None else grad.movedim(channels, -1)).ne(0))
+    shape = reached[0].shape
+
+    def fits(layout: Layout) -> bool:
+        owners = layout.owners(shape, reached[0].device)
+        return not any(bool((own & (owners != number)).any()) for number, own in enumerate(reached))
+
+    axes = range(len(shape) - (channels is not None))
+    return next(filter(fits, layouts(shape, plain.n, axes) if axes else ()), None)
 
 
 def kind(node: Node) -> str:

@@ -33,6 +33,8 @@ class Plain:
     forward: Forward
     entries: int
     maps: dict[str, Any] = field(default_factory=dict)
+    stages: dict[Any, Any] = field(default_factory=dict)
+    bends: list[Any] | None = None
     _columns: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -201,7 +201,7 @@ def _ggn_gram(result: Tensor, truth: Truth) -> Pairs:
 @check(GGNMP)
 def _ggnmp(result: Any, truth: Truth) -> Pairs:
     true = truth.blocks().sum(0)
-    yield _multiplied(result, truth), true
+    yield multiplied(result, truth), true
 
 
 # The Hessian
@@ -210,7 +210,7 @@ def _ggnmp(result: Any, truth: Truth) -> Pairs:
 @check(HMP)
 def _hmp(result: Any, truth: Truth) -> Pairs:
     true = truth.hessian(truth.weights)
-    yield _multiplied(result, truth), true
+    yield multiplied(result, truth), true
 
 
 @check(DiagHessian)
@@ -235,7 +235,7 @@ def _diag_hessian_mc(result: Tensor, truth: Truth) -> Pairs:
     yield torch.where((mean - true).abs() <= SIGMAS * error, true, mean), true
 
 
-def _multiplied(product: Any, truth: Truth) -> Tensor:
+def multiplied(product: Any, truth: Truth) -> Tensor:
     """A matrix at the entries, ``[k, k]``, from its products with unit vectors."""
     parameter = truth.plain.parameters[truth.name]
     return product(torch.stack(units(parameter, truth.entries))).detach().flatten(1)[:, truth.entries]
