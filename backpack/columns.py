@@ -33,7 +33,7 @@ class ColumnPass(LastingPass):
         rows = self.extensions[0].subset.rows(self.layout.n, start.device)
         if rows is not None and gradient.chosen is not None:
             rows = torch.searchsorted(gradient.chosen, rows)
-        each = "sample_squares" in self._reads()
+        each = self._each
         if each:  # the terms of the samples are the derivatives by their weights
             weights = self.loss.input.new_ones(gradient.layout.n, requires_grad=True)
         parameters = self._parameters()

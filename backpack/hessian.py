@@ -67,16 +67,15 @@ class HessianPass(SeedPass):
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
         HERE.muted = True
         try:
-            for edges, columns, weights, alone in self._columns(graph, grad, own, rows):
+            for edges, columns, weights in self._columns(graph, grad, own, rows):
                 self.weights = weights
                 HERE.inner, HERE.muted = self, False
-                self._pull(edges, edges if alone else ends, columns)
+                self._pull(edges, ends, columns)
                 self._finish()
                 HERE.inner, HERE.muted = None, True
             self.weights = None
             for parameter, dense, total in self.totals.values():
-                roots, signs = _roots(total)
-                self._add(parameter, replace(dense, grad=roots).weighted(signs), self.extensions)
+                self._add_total(parameter, dense, total)
             self._add_couplings(graph, ends, grad)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
@@ -102,9 +101,23 @@ class HessianPass(SeedPass):
             return
         total = grads.grad.square()
         total = total.sum(0) if grads.weights is None else torch.einsum("vngso,vn->ngso", total, grads.weights)
+        self._note_total(parameter, grads, total)
+
+    def _note_total(self, parameter: Tensor, grads: Dense, total: Tensor) -> None:
+        """Add up squared cotangents ``[n, g, s, o]``, by themselves at each position."""
         if id(parameter) in self.totals:
-            total += self.totals[id(parameter)][2]
+            total = total + self.totals[id(parameter)][2]
         self.totals[id(parameter)] = (parameter, grads, total)
+
+    def _add_total(self, parameter: Tensor, dense: Dense, total: Tensor) -> None:
+        if total.shape[2] == 1:
+            roots, signs = _roots(total)
+            self._add(parameter, replace(dense, grad=roots).weighted(signs), self.extensions)
+            return
+        unfold = dense.unfold
+        assert unfold is not None
+        squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
+        self._add_diagonal(parameter, squares.dense()[0] if self._each else squares.total()[None])
 
     def _refuse_rules(self) -> None:
         for extension in self.extensions:
@@ -263,8 +276,7 @@ class HessianPass(SeedPass):
             if not _depends(first, parameter):
                 continue
             warn_of_columns(f"the tensor computed from parameter {source.name}", parameter)
-            each = "sample_squares" in self._reads()
-            weighed = grads.dense()[0] if each else grads.total().unsqueeze(0)
+            weighed = grads.dense()[0] if self._each else grads.total().unsqueeze(0)
             rows = []
             for grad in weighed:
                 with torch.enable_grad():
@@ -276,8 +288,10 @@ class HessianPass(SeedPass):
                 rows.append(torch.stack(columns).reshape(parameter.shape))
             self._add_diagonal(parameter, torch.stack(rows))
 
-    def _reads(self) -> set[str]:
-        return {name for extension in self.extensions for name in extension.reads}
+    @property
+    def _each(self) -> bool:
+        """Whether diagonals are wanted for each sample."""
+        return any("sample_squares" in extension.reads for extension in self.extensions)
 
     def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
         """Add ``[n, *p]`` as a difference of squares."""
@@ -344,17 +358,14 @@ class HessianPass(SeedPass):
 
     def _columns(
         self, graph: Graph, grad: Tensor, own: SecondOrderGraph, rows: Tensor | None
-    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None, bool]]:
-        """Where to start, columns, and their weights: of the loss, then of each node.
-
-        Last: whether they are for the calls there alone, and not to be pulled back further.
-        """
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None]]:
+        """Where to start, columns, and their weights: of the loss, then of each node."""
         start = 0
         for stop, seeds in self._chunks(graph.edge):
             signs = self.root.signs if not self.sampled else None
             if signs is not None:
                 signs = signs[start:stop] if own.rows is None else signs[start:stop, own.rows]
-            yield [graph.edge], [self._place(seeds, rows, own.rows)], signs, False
+            yield [graph.edge], [self._place(seeds, rows, own.rows)], signs
             start = stop
         chunk = self._chunk(graph.edge, 4 * BUDGET)  # there are more than of the loss: measured
         if self.sampled:
@@ -362,14 +373,11 @@ class HessianPass(SeedPass):
             return
         for residual in graph.residuals(grad):
             known = None if self.recomputed else squares(graph, residual)  # it reads what comes back only once
-            if known is not None and all(self._suffices(edge) for edge, _ in known):
-                for edge, total in known:
-                    roots, signs = _roots(total)
-                    yield [edge], [roots], signs, True
+            if known is not None and self._add_squares(known):
                 continue
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
-                yield residual.edges, columns, weights.expand(-1, own.layout.n), False
+                yield residual.edges, columns, weights.expand(-1, own.layout.n)
 
     @cached_property
     def recomputed(self) -> bool:
@@ -383,7 +391,7 @@ class HessianPass(SeedPass):
 
     def _drawn_columns(
         self, graph: Graph, grad: Tensor, chunk: int
-    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor, bool]]:
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor]]:
         """``r`` and ``R r`` for random signs ``r`` at all nodes at a time, as a sum and a difference.
 
         The expectation of ``(J^T r) * (J^T R r)`` is the diagonal of ``J^T R J``, and signs of different nodes are
@@ -405,22 +413,37 @@ class HessianPass(SeedPass):
                     parts.append(torch.cat([sign * scale + product / scale, sign * scale - product / scale]))
             weights = grad.new_ones(2 * drawn, graph.layout.n) / (4 * count)
             weights[drawn:] *= -1
-            yield edges, parts, weights, False
+            yield edges, parts, weights
 
-    def _suffices(self, edge: GradientEdge) -> bool:
-        """Whether all that parameters need of the columns at an edge ``[n, d]`` is the sum of their squares."""
-        self.gradients = {}
-        self._deliver_from([edge], [edge], [self.loss.input.new_zeros(1, *shape_at(edge))])
-        calls, self.gradients = self.gradients, None
-        return all(
-            call.outputs == 1
-            and call.layout == Layout(call.n)
-            and source.tensor.grad_fn is None
-            and self.uses[id(source.tensor)] == 1
-            and (isinstance(use, DenseUse) or (isinstance(use, ElementwiseUse) and use.padded == (1, call.shape[1])))
-            for call in calls
-            for source, use in call.uses
-        )
+    def _add_squares(self, known: list[tuple[GradientEdge, Tensor, bool]]) -> bool:
+        """Add what the sums of squared columns at edges give for the calls there, if that is all that these need."""
+        arrived: dict[Call, dict[int, Tensor]] = {}
+        uses = []
+        for edge, total, mixed in known:
+            self.gradients = {}
+            self._deliver_from([edge], [edge], [total[None]])
+            arrived |= self.gradients
+            uses += [(call, source, use, mixed) for call in self.gradients for source, use in call.uses]
+        self.gradients = None
+        if not all(self._needs_squares_only(*use) for use in uses):
+            return False
+        for call, source, use, _ in uses:
+            parameter, rows = source.tensor, self._rows(call)
+            total = rows.take(arrived[call][0], leading=1).to(parameter.dtype)
+            if isinstance(use, ElementwiseUse):
+                self._add_diagonal(parameter, use.squares(total, rows, parameter.shape))
+            elif isinstance(use, DenseUse):
+                dense = use.bind(total, rows, parameter.shape)
+                self._note_total(parameter, dense, dense.grad[0])
+        return True
+
+    def _needs_squares_only(self, call: Call, source: Source, use: Use, mixed: bool) -> bool:
+        simple = call.outputs == 1 and call.layout == Layout(call.n) and source.tensor.grad_fn is None
+        if not simple or self.uses[id(source.tensor)] > 1:
+            return False
+        if isinstance(use, ElementwiseUse):
+            return not mixed or use.padded == (1, call.shape[1])
+        return isinstance(use, DenseUse)
 
 
 def _edges_of(call: Call, number: int) -> list[GradientEdge | None]:

@@ -1,8 +1,8 @@
 """Residuals of elementwise functions close to the parameters, without a column for each entry.
 
-The columns of a diagonal residual are unit vectors. Where at most one matrix lies between them and a parameter that is
-used once, without positions, only the sum of their squares is needed there, and it is pulled back as one vector: with
-the squared entries of the Jacobians.
+The columns of a diagonal residual are unit vectors. A parameter that is used once needs only the sum of their squares
+as long as they are multiples of such, or if it is used without positions. It is pulled back as one vector: with the
+squared entries of the Jacobians.
 """
 
 from __future__ import annotations
@@ -15,43 +15,46 @@ from backpack.compat import shape_at
 from backpack.graph import Graph
 from backpack.residuals.nodes import ELEMENTWISE, base_name
 from backpack.residuals.residual import Blocks, Residual
+from backpack.samples import Layout
 
 _LINEAR_BY_ENTRIES = (
     "Abs Add Clamp ClampMax ClampMin Hardshrink Hardsigmoid Hardtanh LeakyRelu NativeDropout Neg Relu Softshrink Sub "
     "Threshold"
 )
 BY_ENTRIES = ELEMENTWISE | {f"{name}Backward" for name in _LINEAR_BY_ENTRIES.split()}
+_SELECTING = "Clone MaxPool2DWithIndices MaxPool3DWithIndices ReshapeAlias Squeeze Unsqueeze UnsafeView View"
+SELECTING = {f"{name}Backward" for name in _SELECTING.split()}
+"""Each output is one of the inputs."""
 
 
-def squares(graph: Graph, residual: Residual) -> list[tuple[GradientEdge, Tensor]] | None:
-    """For each edge from the residual to the first parameter the sum of the columns' squares, weighed, ``[n, d]``.
+def squares(graph: Graph, residual: Residual) -> list[tuple[GradientEdge, Tensor, bool]] | None:
+    """For each edge from the residual to the first parameter the sum of the columns' squares, weighed, ``[n, ...]``.
 
-    ``None``: it is not enough, or the way is not that simple.
+    Last: whether the columns are more than multiples of unit vectors there; then these are ``[n, d]``. ``None``: the way
+    is not that simple.
     """
-    if not isinstance(residual, Blocks) or residual.width > 1 or not is_flat(graph, residual.edges[0]):
+    if not isinstance(residual, Blocks) or residual.width > 1 or residual.layouts[0] != Layout(graph.layout.n):
         return None
-    edge, total, mixed = residual.edges[0], residual.values[..., 0], False
-    found = [(edge, total)]
+    edge, mixed = residual.edges[0], False
+    total = residual.values[..., 0].reshape(residual.shapes[0])
+    found = [(edge, total, mixed)]
     while live := graph.live(edge.node):
-        if len(live) > 1 or not is_flat(graph, live[0]):
+        shape = shape_at(live[0])
+        if len(live) > 1 or shape[:1] != total.shape[:1]:
             return None
         matrix = matrix_of(edge.node, live[0])
         if matrix is not None and not mixed:
             total, mixed = total @ matrix.square(), True
-        elif base_name(edge.node) in BY_ENTRIES and shape_at(live[0]) == shape_at(edge):
+        elif base_name(edge.node) in BY_ENTRIES and shape == total.shape:
             (slope,) = torch.autograd.grad(edge, live[0], torch.ones_like(total), retain_graph=True)
             total = total * slope.square()
+        elif base_name(edge.node) in SELECTING and not mixed:
+            (total,) = torch.autograd.grad(edge, live[0], total, retain_graph=True)
         else:
             return None
         edge = graph.joined.now(live[0])
-        found.append((edge, total))
+        found.append((edge, total, mixed))
     return found
-
-
-def is_flat(graph: Graph, edge: GradientEdge) -> bool:
-    """Whether a tensor is ``[n, d]``."""
-    shape = shape_at(edge)
-    return len(shape) == 2 and shape[0] == graph.layout.n and shape[1] != graph.layout.n
 
 
 def matrix_of(node: Node, data: GradientEdge) -> Tensor | None:

@@ -79,6 +79,13 @@ class ElementwiseUse(Use):
             grad = grad * (x if self.factor is None else self.factor(x))
         return replace(self._reduce(grad, rows, shape), summed=self.x is None and self.sign > 0)
 
+    def squares(self, total: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
+        """The sum of squares ``[n, *p]`` over cotangents of single entries, of their own: ``total[1, n, ...]``."""
+        if self.x is not None:
+            x = rows.take(self.x).to(total.dtype)
+            total = total * (x if self.factor is None else self.factor(x)).square()
+        return replace(self, sign=1)._reduce(total, rows, shape).value[0]
+
     def data(self) -> tuple[Tensor, ...]:
         return self.recorded()
 
