@@ -37,7 +37,7 @@ def check(given, name, sampled=False):
         truths, _, _ = jacobians(
             lambda _, loss=loss: probabilities_or_values(given, loss), None, lossfunc, target, n, [*parameters.values()]
         )
-        size = 1e-6 * max(float(truth.abs().max()) for truth in truths)
+        size = 1e-5 * max(float(truth.abs().max()) for truth in truths)
         rtol = 16 * torch.finfo(torch.float32).eps if name in SINGLE else 1e-9
         extensions = [BatchDiagGGNExact(), DiagGGNExact(subsampling=last)]
         if sampled:

@@ -177,6 +177,17 @@ def scaled():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), layer, nn.RMSNorm(4), nn.Linear(4, 3))
 
 
+class OneBias(nn.Module):
+    """A linear layer with one bias for all outputs."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.matrix, self.bias = nn.Linear(i, o, bias=False), nn.Parameter(torch.rand(1))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.matrix.weight) + self.bias
+
+
 NETWORKS = {
     "scaled": (scaled, (2, 3)),
     "residual": (lambda: Net(residual, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 3)), (3, 3)),
@@ -193,6 +204,30 @@ NETWORKS = {
             nn.Linear(2, 3),
         ),
         (3, 1, 3, 3),
+    ),
+    "pooled": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 2, groups=2, padding=1, padding_mode="reflect"),
+            nn.MaxPool2d(2, 1),
+            nn.Sigmoid(),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 1, bias=False),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(3, 3),
+        ),
+        (2, 2, 3, 3),
+    ),
+    "positions": (
+        lambda: nn.Sequential(
+            OneBias(2, 2), nn.Tanh(), nn.Softplus(), nn.Flatten(), OneBias(6, 4), nn.ELU(), OneBias(4, 3)
+        ),
+        (3, 3, 2),
+    ),
+    "scale": (
+        lambda: Net(lambda m, x: m.out((m.a.weight[0] * x.sin()).sigmoid()), a=nn.Linear(3, 1, bias=False), out=nn.Linear(3, 3)),
+        (3, 3),
     ),
     "rms_norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 3)), (3, 3)),
     "attention": (
