@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backpack.compat import dtype_at, shape_at
+from backpack.compat import dtype_at
 from backpack.delivery import Contributions
 from backpack.engine import HERE, expanded
 from backpack.graph import Graph, has_autocast, is_fused

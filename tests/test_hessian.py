@@ -226,7 +226,9 @@ NETWORKS = {
         (3, 3, 2),
     ),
     "scale": (
-        lambda: Net(lambda m, x: m.out((m.a.weight[0] * x.sin()).sigmoid()), a=nn.Linear(3, 1, bias=False), out=nn.Linear(3, 3)),
+        lambda: Net(
+            lambda m, x: m.b((m.a.weight[0] * x.sin()).tanh()), a=nn.Linear(3, 1, bias=False), b=nn.Linear(3, 3)
+        ),
         (3, 3),
     ),
     "rms_norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 3)), (3, 3)),

@@ -39,7 +39,12 @@ def test_every_quantity_is_verified_and_the_model_left_as_it_is(subsampling, cap
 @pytest.mark.parametrize("subsampling", [None, [3, 0, 3]])
 def test_averaged_and_positive_curvature_are_verified(subsampling):
     model, *rest = problem()
-    strategies = {"a": ("ggn", "sampling"), "b": ("hessian", "exact"), "c": ("pch-abs", "sum"), "d": ("pch-clip", "sum")}
+    strategies = {
+        "a": ("ggn", "sampling"),
+        "b": ("hessian", "exact"),
+        "c": ("pch-abs", "sum"),
+        "d": ("pch-clip", "sum"),
+    }
     exts = [
         HBP(curvature, loss, "average", "E[J^T E(H) J]", name, 2, subsampling, approx="expand" if name == "d" else None)
         for name, (curvature, loss) in strategies.items()

@@ -19,7 +19,8 @@ from backpack.context import backpack, extend, unextend
 from backpack.dataset.batches import apply
 from backpack.extensions import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.verification import factors as factors, positive as positive  # they register checks
+from backpack.verification import factors as factors  # they register checks
+from backpack.verification import positive as positive
 from backpack.verification.plain import Forward, NoTruth, Plain
 from backpack.verification.truths import CHECKS, SIGMAS, Check, Truth
 

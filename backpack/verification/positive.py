@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.compat import dtype_at, shape_at
 from backpack.extensions import PCHMP
 from backpack.extensions.matrix_products import MODIFICATIONS
-from backpack.verification.linear_maps import call, kind, layout_at
+from backpack.verification.linear_maps import kind, layout_at
 from backpack.verification.plain import NoTruth, Plain, units
 from backpack.verification.truths import Pairs, Truth, check, multiplied
 
