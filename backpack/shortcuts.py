@@ -30,8 +30,8 @@ SELECTING = {f"{name}Backward" for name in _SELECTING.split()}
 def squares(graph: Graph, residual: Residual) -> list[tuple[GradientEdge, Tensor, bool]] | None:
     """For each edge from the residual to the first parameter the sum of the columns' squares, weighed, ``[n, ...]``.
 
-    Last: whether the columns are more than multiples of unit vectors there, in which case they are ``[n, d]``. ``None``:
-    the way is not that simple.
+    Last: whether the columns are more than multiples of unit vectors there; they are ``[n, d]`` then. ``None``: the
+    way is not that simple.
     """
     if not isinstance(residual, Blocks) or residual.width > 1 or residual.layouts[0] != Layout(graph.layout.n):
         return None
