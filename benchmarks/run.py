@@ -102,7 +102,7 @@ def draw(title: str, rows: dict[tuple[str, int], dict[str, Cell]], file: Path) -
     """A line for each quantity (colour) and implementation (dashes)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     quantities = list(dict.fromkeys(quantity for quantity, _ in rows))
     for place, name in enumerate(IMPLEMENTATIONS):
@@ -115,7 +115,7 @@ def draw(title: str, rows: dict[tuple[str, int], dict[str, Cell]], file: Path) -
     axes.set(xscale="log", yscale="log", xlabel=title, ylabel="multiple of the plain gradient")
     axes.set_xticks(ticks := sorted({x for _, x in rows}), [str(x) for x in ticks], minor=False)
     axes.minorticks_off()
-    axes.legend(fontsize="x-small")
+    figure.legend(fontsize="small", loc="outside right center", handlelength=4)
     figure.savefig(file)
 
 
