@@ -38,7 +38,8 @@ def jacobians(model, X, lossfunc, y, n, parameters):
     rows = []
     for unit in torch.eye(size, dtype=out.dtype):
         grads = torch.autograd.grad(out, parameters, unit.reshape(out.shape), retain_graph=True, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(grads, parameters, strict=True)])
+        pairs = zip(grads, parameters, strict=True)
+        rows.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in pairs])
     owner = torch.arange(size) // (size // n)
     diagonals = []
     blocks = [torch.stack([row[k].flatten() for row in rows]) for k in range(len(parameters))]
