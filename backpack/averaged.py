@@ -20,7 +20,7 @@ from backpack.bystanders import run_again
 from backpack.engine import HERE
 from backpack.looped import must_loop
 from backpack.samples import Subset
-from backpack.seeds import BUDGET, PASSES, SeedPass, agree, origins, targets, unique
+from backpack.seeds import BUDGET, PASSES, SeedPass, agree, landmarks, unique
 from backpack.uses.base import accumulate
 from backpack.uses.linear_map import second_moment
 
@@ -201,8 +201,9 @@ class AveragedPass(SeedPass):
         if not out.requires_grad:
             return seeds.new_zeros(len(seeds), *x.shape)
         edge = get_gradient_edge(out)
-        self.uses = sum(unique(origin.uses for _, origin in origins(edge)), Counter())
-        ends = [*targets(edge), *([get_gradient_edge(x)] if x.requires_grad else [])]
+        outputs, ends = landmarks(edge)
+        self.uses = sum(unique(origin.uses for _, origin in outputs), Counter())
+        ends += [get_gradient_edge(x)] if x.requires_grad else []
         pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(edge) else len(seeds))
         found = []
         for number, piece in enumerate(pieces, start=1):

@@ -32,13 +32,16 @@ _here = _Thread()
 @contextmanager
 def undisturbed(tensors: Iterable[ref[Tensor] | Tensor]) -> Iterator[None]:
     """No hook of a user runs on these tensors inside; their retained gradients are afterwards as before."""
-    known = [tensor if isinstance(tensor, Tensor) else tensor() for tensor in tensors]
-    alive = list({id(tensor): tensor for tensor in known if tensor is not None}.values())
-    for tensor in alive:
+    retained: list[Tensor] = []
+    for known in tensors:
+        tensor = known if isinstance(known, Tensor) else known()
+        if tensor is None:
+            continue
         tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
-        hooks = tensor._backward_hooks or {}
-        hooks.update((key, guarded(hook)) for key, hook in list(hooks.items()))
-    retained = [tensor for tensor in alive if tensor.grad_fn is not None and tensor.retains_grad]
+        for key, hook in list((tensor._backward_hooks or {}).items()):
+            tensor._backward_hooks[key] = guarded(hook)
+        if tensor.retains_grad:
+            retained.append(tensor)
     grads = [tensor.grad for tensor in retained]
     before, _here.retained = _here.retained, [*retained, *(_here.retained or ())]
     try:

@@ -105,8 +105,8 @@ HERE = _Thread()
 class Watched:
     """A parameter of extended modules: its hook, and the modules that own it."""
 
-    handle: RemovableHandle
     name: str
+    handle: RemovableHandle | None = None
     references: list[ref[Module]] = field(default_factory=list)
     explained: set[bool] = field(default_factory=set)
     """Modes of training in which its gradient was compared with what was delivered."""
@@ -283,7 +283,9 @@ class Block:
     def _subsets(self) -> dict[Any, Subset]:
         return {extension.subset.key: extension.subset for extension in self.first_order}
 
-    def parameter_done(self, parameter: Tensor, name: str, grad: Tensor | None) -> None:
+    def parameter_done(
+        self, parameter: Tensor, name: str, grad: Tensor | None = None, watched: Watched | None = None
+    ) -> None:
         """All uses have contributed: compute the results. ``grad``: what the parameter receives."""
         self.enter_pass()
         self.asked = self.asked or grad is not None
@@ -299,38 +301,38 @@ class Block:
             self.delivery.fetch(parameter)
         if parameter in self.delivery:
             with without_autocast(parameter.device):
-                self._compute(parameter, name, grad)
+                self._compute(parameter, name, grad, watched)
         self.finished.add(id(parameter))
         self.owners_done(parameter, self.finished)
 
-    def _compute(self, parameter: Tensor, name: str, grad: Tensor | None) -> None:
+    def _compute(self, parameter: Tensor, name: str, grad: Tensor | None, watched: Watched | None) -> None:
         contributions = self.delivery.fetch(parameter)
-        if grad is not None and not self._explained(parameter, contributions, grad):
+        if grad is not None and watched is not None and not self._explained(watched, contributions, grad):
             self.unexplained.append(name)
-        extensions = [extension for extension in self.first_order if not by_rule(extension, parameter)]
-        for extension in extensions:
+        groups: dict[Any, list[Quantity]] = {}
+        for extension in self.first_order:
+            if by_rule(extension, parameter):
+                continue
             vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
             if extension.has_rules_only:
                 extension.missing(name)
-        extensions = [extension for extension in extensions if not extension.has_rules_only]
-        views: dict[Any, Individual] = {}
-        for key, subset in {extension.subset.key: extension.subset for extension in extensions}.items():
-            views[key] = contributions.individual(subset)
-            views[key].prepare(name for e in extensions if e.subset.key == key for name in e.reads)
-        for extension in extensions:
-            grads = views[extension.subset.key]
-            if self.debug:
-                print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
-            if extension.needs_all_parameters:
-                self.postponed.append((extension, contributions, extension.measure(grads)))
             else:
-                self.store(parameter, extension.savefield, extension.compute(grads))
+                groups.setdefault(extension.subset.key, []).append(extension)
+        for extensions in groups.values():
+            grads = contributions.individual(extensions[0].subset)
+            grads.prepare(name for extension in extensions for name in extension.reads)
+            for extension in extensions:
+                if self.debug:
+                    print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
+                if extension.needs_all_parameters:
+                    self.postponed.append((extension, contributions, extension.measure(grads)))
+                else:
+                    self.store(parameter, extension.savefield, extension.compute(grads))
 
-    def _explained(self, parameter: Tensor, contributions: Contributions, grad: Tensor) -> bool:
+    def _explained(self, watched: Watched, contributions: Contributions, grad: Tensor) -> bool:
         """Whether nothing else makes up a parameter's gradient; looked at once in each mode."""
-        watched = WATCHED.get(parameter)
-        mode = watched is not None and any(owner.training for owner in watched.owners)
-        if watched is None or mode in watched.explained or contributions.further or grad.numel() == 0:
+        mode = any(owner.training for owner in watched.owners)
+        if mode in watched.explained or contributions.further or grad.numel() == 0:
             return True
         watched.explained.add(mode)
         with torch.no_grad():
@@ -438,7 +440,7 @@ class Block:
             for source in self.delivery.computed():
                 self.source_done(id(source.tensor))
             for source in list(self.delivery.sources.values()):
-                self.parameter_done(source.tensor, source.name, None)
+                self.parameter_done(source.tensor, source.name)
             for extension in self.first_order:
                 own = [(found, measure) for other, found, measure in self.postponed if other is extension]
                 if own:

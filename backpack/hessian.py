@@ -25,7 +25,7 @@ from backpack.joined import Joined, place_of
 from backpack.recomputed import Dropped, drop
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
-from backpack.seeds import BUDGET, PASSES, Curvature, Origin, SeedPass, agree, origins, targets
+from backpack.seeds import BUDGET, PASSES, Curvature, Origin, SeedPass, agree, landmarks
 from backpack.shortcuts import squares
 from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse
@@ -55,13 +55,13 @@ class HessianPass(SeedPass):
         """Pull back all columns and store the results."""
         if torch.is_grad_enabled():
             given = (self.block, self.extensions, self.loss, self.make_root, self.layout, self.found)
-            PASSES["columns"](*given, self.outer, self.last).run()
+            PASSES["columns"](*given, self.ends, self.outer, self.last).run()
             return
         self._refuse_rules()
         self.subset = self.extensions[0].subset
         rows = self.subset.rows(self.layout.n, self.loss.input.device)
         own = self.graph(rows)
-        ends = targets(own.edge, self.joined.instead)
+        ends = self.ends
         graph = Graph(self.joined, ends, own.layout)
         self.uses = self._count_uses()
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
@@ -310,7 +310,7 @@ class HessianPass(SeedPass):
         rounded = has_autocast(self.loss.edge)
         edge = None if rows is None else self._rerun(rows, rounded)
         if rows is not None and edge is not None and not (rounded and has_autocast(edge)):
-            self.subset, self.joined, self.found = Subset(), Joined(edge), list(origins(edge))
+            self.subset, self.joined, (self.found, self.ends) = Subset(), Joined(edge), landmarks(edge)
             return SecondOrderGraph(edge, replace(self.layout, n=len(rows)), rows)
         if (self._has_fused() or rounded) and not self._join(rounded):
             raise RuntimeError(
@@ -352,7 +352,7 @@ class HessianPass(SeedPass):
                 part[place_of(edge)] = get_gradient_edge(again[origin.place])
             parts.append(part)
         self.joined = Joined(self.loss.edge, parts)
-        self.found = list(origins(self.joined.start, self.joined.instead))
+        self.found, self.ends = landmarks(self.joined.start, self.joined.instead)
         self.again = set(self._calls())
         return not (rounded and has_autocast(self.joined.start, self.joined.instead))
 

@@ -117,8 +117,9 @@ def watch(module: Module, parts: list[Module], seen: dict[tuple[int, int], Sourc
                     source = Source(parameter, (parameter,), f"{prefix}.{name}" if prefix else name)
                     watched = WATCHED.get(parameter)
                     if watched is None:
-                        on_total = _parameter_hook(TensorWeakRef(parameter), source.name, HERE.blocks)
-                        watched = WATCHED[parameter] = Watched(parameter.register_hook(on_total), source.name)
+                        watched = Watched(source.name)
+                        on_total = _parameter_hook(TensorWeakRef(parameter), watched, HERE.blocks)
+                        watched.handle, WATCHED[parameter] = parameter.register_hook(on_total), watched
                     watched.add(owner)
                 found[key] = source
     if found.keys() != seen.keys():
@@ -139,11 +140,11 @@ def submodules(module: Module) -> list[Module]:
     return list(found.values())
 
 
-def _parameter_hook(parameter: Any, name: str, home: list[Block]) -> Callable[[Tensor], None]:
+def _parameter_hook(parameter: Any, watched: Watched, home: list[Block]) -> Callable[[Tensor], None]:
     def on_total(grad: Tensor) -> None:
         block = _block(home, grad)
         if block is not None and (HERE.blocks or block.task == graph_task()):
-            block.parameter_done(parameter(), name, grad)
+            block.parameter_done(parameter(), watched.name, grad, watched)
 
     return on_total
 
@@ -181,7 +182,7 @@ def detach(module: Module) -> None:
         handle.remove()
     for parameter in module._parameters.values():
         watched = None if parameter is None else WATCHED.pop(parameter, None)
-        if watched is not None:
+        if watched is not None and watched.handle is not None:
             watched.handle.remove()
 
 
@@ -219,6 +220,7 @@ def _watch_gathered(module: Module, recording: Recording) -> None:
     for whole, sharded in gathered_parameters(module):
         if whole.requires_grad:
             SHARDED[whole] = TensorWeakRef(sharded)
+            recording.tensors.append(ref(whole))
             recording.sources[id(whole)] = Source(whole, (whole,), names.get(id(whole), "of a fully sharded module"))
     watch(module, submodules(module), EXTENDED[module].seen)
 

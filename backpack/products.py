@@ -27,7 +27,7 @@ from backpack.joined import Joined, place_of
 from backpack.looped import edges_from
 from backpack.recorder import call_at, tensors_in
 from backpack.samples import Layout
-from backpack.seeds import PASSES, LossCall, Origin, bystanders, origins, targets
+from backpack.seeds import PASSES, LossCall, Origin, bystanders, landmarks
 
 Product = Callable[[Tensor], Tensor]
 
@@ -129,7 +129,7 @@ class LastingPass(HessianPass):
         rounded = has_autocast(self.loss.edge)
         edge = None if rows is None else self._rerun(rows, rounded)
         if edge is not None and not (rounded and has_autocast(edge)):
-            self.joined, self.found = Joined(edge), list(origins(edge))
+            self.joined, (self.found, self.ends) = Joined(edge), landmarks(edge)
             return True
         if graph_is_kept() and not rounded and not self._has_fused():
             return False
@@ -233,7 +233,7 @@ class CurvatureBlocks:
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
-            graph = Graph(self.joined, targets(self.edge, self.joined.instead), self.layout)
+            graph = Graph(self.joined, landmarks(self.edge, self.joined.instead)[1], self.layout)
             with muted():
                 found = [(r.edges, r.modified(modify)) for r in graph.residuals(self._of_ggn[1].detach())]
             edges = [edge for own, _ in found for edge in own]

@@ -129,7 +129,7 @@ class Recording(Guarding):
         self.grouped = False
         self.uses: Counter[int] = Counter()
         self.calls: list[ref[Call]] = []
-        self.tensors: list[ref[Tensor]] = []
+        self.tensors: list[ref[Tensor]] = [ref(source.tensor) for source in parameters]
         self.inputs = [get_gradient_edge(t) for t in tensors if t.requires_grad]
         for edge in self.inputs:
             mark_start(edge)

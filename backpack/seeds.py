@@ -30,7 +30,7 @@ from backpack.looped import Instead, counts_backward_passes, edges_from
 from backpack.losses import LossRoot, loss_root
 from backpack.passages import Passage
 from backpack.recomputed import drop, is_dropped
-from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start
+from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start, tensors_in
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
@@ -68,7 +68,7 @@ class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
-    were recorded; ``tensors``: what was computed; ``widest``: entries of the largest output of one; ``arguments``: of
+    were recorded; ``tensors``: parameters, and what was computed; ``widest``: entries of the largest output of one; ``arguments``: of
     the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them; ``output``: its values,
     where the module may have to run again, and ``random``: what was drawn from then. No node is held: what one of them
     holds would live forever if it held that node in turn.
@@ -94,27 +94,30 @@ class Origin:
     random: list[Tensor] | None
 
 
-def origins(edge: GradientEdge, instead: Instead | None = None) -> Iterator[tuple[GradientEdge, Origin]]:
-    """The outputs of extended modules that a tensor was computed from, and theirs in turn."""
-    for found in edges_from(edge, instead):
-        metadata: Any = found.node.metadata
-        origin = metadata.get((MARK, found.output_nr))
+Found = list[tuple[GradientEdge, Origin]]
+"""Outputs of extended modules."""
+
+
+def landmarks(edge: GradientEdge, instead: Instead | None = None) -> tuple[Found, list[GradientEdge]]:
+    """Where a graph passes outputs of extended modules; and where a pull-back may stop.
+
+    It may at the first uses of parameters, and at inputs of extended modules.
+    """
+    found, ends = [], []
+    for at in edges_from(edge, instead):
+        metadata: Any = at.node.metadata
+        origin = metadata.get((MARK, at.output_nr))
         if origin is not None:
-            yield found, origin
+            found.append((at, origin))
+        if is_start(at):
+            ends.append(at)
+    return found, ends
 
 
-def bystanders(found: list[tuple[GradientEdge, Origin]]) -> Iterator[ref[Tensor] | Tensor]:
-    """What was computed on the way to these outputs, and parameters."""
+def bystanders(found: Found) -> Iterator[ref[Tensor]]:
+    """Parameters, and what was computed on the way to these outputs."""
     for tensors in {id(origin.tensors): origin.tensors for _, origin in found}.values():
         yield from tensors
-    for _, origin in found:
-        root = origin.root()
-        yield from () if root is None else root.parameters()
-
-
-def targets(edge: GradientEdge, instead: Instead | None = None) -> list[GradientEdge]:
-    """Where a pull-back may stop: at the first uses of parameters, and at inputs of extended modules."""
-    return list(filter(is_start, edges_from(edge, instead)))
 
 
 @dataclass(eq=False)
@@ -129,11 +132,11 @@ class LossCall:
 
     def run(self, block: Block, outer: Tensor) -> None:
         """Compute the second-order extensions of a block; ``outer`` is the cotangent of the loss."""
-        found = list(origins(self.edge))
+        found, ends = landmarks(self.edge)
         with undisturbed([self.input, *bystanders(found)]):
-            self._run(block, outer, found)
+            self._run(block, outer, found, ends)
 
-    def _run(self, block: Block, outer: Tensor, found: list[tuple[GradientEdge, Origin]]) -> None:
+    def _run(self, block: Block, outer: Tensor, found: Found, ends: list[GradientEdge]) -> None:
         if not found:
             raise RuntimeError(
                 f"The input of {type(self.loss).__name__} depends on no trainable parameter of an extended module: "
@@ -176,7 +179,7 @@ class LossCall:
         for place, extensions in enumerate(groups.values()):
             last = place == len(groups) - 1 and not block.first_order and not block.with_rules
             with without_autocast(self.input.device):
-                PASSES[extensions[0].backprop](block, extensions, self, root, layout, found, outer, last).run()
+                PASSES[extensions[0].backprop](block, extensions, self, root, layout, found, ends, outer, last).run()
 
     def grad(self, layout: Layout, outer: Tensor) -> Tensor:
         """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
@@ -194,8 +197,8 @@ class LossCall:
                 "DistributedDataParallel(static_graph=True) would take the pull-back of seeds for its first backward "
                 "pass: leave static_graph out, or run one backward pass without second-order extensions before."
             )
-        for value in tree_leaves((self.args, self.kwargs)):
-            if isinstance(value, Tensor) and value.requires_grad:
+        for value in tensors_in((self.args, self.kwargs)):
+            if value.requires_grad:
                 raise RuntimeError(
                     f"A further argument of {type(self.loss).__name__}, of shape {list(value.shape)}, requires a "
                     f"gradient: second-order extensions differentiate the loss by its first argument alone."
@@ -244,7 +247,8 @@ class SeedPass:
     loss: LossCall
     make_root: Callable[[], LossRoot]
     layout: Layout
-    found: list[tuple[GradientEdge, Origin]]
+    found: Found
+    ends: list[GradientEdge]
     outer: Tensor
     last: bool
     delivery: Delivery = field(default_factory=Delivery)
@@ -275,14 +279,13 @@ class SeedPass:
             own = self._rerun(rows)
             if own is not None:
                 edge, select, self.subset, self.selected = own, rows, Subset(), True
-                self.found = list(origins(edge))
+                self.found, self.ends = landmarks(edge)
         self.uses = self._count_uses()
-        ends = targets(edge)
 
         def pull() -> None:
             for number, seeds in self._chunks(edge):
                 self.final = number >= self.columns
-                self._pull([edge], ends, [self._place(seeds, rows, select)])
+                self._pull([edge], self.ends, [self._place(seeds, rows, select)])
                 if self.final or not self.gathered:
                     self._finish()
                     self.first = False
@@ -346,13 +349,9 @@ class SeedPass:
     def columns(self) -> int:
         """The number of seeds."""
         first = self.extensions[0]
-        number = {
-            "exact": self.root.columns,
-            "documented": self.root.documented_columns,
-            "sampled": first.mc_samples,
-            "gradient": 1,
-        }
-        return number[first.seeds]
+        if first.seeds in ("sampled", "gradient"):
+            return first.mc_samples if first.seeds == "sampled" else 1
+        return self.root.columns if first.seeds == "exact" else self.root.documented_columns
 
     def _place(self, seeds: Tensor, rows: Tensor | None, select: Tensor | None) -> Tensor:
         """``[v, n, d]`` in the form of the loss's input; of the selected samples only."""
@@ -366,15 +365,15 @@ class SeedPass:
             seeds = seeds * chosen[:, None]
         return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.loss.input.dtype)
 
-    def _pull(self, edges: list[GradientEdge], targets: list[GradientEdge], seeds: list[Tensor]) -> Tensor:
+    def _pull(self, edges: list[GradientEdge], ends: list[GradientEdge], seeds: list[Tensor]) -> Tensor:
         """Send seeds, given at each of the edges, through the graph.
 
-        Returns the cotangents that reach the last target (``[v]``: none do).
+        Returns the cotangents that reach the last of the ends (``[v]``: none do).
         """
         create = torch.is_grad_enabled()
 
         def pull(*seed: Tensor) -> Tensor:
-            found = self.joined.grad(edges, targets, seed, create_graph=create)
+            found = self.joined.grad(edges, ends, seed, create_graph=create)
             return seed[0].new_zeros(()) if found[-1] is None else found[-1]
 
         self.count = len(seeds[0])

@@ -111,7 +111,8 @@ class Individual(ABC):
         return vars(self).setdefault("_results", {})
 
     def _read(self, name: str) -> Tensor:
-        self.prepare([name])
+        if name not in self._known:
+            self.prepare([name])
         return self._known[name]
 
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class ElementwiseUse(Use):
         if self.x is not None:
             x = rows.take(self.x).to(grad.dtype)
             grad = grad * (x if self.factor is None else self.factor(x))
-        return replace(self._reduce(grad, rows, shape), summed=self.x is None and self.sign > 0)
+        return self._reduce(grad, rows, shape, summed=self.x is None and self.sign > 0)
 
     def squares(self, total: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
         """The sum of squares ``[n, *p]`` over cotangents of single entries, of their own: ``total[1, n, ...]``."""
@@ -96,10 +96,10 @@ class ElementwiseUse(Use):
             direction = torch.vmap(lambda one: push_forward(factor, x, one))(direction)
         return self._reduce(grad * direction, rows, shape)
 
-    def _reduce(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
+    def _reduce(self, grad: Tensor, rows: Rows, shape: torch.Size, summed: bool = False) -> Explicit:
         own = list(self.padded)
         if rows.layout.factor == 1:
             del own[rows.layout.axis]
-        summed = [axis for axis, size in enumerate(own, start=2) if size == 1 and grad.shape[axis] != 1]
-        grad = grad.sum(summed) if summed else grad
-        return Explicit((grad if self.sign > 0 else -grad).reshape(*grad.shape[:2], *shape))
+        lacking = [axis for axis, size in enumerate(own, start=2) if size == 1 and grad.shape[axis] != 1]
+        grad = grad.sum(lacking) if lacking else grad
+        return Explicit((grad if self.sign > 0 else -grad).reshape(*grad.shape[:2], *shape), summed)
