@@ -11,8 +11,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, maybe_get_bdim
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._C._functorch import (
+    get_unwrapped,
+    maybe_get_bdim,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+)
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
@@ -82,8 +86,11 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
     A custom function with a rule for ``torch.vmap`` does that too, and takes 150 microseconds more.
     """
     axis = maybe_get_bdim(tensor)
-    with retrieve_current_functorch_interpreter().lower():
+    level = pop_dynamic_layer_stack()
+    try:
         yield tensor.expand(count, *tensor.shape) if axis < 0 else get_unwrapped(tensor).movedim(axis, 0)
+    finally:
+        push_dynamic_layer_stack(level)
 
 
 def checkpointed_region() -> Any:
