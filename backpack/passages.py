@@ -118,15 +118,15 @@ class Passage:
         """Of a call that has just ended; ``tensors``: outputs that require a gradient; ``keep``: hold what came in."""
         node = tensors[0].grad_fn
         numbers = [tensor.output_nr for tensor in tensors if tensor.grad_fn is node]
-        same = [place for place, value in enumerate(inputs) if any(value is tensor for tensor in tensors)]
+        outputs = set(map(id, tensors))
+        same = [place for place, value in enumerate(inputs) if id(value) in outputs]
         overwritten = [] if isinstance(module, Identity) else same
         edges: list[GradientEdge | None] = [None] * len(inputs)
         hold = _weakly
         if keep:
 
             def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the hook that holds it
-                returned = any(tensor is other for other in tensors)
-                return Noted(tensor.detach() if returned else tensor, _version(tensor))
+                return Noted(tensor.detach() if id(tensor) in outputs else tensor, _version(tensor))
 
             for place, value in enumerate(inputs):
                 if isinstance(value, Tensor) and value.requires_grad and place not in same:
