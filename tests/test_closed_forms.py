@@ -174,6 +174,23 @@ def test_dot_products_of_patches_follow_from_those_of_pixels(data):
     assert close(found, truth, columns.square().sum(), 1e-12)
 
 
+@pytest.mark.parametrize("small", [(0, 0), (2**19, 2**26)], ids=["what they share", "one product"])
+@QUICK
+@given(data=st.data())
+def test_second_moments_of_patches_are_those_of_unfolded_images(small, data):
+    torch.manual_seed(0)
+    options = [[data.draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 1)]
+    kernel, stride, padding, dilation = options
+    x = randn(data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), 7, 8)
+    columns = F.unfold(x, kernel, dilation, padding, stride)
+    out = F.conv2d(x, randn(1, x.shape[1], *kernel), None, stride, padding, dilation).shape[2:]
+    windows = Windows(kernel, out, stride, [p for p in reversed(padding) for _ in range(2)], dilation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("backpack.operations.windows.SMALL", small)
+        found = windows.moments(x, 0.5)
+    assert close(found, torch.einsum("nis,njs->ij", columns, columns) / 2, columns.square().sum(), 1e-12)
+
+
 def dense(v, n, s, g, o, i):
     """Factors of individual gradients, and these themselves from the factors or their absolute values."""
     x, grad = randn(n, g, s, i), randn(v, n, g, s, o)

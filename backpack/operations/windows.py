@@ -17,6 +17,9 @@ from backpack.uses.linear_map import scaled_product, second_moment
 
 Size = int | Sequence[int]
 
+SMALL = 2**19, 2**26
+"""Entries of patches, and multiplications with each other, up to which one product is faster than many smaller ones."""
+
 
 def each(size: Size, dims: int) -> list[int]:
     """One number a spatial dimension."""
@@ -79,13 +82,15 @@ class Windows:
     def moments(self, x: Tensor, scale: float) -> Tensor:
         """``scale`` times the sum over images and positions of outer products of the columns, ``[i, i]``.
 
-        For stride 1 along the last axis: patches are formed along the others only, and what pairs of entries of the
-        kernel that are equally far apart have in common is multiplied once.
+        For stride 1 along the last axis, unless these are few: patches are formed along the others only, and what pairs
+        of entries of the kernel that are equally far apart have in common is multiplied once.
         """
         kernel, out, dims = self.kernel, self.out, len(self.kernel)
-        if self.stride[-1] > 1 or kernel[-1] == 1:
+        size = x.shape[1] * prod(kernel)
+        entries = size * len(x) * prod(out)
+        if self.stride[-1] > 1 or kernel[-1] == 1 or (entries <= SMALL[0] and entries * size <= SMALL[1]):
             patches = contiguous(self.view(self.padded(x)).movedim(0, dims + 1))  # [c, *kernel, b, *out]
-            return second_moment(patches.reshape(x.shape[1] * prod(kernel), -1).T, scale)
+            return second_moment(patches.reshape(size, -1).T, scale)
         order = 1, x.dim() - 1, 0, *range(2, x.dim() - 1)
         *pads, before, _ = *self.padding[2:], *self.padding[:2]
         x = F.pad(x.permute(order), pads) if any(pads) else x.permute(order)  # [c, last axis, b, *other axes]
