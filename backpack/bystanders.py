@@ -38,8 +38,9 @@ def undisturbed(tensors: Iterable[ref[Tensor] | Tensor]) -> Iterator[None]:
         if tensor is None:
             continue
         tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
-        for key, hook in list((tensor._backward_hooks or {}).items()):
-            tensor._backward_hooks[key] = guarded(hook)
+        hooks = tensor._backward_hooks or {}
+        for key, hook in list(hooks.items()):
+            hooks[key] = guarded(hook)
         if tensor.retains_grad:
             retained.append(tensor)
     grads = [tensor.grad for tensor in retained]

@@ -153,7 +153,7 @@ class ProductPass(LastingPass):
     def run(self) -> None:
         """Store the functions; nothing is multiplied yet."""
         gradient, start, weights = self._prepare()
-        tensors = [start, *bystanders(self.found)]
+        tensors: list[ref[Tensor] | Tensor] = [start, *bystanders(self.found)]
         curvature = CurvatureBlocks(self.joined, gradient.layout, start, partial(gradient, weights), tensors)
         module = self.found[0][1].root()
         owner, handle, products = self.loss.loss if module is None else module, Handle(), list[Product]()
