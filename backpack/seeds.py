@@ -68,10 +68,10 @@ class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
-    were recorded; ``tensors``: parameters, and what was computed; ``widest``: entries of the largest output of one; ``arguments``: of
-    the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them; ``output``: its values,
-    where the module may have to run again, and ``random``: what was drawn from then. No node is held: what one of them
-    holds would live forever if it held that node in turn.
+    were recorded; ``tensors``: parameters, and what was computed; ``widest``: entries of the largest output of one;
+    ``arguments``: of the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them;
+    ``output``: its values, where the module may have to run again, and ``random``: what was drawn from then. No node is
+    held: what one of them holds would live forever if it held that node in turn.
     """
 
     n: int
