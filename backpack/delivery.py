@@ -52,7 +52,7 @@ class Contributions:
                 f"which of them belong together cannot be told. Let one call of the extended module see the whole "
                 f"batch."
             )
-        if any(isinstance(a.use, PullbackUse) for a in self.arrivals) and self.tensor.untyped_storage().size() == 0:
+        if any(type(a.use) is PullbackUse for a in self.arrivals) and self.tensor.untyped_storage().size() == 0:
             raise RuntimeError(
                 f"A parameter of shape {list(self.tensor.shape)} of a fully sharded module is needed again after its "
                 f"module's backward pass has freed it: its function has no rule, and it has several uses or an "

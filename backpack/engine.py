@@ -38,10 +38,8 @@ class Ruled(Protocol):
     """What is needed to know of an extension that may have rules of users."""
 
     rules: dict[type[Module], Any]
-
-    @property
-    def has_rules_only(self) -> bool:
-        """Whether nothing is computed but by rules."""
+    has_rules_only: bool
+    """Whether nothing is computed but by rules."""
 
     def rule_for(self, module: Module) -> Any:
         """The user's rule for a module, if there is one."""
@@ -397,11 +395,14 @@ class Block:
 
     def _look_for_missed(self) -> None:
         """A pass that ends before parameters, as ``inputs=`` can have it, leaves no result on them, and no old one."""
-        left = [source for source in self.delivery.sources.values() if source.tensor not in SHARDED]
         arrivals = self.delivery.arrivals
+        whole = self.asked and not arrivals and all(own.keys() <= self.seen for _, own in self.starts)
+        if whole or not self.first_order:
+            return
+        left = [source for source in self.delivery.sources.values() if source.tensor not in SHARDED]
         delivered = Counter(id(p) for s in left for p in s.parameters for _ in arrivals.get(id(s.tensor), ()))
         missed: dict[int, Tensor] = {}
-        for node, own in self.starts if self.first_order else ():
+        for node, own in self.starts:
             if not (delivered or not self.asked or own.keys() - self.seen):
                 continue
             used = {id(own): own}
@@ -470,7 +471,7 @@ class Block:
 
     def _hand_over(self) -> None:
         """Move results from gathered parameters, which users do not see, to the sharded ones."""
-        for whole, reference in list(SHARDED.items()):
+        for whole, reference in list(SHARDED.items()) if SHARDED else ():
             sharded = reference()
             for extension in self.extensions if sharded is not None else ():
                 if extension.savefield in vars(whole):

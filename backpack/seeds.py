@@ -310,7 +310,10 @@ class SeedPass:
 
     def _count_uses(self) -> Counter[int]:
         """How often each parameter is used."""
-        return sum(unique(origin.uses for _, origin in self.found), Counter())
+        uses: Counter[int] = Counter()
+        for own in unique(origin.uses for _, origin in self.found):
+            uses.update(own)
+        return uses
 
     def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
@@ -337,7 +340,8 @@ class SeedPass:
         if kind == "gradient":
             return self.root.weighed(self.loss.grad(self.layout, self.outer))[None]
         if kind == "sampled":
-            return torch.stack([self.root.sampled() for _ in range(start, stop)]) / self.columns**0.5
+            drawn = [self.root.sampled() for _ in range(start, stop)]
+            return torch.stack(drawn) / self.columns**0.5 if self.columns > 1 else drawn[0][None]
         return getattr(self.root, kind)(start, stop)
 
     @property

@@ -71,6 +71,8 @@ class BackpropExtension:
         FIELDS.add(self.savefield)
         self.fail_mode = fail_mode
         self.subset = Subset(subsampling)
+        self.has_rules_only = type(self).compute is BackpropExtension.compute and not self.needs_all_parameters
+        """Whether nothing is computed but by rules."""
         self.rules: dict[type[Module], ModuleExtension] = {}
         for module, rule in (module_exts or {}).items():
             self.set_module_extension(module, rule)
@@ -123,11 +125,6 @@ class BackpropExtension:
             if cls in self.rules and cls.forward is type(module).forward:
                 return self.rules[cls]
         return None
-
-    @property
-    def has_rules_only(self) -> bool:
-        """Whether nothing is computed but by rules."""
-        return type(self).compute is BackpropExtension.compute and not self.needs_all_parameters
 
     def missing(self, name: str) -> None:
         """Say that there is no rule for the module of a parameter, in the way that was asked for."""

@@ -69,6 +69,8 @@ class SoftmaxRoot(LossRoot):
 
     def _restore(self, seeds: Tensor) -> Tensor:
         """``[..., n, s, c]`` to ``[..., n, d]``, in the order of the input."""
+        if self.positions == 1:
+            return seeds.flatten(-2)
         leading = seeds.dim() - 2
         rest = [size for axis, size in enumerate(self.shape[1:]) if axis != self.axis]
         return seeds.reshape(*seeds.shape[:-2], *rest, self.classes).movedim(-1, leading + self.axis).flatten(leading)
@@ -82,7 +84,7 @@ class SoftmaxRoot(LossRoot):
         whole = reached[..., -1:]
         point = torch.rand_like(whole).mul_(whole)
         drawn = torch.searchsorted(reached, point, right=True).clamp_(max=self.classes - 1)  # not a number: the last
-        column = self.probability.scatter_add(2, drawn, -torch.ones_like(drawn, dtype=self.probability.dtype))
+        column = self.probability.scatter_add(2, drawn, self.probability.new_full(drawn.shape, -1))
         return self._restore(column * self.weight.sqrt().unsqueeze(2))
 
 

@@ -111,9 +111,9 @@ class Dense(LinearMap):
             return (self.grad.square().sum((3, 4)) * self.x.square().sum((2, 3))).sum(2)
         x, grad = self.x, self.grad
         if name == "total":
-            grad = grad.sum(0)
+            grad = _over_seeds(grad)
         elif self.weights is None:
-            x, grad = x.square(), grad.square().sum(0)
+            x, grad = x.square(), _over_seeds(grad.square())
         else:
             x, grad = x.square(), torch.einsum("vngso,vn->ngso", grad.square(), self.weights)
         if name == "sample_squares":
@@ -323,6 +323,11 @@ class Transposed(Dense):
     def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
         blocks = diagonal_blocks(columns, self.grad.shape[2])
         return replace(self, inputs=(self.x @ blocks,), grad=self.grad @ rows)
+
+
+def _over_seeds(grad: Tensor) -> Tensor:
+    """The sum over the first axis; of one seed, itself."""
+    return grad[0] if grad.shape[0] == 1 else grad.sum(0)
 
 
 def _moments(rows: Tensor, scale: float = 1.0) -> Tensor:
