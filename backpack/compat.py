@@ -11,12 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    get_unwrapped,
-    maybe_get_bdim,
-    pop_dynamic_layer_stack,
-    push_dynamic_layer_stack,
-)
+from torch._C._functorch import get_unwrapped, maybe_get_bdim, pop_dynamic_layer_stack, push_dynamic_layer_stack
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module

@@ -61,8 +61,7 @@ class HessianPass(SeedPass):
         self.subset = self.extensions[0].subset
         rows = self.subset.rows(self.layout.n, self.loss.input.device)
         own = self.graph(rows)
-        ends = self.ends
-        graph = Graph(self.joined, ends, own.layout)
+        graph = Graph(self.joined, self.ends, own.layout)
         self.uses = self._count_uses()
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
         HERE.muted = True
@@ -70,13 +69,13 @@ class HessianPass(SeedPass):
             for edges, columns, weights in self._columns(graph, grad, own, rows):
                 self.weights = weights
                 HERE.inner, HERE.muted = self, False
-                self._pull(edges, ends, columns)
+                self._pull(edges, self.ends, columns)
                 self._finish()
                 HERE.inner, HERE.muted = None, True
             self.weights = None
             for parameter, dense, total in self.totals.values():
                 self._add_total(parameter, dense, total)
-            self._add_couplings(graph, ends, grad)
+            self._add_couplings(graph, self.ends, grad)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
                     self.block.store(parameter, extension.savefield, self.results[id(extension), key][0])
