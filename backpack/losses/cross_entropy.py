@@ -36,11 +36,10 @@ class SoftmaxRoot(LossRoot):
     def exact(self, start: int, stop: int) -> Tensor:
         place, entry, p, scale = self._columns(start, min(stop, self.columns), self.classes - 1)
         q = p.sqrt()
-        axis = q.clone()
+        own, axis = q.gather(2, entry), q.clone()
         axis[:, :, -1] += 1
-        rest = axis * (q.gather(2, entry) / axis[:, :, -1:])
-        columns = -q * rest * scale
-        columns.scatter_add_(2, entry, q.gather(2, entry) * scale)
+        columns = axis * (own / axis[:, :, -1:]) * (-scale * q)
+        columns.scatter_add_(2, entry, own * scale)
         return self._place(columns, place)
 
     def documented(self, start: int, stop: int) -> Tensor:
@@ -54,8 +53,8 @@ class SoftmaxRoot(LossRoot):
         """Of some columns: position, class ``[v, n, 1]``, softmax ``[v, n, c]``, scale ``[v, n, 1]``."""
         number = torch.arange(start, stop, device=self.probability.device)
         place = number // each
-        p = self.probability[:, place].transpose(0, 1)
-        scale = self.weight[:, place].T.sqrt().unsqueeze(2)
+        p = self.probability.index_select(1, place).transpose(0, 1)
+        scale = self.weight.index_select(1, place).T.sqrt().unsqueeze(2)
         entry = (number % each)[:, None, None].expand(-1, p.shape[1], 1)
         return place, entry, p, scale
 
