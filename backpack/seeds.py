@@ -509,6 +509,7 @@ class SeedPass:
             if len(results) > 1 and extension.additive:
                 results[:] = [extension.merge(results)]
             if self.final:
+                del self.results[id(extension), id(parameter)]  # whoever takes it may free it
                 merged = extension.merge(results) if len(results) > 1 else results[0]
                 self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
 

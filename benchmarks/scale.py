@@ -46,6 +46,42 @@ def loop(model: nn.Module, lossfunc: nn.Module, data: DataLoader, extensions: tu
             lossfunc(model(X), y).backward()
 
 
+def summed(model: nn.Module, lossfunc: nn.Module, data: DataLoader, extensions: tuple[type, ...]) -> None:
+    """What a user would write by hand, for these quantities and this loss: the loop, and the sums over its batches."""
+    total, seen, parameters = len(data.dataset), 0, list(model.parameters())
+    sums: dict[tuple[int, str], torch.Tensor] = {}
+    rows: dict[int, list[torch.Tensor]] = {}
+
+    def add(place: int, field: str, value: torch.Tensor, factor: float) -> None:
+        if (place, field) in sums:
+            sums[place, field].add_(value, alpha=factor)
+        else:
+            sums[place, field] = value * factor
+
+    for X, y in data:
+        for parameter in parameters:
+            parameter.grad = None
+        with backpack(*(extension() for extension in extensions)):
+            lossfunc(model(X), y).backward()
+        n = len(X)
+        weight, seen = n / total, seen + n
+        for place, p in enumerate(parameters):
+            if Variance in extensions:  # Chan, Golub & LeVeque
+                if seen > n:
+                    difference = p.grad - sums[place, "grad"] * (total / (seen - n))
+                    add(place, "variance", difference.square_(), weight * (1 - n / seen))
+                add(place, "variance", p.variance, weight * n**2)
+            add(place, "grad", p.grad, weight)
+            if SumGradSquared in extensions:
+                add(place, "sum_grad_squared", p.sum_grad_squared, weight**2)
+            if DiagGGNMC in extensions:
+                add(place, "diag_ggn_mc", p.diag_ggn_mc, weight)
+            if BatchL2Grad in extensions:
+                rows.setdefault(place, []).append(p.batch_l2 * weight**2)
+    for found in rows.values():
+        torch.cat(found)
+
+
 def seconds(function, *arguments) -> float:
     start = time.perf_counter()
     function(*arguments)
@@ -55,13 +91,15 @@ def seconds(function, *arguments) -> float:
 def cost(name: str, batches: int, samples: int, rounds: int) -> None:
     for quantity, extensions in QUANTITIES.items():
         model, lossfunc, data = subject(name, batches, samples)
-        ratios = []
+        ratios: dict[str, list[float]] = {"a loop over the batches": [], "a loop that adds up": []}
         for _ in range(rounds):
-            first = seconds(loop, model, lossfunc, data, extensions)
-            whole = seconds(lambda: accumulate(model, lossfunc, data, *(e() for e in extensions)))  # noqa: B023
-            second = seconds(loop, model, lossfunc, data, extensions)
-            ratios.append(2 * whole / (first + second))
-        print(f"{name} {batches}x{samples} {quantity}: {median(ratios):.3f} of a loop over the batches", flush=True)
+            for form, function in zip(ratios, (loop, summed), strict=True):
+                first = seconds(function, model, lossfunc, data, extensions)
+                whole = seconds(lambda: accumulate(model, lossfunc, data, *(e() for e in extensions)))  # noqa: B023
+                second = seconds(function, model, lossfunc, data, extensions)
+                ratios[form].append(2 * whole / (first + second))
+        found = ", ".join(f"{median(own):.3f} of {form}" for form, own in ratios.items())
+        print(f"{name} {batches}x{samples} {quantity}: {found}", flush=True)
 
 
 def train(model: nn.Module, lossfunc: nn.Module, data: DataLoader) -> None:

@@ -11,6 +11,7 @@ from torch.func import functional_call, jacrev
 from truth import close
 
 from backpack.extensions import (
+    EKFAC,
     HBP,
     KFAC,
     KFLR,
@@ -120,15 +121,19 @@ def fixed_draws():
 
 def other_extensions(rows=None, whole=True):
     """Those that ``all_extensions`` leaves out, sampled ones with ``fixed_draws``; ``whole``: of unsharded models."""
-    empirical = KFAC(fisher="empirical", subsampling=rows)
-    empirical.savefield = "kfac_empirical"
+    empirical = KFAC(fisher="empirical", subsampling=rows), EKFAC(fisher="empirical", subsampling=rows)
+    empirical[0].savefield, empirical[1].savefield = "kfac_empirical", "ekfac_empirical"
+    exact = EKFAC(fisher="exact", subsampling=rows)
+    exact.savefield = "ekfac_exact"
     return [
         DiagGGNMC(3, rows),
         BatchDiagGGNMC(3, rows),
         SqrtGGNMC(3, rows),
         KFAC(3, rows),
         HBP("ggn", "sampling", "sqrt", "E[J^T E(H) J]", subsampling=rows),
-        empirical,
+        *empirical,
+        exact,
+        EKFAC(3, rows),
         *([DiagHessian(rows), BatchDiagHessian(rows)] if whole else []),
     ]
 
@@ -144,10 +149,27 @@ def check_others(found, truth, model, divided):
         x = truth["inputs"][layer]
         signed = torch.einsum("c,cn...->n...", SIGNS, truth["roots"][layer + ".bias"])
         grads = truth["individual"][layer + ".bias"] * divided**0.5  # each term enters with the weight 1 / divided
+        exact, a = truth["roots"][layer + ".bias"].flatten(0, 1), x.T @ x / len(x)
         for field, b in {"kfac": signed, "hbp": signed, "kfac_empirical": grads}.items():
-            expected = [b.T @ b, x.T @ x / len(x)][: parameter.dim()]
+            expected = [b.T @ b, a][: parameter.dim()]
             for factor, expected_factor in zip(found[field][name], expected, strict=True):
                 assert close(factor, expected_factor), (field, name)
+        check_eigen(found["ekfac"][name], [signed.T @ signed, a][: parameter.dim()], v)
+        check_eigen(
+            found["ekfac_exact"][name], [exact.T @ exact, a][: parameter.dim()], truth["roots"][name].flatten(0, 1)
+        )
+        own = truth["individual"][name] * divided**0.5
+        check_eigen(found["ekfac_empirical"][name], [grads.T @ grads, a][: parameter.dim()], own)
+
+
+def check_eigen(eigen, factors, columns):
+    """Eigenbases of these factors, and the sums of squares of the columns ``[v, *p]`` in them."""
+    for place, (basis, factor) in enumerate(zip(eigen.bases, factors, strict=True), start=1):
+        assert close(basis.T @ basis, torch.eye(len(factor), dtype=factor.dtype))
+        turned = basis.T @ factor @ basis
+        assert close(turned, torch.diag(turned.diagonal()), factor.abs().max())
+        columns = torch.tensordot(columns, basis, ([1], [0]))  # the next axis comes first, this one last
+        assert place < len(factors) or close(eigen.eigenvalues, columns.square().sum(0))
 
 
 def check_hessians(found, diagonals):

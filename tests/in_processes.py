@@ -14,6 +14,7 @@ from dataset_truth import (
     all_extensions,
     bound_of,
     check,
+    check_eigen,
     check_hessians,
     check_others,
     fixed_draws,
@@ -120,13 +121,8 @@ def factors_of_one_process():
                 x, b = truth["inputs"][layer], truth["roots"][layer + ".bias"].flatten(0, 1)
                 v = truth["roots"][name].flatten(0, 1)
                 factors = [b.T @ b, x.T @ x / 8][: v.dim() - 1]
-                bases, eigenvalues = p.ekfac
-                turned = v
-                for place, (basis, factor) in enumerate(zip(bases, factors, strict=True), start=1):
-                    assert close(p.kflr[place - 1], factor)
-                    assert close(basis.T @ factor @ basis, torch.diag((basis.T @ factor @ basis).diagonal()), 1.0)
-                    turned = torch.tensordot(turned, basis, ([1], [0]))  # the next axis comes first, this one last
-                assert close(eigenvalues, turned.square().sum(0))
+                assert all(close(found, factor) for found, factor in zip(p.kflr, factors, strict=True))
+                check_eigen(p.ekfac, factors, v)
                 assert close(p.variance, truth["individual"][name].var(0, correction=0))
                 del p.kflr, p.ekfac, p.variance
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 from truth import close
 
-from backpack import accumulate, backpack, extend, extensions
+from backpack import accumulate, across_processes, backpack, extend, extensions
 from backpack.extensions import (
     EKFAC,
     GGNMP,
@@ -92,8 +92,9 @@ def test_results_of_samples_are_streamed_to_files_in_the_order_of_the_data(rows,
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_batch(tmp_path):
     model, lossfunc, X, y = problem()
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        accumulate(model, lossfunc, [(X, y)], BatchGrad(), stream=tmp_path / "file")
+    for folder in (tmp_path / "file", "/proc/self"):  # the second one is there, but cannot be written to
+        with pytest.raises(OSError, match=f"stream='{folder}' is no folder to write results to"):
+            accumulate(model, lossfunc, iter([]), BatchGrad(), stream=folder)
 
 
 @pytest.mark.parametrize("kind", ["mse", "bce", "weighted"])
@@ -114,12 +115,14 @@ def test_sampled_quantities_and_those_of_the_hessian_equal_one_giant_batch(kind,
 def test_every_extension_is_compared_with_one_giant_batch_or_refused():
     """Here or, with several processes, in ``in_processes.py``; what is random in more than its draws: on average."""
     tables = {type(extension) for extension in (*all_extensions(1.0), *other_extensions())}
-    on_average, averages, refused = {DiagHessianMC}, {KFRA}, {EKFAC, HMP, GGNMP, PCHMP}
+    on_average, averages, refused = {DiagHessianMC}, {KFRA}, {HMP, GGNMP, PCHMP}
     assert tables | on_average | averages | refused == {getattr(extensions, name) for name in extensions.__all__}
     model, lossfunc, X, y = problem()
     for extension in refused:
-        with pytest.raises(ValueError, match="no meaning for more than one batch"):
-            accumulate(model, lossfunc, [(X, y)], extension())
+        with pytest.raises(ValueError, match="no meaning for more than one batch: .* weighted sum of its batches'"):
+            accumulate(model, lossfunc, [(X, y)], EKFAC(), extension())
+    with pytest.raises(ValueError, match="accumulate.* does that"), across_processes(model, EKFAC(), samples=11):
+        pass
 
 
 def test_the_estimate_of_the_hessians_diagonal_is_right_on_average():
@@ -317,7 +320,7 @@ def test_gradients_that_are_there_stay():
         ({"dataloader": iter([])}, ValueError, "empty"),
         ({"dataloader": iter([]), "extension": BatchGrad([0])}, ValueError, "can be read once only"),
         ({"extension": BatchGrad}, ValueError, "instances"),
-        ({"extension": EKFAC()}, ValueError, "no meaning for more than one batch"),
+        ({"dataloader": iter([]), "extension": EKFAC()}, ValueError, "read once only, but EKFAC takes two passes"),
         ({"extension": BackpropExtension("own")}, ValueError, "no meaning for more than one batch"),
         ({"extension": BatchGrad([11])}, IndexError, "11 is out of range for a batch of 11"),
     ],
@@ -383,9 +386,11 @@ class Doubled(nn.Module):
         return Reading.apply(x) if self.reading else 2 * x
 
 
-def test_results_of_a_pass_that_begins_anew_count_once(monkeypatch):
+@pytest.mark.parametrize("large", [0, 2**20])
+def test_results_of_a_pass_that_begins_anew_count_once(large, monkeypatch):
     """Of the last layer, results were there before the pass failed and its columns were pulled back one by one."""
     monkeypatch.setattr("backpack.joined.must_loop", lambda *graph: False)
+    monkeypatch.setattr("backpack.dataset.collection.LARGE", large)
     model, lossfunc, X, y = problem()
     model[1] = nn.Sequential(nn.Tanh(), Doubled())
     truth = giant(model, lossfunc, X, y, 11)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from dataset_truth import problem
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
 
 from backpack import accumulate
-from backpack.extensions import BatchGrad, DiagGGNMC, SumGradSquared, Variance
+from backpack.extensions import EKFAC, BatchGrad, DiagGGNMC, SumGradSquared, Variance
 
 SCRIPT = str(Path(__file__).with_name("resumed.py"))
 
@@ -108,6 +110,49 @@ def test_an_exception_in_the_data_loses_nothing(after, tmp_path):
     assert torch.equal(found.loss, whole.loss)
     again = accumulate(model, lossfunc, failing, *extensions, checkpoint=tmp_path / "c")
     assert torch.equal(again["diag_ggn_mc"]["0.weight"], whole["diag_ggn_mc"]["0.weight"])
+
+
+class Failing(Dataset):
+    """Samples that are drawn; after so many, there is an error."""
+
+    def __init__(self, X, y):
+        self.X, self.y, self.left = X, y, -1
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, index):
+        if self.left == 0:
+            raise Stop
+        self.left -= 1
+        return self.X[index] + torch.rand(4, dtype=torch.float64), self.y[index]
+
+
+@pytest.mark.parametrize("after", [0, 6, 11, 13, 25])
+def test_a_run_of_two_passes_goes_on_in_either(after, tmp_path):
+    model, lossfunc, X, y = problem()
+    samples = Failing(X, y)
+    data = DataLoader(samples, batch_size=4, shuffle=True)
+    extensions = [EKFAC(2), BatchGrad()]
+    torch.manual_seed(3)
+    whole = accumulate(model, lossfunc, data, *extensions, stream=tmp_path / "undisturbed")
+    samples.left = after
+    where = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0, "stream": tmp_path / "stream"}
+    torch.manual_seed(3)
+    with pytest.raises(Stop):
+        accumulate(model, lossfunc, data, *extensions, **where)
+    assert not any(hasattr(p, "ekfac") for p in model.parameters())
+    samples.left = -1
+    torch.manual_seed(99)
+    found = accumulate(model, lossfunc, data, *extensions, **where)
+    for name, eigen in whole["ekfac"].items():
+        assert torch.equal(found["grad_batch"][name], whole["grad_batch"][name])
+        for one, other in zip((*eigen.bases, eigen.eigenvalues), tree_leaves(found["ekfac"][name]), strict=True):
+            assert torch.equal(one, other)
+    (tmp_path / "c.beforehand").unlink()
+    torch.manual_seed(4)  # other draws, so other bases
+    with pytest.raises(ValueError, match="another run: its extensions was .*SecondMoments"):
+        accumulate(model, lossfunc, data, *extensions, **where)
 
 
 def other_weights(given):

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend
-from backpack.extensions import BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, SumGradSquared, Variance
+from backpack.extensions import EKFAC, BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, SumGradSquared, Variance
 
 EXTENSIONS = (BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact)
 
@@ -112,7 +112,9 @@ def test_sums_over_batches_of_a_bfloat16_model_are_not_rounded_at_each_batch():
     model, lossfunc = nn.Linear(1, 1, bias=False).bfloat16(), nn.MSELoss(reduction="sum")
     nn.init.zeros_(model.weight)
     X, y = torch.ones(600, 1).bfloat16(), -torch.ones(600, 1).bfloat16() / 2
-    found = accumulate(model, lossfunc, [*zip(X.split(1), y.split(1), strict=True)], SumGradSquared())
+    extensions = SumGradSquared(), EKFAC(fisher="empirical")
+    found = accumulate(model, lossfunc, [*zip(X.split(1), y.split(1), strict=True)], *extensions)
+    assert found["ekfac"]["weight"].eigenvalues.item() == 600.0
     assert found["sum_grad_squared"]["weight"].item() == 600.0  # in bfloat16, 256 + 1 = 256
     assert found.grad["weight"].item() == 600.0
 

@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from backpack.context import backpack
 from backpack.dataset.batch_pass import BatchPass
-from backpack.dataset.batches import Batch, Batches
+from backpack.dataset.batches import Batch, Batches, require_two_readings
 from backpack.dataset.checkpoint import Checkpoint, identity
 from backpack.dataset.collection import GRAD, Collection
 from backpack.dataset.interruption import Counts, Interruption
@@ -24,7 +24,7 @@ from backpack.dataset.merged import merged
 from backpack.dataset.processes import Processes
 from backpack.dataset.progress import bar
 from backpack.dataset.randomness import Randomness
-from backpack.dataset.survey import chosen_samples, open_files, survey
+from backpack.dataset.survey import chosen_samples, open_files, survey, writable
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.hooks import EXTENDED
 
@@ -70,7 +70,8 @@ def accumulate(
     class weights, ignored targets and a smaller last batch), variances are merged by the formula of Chan, Golub &
     LeVeque (1979), results of single samples are joined in the order of the data. ``subsampling`` of an extension
     counts the samples of the data set. Of Kronecker factors, those from inputs are averaged over samples, those from
-    cotangents summed. What is random (``*MC``) is drawn batch by batch. ``p.grad`` is not touched.
+    cotangents summed; the eigenvalues of ``EKFAC`` take a second pass. What is random (``*MC``) is drawn batch by
+    batch. ``p.grad`` is not touched.
 
     Under ``torch.distributed``, each process passes the same data and takes its share of the batches in turn; results
     are those of all, except that results of single samples stay on their process unless ``gather``.
@@ -87,7 +88,7 @@ def accumulate(
         stream: Folder for results of single samples: files ``savefield.parameter.npy``, read as memory maps.
         offload: Device that results are moved to as they come.
         checkpoint: File that the run is saved to, to be continued by the same call after it was killed; each process
-            has its own. It stays when all is done.
+            has its own, and a pass before (``EKFAC``) one with the ending ``.beforehand``. It stays when all is done.
         checkpoint_seconds: Time between two savings.
         gather: Bring results of single samples of all processes to all.
         group: Process group (default: all processes).
@@ -102,18 +103,32 @@ def accumulate(
     backpack(*extensions)  # refuses what is no extension
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
-    collection = Collection(model, extensions, None if offload is None else torch.device(offload), True)
-    one = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
-    processes = Processes(group)
-    batches = Batches(dataloader, EXTENDED[model].batch_axis, processes)
-    folder = None if stream is None else Path(stream)
-    run = Run(one, batches, Counts(torch.zeros((), dtype=torch.float64, device=one.device)), Randomness(dataloader))
-    if checkpoint is not None:
-        run.save_to(Path(checkpoint), checkpoint_seconds, folder_for_results=folder)
-    with torch.enable_grad():
-        run.prepare(folder)
-        run.compute(progress)
-    return run.results(gather)
+    folder = None if stream is None else writable(Path(stream))
+    path = None if checkpoint is None else Path(checkpoint)
+
+    def one_pass(extensions: tuple[BackpropExtension, ...], folder: Path | None, path: Path | None) -> Run:
+        collection = Collection(model, extensions, None if offload is None else torch.device(offload), True)
+        one = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
+        batches = Batches(dataloader, EXTENDED[model].batch_axis, Processes(group))
+        loss = torch.zeros((), dtype=torch.float64, device=one.device)
+        run = Run(one, batches, Counts(loss), Randomness(dataloader))
+        if path is not None:
+            run.save_to(path, checkpoint_seconds, folder_for_results=folder)
+        with torch.enable_grad():
+            run.prepare(folder)
+            run.compute(progress)
+        return run
+
+    ahead = {extension: needed for extension in extensions if (needed := extension.beforehand()) is not None}
+    if ahead:
+        Collection(model, tuple(e for e in extensions if e not in ahead))  # refuses what cannot be, before a long pass
+        require_two_readings(dataloader, f"{' and '.join(type(e).__name__ for e in ahead)} takes two passes")
+        first = one_pass(tuple(ahead.values()), None, path and path.with_name(f"{path.name}.beforehand"))
+        found = first.results(False).results
+        first.collection.clear()
+        first.random.write(*first.began)
+        extensions = tuple(e.given(found[e.savefield]) if e in ahead else e for e in extensions)
+    return one_pass(extensions, folder, path).results(gather)
 
 
 @dataclass(eq=False)
@@ -126,6 +141,8 @@ class Run:
     random: Randomness
     reference: float = 1.0
     saved: Interruption | None = None
+    began: tuple[dict[str, Tensor], str] = field(init=False)
+    """The states of all generators before the first batch."""
 
     def __post_init__(self) -> None:
         self.collection, self.processes = self.one.collection, self.batches.processes
@@ -153,6 +170,7 @@ class Run:
         collection.clear()
         if self.saved is not None:
             self.random.write(*self.saved.began)
+        self.began = self.random.read()
         fixed = folder is not None or any(extension.fixes_scale for extension in collection.extensions)
         total, self.reference = survey(self.batches, self.one, collection.extensions, fixed, self.random)
         self.one.chosen = chosen_samples(collection.extensions, total)

@@ -86,7 +86,10 @@ class BatchPass:
                 f"The first tensor of a batch has {batch.samples} samples, but the model was called with "
                 f"{self.counted[:1]}: let the model's first tensor come first in the batch."
             )
-        divided = float(self.denominator(content)) if self.denominator else of_loss(self.lossfunc, output, target)
+        if self.denominator is not None:
+            divided = float(self.denominator(batch.content))
+        else:  # of the targets as they came, if that can be: no need to wait for the GPU
+            divided = of_loss(self.lossfunc, output, target if self.forward else split(batch.content)[1])
         with self._finite(divided):
             loss = self.lossfunc(output, target)
             if loss.dim():
@@ -138,7 +141,7 @@ class BatchPass:
         """Add a large one to those of the batches before, at once; PyTorch keeps a number in its place."""
         if HERE.muted or HERE.inner is not None or grad.is_sparse:
             return None
-        self.collection.add_gradient(name, grad, self.factor)
+        self.collection.add_gradients({name: grad}, self.factor)
         return grad.new_zeros(()).expand(grad.shape)
 
     def _backward(self, loss: Tensor) -> None:
@@ -150,9 +153,9 @@ class BatchPass:
         finally:
             for hook in hooks:
                 hook.remove()
-        for name, grad in zip(parameters, grads, strict=True):
-            if grad is not None and (name not in large or grad.is_sparse):
-                self.collection.add_gradient(name, grad, self.factor)
+        named = zip(parameters, grads, strict=True)
+        left = {name: grad for name, grad in named if grad is not None and (name not in large or grad.is_sparse)}
+        self.collection.add_gradients(left, self.factor)
 
     def _backward_sharded(self, loss: Tensor) -> None:
         """As ``_backward``: that of a sharded model has its effects when gradients are accumulated."""
@@ -163,7 +166,7 @@ class BatchPass:
 
         def take(name: str, grad: Tensor) -> None:
             found.add(name)
-            self.collection.add_gradient(name, grad, self.factor)
+            self.collection.add_gradients({name: grad}, self.factor)
 
         for whole in SHARDED:
             name = self.collection.name_of(whole)
@@ -173,9 +176,8 @@ class BatchPass:
             for parameter in parameters.values():
                 parameter.grad = None
             loss.backward()
-            for name, parameter in parameters.items():
-                if name not in found and parameter.grad is not None:
-                    self.collection.add_gradient(name, parameter.grad, self.factor)
+            left = {name: p.grad for name, p in parameters.items() if name not in found and p.grad is not None}
+            self.collection.add_gradients(left, self.factor)
         finally:
             for handle in handles:
                 handle.remove()

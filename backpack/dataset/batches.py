@@ -45,6 +45,14 @@ def samples_of(batch: Any, axis: int) -> int:
     raise TypeError(f"The batches of the data set hold no tensor: got {type(batch).__name__}.")
 
 
+def require_two_readings(loader: Any, why: str) -> None:
+    """Raise where data that ``why`` needs more than once can be read once only."""
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"The data can be read once only, but {why}: pass a DataLoader or a list instead of an iterator."
+        )
+
+
 def split(batch: Any) -> tuple[Any, Any]:
     """The inputs and the targets of a batch ``(inputs, targets)`` or a mapping with ``labels``."""
     if isinstance(batch, Mapping) and "labels" in batch:

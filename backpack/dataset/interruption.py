@@ -11,7 +11,7 @@ from backpack.dataset.checkpoint import Checkpoint
 from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
-from backpack.dataset.stores import FileRows, Rows, Sums
+from backpack.dataset.stores import FileRows, Rows
 
 
 @dataclass(eq=False)
@@ -85,8 +85,8 @@ class Interruption:
         tensors |= {f"began {name}": value for name, value in self.began[0].items()}
         tensors |= {f"now {name}": value for name, value in now.items()}
         rows = []
-        for (name, savefield), sums in collection.sums.items():
-            tensors |= {f"sums {name} {savefield} {k}": part for k, part in enumerate(sums.state)}
+        for (name, savefield), state in collection.sums.items():
+            tensors |= {f"sums {name} {savefield} {k}": part for k, part in enumerate(state)}
         for (name, savefield), store in collection.rows.items():
             if isinstance(store, FileRows):
                 store.flush()
@@ -100,7 +100,7 @@ class Interruption:
             "selected": collection.selected,
             "began": self.began[1],
             "now": text,
-            "sums": [(*key, len(sums.state)) for key, sums in collection.sums.items()],
+            "sums": [(*key, len(state)) for key, state in collection.sums.items()],
             "rows": rows,
         }
         self.checkpoint.write(tensors, header)
@@ -115,12 +115,12 @@ class Interruption:
         collection.selected = header["selected"]
         self.began = _named(tensors, "began "), header["began"]
         self.now = _named(tensors, "now "), header["now"]
-        device = collection.device or counts.loss.device
+        devices = {name: collection.device or p.device for name, p in collection.parameters.items()}
         for name, savefield, count in header["sums"]:
-            state = [tensors[f"sums {name} {savefield} {k}"].to(device) for k in range(count)]
-            collection.sums[name, savefield] = Sums(collection.merging[savefield], state)
+            state = [tensors[f"sums {name} {savefield} {k}"].to(devices[name]) for k in range(count)]
+            collection.sums[name, savefield] = state
         for name, savefield in header["rows"]:
-            chunk, places = tensors[f"rows {name} {savefield}"].to(device), tensors[f"places {name} {savefield}"]
+            chunk, places = tensors[f"rows {name} {savefield}"].to(devices[name]), tensors[f"places {name} {savefield}"]
             collection.rows[name, savefield] = Rows([chunk], [places], [1.0])
 
 

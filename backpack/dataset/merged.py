@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes, bundles
-from backpack.dataset.stores import FileRows, Rows, Sums
+from backpack.dataset.stores import FileRows, Rows
 from backpack.extensions.backprop_extension import BackpropExtension
 
 Key = tuple[str, str]
@@ -32,8 +32,9 @@ def merged(
     joined = collection.joined
     found: dict[str, dict[str, Any]] = {savefield: {} for savefield in (*collection.merging, *joined)}
     places: dict[str, Tensor] = {}
-    for (name, savefield), sums in _sums(collection, processes):
-        found[savefield][name] = sums.merging.finish(sums.state, factor, selected.get(savefield, 0))
+    for (name, savefield), state in _sums(collection, processes):
+        merging = collection.merging[savefield]
+        found[savefield][name] = merging.finish(state, factor, selected.get(savefield, 0))
     for (_, savefield), store in collection.rows.items():  # those of parameters that all batches use are complete
         if isinstance(store, Rows):
             known = torch.cat(store.places)
@@ -53,47 +54,45 @@ def merged(
     for extension in collection.extensions:
         results = found[extension.savefield]
         for name, value in results.items():
-            results[name] = extension.of_whole(value)
+            results[name] = extension.of_whole(name, value)
             setattr(collection.parameters[name], extension.savefield, results[name])
     return found, places
 
 
-def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, Sums]]:
-    """Sums of all processes, small ones with one message for many."""
+def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, list[Tensor]]]:
+    """States of all processes, small ones with one message for many."""
     forms: dict[Key, list[Any]] = {}
     if processes.count > 1:
-        own = {key: [(p.shape, p.dtype, p.device.type) for p in sums.state] for key, sums in collection.sums.items()}
+        own = {key: [(p.shape, p.dtype, p.device.type) for p in state] for key, state in collection.sums.items()}
         for other in processes.all_objects(own):
             forms |= other
     keys = sorted(forms or collection.sums)
     sizes = [sum(prod(shape) * dtype.itemsize for shape, dtype, _ in forms.get(key, ())) for key in keys]
     for bundle in bundles(sizes):
-        running = {}
-        for name, savefield in keys[bundle]:
-            merging = collection.merging[savefield]
-            sums = collection.sums.pop((name, savefield), None) or Sums(merging)
-            form = forms.get((name, savefield), ())
-            state = sums.state or [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
-            running[name, savefield] = Sums(merging, state)
+        states = {}
+        for key in keys[bundle]:
+            form = forms.get(key, ())
+            nothing = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
+            states[key] = collection.sums.pop(key, nothing)
         if processes.count > 1:
-            _reduce(list(running.values()), processes)
-        yield from running.items()
+            _reduce(collection, states, processes)
+        yield from states.items()
 
 
-def _reduce(jobs: list[Sums], processes: Processes) -> None:
+def _reduce(collection: Collection, states: dict[Key, list[Tensor]], processes: Processes) -> None:
     """Run reductions in step."""
-    running = [(sums, sums.merging.reduce(sums.state)) for sums in jobs]
+    running = [(key, collection.merging[key[1]].reduce(state)) for key, state in states.items()]
     asked = [next(reduction) for _, reduction in running]
     while running:
         answers = iter(processes.all_sums([tensor for tensors in asked for tensor in tensors]))
         still, given, asked = running, [[next(answers) for _ in tensors] for tensors in asked], []
         running = []
-        for (sums, reduction), own in zip(still, given, strict=True):
+        for (key, reduction), own in zip(still, given, strict=True):
             try:
                 asked.append(reduction.send(own))
-                running.append((sums, reduction))
+                running.append((key, reduction))
             except StopIteration as end:
-                sums.state = end.value
+                states[key] = end.value
 
 
 def _files(collection: Collection, processes: Processes) -> Iterator[tuple[Key, Tensor]]:

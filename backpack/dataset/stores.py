@@ -1,4 +1,4 @@
-"""Where the results of batches are kept until all have come."""
+"""Where results of single samples are kept until all have come."""
 
 from __future__ import annotations
 
@@ -11,23 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from backpack.extensions.merging import Merging
-
-
-@dataclass(eq=False)
-class Sums:
-    """The merged results of one extension for one parameter."""
-
-    merging: Merging
-    state: list[Tensor] = field(default_factory=list)
-
-    def add(self, result: Any, factor: float, samples: int) -> None:
-        """Merge the result of one more batch."""
-        if self.state:
-            self.merging.add(self.state, result, factor, samples)
-        else:
-            self.state = self.merging.state(result, factor, samples)
 
 
 @dataclass(eq=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
 
 from backpack.dataset.batch_pass import BatchPass
-from backpack.dataset.batches import Batches
+from backpack.dataset.batches import Batches, require_two_readings
 from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
@@ -31,11 +31,7 @@ def survey(
     chosen = any(extension.get_subsampling() is not None for extension in extensions)
     if not fixed and not (chosen and total is None):
         return total, reference
-    if isinstance(batches.loader, Iterator):
-        raise ValueError(
-            "The data can be read once only, but stream=, subsampling and ClippedGrad need to know their size "
-            "beforehand: pass a DataLoader or a list instead of an iterator."
-        )
+    require_two_readings(batches.loader, "stream=, subsampling and ClippedGrad need to know their size beforehand")
     divided, total, before = 0.0, 0, random.read()
     for batch in batches.read():
         total += batch.samples
@@ -59,13 +55,25 @@ def chosen_samples(extensions: tuple[BackpropExtension, ...], total: int | None)
     return found
 
 
+def writable(folder: Path) -> Path:
+    """A folder for results, which is made if it is not there.
+
+    Raises:
+        OSError: Nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"stream={str(folder)!r} is no folder to write results to: {error}") from error
+    return folder
+
+
 def open_files(
     folder: Path, collection: Collection, total: int, chosen: dict[str, Tensor], processes: Processes, anew: bool
 ) -> None:
     """Let results of single samples go to files in a folder; ``anew``: what is there is of another run."""
-    if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    processes.all_objects(None)  # all wait until it is there
     for savefield in collection.joined:
         for name in collection.parameters:
             path = folder / f"{savefield}.{name}.npy"

@@ -44,8 +44,12 @@ class BackpropExtension:
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
     batches: Merging | Joined | None = None
     """How results of batches become that of a data set; ``None``: they can't."""
+    unmerged = "its results do not merge"
+    """Why there are no ``batches``, and what to do instead."""
     fixes_scale = False
     """Whether what is computed of a batch depends on the scale of the whole data set's loss."""
+    is_deferred = False
+    """Whether a batch's results are functions that ``of_parameter`` evaluates."""
 
     def __init__(
         self,
@@ -92,8 +96,20 @@ class BackpropExtension:
         part.subset = Subset(rows)
         return part
 
-    def of_whole(self, merged: Any) -> Any:
-        """The result for a data set, from what its batches' results were merged to."""
+    def beforehand(self) -> BackpropExtension | None:
+        """What must be known of the whole data set before its first batch, from a pass of its own."""
+        return None
+
+    def given(self, found: dict[str, Any]) -> BackpropExtension:
+        """What to compute of the data set, from the results of ``beforehand`` by parameter name."""
+        return self
+
+    def of_parameter(self, name: str, parameter: Tensor, result: Any) -> Any:
+        """The result of a batch for one parameter, where ``compute`` needs to know for which."""
+        return result
+
+    def of_whole(self, name: str, merged: Any) -> Any:
+        """The result for a data set and a parameter, from what its batches' results were merged to."""
         return merged
 
     def set_module_extension(self, module: type[Module], extension: ModuleExtension, overwrite: bool = False) -> None:

@@ -32,6 +32,6 @@ class BatchDotGrad(BackpropExtension):
         part.savefield = self.savefield
         return part
 
-    def of_whole(self, merged: Tensor) -> Tensor:
+    def of_whole(self, name: str, merged: Tensor) -> Tensor:
         flat = merged.flatten(1)
         return flat @ flat.T

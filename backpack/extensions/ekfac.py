@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from backpack.extensions.kfac import KFAC
 from backpack.extensions.kronecker import KroneckerExtension
+from backpack.extensions.merging import Summed
 from backpack.uses import Individual
 from backpack.uses.kronecker import complete, eigenbases, output_factors, second_moments
 from backpack.utils.kroneckers import Eigen
@@ -19,11 +24,16 @@ class EKFAC(KroneckerExtension):
     Frobenius norm, so that it is never farther from it than the product of the factors is (George et al., 2018, section
     3). Of biases and other parameters with one factor, the eigendecomposition of the exact block.
 
-    All columns are pulled back at a time.
+    All columns are pulled back at a time. Over a data set, a first pass computes the factors, and a second one the
+    eigenvalues in their bases.
     """
 
     savefield = "ekfac"
     whole = True
+    unmerged = (
+        "the bases of its results are those of all batches together, which takes a pass before. Over a data set, "
+        "accumulate() does that"
+    )
 
     def __init__(
         self, mc_samples: int = 1, subsampling: Any = None, fisher: str = "mc", approx: str | None = None
@@ -32,8 +42,36 @@ class EKFAC(KroneckerExtension):
 
     def compute(self, grads: Individual) -> Eigen:
         factors = complete(grads, output_factors(grads, self.approx), self.approx)
-        bases = eigenbases(grads, factors)
+        bases = eigenbases(factors)
         return Eigen(bases, second_moments(grads, bases))
 
     def complete(self, result: Any, grads: Individual) -> Any:
         return result
+
+    def beforehand(self) -> KFAC:
+        factors = KFAC(self.mc_samples, self.subset.given, self.fisher, self.approx)
+        factors.savefield = self.savefield
+        return factors
+
+    def given(self, found: dict[str, list[Tensor]]) -> SecondMoments:
+        moments = SecondMoments(self.mc_samples, self.subset.given, self.fisher, self.approx)
+        moments.savefield = self.savefield
+        moments.bases = {name: eigenbases(factors) for name, factors in found.items()}
+        return moments
+
+
+class SecondMoments(EKFAC):
+    """The eigenvalues of ``EKFAC`` in ``bases`` that are known before, by parameter name."""
+
+    batches = Summed(1)
+    is_deferred = True
+    bases: dict[str, list[Tensor]]
+
+    def compute(self, grads: Individual) -> Any:
+        return partial(second_moments, grads)
+
+    def of_parameter(self, name: str, parameter: Tensor, result: Any) -> Tensor:
+        return result([basis.to(parameter) for basis in self.bases[name]])
+
+    def of_whole(self, name: str, merged: Tensor) -> Eigen:  # type: ignore[override]
+        return Eigen(self.bases[name], merged)

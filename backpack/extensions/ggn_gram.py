@@ -35,7 +35,7 @@ class GGNGram(CurvatureExtension):
         part.savefield = self.savefield
         return part
 
-    def of_whole(self, merged: Tensor) -> Tensor:
+    def of_whole(self, name: str, merged: Tensor) -> Tensor:
         columns, samples = merged.shape[:2]
         flat = merged.movedim(1, 0).flatten(0, 1).flatten(1)  # in the order in which they are stored: no copy
         gram = (flat @ flat.T).unflatten(0, (samples, columns)).unflatten(2, (samples, columns))

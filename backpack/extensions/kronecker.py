@@ -103,5 +103,5 @@ class KroneckerExtension(CurvatureExtension):
         part.subset, part.separated = Subset(rows), True
         return part
 
-    def of_whole(self, merged: list[Tensor]) -> list[Tensor]:
+    def of_whole(self, name: str, merged: list[Tensor]) -> list[Tensor]:
         return assemble(merged)

@@ -25,6 +25,10 @@ class MatrixProduct(CurvatureExtension):
 
     backprop = "products"
     semidefinite = False
+    unmerged = (
+        "its results are functions, each of which holds the graph of its batch. A product with the matrix of a data "
+        "set is the weighted sum of its batches' products: add these up batch by batch, as docs/scale.md shows"
+    )
 
     def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
         super().__init__(savefield, subsampling)

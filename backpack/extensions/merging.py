@@ -31,8 +31,8 @@ class Merging(ABC):
         """That of a batch whose loss enters with ``factor`` and whose ``samples`` contribute."""
 
     @abstractmethod
-    def add(self, state: list[Tensor], result: Any, factor: float, samples: int) -> None:
-        """Add a further batch to a state, in place: one pass over the memory of each tensor, where that can be."""
+    def add(self, states: list[list[Tensor]], results: list[Any], factor: float, samples: int) -> None:
+        """Add a further batch to the states of some parameters, in place: few calls, each of them for all."""
 
     def reduce(self, state: list[Tensor]) -> Reduction:
         """The state of all processes' data, from that of one."""
@@ -59,8 +59,8 @@ class Summed(Merging):
     def state(self, result: Tensor, factor: float, samples: int) -> list[Tensor]:
         return [wide(result.detach()) * self.weight(factor, samples)]
 
-    def add(self, state: list[Tensor], result: Tensor, factor: float, samples: int) -> None:
-        state[0].add_(result.detach().to(state[0].device), alpha=self.weight(factor, samples))
+    def add(self, states: list[list[Tensor]], results: list[Tensor], factor: float, samples: int) -> None:
+        torch._foreach_add_([total for (total,) in states], results, alpha=self.weight(factor, samples))
 
     def weight(self, factor: float, samples: int) -> float:
         """With which a batch's result enters the sum."""
@@ -95,9 +95,11 @@ class Listed(Merging):
     def state(self, result: list[Tensor], factor: float, samples: int) -> list[Tensor]:
         return [part.state(own, factor, samples)[0] for part, own in zip(self.parts, result, strict=False)]
 
-    def add(self, state: list[Tensor], result: list[Tensor], factor: float, samples: int) -> None:
-        for part, own, more in zip(self.parts, state, result, strict=False):
-            part.add([own], more, factor, samples)
+    def add(self, states: list[list[Tensor]], results: list[list[Tensor]], factor: float, samples: int) -> None:
+        for place, part in enumerate(self.parts):
+            own = [[state[place]] for state in states if len(state) > place]
+            if own:
+                part.add(own, [result[place] for result in results if len(result) > place], factor, samples)
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> list[Tensor]:
         return [part.finish([own], factor, samples) for part, own in zip(self.parts, state, strict=False)]
@@ -108,24 +110,32 @@ class Listed(Merging):
 
 @dataclass(frozen=True)
 class Moments(Merging):
-    """A population variance, from pairs ``(sum, variance)`` (Chan, Golub & LeVeque, 1979, eq. 2.1).
+    """A population variance, from pairs ``(sum, sum of squares)`` (Chan, Golub & LeVeque, 1979, eq. 2.1).
 
     The state is the number of samples, their mean, and the sum of their squared deviations.
     """
 
     def state(self, result: tuple[Tensor, Tensor], factor: float, samples: int) -> list[Tensor]:
-        total, variance = (wide(moment.detach()) for moment in result)
+        total, squares = (wide(moment.detach()) for moment in result)
         n = torch.tensor(samples, dtype=torch.float64)
-        return [n, total * (factor / samples), variance * (factor**2 * samples)]
+        deviation = (squares * factor**2).addcmul_(total, total, value=-(factor**2) / samples)
+        return [n, total * (factor / samples), deviation]
 
-    def add(self, state: list[Tensor], result: tuple[Tensor, Tensor], factor: float, samples: int) -> None:
-        n, mean, deviation = state
-        before = n.item()
-        difference = mean.sub(result[0].detach().to(mean.device), alpha=factor / samples)
-        deviation.add_(result[1].detach().to(mean.device), alpha=factor**2 * samples)
-        deviation.addcmul_(difference, difference, value=before * samples / (before + samples))
-        mean.sub_(difference, alpha=samples / (before + samples))
-        n += samples
+    def add(
+        self, states: list[list[Tensor]], results: list[tuple[Tensor, Tensor]], factor: float, samples: int
+    ) -> None:
+        groups: dict[float, list[int]] = {}  # parameters that as many samples have used
+        for place, state in enumerate(states):
+            groups.setdefault(state[0].item(), []).append(place)
+        for before, places in groups.items():
+            n, mean, deviation = zip(*(states[place] for place in places), strict=True)
+            total, squares = zip(*(results[place] for place in places), strict=True)
+            difference = torch._foreach_sub(mean, total, alpha=factor / samples)
+            torch._foreach_add_(deviation, squares, alpha=factor**2)
+            torch._foreach_addcmul_(deviation, total, total, value=-(factor**2) / samples)
+            torch._foreach_addcmul_(deviation, difference, difference, value=before * samples / (before + samples))
+            torch._foreach_sub_(mean, difference, alpha=samples / (before + samples))
+            torch._foreach_add_(n, samples)
 
     def reduce(self, state: list[Tensor]) -> Reduction:
         n, mean, deviation = state
@@ -138,8 +148,8 @@ class Moments(Merging):
         n = state[0].item()
         if n < samples:  # of the others, the gradient is zero
             zero = torch.zeros_like(state[1])
-            self.add(state, (zero, zero), 1.0, int(samples - n))
-        return state[2].mul_(factor**2 / samples)
+            self.add([state], [(zero, zero)], 1.0, int(samples - n))
+        return state[2].mul_(factor**2 / samples).clamp_(min=0)
 
     def scale(self, result: Tensor, factor: float) -> Tensor:
         return result if factor == 1 else result * factor**2

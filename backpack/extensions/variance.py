@@ -28,16 +28,16 @@ class Variance(BackpropExtension):
         n, total = grads.size[1], grads.total()
         return grads.sum_squares().addcmul(total, total, value=-1 / n).div_(n).clamp_(min=0)
 
-    def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndVariance:
-        part = _SumAndVariance(rows)
+    def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndSquares:
+        part = _SumAndSquares(rows)
         part.savefield = self.savefield
         return part
 
 
-class _SumAndVariance(Variance):
-    """The variance with the sum, from which that of several batches follows."""
+class _SumAndSquares(Variance):
+    """The sums from which the variance of several batches follows."""
 
     batches = Moments()
 
     def compute(self, grads: Individual) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return grads.total(), super().compute(grads)
+        return grads.total(), grads.sum_squares()

@@ -66,7 +66,8 @@ def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> floa
     counted = target != loss.ignore_index
     if loss.weight is None:
         return float(torch.count_nonzero(counted))
-    return float((loss.weight.double()[target.where(counted, target.new_zeros(()))] * counted).sum())
+    weight = loss.weight.to(target.device, torch.float64)
+    return float((weight[target.where(counted, target.new_zeros(()))] * counted).sum())
 
 
 @counts(BCELoss, BCEWithLogitsLoss, GaussianNLLLoss, HuberLoss, L1Loss, MSELoss, PoissonNLLLoss, SmoothL1Loss)

@@ -82,18 +82,24 @@ def assemble(separated: list[Tensor]) -> list[Tensor]:
     return [_sum([factor for factor in pair if factor.numel()]) for pair in pairs]
 
 
-def eigenbases(grads: Individual, factors: list[Tensor]) -> list[Tensor]:
-    """Of each factor, of each of its blocks by itself; of a diagonal one: of one axis."""
-    maps = grads.maps()
-    blocks = maps[0].blocks if maps else (1, 1)
-    return [_basis(factor, number) for factor, number in zip(factors, blocks, strict=False)]
+def eigenbases(factors: list[Tensor]) -> list[Tensor]:
+    """Of each factor, of each of its diagonal blocks by itself; of a diagonal one: of one axis."""
+    return [_basis(factor) for factor in factors]
 
 
-def _basis(factor: Tensor, blocks: int) -> Tensor:
+def _basis(factor: Tensor) -> Tensor:
     if factor.dim() == 1:
         return torch.ones_like(factor)
+    blocks = _blocks(factor)
     bases = torch.linalg.eigh(diagonal_blocks(factor, blocks).double()).eigenvectors.to(factor.dtype)
     return bases if blocks == 1 else torch.block_diag(*bases)
+
+
+def _blocks(factor: Tensor) -> int:
+    """Into how many diagonal blocks of one size a matrix can be divided, all else being zero."""
+    size, filled = len(factor), factor.count_nonzero()
+    numbers = (number for number in range(size, 0, -1) if size % number == 0)
+    return next(number for number in numbers if diagonal_blocks(factor, number).count_nonzero() == filled)
 
 
 def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
