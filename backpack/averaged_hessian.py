@@ -9,54 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.averaged import AFFINE, ELEMENTWISE, AveragedPass, Mean, is_one_of
+from backpack.averaged import AFFINE, ELEMENTWISE, SAME, AveragedPass, Mean, is_one_of
 from backpack.bystanders import run_again
 from backpack.engine import HERE
-from backpack.seeds import PASSES, Curvature
-from backpack.uses import Individual
+from backpack.seeds import PASSES
 
 
 @dataclass(eq=False)
 class AveragedHessianPass(AveragedPass):
-    """As ``AveragedPass``, for a curvature ``S^T S - T^T T``."""
+    """As ``AveragedPass``, for a curvature that need not be positive semidefinite."""
 
     grad: Tensor | None = None
     """Of the loss in a module's output, ``[n, d]``."""
-    negative: Mean | None = None
-    """``T^T T``, where the curvature has a negative part."""
 
-    def _step(self, module: Module, x: Tensor, mean: Mean) -> Mean:
+    def _between(self, first: int) -> None:
+        """The residuals are those at the inputs."""
+
+    def _step(self, place: int, mean: Mean) -> Mean:
+        module = self.modules[place]
         if module._modules and any(p.requires_grad for p in module.parameters()):
             raise RuntimeError(
                 f"{type(self.extensions[0]).__name__}: {type(module).__name__} in the chain holds modules whose second "
                 f'derivatives are not taken one by one. Write them into the chain, or use curv_type="ggn".'
             )
-        mean = self._through(module, x, mean, self.negative is None)
-        if self.negative is not None:
-            self.sign = -1
-            self.negative = self._through(module, x, self.negative)
-            self.sign = 1
-        residual = self._residual(module, x)
-        if residual is not None:
-            curvature = mean.matrix + residual
-            if self.negative is not None:
-                curvature = curvature - self.negative.matrix
-            values, vectors = torch.linalg.eigh(curvature.double())
-            roots = (vectors * values.abs().sqrt()).T.to(curvature.dtype)
-            mean = Mean(roots * (values > 0)[:, None])
-            below = values < -torch.finfo(curvature.dtype).eps * values.abs().max()
-            self.negative = Mean(roots[below]) if bool(below.any()) else None
-        return mean
-
-    def _value(self, extension: Curvature, grads: Individual) -> Any:
-        found = super()._value(extension, grads)
-        return found if self.sign > 0 else [-factor for factor in found]
+        mean = super()._step(place, mean)
+        residual = self._residual(module, self.inputs[place]) if self.wanted else None
+        return mean if residual is None else Mean(mean.matrix + residual)
 
     def _residual(self, module: Module, x: Tensor) -> Tensor | None:
         """That of a module, ``[d, d]``, ``None`` where it is linear; the gradient is pulled back to its input."""
@@ -73,7 +56,7 @@ class AveragedHessianPass(AveragedPass):
                 out = module(x.clone())  # it may work in place
                 (grad,) = torch.autograd.grad(out, x, self.grad.reshape(out.shape), create_graph=True)
                 self.grad = grad.detach().flatten(1)
-                found = None if is_one_of(module, AFFINE) else self._derivative(module, grad.flatten(1), x)
+                found = None if is_one_of(module, (*AFFINE, *SAME)) else self._derivative(module, grad.flatten(1), x)
         finally:
             HERE.inner, HERE.muted = self, False
         return None if found is None or not found.any() else self._modified(found)

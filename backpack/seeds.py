@@ -556,8 +556,9 @@ def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> N
 
 
 def is_observed(module: Module) -> bool:
-    """Whether a user's forward hook runs with a module."""
-    names = [getattr(hook, "__module__", None) or "" for hook in module._forward_hooks.values()]
+    """Whether a user's hook runs with a module's forward pass."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    names = [getattr(hook, "__module__", None) or "" for hook in hooks]
     return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 

@@ -73,7 +73,7 @@ def results() -> dict[str, list[Tensor] | str]:
         X = torch.randn(shape) if words is None else torch.randint(words, shape)
         y = torch.randint(10, shape[:1]) if loss is nn.CrossEntropyLoss else torch.randn(shape[0], 10)
         for quantity in QUANTITIES:
-            if net == "3C3D" and quantity.startswith(("KFRA", "HBP")):  # eigenvalues of matrices of 12,544 rows
+            if net == "3C3D" and quantity.startswith(("KFRA", "HBP")):  # matrices of 12,544 rows
                 found[f"{net}/{quantity}"] = "left out"
                 continue
             name, _, curvature = quantity.partition(" ")

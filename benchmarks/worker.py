@@ -130,19 +130,22 @@ def of_opacus(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
 def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     """Its factors; it gives no gradient, which a step of its own takes where it is wanted."""
-    kinds = {"KFAC": "mc", "KFLR": "type-2"}
+    kinds = {"KFAC": "mc", "KFLR": "type-2", "EKFAC": "mc"}
     kind = quantity.removesuffix(ALONE)
     if kind not in kinds:
         raise NotOffered(quantity)
-    from curvlinops import KFACLinearOperator
+    from curvlinops import EKFACLinearOperator, KFACLinearOperator
 
+    cls = EKFACLinearOperator if kind == "EKFAC" else KFACLinearOperator
     arguments = {"fisher_type": kinds[kind], "check_deterministic": False}
     gradient = (lambda: None) if quantity.endswith(ALONE) else plain(model, X, y)
 
     def step() -> None:
         gradient()
-        operator = KFACLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)], **arguments)
+        operator = cls(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)], **arguments)
         operator.compute_kronecker_factors()
+        if kind == "EKFAC":
+            operator.compute_eigenvalue_correction()
 
     return step
 

@@ -60,6 +60,18 @@ def test_of_networks(name):
     assert name in NETWORKS
 
 
+def test_of_layers_that_are_wider_than_the_batch_is_large():
+    model = nn.Sequential(nn.Linear(40, 5), nn.Tanh(), nn.Linear(5, 48), nn.Tanh(), nn.Linear(48, 3)).double()
+    X, y, lossfunc = torch.randn(2, 40, dtype=torch.float64), LABELS[:2], nn.CrossEntropyLoss()
+    _, ggn = explicit(model, X, lossfunc, y, 2)
+    extend(model)
+    with backpack(EKFAC(fisher="exact"), KFLR()):
+        extend(lossfunc)(model(X), y).backward()
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        check(parameter, block(ggn, parameters, parameter))
+
+
 @pytest.mark.parametrize("tied", [None, "linear", "matmul"])
 def test_of_embeddings(tied):
     model, index = Words(tied).double(), torch.tensor([[0, 1, 2, 4], [2, 0, 0, 1], [4, 4, 1, 3]])

@@ -39,6 +39,26 @@ def words():
     return nn.Sequential(nn.Embedding(5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
 
 
+def pools():
+    first = nn.Conv2d(2, 2, 2, padding=1), nn.MaxPool2d((3, 2), (1, 2), padding=1, ceil_mode=True), nn.GELU()
+    second = nn.Unflatten(1, (1, 2)), nn.MaxPool3d(2, 1), nn.Flatten(2), nn.MaxPool1d(3, 2, dilation=2, ceil_mode=True)
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(2, 3))
+
+
+def grouped():
+    up, around = nn.ConvTranspose1d(4, 2, 2, groups=2), nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular")
+    middle = nn.ReLU(inplace=True), nn.Dropout(0.3).eval(), up, nn.Identity(), around, nn.ZeroPad1d((1, 0))
+    return nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), *middle, nn.AvgPool1d(2), nn.Flatten(), nn.Linear(4, 3))
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Flatten(), nn.Linear(4, 3))
+    model[1].register_forward_hook(lambda module, args, out: 2 * out)
+    model[2].register_forward_pre_hook(lambda module, args: args[0].square())
+    model[3].forward = torch.sin
+    return model
+
+
 CHAINS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2), nn.ELU(), nn.Linear(2, 3)), (4, 4)),
     "alone": (lambda: nn.Linear(4, 3), (4, 4)),
@@ -49,6 +69,9 @@ CHAINS = {
         (4, 2, 2),
     ),
     "mixed": (mixed, (4, 2, 4)),
+    "pools": (pools, (4, 2, 3, 3)),
+    "grouped": (grouped, (4, 2, 4)),
+    "hooked": (hooked, (4, 4)),
     "words": (words, None),
     "deep": (lambda: nn.Sequential(*deep(nn.Sigmoid), *deep(nn.Tanh), nn.Linear(4, 3)), (4, 4)),
     "smooth": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3), nn.Softmax(1)), (4, 4)),
@@ -113,6 +136,21 @@ def recursion(model, X, lossfunc, y, chosen, curvature="ggn"):
     return curvatures, outputs
 
 
+def output_factor(module, H, approx):
+    """The blocks of the curvature in the outputs of a linear map, of pairs of positions, summed."""
+    transposed = isinstance(module, nn.ConvTranspose1d)
+    o = module.weight.shape[1 if transposed or isinstance(module, nn.Embedding) else 0]
+    o = o * getattr(module, "groups", 1) if transposed else o
+    s = len(H) // o
+    pairs = H.reshape(s, o, s, o).permute(1, 3, 0, 2)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)):
+        pairs = H.reshape(o, s, o, s).permute(0, 2, 1, 3)
+    B = pairs.diagonal(dim1=2, dim2=3).sum(2) if approx == "expand" else pairs.sum((2, 3))
+    groups = B.chunk(getattr(module, "groups", 1))
+    groups = [rows[:, k * len(rows) : (k + 1) * len(rows)] for k, rows in enumerate(groups)]
+    return sum(groups) / len(groups) if transposed else torch.block_diag(*groups)
+
+
 def problem(name, loss):
     build, shape = CHAINS[name]
     model = build().double()
@@ -127,7 +165,9 @@ def test_kfra_is_the_averaged_recursion(name, loss):
     for chosen in (None, [3, 1]):
         curvatures, outputs = recursion(model, X, lossfunc, y, chosen or range(4))
         extend(model)
-        with backpack(KFRA(subsampling=chosen), KFLR(subsampling=chosen)):
+        expand = HBP("ggn", "sum", "average", "E[J^T E(H) J]", approx="expand", subsampling=chosen)
+        exact = KFAC(fisher="exact", approx="expand", subsampling=chosen)
+        with backpack(KFRA(subsampling=chosen), expand, KFLR(subsampling=chosen), exact):
             extend(lossfunc)(model(X), y).backward()
         size = 1e-6 * max(c.abs().max() for c in curvatures.values())
         for parameter, truth in curvatures.items():
@@ -135,17 +175,16 @@ def test_kfra_is_the_averaged_recursion(name, loss):
             if len(parameter.kfra) == 1:
                 assert close(parameter.kfra[0], truth, size, 1e-9)
         for module, H in outputs.items():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose1d)):
-                channels_last = isinstance(module, nn.Linear)
-                o = module.weight.shape[1 if isinstance(module, nn.ConvTranspose1d) else 0]
-                s = len(H) // o
-                blocks = H.reshape(s, o, s, o).sum((0, 2)) if channels_last else H.reshape(o, s, o, s).sum((1, 3))
-                assert close(module.weight.kfra[0], blocks, size, 1e-9)
-                assert close(module.weight.kfra[1], module.weight.kflr[1], size, 1e-12)
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.Embedding)):
+                place = int(isinstance(module, nn.Embedding))
+                for factors, approx in ((module.weight.kfra, None), (module.weight.hbp, "expand")):
+                    assert close(factors[place], output_factor(module, H, approx), size, 1e-9)
+                assert close(module.weight.kfra[1 - place], module.weight.kflr[1 - place], size, 1e-12)
+                assert close(module.weight.hbp[1 - place], module.weight.kfac[1 - place], size, 1e-12)
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "pch-abs", "pch-clip"])
-@pytest.mark.parametrize("name", ["mlp", "deep", "cnn", "smooth", "words"])
+@pytest.mark.parametrize("name", ["mlp", "deep", "cnn", "smooth", "words", "hooked"])
 def test_second_derivatives_of_modules_are_added_to_the_averaged_recursion(name, curvature):
     model, X, lossfunc, y = problem(name, "cross_entropy")
     for chosen in (None, [3, 1]):
@@ -164,6 +203,25 @@ def test_second_derivatives_of_modules_are_added_to_the_averaged_recursion(name,
                 assert close(layer.weight.hbp[1], layer.weight.kfra[1], size, 1e-12)
         first = next(model.parameters())
         assert not all(close(a, b, rtol=1e-3) for a, b in zip(first.hbp, first.kfra, strict=True))
+
+
+@pytest.mark.parametrize("chosen", [None, [3, 1]])
+def test_dropout_between_linear_layers_is_that_of_the_forward_pass(chosen):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.4), nn.Linear(5, 3)).double()
+    X, lossfunc, masks = values(4, 4), nn.CrossEntropyLoss(), []
+    handle = model[1].register_forward_hook(lambda module, args, out: masks.append(out.detach() / args[0].detach()))
+    extend(model)
+    out = model(X)
+    handle.remove()
+    with backpack(KFRA(subsampling=chosen)):
+        extend(lossfunc)(out, LABELS).backward()
+    rows = list(range(4)) if chosen is None else chosen
+    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, LABELS), out.detach())
+    weight = model[2].weight.detach()
+    H = weight.T @ sum(hessian[n, :, n] for n in rows) @ weight
+    H = sum(torch.diag(masks[0][n]) @ H @ torch.diag(masks[0][n]) for n in rows) / len(rows)
+    assert masks[0].eq(0).any()
+    assert close(model[0].bias.kfra[0], H, rtol=1e-9)
 
 
 def test_kfra_equals_kflr_for_one_sample():
@@ -258,7 +316,11 @@ def shared():
     [
         (Functional, "Functional, is no torch.nn.Sequential", RuntimeError),
         (shared, "share a parameter", RuntimeError),
-        (lambda: nn.Sequential(nn.Linear(4, 30), nn.Dropout(0.5), nn.Linear(30, 3)), "dropout", RuntimeError),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 30), nn.Softmax(1), nn.Dropout(0.5), nn.Linear(30, 3)),
+            "dropout",
+            RuntimeError,
+        ),
         (lambda: nn.Sequential(nn.Linear(4, 3), nn.Unflatten(0, (2, 2)), nn.Flatten(0, 1)), "first axis", RuntimeError),
         (lambda: nn.Sequential(nn.Linear(4, 16385), nn.Linear(16385, 3)), "16385 rows", ValueError),
     ],

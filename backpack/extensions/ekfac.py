@@ -42,7 +42,7 @@ class EKFAC(KroneckerExtension):
 
     def compute(self, grads: Individual) -> Eigen:
         factors = complete(grads, output_factors(grads, self.approx), self.approx)
-        bases = eigenbases(factors)
+        bases = eigenbases(factors, grads)
         return Eigen(bases, second_moments(grads, bases))
 
     def complete(self, result: Any, grads: Individual) -> Any:

@@ -242,6 +242,12 @@ class Dense(LinearMap):
         return self.grad.shape[2], 1
 
     @property
+    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
+        v, n, g, s, o = self.grad.shape
+        ranks = v * n * g * s, n * g * s
+        return (ranks[1], ranks[0]) if self.flipped else ranks
+
+    @property
     def rows(self) -> range:  # type: ignore[override]
         return range(self.matrix[0])
 
@@ -258,6 +264,10 @@ class Dense(LinearMap):
         if g == 1:
             return moment_of_outputs(self, grad.shape[3], lambda: grad.sum((1, 2)) if s > 1 else grad[:, 0, 0])
         return self._output_blocks(_moments(grad.sum(2, keepdim=True) if s > 1 else grad))
+
+    def output_blocks(self, moment: Tensor) -> Tensor:
+        groups = self.grad.shape[2]
+        return moment if groups == 1 else self._output_blocks(diagonal_blocks(moment, groups))
 
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         """The mean over groups."""

@@ -96,6 +96,10 @@ class Rows(LinearMap):
         return self.inner.size
 
     @property
+    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.inner.ranks
+
+    @property
     def matrix(self) -> tuple[int, int]:  # type: ignore[override]
         return self.count, self.inner.matrix[1]
 

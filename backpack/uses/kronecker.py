@@ -8,17 +8,20 @@ Those of a large parameter that is no such matrix are second moments of its indi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate as accumulated
+from math import prod
 from operator import mul
 
 import torch
 from torch import Tensor
 
+from backpack.memory import contiguous
 from backpack.uses.base import Individual, accumulate
 from backpack.uses.elementwise import Explicit
 from backpack.uses.joint import join
-from backpack.uses.linear_map import diagonal_blocks, moment_of_outputs, second_moment
+from backpack.uses.linear_map import MOMENT, LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 
 APPROXIMATIONS = (None, "expand", "reduce")
 """How positions within a sample are treated: input factor; output factor.
@@ -30,6 +33,9 @@ outer products. ``"reduce"``: outer product of the mean; outer product of the su
 LARGEST = 2**12
 """Entries of a parameter of several axes up to which one factor of all of them is formed."""
 
+OVERSAMPLED = 8
+"""Random vectors in excess of the dimension of what their images are to span."""
+
 LARGEST_FACTOR = 2**15
 """Rows that a factor may have: of more, it would take more than 4 GiB in ``float32``."""
 
@@ -40,11 +46,32 @@ def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
     Raises:
         ValueError: A factor would have too many rows.
     """
+    maps = _maps(grads)
+    return [a.output_factor(approx) for a in maps] if maps else _second_moments(grads)
+
+
+def averaged_factors(grads: Individual, curvature: Tensor, approx: str | None) -> list[Tensor]:
+    """The same of a linear map or of its bias, given the curvature in the outputs, ``[p, c, q, p, c, q]``.
+
+    ``c`` are channels. Of ``grads``, nothing depends on the cotangents' values.
+    """
+    maps = _maps(grads)
+    if curvature.shape[0] == curvature.shape[2] == 1:
+        moment = contiguous(curvature[0, :, 0, 0, :, 0])
+    elif maps and approx == "expand":
+        moment = torch.einsum("pcqpdq->cd", curvature)
+    else:
+        moment = curvature.sum((0, 2, 3, 5))
+    return [a.output_blocks(moment) for a in maps] or [moment]
+
+
+def _maps(grads: Individual) -> Sequence[LinearMap]:
+    """The linear maps of a parameter, if their factors are not too large."""
     maps = grads.maps()
     for a in maps:
         rows, columns = a.matrix
         _check_size(grads.shape, *((columns,) if a.diagonal_inputs else (rows, columns)))
-    return [a.output_factor(approx) for a in maps] if maps else _second_moments(grads)
+    return maps
 
 
 def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
@@ -82,17 +109,51 @@ def assemble(separated: list[Tensor]) -> list[Tensor]:
     return [_sum([factor for factor in pair if factor.numel()]) for pair in pairs]
 
 
-def eigenbases(factors: list[Tensor]) -> list[Tensor]:
-    """Of each factor, of each of its diagonal blocks by itself; of a diagonal one: of one axis."""
-    return [_basis(factor) for factor in factors]
+def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[Tensor]:
+    """Of each factor, of each of its diagonal blocks by itself; of a diagonal one: of one axis.
+
+    ``grads``: those that the factors were computed from, if there are no others.
+    """
+    ranks = [len(factor) for factor in factors]
+    maps = [] if grads is None else grads.maps()
+    if maps:
+        ranks = [sum(own) for own in zip(*(a.ranks for a in maps), strict=True)]
+    elif grads is not None and len(factors) == 1:
+        ranks = [prod(grads.size)]
+    return [_basis(factor, rank, grads) for factor, rank in zip(factors, ranks, strict=True)]
 
 
-def _basis(factor: Tensor) -> Tensor:
+def _basis(factor: Tensor, rank: int, grads: Individual | None) -> Tensor:
     if factor.dim() == 1:
         return torch.ones_like(factor)
     blocks = _blocks(factor)
-    bases = torch.linalg.eigh(diagonal_blocks(factor, blocks).double()).eigenvectors.to(factor.dtype)
-    return bases if blocks == 1 else torch.block_diag(*bases)
+    if blocks > 1:
+        return torch.block_diag(*torch.linalg.eigh(diagonal_blocks(factor, blocks).double()).eigenvectors.to(factor))
+    moment = None if grads is None or grads.shared is None else grads.shared.get((MOMENT, len(factor)))
+    if grads is None or moment is None or not torch.equal(moment, factor):
+        return eigenvectors(factor.double(), rank).to(factor)
+    # A bias and its matrix have the same output factor, unless positions are summed in one of them only.
+    return grads.share(("basis", len(factor)), lambda: eigenvectors(factor.double(), rank).to(factor)).clone()
+
+
+def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
+    """Of a symmetric matrix whose rank has this bound, in the order of ``torch.linalg.eigh``.
+
+    The images of a few more random vectors than that span the range, and all vectors of any basis of its complement
+    are eigenvectors (Halko, Martinsson & Tropp, 2011, section 4.1): the decomposition is of a matrix as small as that.
+    """
+    size, probes = len(matrix), rank + OVERSAMPLED
+    if probes * 3 > size:
+        return torch.linalg.eigh(matrix).eigenvectors
+    generator = torch.Generator(matrix.device).manual_seed(0)  # what users draw does not depend on it
+    images = matrix @ torch.randn(size, probes, generator=generator, dtype=matrix.dtype, device=matrix.device)
+    reflectors, scales = torch.geqrf(images)
+    span = torch.linalg.householder_product(reflectors, scales)
+    vectors = torch.linalg.eigh(span.T @ matrix @ span).eigenvectors
+    within = matrix.new_zeros(size, size)
+    within[probes:, : size - probes].fill_diagonal_(1)
+    within[:probes, size - probes :] = vectors
+    return torch.ormqr(reflectors, scales, within)
 
 
 def _blocks(factor: Tensor) -> int:

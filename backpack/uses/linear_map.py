@@ -20,6 +20,8 @@ class LinearMap(Individual):
     """Its shape, and the sizes of its two factors."""
     blocks: tuple[int, int] = (1, 1)
     """Of how many diagonal blocks the two factors consist."""
+    ranks: tuple[int, int]
+    """What those of its two factors are at most."""
     rows: range
     """Those of the matrix that the map uses."""
     inputs_first = False
@@ -30,6 +32,10 @@ class LinearMap(Individual):
     @abstractmethod
     def output_factor(self, approx: str | None) -> Tensor:
         """Sum over seeds and samples of outer products of cotangents."""
+
+    def output_blocks(self, moment: Tensor) -> Tensor:
+        """The output factor, given the second moment ``[c, c]`` of the outputs of all groups together."""
+        return moment
 
     @abstractmethod
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
@@ -60,14 +66,19 @@ def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
         return torch.baddbmm(rows.new_zeros(()), rows.transpose(1, 2), rows, beta=0, alpha=scale)
     if torch.is_grad_enabled():
         return scaled_product(rows.T, rows, scale)
-    size = rows.shape[1]
-    result = empty((size, size), rows)
-    number = BLOCKS if size >= 64 * BLOCKS and rows.numel() >= LARGE else 1
+    return symmetric_product(rows.T, rows, scale)
+
+
+def symmetric_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * left[a r] right[r b]``, which is known to be symmetric."""
+    size = len(left)
+    result = empty((size, size), right)
+    number = BLOCKS if size >= 64 * BLOCKS and right.numel() >= LARGE else 1
     if number == 1:
-        return torch.addmm(result, rows.T, rows, beta=0, alpha=scale, out=result)
+        return torch.addmm(result, left, right, beta=0, alpha=scale, out=result)
     for start, stop in pairwise(size * block // number for block in range(number + 1)):
         upper = result[:stop, start:stop]
-        torch.addmm(upper, rows[:, :stop].T, rows[:, start:stop], beta=0, alpha=scale, out=upper)
+        torch.addmm(upper, left[:stop], right[:, start:stop], beta=0, alpha=scale, out=upper)
         result[start:stop, :start] = upper[:start].T
     return result
 

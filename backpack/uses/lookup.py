@@ -81,6 +81,10 @@ class Lookup(LinearMap):
         return self.shape[0], self.shape[1]
 
     @property
+    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.shape[0], self.grad[..., 0].numel()
+
+    @property
     def rows(self) -> range:  # type: ignore[override]
         return range(self.shape[0])
 
