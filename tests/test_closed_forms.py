@@ -52,6 +52,8 @@ def laws(make, dense, other, other_dense, weights=None, sizes=None):
         assert close(getattr(fresh(), name)(*arguments), expected, bounds[name].max(), 1e-12), name
         if name != "dense":
             assert close(generic(fresh(), *arguments), expected, bounds[name].max(), 1e-12), f"generic {name}"
+    alone, size = fresh(), first.flatten(2).norm(dim=2).max() ** 2
+    assert close(alone.dots(alone), reductions(dense, None, dense)["dots"], size, 1e-12), "dots with itself"
     for known in ((), ("dense",)):  # several at once, also of what is stored already
         together = fresh()
         together.prepare([*known, "norms", "total", "sample_squares", "sum_squares"])

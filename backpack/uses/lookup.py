@@ -109,10 +109,29 @@ class Lookup(LinearMap):
         return Dense((rows[self.index].unsqueeze(1),), grad.unsqueeze(2), self.shape, flipped=True)
 
     def dots(self, other: Individual) -> Tensor:
-        if not isinstance(other, Lookup):
+        """Of pairs of samples that look up the same row, row by row; rows that equally many do, at a time."""
+        if other is not self:
             return super().dots(other)
-        same = self.index[:, None, :, None] == other.index[None, :, None, :]
-        return torch.einsum("nmst,vnsd,wmtd->vnwm", same.to(self.grad.dtype), self.grad, other.grad)
+        v, n = self.size
+        own = torch.arange(n, device=self.index.device)[:, None]
+        keys, places = torch.unique(self.index.long() * n + own, return_inverse=True)
+        _, counts = torch.unique_consecutive(keys // n, return_counts=True)
+        order = counts.repeat_interleave(counts).argsort(stable=True)
+        sums = self.grad.new_zeros(len(keys), v, self.shape[1])
+        sums.index_add_(0, places.flatten(), self.grad.permute(1, 2, 0, 3).flatten(0, 1))
+        sums, samples = sums[order], (keys % n)[order]
+        result, start = sums.new_zeros(n * n, v * v), 0
+        for count, rows in torch.stack(torch.unique(counts, return_counts=True), 1).tolist():
+            step = max(1, SCRATCH // (count * v) ** 2)
+            for first in range(0, rows, step):
+                stop = start + count * min(step, rows - first)
+                grads = sums[start:stop].reshape(-1, count * v, self.shape[1])
+                who = samples[start:stop].reshape(-1, count)
+                dots = (grads @ grads.transpose(1, 2)).unflatten(2, (count, v)).unflatten(1, (count, v))
+                pairs = who[:, :, None] * n + who[:, None, :]
+                result.index_add_(0, pairs.flatten(), dots.transpose(2, 3).reshape(-1, v * v))
+                start = stop
+        return result.reshape(n, n, v, v).permute(2, 0, 3, 1)
 
     def sample_dots(self, other: Individual) -> Tensor:
         step = max(1, SCRATCH // (self.index.shape[1] * _positions(other)))
