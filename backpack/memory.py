@@ -20,7 +20,7 @@ from torch import Tensor
 LARGE = 2**20
 """Bytes from which on a result gets memory of its own."""
 
-KEPT = 2**29
+KEPT = 2**30
 """Bytes of unused memory that are kept for the next results, at most."""
 
 FREED = 2**25 - 2**13

@@ -28,6 +28,7 @@ from backpack.engine import HERE, MARK, Block, Ruled, by_rule, muted, trainable,
 from backpack.joined import Joined
 from backpack.looped import Instead, counts_backward_passes, edges_from
 from backpack.losses import LossRoot, loss_root
+from backpack.memory import empty
 from backpack.passages import Passage
 from backpack.recomputed import drop, is_dropped
 from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start, tensors_in
@@ -260,6 +261,7 @@ class SeedPass:
     batched: bool = True
     batchable: bool = True
     count: int = 0
+    start: int = 0
     weights: Tensor | None = None
     finished: set[int] = field(default_factory=set)
     waiting: list[tuple[Call, Source]] = field(default_factory=list)
@@ -323,7 +325,7 @@ class SeedPass:
         if whole and not self.gathered:
             chunk = self.columns
         for start in range(0, self.columns, chunk):
-            stop = min(start + chunk, self.columns)
+            self.start, stop = start, min(start + chunk, self.columns)
             yield stop, self._seeds(start, stop)
         if self.columns == 0:
             yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
@@ -491,6 +493,8 @@ class SeedPass:
             if self.weights is not None:
                 rows = self.subset.rows(self.weights.shape[1], self.weights.device)
                 grads = grads.weighted(self.weights if rows is None else self.weights[:, rows])
+            rooms = [self._room(extension, parameter, grads) for extension in extensions]
+            grads.room = next((room for room in rooms if room is not None), None)
             grads.prepare(name for extension in extensions for name in extension.reads)
             self._add(parameter, grads, extensions)
         if self.final and self.last:
@@ -502,16 +506,30 @@ class SeedPass:
         values: list[Any] = []
         for extension in extensions:
             value = self._value(extension, grads)
-            # Results are merged in place: none may be another's.
-            values.append(value.clone() if any(value is other for other in values) else value)
+            room = self._room(extension, parameter, grads)
             results = self.results.setdefault((id(extension), id(parameter)), [])
-            results.append(values[-1])
+            if room is None:
+                # Results are merged in place: none may be another's.
+                values.append(value.clone() if any(value is other for other in values) else value)
+                results.append(values[-1])
+            elif room.data_ptr() != value.data_ptr():
+                room.copy_(value)
             if len(results) > 1 and extension.additive:
                 results[:] = [extension.merge(results)]
             if self.final:
                 del self.results[id(extension), id(parameter)]  # whoever takes it may free it
                 merged = extension.merge(results) if len(results) > 1 else results[0]
                 self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
+
+    def _room(self, extension: Curvature, parameter: Tensor, grads: Individual) -> Tensor | None:
+        """Where the columns of these seeds, of more to come, belong in a result that keeps those of all."""
+        seeds, samples = grads.size
+        if extension.additive or torch.is_grad_enabled() or seeds >= self.columns:
+            return None
+        results = self.results.setdefault((id(extension), id(parameter)), [])
+        if not results:
+            results.append(empty((self.columns, samples, *parameter.shape), parameter))
+        return results[0][self.start : self.start + seeds]
 
     def _value(self, extension: Curvature, grads: Individual) -> Any:
         """What some seeds give to the result of an extension."""

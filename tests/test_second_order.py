@@ -157,7 +157,11 @@ def check(model, X, lossfunc, y, n):
         parameter.grad = None
     loss = lossfunc(model(X), y)
     with backpack(
-        DiagGGNExact(chunk_size=2), BatchDiagGGNExact(subsampling=last), SqrtGGNExact(), GGNGram(), BatchGrad(first)
+        DiagGGNExact(chunk_size=2),
+        BatchDiagGGNExact(subsampling=last),
+        SqrtGGNExact(chunk_size=2),
+        GGNGram(),
+        BatchGrad(first),
     ):
         loss.backward()
     roots = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in model.parameters()], 2).flatten(0, 1)
@@ -181,6 +185,17 @@ def check(model, X, lossfunc, y, n):
 @pytest.mark.parametrize(("network", "loss"), list(problems()))
 def test_ggn_is_exact(network, loss):
     check(*make(network, loss), n=4)
+
+
+def test_roots_that_are_computed_in_pieces_have_memory_of_their_own():
+    model, X, lossfunc, y = make("mlp", "cross_entropy")
+    one, other = SqrtGGNExact(chunk_size=2), SqrtGGNExact(chunk_size=2)
+    other.savefield = "other_root"
+    with backpack(one, other, SqrtGGNMC()):
+        lossfunc(model(X), y).backward()
+    for parameter in model.parameters():
+        assert torch.equal(parameter.sqrt_ggn_exact, parameter.other_root)
+        assert len({getattr(parameter, name).data_ptr() for name in ("sqrt_ggn_exact", "other_root")}) == 2
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -35,6 +35,8 @@ class Individual(ABC):
     """Of the parameter."""
     shared: dict[Any, Tensor] | None = None
     """What was computed for other parameters of the call, from the same cotangents of all samples."""
+    room: Tensor | None = None
+    """Where the individual gradients may be put, if they are computed: memory of their shape, in order."""
     weights: Tensor | None = None
     """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
 

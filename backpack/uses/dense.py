@@ -71,21 +71,18 @@ class Dense(LinearMap):
 
     def _dense(self) -> Tensor:
         v, n, g, s, o, i = self.sizes
-        matrix = (n, g, i, o) if self.flipped else (n, g, o, i)
+        left, right = (self.x, self.grad) if self.flipped else (self.grad, self.x)
+        if torch.is_grad_enabled():
+            return (left.transpose(-1, -2) @ right).reshape(v, n, *self.shape)
+        room = empty((v, n, *self.shape), self.grad) if self.room is None else self.room
+        result = room.view(v, n, g, left.shape[-1], right.shape[-1])
         if s == 1:
-            left, right = self.grad[..., 0, :], self.x[:, :, 0]
-            left, right = (right, left) if self.flipped else (left, right)
-            result = product(torch.mul, left[..., None], right[..., None, :], (v, *matrix))
-        else:
-            x = self.x
-            pairs = [(x.transpose(2, 3), seed) if self.flipped else (seed.transpose(2, 3), x) for seed in self.grad]
-            if torch.is_grad_enabled():
-                result = torch.stack([left @ right for left, right in pairs])
-            else:
-                result = empty((v, *matrix), self.grad)
-                for (left, right), out in zip(pairs, result, strict=True):
-                    torch.matmul(left, right, out=out)
-        return result.reshape(v, n, *self.shape)
+            torch.mul(left[..., 0, :, None], right[..., 0, None, :], out=result)
+            return room
+        for seed, out in zip(self.grad, result, strict=True):
+            left, right = (self.x, seed) if self.flipped else (seed, self.x)
+            torch.matmul(left.transpose(2, 3), right, out=out)
+        return room
 
     def _matrices(self) -> Tensor:
         """All seeds in one product per sample and group, ``[n, g, i, v o]``; in this order it is faster."""
