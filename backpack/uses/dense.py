@@ -205,6 +205,10 @@ class Dense(LinearMap):
             return super().dots(other)
         v, n, g, s, o, i = self.sizes
         w, m, _, t, _ = other.grad.shape
+        if s == t == g == 1 and other is self:
+            inputs, outputs = self.x[:, 0, 0], self.grad[:, :, 0, 0].flatten(0, 1)
+            outputs = second_moment(outputs.T).unflatten(1, (v, n)).unflatten(0, (v, n))
+            return outputs * (inputs @ inputs.T)[None, :, None]
         if s == t == 1:
             inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0])
             outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :])
@@ -217,8 +221,8 @@ class Dense(LinearMap):
         terms: list[Tensor] = []
         for start in range(0, o, step):  # a few rows of all samples' matrices at a time
             left = self._rows(start, start + step)
-            right = left if other is self else other._rows(start, start + step)
-            accumulate(terms, left @ right.T)
+            products = second_moment(left.T) if other is self else left @ other._rows(start, start + step).T
+            accumulate(terms, products)
         return terms[0].reshape(n, v, m, w).permute(1, 0, 3, 2)
 
     def maps(self) -> Sequence[LinearMap]:
