@@ -54,7 +54,9 @@ class Windows:
 
     def columns(self, x: Tensor, groups: int) -> Tensor:
         """The patches of ``[b, c, *spatial]``, ``[b, g, c/g * kernel, out]``."""
-        return contiguous(self.view(self.padded(x))).reshape(len(x), groups, -1, prod(self.out))
+        patches = self.view(self.padded(x))  # of a 1x1 convolution, they are the input
+        patches = patches if patches.is_contiguous() else contiguous(patches)
+        return patches.reshape(len(x), groups, -1, prod(self.out))
 
     def gram(self, x: Tensor, groups: int) -> Tensor:
         """Dot products of these columns, ``[b, g, out, out]``; of several images a sample if there are.
