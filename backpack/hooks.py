@@ -352,7 +352,7 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
     def on_cotangents(grads: Any) -> None:
         if HERE.muted or not kept:
             return
-        own = (grads,) if isinstance(grads, Tensor) else tuple(grads[number] for number in numbers)
+        own = tuple(grads[number] for number in numbers) if isinstance(grads, tuple) else (grads,)
         block = _block(home, next((grad for grad in own if grad is not None), None))
         receiver = HERE.inner or block
         if receiver is not None:
