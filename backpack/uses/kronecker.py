@@ -115,18 +115,21 @@ def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[T
     ``grads``: those that the factors were computed from, if there are no others.
     """
     ranks = [len(factor) for factor in factors]
-    maps = [] if grads is None else grads.maps()
+    maps: Sequence[LinearMap] = [] if grads is None else grads.maps()
     if maps:
         ranks = [sum(own) for own in zip(*(a.ranks for a in maps), strict=True)]
     elif grads is not None and len(factors) == 1:
         ranks = [prod(grads.size)]
-    return [_basis(factor, rank, grads) for factor, rank in zip(factors, ranks, strict=True)]
+    if maps:
+        blocks: Sequence[int] = maps[0].blocks
+    else:
+        blocks = [1 if grads is not None or factor.dim() == 1 else _blocks(factor) for factor in factors]
+    return [_basis(factor, rank, own, grads) for factor, rank, own in zip(factors, ranks, blocks, strict=False)]
 
 
-def _basis(factor: Tensor, rank: int, grads: Individual | None) -> Tensor:
+def _basis(factor: Tensor, rank: int, blocks: int, grads: Individual | None) -> Tensor:
     if factor.dim() == 1:
         return torch.ones_like(factor)
-    blocks = _blocks(factor)
     if blocks > 1:
         return torch.block_diag(*torch.linalg.eigh(diagonal_blocks(factor, blocks).double()).eigenvectors.to(factor))
     moment = None if grads is None or grads.shared is None else grads.shared.get((MOMENT, len(factor)))
