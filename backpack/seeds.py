@@ -512,7 +512,9 @@ class SeedPass:
                 # Results are merged in place: none may be another's.
                 values.append(value.clone() if any(value is other for other in values) else value)
                 results.append(values[-1])
-            elif room.data_ptr() != value.data_ptr():
+            elif value is grads.room:
+                grads.room = None  # it is where it belongs; what further extensions keep of it are copies
+            else:
                 room.copy_(value)
             if len(results) > 1 and extension.additive:
                 results[:] = [extension.merge(results)]

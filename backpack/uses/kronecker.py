@@ -116,14 +116,14 @@ def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[T
     """
     ranks = [len(factor) for factor in factors]
     maps: Sequence[LinearMap] = [] if grads is None else grads.maps()
+    blocks: Sequence[int] = (1, 1)
     if maps:
         ranks = [sum(own) for own in zip(*(a.ranks for a in maps), strict=True)]
-    elif grads is not None and len(factors) == 1:
+        blocks = maps[0].blocks
+    elif grads is None:
+        blocks = [1 if factor.dim() == 1 else _blocks(factor) for factor in factors]
+    elif len(factors) == 1:
         ranks = [prod(grads.size)]
-    if maps:
-        blocks: Sequence[int] = maps[0].blocks
-    else:
-        blocks = [1 if grads is not None or factor.dim() == 1 else _blocks(factor) for factor in factors]
     return [_basis(factor, rank, own, grads) for factor, rank, own in zip(factors, ranks, blocks, strict=False)]
 
 
