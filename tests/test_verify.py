@@ -74,6 +74,27 @@ def test_broken_curvature_is_found_wrong(place, extension, monkeypatch):
     assert any(row.verdict == "wrong" for row in outcome.rows), outcome
 
 
+class TiedWords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(3, 2)
+
+    def forward(self, index):
+        return (self.words(index).tanh() @ self.words.weight.T).mean(1)
+
+
+def test_factors_of_words_in_one_sample_are_verified(monkeypatch):
+    """Those of looked up rows are diagonal, also where positions are averaged first."""
+    monkeypatch.setattr("backpack.uses.kronecker.LARGEST", 1)
+    X, y = torch.tensor([[0, 1, 2], [2, 2, 0]]), torch.tensor([0, 1])
+    exts = [KFLR(approx=approx) for approx in (None, "expand", "reduce")]
+    exts += [extensions.EKFAC(fisher="exact", approx=approx) for approx in (None, "expand", "reduce")]
+    single = nn.Sequential(nn.Embedding(3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+    for model in (TiedWords(), single):
+        outcome = verify(model, nn.CrossEntropyLoss(), X, y, *exts)
+        assert {row.verdict for row in outcome.rows} == {"right"}, outcome
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from backpack.extensions import EKFAC, HBP, KFAC, KFLR, KFRA
 from backpack.uses import kronecker
-from backpack.verification.linear_maps import Map, maps
+from backpack.verification.linear_maps import Map, kind, maps
 from backpack.verification.plain import NoTruth
 from backpack.verification.recursion import stage_of
 from backpack.verification.truths import Pairs, Truth, check
 
 LARGEST = 2**9
-"""Pull-backs of single samples' columns that are made of parameters that are no matrices."""
+"""Pull-backs of single samples' columns that are made of parameters that are no matrices; rows that are looked up."""
 
 
 @check(KFAC, KFLR, KFRA, HBP)
@@ -84,7 +84,12 @@ def _maps(truth: Truth) -> list[Map]:
 
 
 def _of_inputs(truth: Truth, group: list[Map], vectors: Tensor) -> Tensor:
-    """Summed over outputs, which all have these inputs."""
+    """Summed over outputs, which all have these inputs. Of what is looked up, the factor is diagonal by definition."""
+    if truth.extension.approx == "reduce" and kind(group[0].node) == "Embedding":
+        if vectors.shape[1] > LARGEST:
+            raise NoTruth(f"the mean of positions looks up more than {LARGEST} rows")
+        x = torch.cat([a.inputs(torch.eye(vectors.shape[1], dtype=vectors.dtype)) for a in group], 2)[:, truth.rows]
+        return (vectors * (x.mean(2).square().sum((1, 2)) / len(truth.rows))) @ vectors.T
     x = torch.cat([a.inputs(vectors) for a in group], 2)[:, truth.rows]
     if truth.extension.approx == "reduce":
         x = x.mean(2, keepdim=True)
