@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -32,9 +32,6 @@ ZERO = 1e-10
 
 ENTRIES = 2**22
 """Of columns that are drawn, to see whether they have the loss's Hessian as their second moment."""
-
-DRAWS = 32
-"""How often an estimate is computed of which the samples are not known."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +154,7 @@ class Run:
     plain: Plain
     extension: BackpropExtension
     found: Any = None
+    _redrawn: list[dict[str, Any]] = field(default_factory=list)
 
     def compute(self) -> None:
         """The results by parameter name, or why there are none."""
@@ -197,10 +195,10 @@ class Run:
         self._backward(own, lambda out: self.plain.join(shift(self.plain.split(out))))
         return vars(shift.shift)[own.savefield]
 
-    @cached_property
-    def redrawn(self) -> list[dict[str, Any]]:
-        """The results of many draws."""
-        return [self._results(draw) for draw in range(DRAWS)]
+    def redrawn(self, count: int) -> list[dict[str, Any]]:
+        """The results of so many draws."""
+        self._redrawn += [self._results(draw) for draw in range(len(self._redrawn), count)]
+        return self._redrawn[:count]
 
     def _off(self) -> bool:
         """Whether what is drawn has another second moment than the loss's Hessian, along random directions."""

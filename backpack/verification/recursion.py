@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -51,7 +51,6 @@ class Stage:
     curvature: Tensor
     entries: int
     extension: Any
-    redrawn: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.x.is_floating_point():
@@ -74,6 +73,10 @@ class Stage:
             raise NoTruth("a curvature with negative eigenvalues has no root")
         root = (vectors * values.clamp(min=0).sqrt()).T / len(self.x) ** 0.5
         return root.unsqueeze(1).expand(-1, len(self.x), -1)
+
+    def redrawn(self, count: int) -> list[dict[str, Any]]:
+        """Nothing is drawn here."""
+        return []
 
     def before(self, grad: Tensor, modify: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         """The curvature in the input, and the gradient there, of the gradient ``[n, d]`` in the output."""
