@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -31,6 +32,15 @@ def graph_task() -> int:
 def graph_is_kept() -> bool:
     """Whether the running backward pass was started with ``retain_graph=True``."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def hook(tensor: Tensor, function: Callable[[Tensor], Any]) -> None:
+    """As ``tensor.register_hook``, for what has a node, without a handle: in half the time."""
+    hooks = tensor._backward_hooks
+    if hooks is None:
+        hooks = tensor._backward_hooks = OrderedDict()
+        tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
+    hooks[id(function)] = function
 
 
 def running_node() -> Node | None:
@@ -90,13 +100,17 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
 
 def checkpointed_region() -> Any:
     """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None:
+    if _packing is None:
         return _region_by_frames()
-    hooks = top(True)
-    names = () if hooks is None or hooks[0] is None else getattr(hooks[0], "__closure__", None) or ()
+    hooks = _packing(True)
+    if hooks is None:
+        return None
+    names = getattr(hooks[0], "__closure__", None) or ()
     found = next((cell.cell_contents for cell in names), None)
     return found if isinstance(found, _CheckpointFrame) else None
+
+
+_packing = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def _region_by_frames() -> Any:

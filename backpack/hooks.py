@@ -30,6 +30,7 @@ from backpack.compat import (
     gathered_parameters,
     graph_is_kept,
     graph_task,
+    hook,
     interpreted,
     is_fully_sharded,
     running_node,
@@ -74,7 +75,7 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
         if not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
 
-    out.register_hook(on_cotangent)
+    hook(out, on_cotangent)
     for source, _ in call.uses:
         if source.tensor.grad_fn is not None:
             _hook_source(source.tensor, home)
@@ -262,7 +263,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             forget(module)
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if tensors and module in EXTENDED:
-            loss = not module._modules and _is_loss(module, tensors[0]) and not trainable(module)
+            loss = _is_loss(module, tensors[0])
             if loss:
                 _hook_loss(module, args, kwargs, tensors[0])
             ruled = loss or is_ruled(module)
@@ -305,7 +306,9 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
 
 
 def _is_loss(module: Module, output: Tensor) -> bool:
-    """Whether a module without parameters is a loss: PyTorch's are known, others return a scalar."""
+    """Whether a module is a loss: it has no trainable parameter, and PyTorch's are known, others return a scalar."""
+    if module._modules or trainable(module):
+        return False
     if output.dim() == 0 and HERE.recording is None:
         return True
     return isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(type(module).__mro__)
@@ -354,9 +357,10 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
             return
         own = tuple(grads[number] for number in numbers) if isinstance(grads, tuple) else (grads,)
         block = _block(home, next((grad for grad in own if grad is not None), None))
-        receiver = HERE.inner or block
-        if receiver is not None:
-            receiver.module_passed(kept[0], own)
+        if HERE.inner is not None:
+            HERE.inner.module_passed(kept[0], own)
+        elif block is not None and block.reads_passages:
+            block.module_passed(kept[0], own)
         if HERE.inner is None and not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
 

@@ -77,7 +77,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _weakly(tensor: Tensor) -> Noted:
-    return Noted(ref(tensor), _version(tensor))
+    return Noted(ref(tensor), 0 if tensor.is_inference() else tensor._version)
 
 
 def _note(value: Any, hold: Callable[[Tensor], Noted]) -> Any:
@@ -118,9 +118,9 @@ class Passage:
         """Of a call that has just ended; ``tensors``: outputs that require a gradient; ``keep``: hold what came in."""
         node = tensors[0].grad_fn
         numbers = [tensor.output_nr for tensor in tensors if tensor.grad_fn is node]
-        outputs = set(map(id, tensors))
+        outputs = [id(tensor) for tensor in tensors]
         same = [place for place, value in enumerate(inputs) if id(value) in outputs]
-        overwritten = [] if isinstance(module, Identity) else same
+        overwritten = [] if same and isinstance(module, Identity) else same
         edges: list[GradientEdge | None] = [None] * len(inputs)
         hold = _weakly
         if keep:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from backpack.compat import checkpointed_region
 from backpack.engine import HERE, Block, muted
-from backpack.recorder import Call, Recording, Source, is_start
+from backpack.recorder import Call, Recording, Source, among, is_start
 from backpack.samples import Rows
 from backpack.uses import Individual, PullbackUse, Use
 
@@ -80,10 +80,11 @@ class Again(Recording):
         self.data.update(region.data)
         self._attached = any(block.grad_mode for block in (HERE.blocks or region.home)[-1:])
 
-    def _record(self, func: Any, args: Any, kwargs: Any, *rest: Any) -> None:
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], *rest: Any) -> None:
         if not self._attached:
             args, kwargs = tree_map(self._detached, (args, kwargs))
-        super()._record(func, args, kwargs, *rest)
+            tensors = among(args, kwargs)
+        super()._record(func, args, kwargs, out, tensors, *rest)
 
     def _detached(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or id(value) in self.sources or not value.requires_grad:

@@ -156,11 +156,12 @@ class Recording(Guarding):
                 return looked_into(func)(*args, **kwargs)
         if func is _REGISTER_HOOK:
             args = (args[0], guarded(args[1]))
-        tensors = _tensors(args, kwargs)
-        sources = [self.sources[id(tensor)] for tensor in tensors if id(tensor) in self.sources]
+        tensors = among(args, kwargs)
+        known = self.sources
+        sources = [known[id(tensor)] for tensor in tensors if id(tensor) in known]
         if not sources:
             out = func(*args, **kwargs)
-            for result in [out] if isinstance(out, Tensor) else _tensors((out,), {}):
+            for result in [out] if isinstance(out, Tensor) else among((out,), {}):
                 if result.requires_grad:
                     self.tensors.append(ref(result))
                 elif any(map(self._is_data, tensors)):
@@ -170,7 +171,7 @@ class Recording(Guarding):
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
-        results = [ref(o) for o in ([out] if isinstance(out, Tensor) else _tensors((out,), {})) if o.requires_grad]
+        results = [ref(o) for o in ([out] if isinstance(out, Tensor) else among((out,), {})) if o.requires_grad]
         self.tensors += results
         if results and torch.is_grad_enabled():
             self._observe(func, given, kwargs, out, tensors, sources)
@@ -194,10 +195,10 @@ class Recording(Guarding):
         sources: list[Source],
     ) -> None:
         if any(map(self._is_data, tensors)):
-            self._record(func, args, kwargs, out, sources)
+            self._record(func, args, kwargs, out, tensors, sources)
         elif any(map(self._may_be_data, tensors)) or self._spreads(sources, out):
             self._derive(sources, out)
-            self._record(func, args, kwargs, out, sources, self.sources[id(out)])
+            self._record(func, args, kwargs, out, tensors, sources, self.sources[id(out)])
         else:
             self._derive(sources, out)
 
@@ -215,7 +216,7 @@ class Recording(Guarding):
     def _derive(self, sources: list[Source], out: Any) -> None:
         parameters = tuple({id(p): p for s in sources for p in s.parameters}.values())
         name = " and ".join(dict.fromkeys(s.name for s in sources))
-        for tensor in _tensors((out,), {}):
+        for tensor in among((out,), {}):
             if tensor.requires_grad and id(tensor) not in self.sources:
                 self.sources[id(tensor)] = Source(tensor, parameters, name, tuple(sources))
 
@@ -225,17 +226,19 @@ class Recording(Guarding):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
+        tensors: list[Tensor],
         sources: list[Source],
         alternative: Source | None = None,
     ) -> None:
-        given, outputs = out, [out] if isinstance(out, Tensor) else _tensors((out,), {})
+        given, outputs = out, [out] if isinstance(out, Tensor) else among((out,), {})
         out = outputs[0]
         rule = RULES.get(func)
         operation = None if rule is None else rule(given, *args, **kwargs)
         axes = range(out.dim()) if operation is None else operation.axes
         found: Sequence[Layout] = ()
         problem = None
-        if operation is not None and any(tensor is self._first for tensor in operation.grouped) and not self.calls:
+        grouped = operation.grouped if operation is not None and not self.calls else ()
+        if grouped and any(tensor is self._first for tensor in grouped):
             self.n, self.grouped = out.shape[0], True
         if self.n is None:
             problem = "cannot be told by samples, since the module was called without a tensor"
@@ -252,7 +255,8 @@ class Recording(Guarding):
                     f"has an output of shape {list(out.shape)}, in which no axis of the {self.n} samples can be found "
                     f"(the samples are counted along the first axis of the first tensor given to the extended module)"
                 )
-        sources = list(dict.fromkeys(sources))
+        if len(sources) > 1:
+            sources = list(dict.fromkeys(sources))
         call = Call(func, self.n or 0, sources, found, out.shape, len(outputs), problem, alternative=alternative)
         if operation is not None and operation.refused is not None:
             call.problem = operation.refused
@@ -266,18 +270,16 @@ class Recording(Guarding):
         bases = [_own_base(output, args) for output in outputs]
         self._decide(call, bases[0], len(axes))
         self.calls.append(ref(call))
+        counts = self.uses
         for source, _ in call.uses:
             for parameter in source.parameters:
-                self.uses[id(parameter)] += 1
-        data = [t for t in _tensors(args, kwargs) if t.requires_grad and id(t) not in self.sources]
-        first = all(any(t is output for output in outputs) for t in data)  # what is overwritten is returned
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+        returned = [id(output) for output in outputs]  # as what is overwritten is
+        above = [t for t in tensors if t.requires_grad and id(t) not in self.sources and id(t) not in returned]
         for place, (output, base) in enumerate(zip(outputs, bases, strict=True)):
             if output.requires_grad:
                 self.widest = max(self.widest, output.numel())
-                edge = get_gradient_edge(base)
-                mark_call(edge, call)
-                if first and call.uses:
-                    mark_start(edge)
+                mark_call(base, call, first=not above and bool(call.uses))
                 self._deliver(call, place, base, output.shape)
 
     def _pullbacks(
@@ -431,10 +433,12 @@ def unmark_start(edge: GradientEdge) -> None:
     metadata.pop((START, edge.output_nr), None)
 
 
-def mark_call(edge: GradientEdge, call: Call) -> None:
-    """Note at a node that it computed the output of a call."""
-    metadata: Any = edge.node.metadata
-    metadata[(CALL, edge.output_nr)] = ref(call)
+def mark_call(output: Tensor, call: Call, first: bool) -> None:
+    """Note at a node that it computed the output of a call; ``first``: that a pull-back may stop there."""
+    metadata: Any = output.grad_fn.metadata  # type: ignore[union-attr]
+    metadata[(CALL, output.output_nr)] = ref(call)
+    if first:
+        metadata[(START, output.output_nr)] = True
 
 
 def call_at(edge: GradientEdge) -> Call | None:
@@ -464,11 +468,11 @@ def _own_base(out: Tensor, args: tuple[Any, ...]) -> Tensor:
     base = out._base
     if base is None or base.grad_fn is None or base.numel() != out.numel():
         return out
-    given = any(base is tensor or base is tensor._base for tensor in _tensors(args, {}))
+    given = any(base is tensor or base is tensor._base for tensor in among(args, {}))
     return base if base.is_contiguous() and out.is_contiguous() and not given else out
 
 
-def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+def among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """All tensors among the arguments, one level of lists deep."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,75 @@ def _padding(padding: Size | str, kernel: Sequence[int], dilation: Sequence[int]
     return [side for pair in reversed(pairs) for side in pair]
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """What follows from the sizes of a convolution alone.
+
+    ``kernel`` is the shape of the weight, ``image`` that of padded images, without channels; ``given``: stride,
+    padding, dilation and groups.
+    """
+
+    kernel: Sequence[int]
+    image: Sequence[int]
+    windows: Windows
+    groups: int
+    given: tuple[Any, ...]
+
+    @classmethod
+    @lru_cache(2**12)
+    def of(
+        cls,
+        image: Sequence[int],
+        kernel: Sequence[int],
+        out: Sequence[int],
+        stride: Size,
+        padding: Size | str,
+        dilation: Size,
+        groups: int,
+    ) -> Convolution:
+        """That of an input, a weight and an output of these shapes."""
+        dims = len(kernel) - 2
+        gaps = each(dilation, dims)
+        pads = _padding(padding, kernel[2:], gaps)
+        padded = [sum(sizes) for sizes in zip(image[2:], pads[-2::-2], pads[-1::-2], strict=True)]
+        windows = Windows(kernel[2:], out[2:], each(stride, dims), pads, gaps)
+        return cls(kernel, padded, windows, groups, (stride, padding, dilation, groups))
+
+    @property
+    def dims(self) -> int:
+        return len(self.image)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The patches of ``[n, ..., c, *image]``, ``[n, g, s, i]``."""
+        batch = x.flatten(0, x.dim() - self.dims - 2)
+        return _positions(self.windows.columns(batch, self.groups), len(x)).transpose(2, 3)
+
+    def channels(self, grad: Tensor) -> Tensor:
+        """A cotangent ``[v, n, ..., c, *spatial]`` as ``[v, n, g, s, o]``."""
+        v, n = grad.shape[:2]
+        batch = grad.reshape(-1, self.groups, self.kernel[0] // self.groups, prod(self.windows.out))
+        return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
+
+    def moments(self, x: Tensor, scale: float) -> Tensor:
+        """A multiple of the patches' second moment, as ``Dense`` has it."""
+        batch = x.reshape(-1, self.kernel[1], *x.shape[x.dim() - self.dims :])  # the mean over groups is wanted
+        return self.windows.moments(batch, scale / self.groups)[None]
+
+    def gram(self, x: Tensor) -> Tensor:
+        """Dot products of the patches of a sample."""
+        return self.windows.gram(x, self.groups)
+
+    def share(self) -> float:
+        """What these take, relative to the patches' own: adding a product of pixels is as long as eight of numbers."""
+        pixels, places = prod(self.image), prod(self.windows.out)
+        sums = 8 * sum(self.kernel[2:]) * places
+        return (pixels * self.kernel[1] + sums) * pixels / (places**2 * max(1, prod(self.kernel[1:])))
+
+    def apply(self, input: Tensor, matrix: Tensor) -> Tensor:
+        """The convolution itself, of another matrix."""
+        return (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1](input, matrix, None, *self.given)
+
+
 @rule(torch.conv1d, torch.conv2d, torch.conv3d)
 def convolution(
     out: Tensor,
@@ -37,39 +109,18 @@ def convolution(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Operation | None:
-    kernel, spatial = weight.shape[2:], out.shape[2:]
-    dims = len(kernel)
     if out.dim() != weight.dim():  # a single sample without a batch axis
         return None
-    gaps = each(dilation, dims)
-    pads = _padding(padding, kernel, gaps)
-    windows = Windows(kernel, spatial, each(stride, dims), pads, gaps)
-
-    def columns(x: Tensor) -> Tensor:
-        batch = x.flatten(0, x.dim() - dims - 2)
-        return _positions(windows.columns(batch, groups), len(x)).transpose(2, 3)
-
-    def moments(x: Tensor, scale: float) -> Tensor:
-        batch = x.reshape(-1, weight.shape[1], *x.shape[x.dim() - dims :])  # the mean over groups is wanted
-        return windows.moments(batch, scale / groups)[None]
-
-    def gram(x: Tensor) -> Tensor:
-        return windows.gram(x, groups)
-
-    def share() -> float:  # to add a dot product of two pixels takes as long as eight multiplications
-        pixels, places = prod(map(sum, zip(input.shape[2:], pads[-2::-2], pads[-1::-2], strict=True))), prod(spatial)
-        return (pixels * weight.shape[1] + 8 * sum(kernel) * places) * pixels / (places**2 * max(1, weight[0].numel()))
-
-    def channels(grad: Tensor) -> Tensor:
-        v, n = grad.shape[:2]
-        batch = grad.reshape(-1, groups, weight.shape[0] // groups, prod(spatial))
-        return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
-
-    def apply(matrix: Tensor) -> Tensor:
-        function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-        return function(input, matrix, None, stride, padding, dilation, groups)
-
-    use = DenseUse((input,), columns, channels, moments=moments, gram=(gram, share), apply=apply)
+    sizes = [tuple(size) if isinstance(size, list) else size for size in (stride, padding, dilation)]
+    own = Convolution.of(input.shape, weight.shape, out.shape, *sizes, groups)
+    use = DenseUse(
+        (input,),
+        own.columns,
+        own.channels,
+        moments=own.moments,
+        gram=(own.gram, own.share),
+        apply=partial(own.apply, input),
+    )
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
 
 
