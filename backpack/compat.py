@@ -12,7 +12,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, maybe_get_bdim, pop_dynamic_layer_stack, push_dynamic_layer_stack
+from torch._C._functorch import (
+    _add_batch_dim,
+    get_unwrapped,
+    maybe_get_bdim,
+    maybe_get_level,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+)
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
@@ -96,6 +103,11 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
         yield tensor.expand(count, *tensor.shape) if axis < 0 else get_unwrapped(tensor).movedim(axis, 0)
     finally:
         push_dynamic_layer_stack(level)
+
+
+def inside_vmap(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor as ``torch.vmap`` has it inside, where its first axis is mapped; undoes ``outside_vmap(like)``."""
+    return _add_batch_dim(tensor, 0, maybe_get_level(like))
 
 
 def checkpointed_region() -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.looped import edges_from, must_loop
+from backpack.pooling import pooling_nodes
 from backpack.residuals import Severed
 
 
@@ -39,6 +40,11 @@ class Joined:
     def instead(self) -> dict[GradientEdge, GradientEdge]:
         """All replaced edges."""
         return {old: new for part in self.parts for old, new in part.items()}
+
+    @cached_property
+    def pooling(self) -> list[Node]:
+        """Nodes that several seeds go through by turns."""
+        return pooling_nodes(self.start, self.instead)
 
     def now(self, edge: GradientEdge) -> GradientEdge:
         """The edge that has taken the place of one."""

@@ -30,6 +30,7 @@ from backpack.looped import Instead, counts_backward_passes, edges_from
 from backpack.losses import LossRoot, loss_root
 from backpack.memory import empty
 from backpack.passages import Passage
+from backpack.pooling import pooled
 from backpack.recomputed import drop, is_dropped
 from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start, tensors_in
 from backpack.samples import Layout, Subset, layouts
@@ -281,7 +282,7 @@ class SeedPass:
             own = self._rerun(rows)
             if own is not None:
                 edge, select, self.subset, self.selected = own, rows, Subset(), True
-                self.found, self.ends = landmarks(edge)
+                self.joined, (self.found, self.ends) = Joined(edge), landmarks(edge)
         self.uses = self._count_uses()
 
         def pull() -> None:
@@ -387,7 +388,8 @@ class SeedPass:
         try:
             if not self.batched:
                 return pull(*(seed[0] for seed in seeds))[None]
-            return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw their dropout again
+            with pooled(() if self.block.reads_passages else self.joined.pooling, self.count, [*edges, *ends]):
+                return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw dropout again
         finally:
             forget_retained()
 

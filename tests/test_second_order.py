@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from truth import close
 
 from backpack import backpack, extend
@@ -22,6 +23,7 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from backpack.joined import Joined
 
 
 def explicit(model, X, lossfunc, y, n):
@@ -341,3 +343,37 @@ def test_a_loss_that_is_linear_in_its_input_warns_of_zeros(lossfunc):
     with pytest.warns(UserWarning, match="linear in its input"), backpack(DiagGGNExact()):
         linear(model(values(4, 4)), target).backward()
     assert not any(p.diag_ggn_exact.any() for p in model.parameters())
+
+
+class Twice(nn.Module):
+    """What is pooled is used by something else as well."""
+
+    def forward(self, x):
+        return nn.functional.max_pool2d(x, 3, 1, 1) + x
+
+
+POOLINGS = {
+    "disjoint": (1, nn.ReLU(), nn.MaxPool2d(2)),
+    "overlapping": (1, nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+    "dilated": (1, nn.Sigmoid(), nn.MaxPool2d(2, 1, dilation=2)),
+    "one-dimensional": (1, nn.ReLU(), nn.Flatten(2), nn.MaxPool1d(3, 2)),
+    "in a row": (2, nn.ReLU(), nn.MaxPool2d(3, 1), nn.MaxPool2d(2)),
+    "of a convolution's output": (0, nn.MaxPool2d(2)),
+    "not alone": (0, nn.ReLU(), Twice()),
+}
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_seeds_go_through_max_pooling_by_turns(name):
+    torch.manual_seed(0)
+    expected, *layers = POOLINGS[name]
+    model = extend(nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(4)).double())
+    lossfunc, X, y = extend(nn.CrossEntropyLoss()), torch.randn(3, 2, 8, 8).double(), torch.tensor([0, 3, 1])
+    model(X)
+    diagonals, _ = explicit(model, X, lossfunc, y, 3)
+    out = model(X)
+    assert len(Joined(get_gradient_edge(out)).pooling) == expected
+    with backpack(BatchDiagGGNExact()):
+        lossfunc(out, y).backward()
+    for parameter, truth in zip(model.parameters(), diagonals, strict=True):
+        assert close(parameter.diag_ggn_exact_batch, truth)
