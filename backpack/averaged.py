@@ -30,7 +30,7 @@ from backpack.memory import empty
 from backpack.operations.windows import each
 from backpack.recorder import Call, call_at
 from backpack.samples import Layout, Subset
-from backpack.seeds import BUDGET, PASSES, Curvature, SeedPass, agree, is_observed, landmarks, unique
+from backpack.seeds import PASSES, WIDEST, Curvature, SeedPass, agree, is_observed, landmarks, unique
 from backpack.uses import Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors
@@ -309,7 +309,7 @@ class AveragedPass(SeedPass):
     def _root(self, module: Module, x: Tensor, mean: Mean) -> Mean:
         """By the rows of a root, for each sample; parameters on the way."""
         n, size = len(x), mean.given.shape[1]
-        step = max(1, BUDGET // (n * max(x[0].numel(), size)))
+        step = max(1, WIDEST // (n * max(x[0].numel(), size)))
         pieces = [(sign, rows) for sign, root in mean.roots() for rows in root.split(step)]
         terms: list[Tensor] = []
         for number, (self.sign, rows) in enumerate(pieces, start=1):
@@ -384,7 +384,7 @@ def _adjoint(module: Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
     def pull(rows: Tensor) -> Tensor:
         result = empty((len(rows), x[0].numel()), rows)
-        step = max(1, BUDGET // max(rows.shape[1], x[0].numel()))
+        step = max(1, WIDEST // max(rows.shape[1], x[0].numel()))
         for part, found in zip(rows.split(step), result.split(step), strict=True):
             point = x.new_zeros(len(part), *x.shape[1:]).requires_grad_()
             with torch.enable_grad(), muted(), run_again(module):

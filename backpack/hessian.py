@@ -25,7 +25,7 @@ from backpack.joined import Joined, place_of
 from backpack.recomputed import Dropped, drop
 from backpack.recorder import Call, Source
 from backpack.samples import Layout, Rows, Subset, layout_like
-from backpack.seeds import BUDGET, PASSES, Curvature, Origin, SeedPass, agree, landmarks
+from backpack.seeds import PASSES, WIDEST, Curvature, Origin, SeedPass, agree, landmarks
 from backpack.shortcuts import squares
 from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse
@@ -198,7 +198,7 @@ class HessianPass(SeedPass):
         size = split[0].numel()
         wide = max(p.numel() for p in parameters) * max(1, len(split))
         looped = self.joined.must_loop(edge)
-        chunk = 1 if looped else max(1, min(self.extensions[0].chunk_size or size, BUDGET // wide))
+        chunk = 1 if looped else max(1, min(self.extensions[0].chunk_size or size, WIDEST // wide))
         self.coupled = {id(p) for p in parameters}
         try:
             count = self.extensions[0].mc_samples if self.sampled else size
@@ -366,7 +366,7 @@ class HessianPass(SeedPass):
                 signs = signs[start:stop] if own.rows is None else signs[start:stop, own.rows]
             yield [graph.edge], [self._place(seeds, rows, own.rows)], signs
             start = stop
-        chunk = self._chunk(graph.edge, 4 * BUDGET)  # there are more than of the loss: measured
+        chunk = self._chunk(graph.edge)
         if self.sampled:
             yield from self._drawn_columns(graph, grad, chunk)
             return

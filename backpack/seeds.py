@@ -36,7 +36,7 @@ from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start,
 from backpack.samples import Layout, Subset, layouts
 from backpack.uses import Derived, Individual
 
-BUDGET = 5 * 2**18
+WIDEST = 2**23
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
 
 
@@ -325,17 +325,19 @@ class SeedPass:
         self.gathered = whole and chunk == 1
         if whole and not self.gathered:
             chunk = self.columns
+        passes = -(-self.columns // chunk)
+        chunk = -(-self.columns // max(1, passes))  # equally many in each
         for start in range(0, self.columns, chunk):
             self.start, stop = start, min(start + chunk, self.columns)
             yield stop, self._seeds(start, stop)
         if self.columns == 0:
             yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
 
-    def _chunk(self, edge: GradientEdge, budget: int = BUDGET) -> int:
+    def _chunk(self, edge: GradientEdge) -> int:
         """How many seeds are pulled back from an edge at a time."""
         if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop(edge):
             return 1
-        return self.extensions[0].chunk_size or max(3, budget // max(origin.widest for _, origin in self.found))
+        return self.extensions[0].chunk_size or max(3, WIDEST // max(origin.widest for _, origin in self.found))
 
     def _seeds(self, start: int, stop: int) -> Tensor:
         """Some of the seeds, ``[v, n, d]``."""
