@@ -357,10 +357,9 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
             return
         own = tuple(grads[number] for number in numbers) if isinstance(grads, tuple) else (grads,)
         block = _block(home, next((grad for grad in own if grad is not None), None))
-        if HERE.inner is not None:
-            HERE.inner.module_passed(kept[0], own)
-        elif block is not None and block.reads_passages:
-            block.module_passed(kept[0], own)
+        receiver = HERE.inner or block
+        if receiver is not None:
+            receiver.module_passed(kept[0], own)
         if HERE.inner is None and not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,30 +34,43 @@ class SoftmaxRoot(LossRoot):
     def documented_columns(self) -> int:
         return self.positions * self.classes
 
+    @cached_property
+    def root(self) -> Tensor:
+        """``q``, ``[n, s, c]``."""
+        return self.probability.sqrt()
+
+    @cached_property
+    def reflected(self) -> Tensor:
+        """What all columns of a position have in common but for a factor, ``q (q + e)``, ``[n, s, c]``."""
+        axis = self.root.clone()
+        axis[..., -1] += 1
+        return axis * self.root
+
     def exact(self, start: int, stop: int) -> Tensor:
-        place, entry, p, scale = self._columns(start, min(stop, self.columns), self.classes - 1)
-        q = p.sqrt()
-        own, axis = q.gather(2, entry), q.clone()
-        axis[:, :, -1] += 1
-        columns = axis * (own / axis[:, :, -1:]) * (-scale * q)
-        columns.scatter_add_(2, entry, own * scale)
-        return self._place(columns, place)
+        place, entry = self._numbers(start, min(stop, self.columns), self.classes - 1)
+        own = self.root[:, place, entry]
+        return self._columns(self.reflected, -own / (1 + self.root[:, place, -1]), own, place, entry)
 
     def documented(self, start: int, stop: int) -> Tensor:
-        place, entry, p, scale = self._columns(start, min(stop, self.documented_columns), self.classes)
-        own = p.gather(2, entry).sqrt() * scale
-        columns = -p * own
-        columns.scatter_add_(2, entry, own)
-        return self._place(columns, place)
+        place, entry = self._numbers(start, min(stop, self.documented_columns), self.classes)
+        own = self.root[:, place, entry]
+        return self._columns(self.probability, -own, own, place, entry)
 
-    def _columns(self, start: int, stop: int, each: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of some columns: position, class ``[v, n, 1]``, softmax ``[v, n, c]``, scale ``[v, n, 1]``."""
+    def _numbers(self, start: int, stop: int, each: int) -> tuple[Tensor, Tensor]:
+        """The positions of some columns, and their classes."""
         number = torch.arange(start, stop, device=self.probability.device)
-        place = number // each
-        p = self.probability.index_select(1, place).transpose(0, 1)
-        scale = self.weight.index_select(1, place).T.sqrt().unsqueeze(2)
-        entry = (number % each)[:, None, None].expand(-1, p.shape[1], 1)
-        return place, entry, p, scale
+        return number // each, number % each
+
+    def _columns(self, common: Tensor, factor: Tensor, own: Tensor, place: Tensor, entry: Tensor) -> Tensor:
+        """``factor[n, v]`` times ``common[n, s, c]`` at a column's position, and ``own[n, v]`` for its class.
+
+        Both by the root of the weight, ``[v, n, d]``.
+        """
+        scale = self.weight[:, place].sqrt()
+        rows = common[:, 0] if self.positions == 1 else common.transpose(0, 1)[place]
+        columns = rows * (factor * scale).T.unsqueeze(2)
+        columns.scatter_add_(2, entry[:, None, None].expand(-1, len(own), 1), (own * scale).T.unsqueeze(2))
+        return self._place(columns, place)
 
     def _place(self, columns: Tensor, place: Tensor) -> Tensor:
         """Columns of single positions ``[v, n, c]`` among zeros for the other positions, ``[v, n, d]``."""
