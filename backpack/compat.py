@@ -85,6 +85,11 @@ def dtype_at(edge: GradientEdge) -> torch.dtype:
     return edge.node._input_metadata[edge.output_nr].dtype
 
 
+def is_packed(saved: Any) -> bool:
+    """Whether a node has saved a tensor through ``saved_tensors_hooks``; so it is taken for where that is not told."""
+    return getattr(saved, "unpack_hook", saved) is not None
+
+
 def is_active(mode: TorchFunctionMode) -> bool:
     """Whether a mode is the innermost one. When a backward pass fails, PyTorch takes off those that it began."""
     depth = torch._C._len_torch_function_stack()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import inside_vmap, outside_vmap
+from backpack.compat import inside_vmap, is_packed, outside_vmap
 from backpack.looped import Instead, nodes
 from backpack.memory import empty
 from backpack.recorder import call_at, is_start
@@ -25,11 +25,14 @@ from backpack.recorder import call_at, is_start
 NAME = "MaxPool2DWithIndicesBackward0"
 """Of what pools in one dimension as well."""
 
+SMALL = 2**15
+"""Entries of a layer's input up to which copies take less time than turns."""
+
 
 def pooling_nodes(edge: GradientEdge, instead: Instead | None = None) -> list[Node]:
     """Nodes of a graph that can be treated so: where they lead to, nothing else arrives, and nobody looks at it."""
     graph = list(nodes(edge, instead))
-    found = [node for node in graph if node.name() == NAME]
+    found = [node for node in graph if node.name() == NAME and _is_large(node)]
     arriving = Counter(following for node in graph if found for following in node.next_functions)
     return [node for node in found if arriving[node.next_functions[0]] == 1 and not _is_observed(_below(node))]
 
@@ -48,6 +51,13 @@ def pooled(nodes: Iterable[Node], count: int, ends: Iterable[GradientEdge]) -> I
         yield
 
 
+def _is_large(node: Any) -> bool:
+    """Whether turns pay; what is packed, as by checkpointing, is not unpacked to see."""
+    if is_packed(node._raw_saved_self):
+        return False
+    return node._saved_self.numel() > SMALL and node._saved_self.is_contiguous()
+
+
 def _below(node: Node) -> GradientEdge:
     """To the input of a pooling layer."""
     (below, number), *_ = node.next_functions
@@ -63,7 +73,7 @@ def _is_observed(edge: GradientEdge) -> bool:
 def _pull(node: Any, results: list[Tensor], count: int, grads: tuple[Tensor | None, ...]) -> Any:
     """Pull cotangents back, and leave a zero to the node itself."""
     grad, x = grads[0], node._saved_self
-    if grad is None or not x.is_contiguous():
+    if grad is None:
         return None
     with outside_vmap(grad, count) as seeds:
         sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)

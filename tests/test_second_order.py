@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 from truth import close
 
 from backpack import backpack, extend
@@ -352,6 +353,11 @@ class Twice(nn.Module):
         return nn.functional.max_pool2d(x, 3, 1, 1) + x
 
 
+class Recomputed(nn.Module):
+    def forward(self, x):
+        return checkpoint(lambda x: nn.functional.max_pool2d(x.relu(), 2), x, use_reentrant=False)
+
+
 POOLINGS = {
     "disjoint": (1, nn.ReLU(), nn.MaxPool2d(2)),
     "overlapping": (1, nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
@@ -360,11 +366,13 @@ POOLINGS = {
     "in a row": (2, nn.ReLU(), nn.MaxPool2d(3, 1), nn.MaxPool2d(2)),
     "of a convolution's output": (0, nn.MaxPool2d(2)),
     "not alone": (0, nn.ReLU(), Twice()),
+    "checkpointed": (0, Recomputed()),
 }
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-def test_seeds_go_through_max_pooling_by_turns(name):
+def test_seeds_go_through_max_pooling_by_turns(name, monkeypatch):
+    monkeypatch.setattr("backpack.pooling.SMALL", 0)
     torch.manual_seed(0)
     expected, *layers = POOLINGS[name]
     model = extend(nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(4)).double())
