@@ -10,7 +10,6 @@ of ``H`` for each sample, and so do parameters other than those of linear maps.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,14 +22,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module, Sequential
 
-from backpack.bystanders import forget_retained, run_again
+from backpack.bystanders import forget_retained
 from backpack.engine import HERE, muted
+from backpack.landmarks import count_uses, landmarks
 from backpack.looped import edges_from, must_loop
+from backpack.loss_call import PASSES
 from backpack.memory import empty
 from backpack.operations.windows import each
 from backpack.recorder import Call, call_at
+from backpack.rerun import agree, is_observed, run_again
 from backpack.samples import Layout, Subset
-from backpack.seeds import PASSES, WIDEST, Curvature, SeedPass, agree, is_observed, landmarks, unique
+from backpack.seeds import WIDEST, Curvature, SeedPass
 from backpack.uses import Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors
@@ -296,7 +298,7 @@ class AveragedPass(SeedPass):
         channels = call.shape[-1 if last else 1]
         axes = (size // channels, channels, 1) if last else (1, channels, size // channels)
         self.curvature, self.subset = mean.matrix.reshape(*axes, *axes), self.extensions[0].subset
-        self.uses, self.final = self._count_uses(), True
+        self.uses, self.final = count_uses(self.found), True
         self.receive(call, 0, mean.given.new_zeros(()).expand(1, *call.shape))
         self.curvature = None
 
@@ -332,7 +334,7 @@ class AveragedPass(SeedPass):
             return seeds.new_zeros(len(seeds), *x.shape)
         edge = get_gradient_edge(out)
         outputs, ends = landmarks(edge)
-        self.subset, self.uses = Subset(), sum(unique(origin.uses for _, origin in outputs), Counter())
+        self.subset, self.uses = Subset(), count_uses(outputs)
         ends += [get_gradient_edge(x)] if x.requires_grad else []
         pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(edge) else len(seeds))
         found = []

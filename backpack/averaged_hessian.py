@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.averaged import AFFINE, ELEMENTWISE, SAME, AveragedPass, Mean, is_one_of
-from backpack.bystanders import run_again
 from backpack.engine import HERE
-from backpack.seeds import PASSES
+from backpack.loss_call import PASSES
+from backpack.rerun import run_again
 
 
 @dataclass(eq=False)

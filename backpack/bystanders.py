@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from backpack.compat import is_active
@@ -84,44 +82,6 @@ class Guarding(TorchFunctionMode):
         if func is Tensor.register_hook:
             args = (args[0], guarded(args[1]))
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def run_again(root: Module) -> Iterator[None]:
-    """A forward pass inside leaves no attribute of the module and its submodules changed, nor statistics in buffers."""
-    before = [(module, dict(vars(module))) for module in root.modules()]
-    buffers = [(m._buffers, name, b) for m in root.modules() if m.training for name, b in m._buffers.items()]
-    copies = {id(b): b.clone() for _, _, b in buffers if b is not None}
-    for own, name, buffer in buffers:
-        own[name] = copies.get(id(buffer))
-    try:
-        with Guarding():
-            yield
-    finally:
-        for own, name, buffer in buffers:
-            own[name] = buffer
-        for module, attributes in before:
-            for name, value in list(vars(module).items()):
-                if name not in attributes:
-                    delattr(module, name)
-                elif value is not attributes[name]:
-                    vars(module)[name] = attributes[name]
-
-
-def random_state() -> list[Tensor]:
-    """Of PyTorch's generators."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
-
-
-@contextmanager
-def drawing_again(state: list[Tensor] | None) -> Iterator[None]:
-    """What is drawn inside is what was drawn after ``state``, if that is known; the generators do not move."""
-    with torch.random.fork_rng():
-        if state is not None:
-            torch.set_rng_state(state[0])
-            if len(state) > 1:
-                torch.cuda.set_rng_state_all(state[1:])
-        yield
 
 
 def _is_ours(hook: Any) -> bool:

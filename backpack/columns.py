@@ -15,9 +15,9 @@ from torch import Tensor
 from backpack.engine import muted
 from backpack.hessian import signs_like
 from backpack.looped import nodes
+from backpack.loss_call import PASSES
 from backpack.products import LastingPass
 from backpack.residuals import WRONG_THIRD, base_name
-from backpack.seeds import PASSES
 
 
 @dataclass(eq=False)

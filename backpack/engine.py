@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from backpack.bystanders import undisturbed
 from backpack.compat import graph_task, running_node, when_backward_ends
 from backpack.delivery import Contributions, Delivery
+from backpack.landmarks import MARK
 from backpack.looped import edges_from
 from backpack.passages import Passage, serve
 from backpack.recorder import Call, Recording
@@ -118,9 +119,6 @@ class Watched:
         """Note an owner."""
         self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
 
-
-MARK = "backpack"
-"""At the node of an output of an extended module: what its forward pass left there."""
 
 WATCHED: Any = WeakTensorKeyDictionary()
 """Parameter to ``Watched``."""

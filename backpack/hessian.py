@@ -22,10 +22,13 @@ from backpack.delivery import Contributions
 from backpack.engine import HERE, expanded
 from backpack.graph import Graph, has_autocast, is_fused
 from backpack.joined import Joined, place_of
+from backpack.landmarks import Origin, count_uses, landmarks
+from backpack.loss_call import PASSES
 from backpack.recomputed import Dropped, drop
 from backpack.recorder import Call, Source
+from backpack.rerun import agree
 from backpack.samples import Layout, Rows, Subset, layout_like
-from backpack.seeds import PASSES, WIDEST, Curvature, Origin, SeedPass, agree, landmarks
+from backpack.seeds import WIDEST, Curvature, SeedPass
 from backpack.shortcuts import squares
 from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse
@@ -62,7 +65,7 @@ class HessianPass(SeedPass):
         rows = self.subset.rows(self.layout.n, self.loss.input.device)
         own = self.graph(rows)
         graph = Graph(self.joined, self.ends, own.layout)
-        self.uses = self._count_uses()
+        self.uses = count_uses(self.found)
         grad = self._place(self.loss.grad(self.layout, self.outer)[None], rows, own.rows)[0].to(dtype_at(own.edge))
         HERE.muted = True
         try:

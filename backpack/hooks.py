@@ -24,7 +24,6 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from backpack import averaged_hessian as averaged_hessian  # it registers passes
 from backpack import columns as columns  # as well
 from backpack import products as products
-from backpack.bystanders import random_state
 from backpack.compat import (
     caller,
     gathered_parameters,
@@ -37,12 +36,15 @@ from backpack.compat import (
     uncompiled,
     unobserved,
 )
-from backpack.engine import HERE, MARK, SHARDED, WATCHED, Block, Watched, muted, trainable
+from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
+from backpack.landmarks import MARK, Origin
+from backpack.loss_call import PASSES, LossCall
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
 from backpack.recomputed import free_if_recomputed
 from backpack.recorder import Call, Recording, Source, tensors_in
-from backpack.seeds import PASSES, LossCall, Origin, SeedPass, tap
+from backpack.rerun import random_state
+from backpack.seeds import SeedPass, tap
 
 # ---------------------------------------------------------------------------------------------------------------
 # Hooks on tensors

@@ -24,10 +24,11 @@ from backpack.engine import muted
 from backpack.graph import Graph, has_autocast
 from backpack.hessian import HessianPass
 from backpack.joined import Joined, place_of
+from backpack.landmarks import Origin, bystanders, landmarks
 from backpack.looped import edges_from
+from backpack.loss_call import PASSES, LossCall
 from backpack.recorder import call_at, tensors_in
 from backpack.samples import Layout
-from backpack.seeds import PASSES, LossCall, Origin, bystanders, landmarks
 
 Product = Callable[[Tensor], Tensor]
 

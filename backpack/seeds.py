@@ -7,33 +7,30 @@ the cotangents to the uses of the parameters, now with a seed axis.
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import Module
-from torch.utils._pytree import tree_leaves, tree_map
 
-from backpack.bystanders import drawing_again, forget_retained, run_again, undisturbed
-from backpack.compat import is_fully_sharded, outside_vmap
+from backpack.bystanders import forget_retained
+from backpack.compat import outside_vmap
 from backpack.delivery import Delivery
-from backpack.engine import HERE, MARK, Block, Ruled, by_rule, muted, trainable, without_autocast
+from backpack.engine import HERE, Block, Ruled, by_rule, trainable
 from backpack.joined import Joined
-from backpack.looped import Instead, counts_backward_passes, edges_from
-from backpack.losses import LossRoot, loss_root
+from backpack.landmarks import Found, Origin, count_uses, landmarks
+from backpack.loss_call import PASSES, LossCall
+from backpack.losses import LossRoot
 from backpack.memory import empty
 from backpack.passages import Passage
 from backpack.pooling import pooled
 from backpack.recomputed import drop, is_dropped
-from backpack.recorder import Call, Source, half_of, is_of_first_half, is_start, tensors_in
-from backpack.samples import Layout, Subset, layouts
+from backpack.recorder import Call, Source
+from backpack.rerun import agree, outputs_again
+from backpack.samples import Layout, Subset
 from backpack.uses import Derived, Individual
 
 WIDEST = 2**23
@@ -63,177 +60,6 @@ class Curvature(Ruled, Protocol):
 
     def complete(self, result: Any, grads: Individual) -> Any:
         """Add to the result of all seeds what does not depend on them."""
-
-
-@dataclass(eq=False)
-class Origin:
-    """What a forward pass of an extended module leaves at the node of each of its outputs.
-
-    ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
-    were recorded; ``tensors``: parameters, and what was computed; ``widest``: entries of the largest output of one;
-    ``arguments``: of the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them;
-    ``output``: its values, where the module may have to run again, and ``random``: what was drawn from then. No node is
-    held: what one of them holds would live forever if it held that node in turn.
-    """
-
-    n: int
-    layout: Layout | None
-    place: int
-    uses: Counter[int]
-    calls: list[ref[Call]]
-    tensors: list[ref[Tensor]]
-    widest: int
-    root: ref[Module]
-    arguments: tuple[Any, Any] | None
-    input_axis: int
-
-    def alive(self) -> list[Call]:
-        """The calls that are still there."""
-        return [call for found in self.calls if (call := found()) is not None]
-
-    grouped: bool
-    output: Tensor | None
-    random: list[Tensor] | None
-
-
-Found = list[tuple[GradientEdge, Origin]]
-"""Outputs of extended modules."""
-
-
-def landmarks(edge: GradientEdge, instead: Instead | None = None) -> tuple[Found, list[GradientEdge]]:
-    """Where a graph passes outputs of extended modules; and where a pull-back may stop.
-
-    It may at the first uses of parameters, and at inputs of extended modules.
-    """
-    found, ends = [], []
-    for at in edges_from(edge, instead):
-        metadata: Any = at.node.metadata
-        origin = metadata.get((MARK, at.output_nr))
-        if origin is not None:
-            found.append((at, origin))
-        if is_start(at):
-            ends.append(at)
-    return found, ends
-
-
-def bystanders(found: Found) -> Iterator[ref[Tensor]]:
-    """Parameters, and what was computed on the way to these outputs."""
-    for tensors in {id(origin.tensors): origin.tensors for _, origin in found}.values():
-        yield from tensors
-
-
-@dataclass(eq=False)
-class LossCall:
-    """One call of an extended loss."""
-
-    loss: Module
-    input: Tensor
-    edge: GradientEdge
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, block: Block, outer: Tensor) -> None:
-        """Compute the second-order extensions of a block; ``outer`` is the cotangent of the loss."""
-        found, ends = landmarks(self.edge)
-        with undisturbed([self.input, *bystanders(found)]):
-            self._run(block, outer, found, ends)
-
-    def _run(self, block: Block, outer: Tensor, found: Found, ends: list[GradientEdge]) -> None:
-        if not found:
-            raise RuntimeError(
-                f"The input of {type(self.loss).__name__} depends on no trainable parameter of an extended module: "
-                f"second-order extensions need extend(model) before the forward pass, and parameters that are not "
-                f"all frozen."
-            )
-        self._check(outer, block.loss_factor)
-        output, origin = found[0]
-        module = origin.root()
-        for extension in block.second_order:
-            if extension.backprop != "sqrt" and module is not None and any(map(is_fully_sharded, module.modules())):
-                raise RuntimeError(
-                    f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
-                    f"not gather parameters. Use a model without it, or another extension."
-                )
-        if origin.n == 0:
-            raise RuntimeError(
-                f"The input of {type(self.loss).__name__}, of shape {list(self.input.shape)}, comes from a batch of "
-                f"size 0, which has no curvature."
-            )
-        block.check_subsets(origin.n, self.input.device)
-        with muted():
-            layout = self._layout(output, origin)
-
-        @cache
-        def root() -> LossRoot:
-            with muted(), without_autocast(self.input.device):
-                return loss_root(self.loss, self.input, layout, self.args, self.kwargs, outer)
-
-        if any(extension.semidefinite for extension in block.second_order):
-            root().require_semidefinite()
-            notice = root().notice
-            if notice is not None and any(extension.seeds != "gradient" for extension in block.second_order):
-                warnings.warn(notice, stacklevel=2)
-        groups: dict[Any, list[Any]] = {}
-        for extension in block.second_order:
-            how = (extension.seeds, extension.mc_samples, extension.chunk_size, extension.whole, extension.backprop)
-            key = (extension.subset.key, *how)
-            groups.setdefault(key, []).append(extension)
-        for place, extensions in enumerate(groups.values()):
-            last = place == len(groups) - 1 and not block.first_order and not block.with_rules
-            with without_autocast(self.input.device):
-                PASSES[extensions[0].backprop](block, extensions, self, root, layout, found, ends, outer, last).run()
-
-    def grad(self, layout: Layout, outer: Tensor) -> Tensor:
-        """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
-        create = torch.is_grad_enabled()
-        with torch.enable_grad():
-            point = self.input if create else self.input.detach().requires_grad_()
-            value = self.loss.forward(point, *self.args, **self.kwargs)
-            (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=create)
-        return layout.split(grad).reshape(layout.n, -1)
-
-    def _check(self, outer: Tensor, factor: float) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and counts_backward_passes(self.edge):
-            raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) would take the pull-back of seeds for its first backward "
-                "pass: leave static_graph out, or run one backward pass without second-order extensions before."
-            )
-        for value in tensors_in((self.args, self.kwargs)):
-            if value.requires_grad:
-                raise RuntimeError(
-                    f"A further argument of {type(self.loss).__name__}, of shape {list(value.shape)}, requires a "
-                    f"gradient: second-order extensions differentiate the loss by its first argument alone."
-                )
-        if outer.dim() == 0 and outer.item() != factor:
-            warnings.warn(
-                f"The output of {type(self.loss).__name__} was multiplied by a factor ({outer.item():.3g}) before "
-                f"backward(): second-order extensions are those of the loss itself, without the factor.",
-                stacklevel=2,
-            )
-
-    def _layout(self, output: GradientEdge, origin: Origin) -> Layout:
-        """Where the samples lie in the input of the loss."""
-        shape = self.input.shape
-        axes = (0,) if isinstance(self.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
-        possible = layouts(shape, origin.n, axes)
-        if self.edge == output:
-            possible = [layout for layout in possible if layout == origin.layout]
-        elif origin.n > 1:
-            possible = [layout for layout in possible if self._fits(layout, output, origin)]
-        if len(possible) != 1 and not (possible and origin.n == 1):
-            raise RuntimeError(
-                f"The input of {type(self.loss).__name__}, of shape {list(shape)}, does not show where the {origin.n} "
-                f"samples lie: let them be counted by its first axis, alone or together with the positions, and let "
-                f"nothing between the model and the loss mix samples."
-            )
-        return possible[0]
-
-    def _fits(self, layout: Layout, output: GradientEdge, origin: Origin) -> bool:
-        """Whether the first half of the samples, in this layout, comes from the first half of the module's output."""
-        seed = half_of(self.input, layout)
-        (grad,) = torch.autograd.grad(self.edge, output, seed, retain_graph=True)
-        return origin.layout is not None and is_of_first_half(grad, origin.layout)
 
 
 @dataclass(eq=False)
@@ -283,7 +109,7 @@ class SeedPass:
             if own is not None:
                 edge, select, self.subset, self.selected = own, rows, Subset(), True
                 self.joined, (self.found, self.ends) = Joined(edge), landmarks(edge)
-        self.uses = self._count_uses()
+        self.uses = count_uses(self.found)
 
         def pull() -> None:
             for number, seeds in self._chunks(edge):
@@ -310,13 +136,6 @@ class SeedPass:
     def _clear(self) -> None:
         for store in (self.delivery, self.results, self.finished, self.waiting, self.late):
             store.clear()
-
-    def _count_uses(self) -> Counter[int]:
-        """How often each parameter is used."""
-        uses: Counter[int] = Counter()
-        for own in unique(origin.uses for _, origin in self.found):
-            uses.update(own)
-        return uses
 
     def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
@@ -410,29 +229,7 @@ class SeedPass:
         return get_gradient_edge(outputs[origin.place])
 
     def _run_again(self, origin: Origin, rows: Tensor | None) -> list[Any] | None:
-        """All outputs of a module, of the selected samples alone, if it can run again."""
-        root = origin.root()
-        if root is None or origin.arguments is None:
-            return None
-        if any(map(is_fully_sharded, root.modules())):
-            return None  # processes would not gather parameters in step
-        if rows is not None and (origin.grouped or any(map(is_observed, root.modules()))):
-            return None  # samples can't be selected, or what a hook has kept would be replaced
-
-        def select(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            for axis in (origin.input_axis, 0):
-                if rows is not None and value.dim() > axis and value.shape[axis] == origin.n:
-                    return value.index_select(axis, rows)
-            return value
-
-        args, kwargs = tree_map(select, origin.arguments)
-        with torch.enable_grad(), drawing_again(origin.random), run_again(root):
-            try:
-                return tree_leaves(root(*args, **kwargs))
-            except (RuntimeError, ValueError):  # shapes: of a state of all samples, of what counts on all
-                return None
+        return outputs_again(origin, rows)
 
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note cotangents of one of a call's outputs; finish parameters that have no other use."""
@@ -565,11 +362,6 @@ class SeedPass:
         self.block.pulled.setdefault(key, []).append(grads if rows is None else grads.index_select(1, rows))
 
 
-PASSES: dict[str, type[SeedPass]] = {"sqrt": SeedPass}
-"""How curvature is pulled back: the root's columns by themselves; other files add a mean over the batch, and what has
-second derivatives of the model."""
-
-
 def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> None:
     """Bring a cotangent to the running pass, as ``[v, ...]``."""
     if running.batched:
@@ -579,23 +371,4 @@ def tap(running: SeedPass, receive: Callable[[Tensor], None], grad: Tensor) -> N
         receive(grad[None])
 
 
-def is_observed(module: Module) -> bool:
-    """Whether a user's hook runs with a module's forward pass."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    names = [getattr(hook, "__module__", None) or "" for hook in hooks]
-    return not all(name.startswith(("backpack.", "torch.")) for name in names)
-
-
-def agree(output: Tensor, expected: Tensor, rounded: bool = False) -> bool:
-    """Whether two outputs differ by rounding only; ``rounded``: the expected one was computed in 16 bits."""
-    if rounded:
-        output, expected = output.bfloat16(), expected.bfloat16()
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    size = max(1e-30, expected.abs().max().item())
-    same = output.shape == expected.shape and output.dtype == expected.dtype
-    return same and torch.allclose(output, expected, rtol=tolerance, atol=tolerance * size)
-
-
-def unique(counters: Iterable[Counter[int]]) -> list[Counter[int]]:
-    """Each object once."""
-    return list({id(counter): counter for counter in counters}.values())
+PASSES["sqrt"] = SeedPass

@@ -1,0 +1,101 @@
+"""Running a module again: on selected samples, with other functions, or piece by piece.
+
+Nothing of it is to be seen afterwards: not on the module, nor in its buffers, nor in the random numbers that others
+draw. What comes out counts only where it agrees with what the forward pass of the user gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves, tree_map
+
+from backpack.bystanders import Guarding
+from backpack.compat import is_fully_sharded
+from backpack.landmarks import Origin
+
+
+@contextmanager
+def run_again(root: Module) -> Iterator[None]:
+    """A forward pass inside leaves no attribute of the module and its submodules changed, nor statistics in buffers."""
+    before = [(module, dict(vars(module))) for module in root.modules()]
+    buffers = [(m._buffers, name, b) for m in root.modules() if m.training for name, b in m._buffers.items()]
+    copies = {id(b): b.clone() for _, _, b in buffers if b is not None}
+    for own, name, buffer in buffers:
+        own[name] = copies.get(id(buffer))
+    try:
+        with Guarding():
+            yield
+    finally:
+        for own, name, buffer in buffers:
+            own[name] = buffer
+        for module, attributes in before:
+            for name, value in list(vars(module).items()):
+                if name not in attributes:
+                    delattr(module, name)
+                elif value is not attributes[name]:
+                    vars(module)[name] = attributes[name]
+
+
+def random_state() -> list[Tensor]:
+    """Of PyTorch's generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+@contextmanager
+def drawing_again(state: list[Tensor] | None) -> Iterator[None]:
+    """What is drawn inside is what was drawn after ``state``, if that is known; the generators do not move."""
+    with torch.random.fork_rng():
+        if state is not None:
+            torch.set_rng_state(state[0])
+            if len(state) > 1:
+                torch.cuda.set_rng_state_all(state[1:])
+        yield
+
+
+def is_observed(module: Module) -> bool:
+    """Whether a user's hook runs with a module's forward pass."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    names = [getattr(hook, "__module__", None) or "" for hook in hooks]
+    return not all(name.startswith(("backpack.", "torch.")) for name in names)
+
+
+def outputs_again(origin: Origin, rows: Tensor | None) -> list[Any] | None:
+    """All outputs of a module, of the selected samples alone, if it can run again."""
+    root = origin.root()
+    if root is None or origin.arguments is None:
+        return None
+    if any(map(is_fully_sharded, root.modules())):
+        return None  # processes would not gather parameters in step
+    if rows is not None and (origin.grouped or any(map(is_observed, root.modules()))):
+        return None  # samples can't be selected, or what a hook has kept would be replaced
+
+    def select(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        for axis in (origin.input_axis, 0):
+            if rows is not None and value.dim() > axis and value.shape[axis] == origin.n:
+                return value.index_select(axis, rows)
+        return value
+
+    args, kwargs = tree_map(select, origin.arguments)
+    with torch.enable_grad(), drawing_again(origin.random), run_again(root):
+        try:
+            return tree_leaves(root(*args, **kwargs))
+        except (RuntimeError, ValueError):  # shapes: of a state of all samples, of what counts on all
+            return None
+
+
+def agree(output: Tensor, expected: Tensor, rounded: bool = False) -> bool:
+    """Whether two outputs differ by rounding only; ``rounded``: the expected one was computed in 16 bits."""
+    if rounded:
+        output, expected = output.bfloat16(), expected.bfloat16()
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    size = max(1e-30, expected.abs().max().item())
+    same = output.shape == expected.shape and output.dtype == expected.dtype
+    return same and torch.allclose(output, expected, rtol=tolerance, atol=tolerance * size)
