@@ -17,8 +17,9 @@ from torch.nn import Module
 from backpack.context import backpack
 from backpack.dataset.batch_pass import BatchPass
 from backpack.dataset.batches import Batch, Batches, require_two_readings
-from backpack.dataset.checkpoint import Checkpoint, identity
+from backpack.dataset.checkpoint import Checkpoint
 from backpack.dataset.collection import GRAD, Collection
+from backpack.dataset.identity import identity
 from backpack.dataset.interruption import Counts, Interruption
 from backpack.dataset.merged import merged
 from backpack.dataset.processes import Processes

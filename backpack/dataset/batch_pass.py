@@ -14,8 +14,9 @@ from torch.nn import Module
 
 from backpack.compat import is_fully_sharded
 from backpack.context import backpack, disable, extend
-from backpack.dataset.batches import Batch, apply, moved, samples_of, split
+from backpack.dataset.batches import Batch
 from backpack.dataset.collection import Collection, part_of
+from backpack.dataset.contents import apply, moved, samples_of, split
 from backpack.engine import HERE, SHARDED, without_autocast
 from backpack.hooks import EXTENDED
 from backpack.losses.denominators import denominator as of_loss

@@ -1,12 +1,11 @@
-"""A safetensors file that is replaced as a whole, and what it must have in common with the run that reads it."""
+"""A safetensors file that is replaced as a whole, and read by a run with the same identity only."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,55 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torch.utils._pytree import tree_leaves
-
-from backpack.extensions.backprop_extension import BackpropExtension
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors, and what is no tensor."""
-
-
-def identity(
-    model: Module, lossfunc: Module, extensions: Iterable[BackpropExtension], **further: object
-) -> dict[str, str]:
-    """What two runs must have in common for one to go on where the other ended."""
-    shapes = {name: [*value.shape, str(value.dtype)] for name, value in model.state_dict().items()}
-    reduction = getattr(lossfunc, "reduction", None)
-    return {
-        "model": f"{type(model).__name__}, state {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}",
-        "weights of the model": _digest_of_weights(model),
-        "training mode": str(sorted(name for name, module in model.named_modules() if module.training)),
-        "loss": f"{lossfunc!r}, reduction {reduction}, weights {_digest_of_weights(lossfunc)}",
-        "extensions": "; ".join(map(describe, extensions)),
-        **{name.replace("_", " "): str(value) for name, value in further.items()},
-    }
-
-
-def _digest_of_weights(module: Module) -> str:
-    return _digest(sorted((*module.named_parameters(), *module.named_buffers())))
-
-
-def describe(extension: BackpropExtension) -> str:
-    """An extension with all its options."""
-    options = {k: _shown(v) for k, v in sorted(vars(extension).items()) if k not in ("subset", "rules")}
-    rules = {module.__name__: type(rule).__name__ for module, rule in extension.rules.items()}
-    return f"{type(extension).__name__}({options}, rules={rules}, subsampling={extension.subset.key})"
-
-
-def _shown(option: Any) -> Any:
-    """As it is, or a digest of the tensors in it."""
-    tensors = [leaf for leaf in tree_leaves(option) if isinstance(leaf, Tensor)]
-    return _digest((str(place), tensor) for place, tensor in enumerate(tensors)) if tensors else option
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, value in tensors:
-        local = value.to_local() if hasattr(value, "to_local") else value
-        digest.update(name.encode())
-        digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from backpack.context import backpack, extend, unextend
-from backpack.dataset.batches import apply
+from backpack.dataset.contents import apply
 from backpack.extensions import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.verification import factors as factors  # they register checks
