@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.averaged import AFFINE, ELEMENTWISE, SAME, AveragedPass, Mean, is_one_of
+from backpack.averaged import AveragedPass
 from backpack.engine import HERE
 from backpack.loss_call import PASSES
+from backpack.mean_curvature import AFFINE, ELEMENTWISE, SAME, Mean, is_one_of
 from backpack.rerun import run_again
 
 
