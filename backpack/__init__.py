@@ -7,7 +7,7 @@
 - ``dataset``: the quantities of a whole data set.
 - ``verification``, ``summaries``: before a long run.
 - ``extensions``: the quantities, one a file.
-- ``engine``: the backward pass; ``recorder``: the forward pass.
+- ``engine``: the backward pass; ``recorder``: the forward pass; ``seeds``: the second order.
 - ``operations``: how PyTorch's functions use their parameters, one family a file.
 - ``uses``: the few forms of such uses, and what can be computed of each.
 - ``passages``: what users' rules and hooks can read of the forward pass.

@@ -22,10 +22,11 @@ from backpack.landmarks import count_uses, landmarks
 from backpack.looped import edges_from, must_loop
 from backpack.loss_call import PASSES
 from backpack.mean_curvature import AFFINE, CONVOLUTIONS, ELEMENTWISE, MAPS, SAME, Mean, in_closed_form, is_one_of
+from backpack.quantities import Curvature
 from backpack.recorder import Call, call_at
 from backpack.rerun import agree, is_observed, run_again
 from backpack.samples import Layout, Subset
-from backpack.seeds import WIDEST, Curvature, SeedPass
+from backpack.seeds import WIDEST, SeedPass
 from backpack.uses import Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors

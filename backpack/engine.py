@@ -19,56 +19,19 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack.bystanders import undisturbed
 from backpack.compat import graph_task, running_node, when_backward_ends
 from backpack.delivery import Contributions, Delivery
-from backpack.landmarks import MARK
-from backpack.looped import edges_from
+from backpack.missed import find_missed, leave_out
 from backpack.passages import Passage, serve
+from backpack.quantities import Quantity
 from backpack.recorder import Call, Recording
 from backpack.samples import Subset
-from backpack.uses import Derived, Explicit, Individual
-
-
-class Ruled(Protocol):
-    """What is needed to know of an extension that may have rules of users."""
-
-    rules: dict[type[Module], Any]
-    has_rules_only: bool
-    """Whether nothing is computed but by rules."""
-
-    def rule_for(self, module: Module) -> Any:
-        """The user's rule for a module, if there is one."""
-
-    def missing(self, name: str) -> None:
-        """Say that there is none for the module of a parameter."""
-
-
-class Quantity(Ruled, Protocol):
-    """What the engine needs to know of an extension."""
-
-    savefield: str
-    subset: Subset
-    reads: tuple[str, ...]
-    needs_all_parameters: bool
-    seeds: str | None
-
-    def compute(self, grads: Individual) -> Any:
-        """The result for one parameter."""
-
-    def measure(self, grads: Individual) -> Tensor:
-        """What of one parameter the results of all depend on."""
-
-    def combine(self, measures: list[Tensor]) -> Tensor:
-        """What the result of each parameter needs to know of all."""
-
-    def compute_jointly(self, grads: Individual, joint: Tensor) -> Any:
-        """The result for one parameter, given what ``combine`` returned."""
+from backpack.uses import Derived, Explicit
+from backpack.watched import SHARDED, WATCHED, Watched, by_rule, trainable
 
 
 class Receiver(Protocol):
@@ -98,50 +61,6 @@ class _Thread(threading.local):
 
 
 HERE = _Thread()
-
-
-@dataclass(eq=False)
-class Watched:
-    """A parameter of extended modules: its hook, and the modules that own it."""
-
-    name: str
-    handle: RemovableHandle | None = None
-    references: list[ref[Module]] = field(default_factory=list)
-    explained: set[bool] = field(default_factory=set)
-    """Modes of training in which its gradient was compared with what was delivered."""
-
-    @property
-    def owners(self) -> list[Module]:
-        """The modules that are still there."""
-        return [owner for reference in self.references if (owner := reference()) is not None]
-
-    def add(self, owner: Module) -> None:
-        """Note an owner."""
-        self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
-
-
-WATCHED: Any = WeakTensorKeyDictionary()
-"""Parameter to ``Watched``."""
-
-
-SHARDED: Any = WeakTensorKeyDictionary()
-"""Whole parameter that a fully sharded module has gathered to a weak reference to the sharded one."""
-
-
-def trainable(module: Module) -> list[Tensor]:
-    """The parameters of the module itself that receive gradients."""
-    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
-
-
-def by_rule(extension: Ruled, parameter: Tensor) -> bool:
-    """Whether a user's rule computes the result of a parameter."""
-    if not extension.rules or parameter not in WATCHED:
-        return False
-    for module in WATCHED[parameter].owners:
-        rule = extension.rule_for(module)
-        if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
-            return True
-    return False
 
 
 @contextmanager
@@ -393,45 +312,10 @@ class Block:
 
     def _look_for_missed(self) -> None:
         """A pass that ends before parameters, as ``inputs=`` can have it, leaves no result on them, and no old one."""
-        arrivals = self.delivery.arrivals
-        whole = self.asked and not arrivals and all(own.keys() <= self.seen for _, own in self.starts)
-        if whole or not self.first_order:
-            return
-        left = [source for source in self.delivery.sources.values() if source.tensor not in SHARDED]
-        delivered = Counter(id(p) for s in left for p in s.parameters for _ in arrivals.get(id(s.tensor), ()))
-        missed: dict[int, Tensor] = {}
-        for node, own in self.starts:
-            if not (delivered or not self.asked or own.keys() - self.seen):
-                continue
-            used = {id(own): own}
-            ends: list[Any] = []
-            for edge in edges_from(GradientEdge(node, 0)):
-                metadata: Any = edge.node.metadata
-                if (origin := metadata.get((MARK, edge.output_nr))) is not None:
-                    used[id(origin.uses)] = origin.uses
-                ends.append(getattr(edge.node, "variable", None))
-            total = sum(used.values(), Counter())
-            self.partial |= {key for key, number in delivered.items() if number < total[key]}
-            missed |= {id(p): p for p in ends if p in WATCHED and (id(p) in self.partial or id(p) not in self.seen)}
-        for parameter in missed.values():
-            for extension in self.first_order:
-                vars(parameter).pop(extension.savefield, None)
-        names = [WATCHED[parameter].name for parameter in missed.values()]
-        found = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for extension in self.first_order if missed else ():
-            if extension.needs_all_parameters:
-                raise RuntimeError(
-                    f"{type(extension).__name__} depends on all parameters of the model, and the backward pass ended "
-                    f"before it reached all uses of {found}. Call backward(), or freeze with requires_grad_(False) "
-                    f"what is to be left out."
-                )
-        if missed and not self.asked:
-            warnings.warn(
-                f"The backward pass ended before it reached all uses of {found}: there are no results of "
-                f"{', '.join(type(extension).__name__ for extension in self.first_order)} for these parameters. Call "
-                f"backward(), or autograd.grad with respect to the parameters whose results are wanted.",
-                stacklevel=2,
-            )
+        if self.first_order:
+            missed, self.partial = find_missed(self.delivery, self.starts, self.seen, self.asked)
+            if missed:
+                leave_out(missed, self.first_order, self.asked)
 
     def _end_pass(self) -> None:
         """What no hook of a parameter has fetched, and what needs all parameters."""

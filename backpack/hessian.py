@@ -24,11 +24,12 @@ from backpack.graph import Graph, has_autocast, is_fused
 from backpack.joined import Joined, place_of
 from backpack.landmarks import Origin, count_uses, landmarks
 from backpack.loss_call import PASSES
+from backpack.quantities import Curvature
 from backpack.recomputed import Dropped, drop
 from backpack.recorder import Call, Source
 from backpack.rerun import agree
 from backpack.samples import Layout, Rows, Subset, layout_like
-from backpack.seeds import WIDEST, Curvature, SeedPass
+from backpack.seeds import WIDEST, SeedPass
 from backpack.shortcuts import squares
 from backpack.uses import Dense, DenseUse, Derived, ElementwiseUse, Explicit, Individual, PullbackUse, Use, join
 from backpack.uses.replay import ReplayUse

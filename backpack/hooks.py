@@ -36,7 +36,7 @@ from backpack.compat import (
     uncompiled,
     unobserved,
 )
-from backpack.engine import HERE, SHARDED, WATCHED, Block, Watched, muted, trainable
+from backpack.engine import HERE, Block, muted
 from backpack.landmarks import MARK, Origin
 from backpack.loss_call import PASSES, LossCall
 from backpack.losses import ROOTS
@@ -45,6 +45,7 @@ from backpack.recomputed import free_if_recomputed
 from backpack.recorder import Call, Recording, Source, tensors_in
 from backpack.rerun import random_state
 from backpack.seeds import SeedPass, tap
+from backpack.watched import SHARDED, WATCHED, Watched, trainable
 
 # ---------------------------------------------------------------------------------------------------------------
 # Hooks on tensors

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from backpack.bystanders import forget_retained
 from backpack.compat import outside_vmap
 from backpack.delivery import Delivery
-from backpack.engine import HERE, Block, Ruled, by_rule, trainable
+from backpack.engine import HERE, Block
 from backpack.joined import Joined
 from backpack.landmarks import Found, Origin, count_uses, landmarks
 from backpack.loss_call import PASSES, LossCall
@@ -27,39 +27,16 @@ from backpack.losses import LossRoot
 from backpack.memory import empty
 from backpack.passages import Passage
 from backpack.pooling import pooled
+from backpack.quantities import Curvature
 from backpack.recomputed import drop, is_dropped
 from backpack.recorder import Call, Source
 from backpack.rerun import agree, outputs_again
 from backpack.samples import Layout, Subset
 from backpack.uses import Derived, Individual
+from backpack.watched import by_rule, trainable
 
 WIDEST = 2**23
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
-
-
-class Curvature(Ruled, Protocol):
-    """What is needed to know of a second-order extension."""
-
-    savefield: str
-    subset: Subset
-    reads: tuple[str, ...]
-    seeds: str
-    mc_samples: int
-    chunk_size: int | None
-
-    def compute(self, grads: Individual) -> Any:
-        """The result of some seeds for one parameter."""
-
-    additive: bool
-    whole: bool
-    backprop: str
-    semidefinite: bool
-
-    def merge(self, results: list[Any]) -> Any:
-        """The result of all seeds, from those of some each."""
-
-    def complete(self, result: Any, grads: Individual) -> Any:
-        """Add to the result of all seeds what does not depend on them."""
 
 
 @dataclass(eq=False)

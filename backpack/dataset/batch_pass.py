@@ -17,9 +17,10 @@ from backpack.context import backpack, disable, extend
 from backpack.dataset.batches import Batch
 from backpack.dataset.collection import Collection, part_of
 from backpack.dataset.contents import apply, moved, samples_of, split
-from backpack.engine import HERE, SHARDED, without_autocast
+from backpack.engine import HERE, without_autocast
 from backpack.hooks import EXTENDED
 from backpack.losses.denominators import denominator as of_loss
+from backpack.watched import SHARDED
 
 
 @dataclass(eq=False)

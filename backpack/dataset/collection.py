@@ -11,11 +11,11 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from backpack.dataset.stores import FileRows, Rows
-from backpack.engine import SHARDED
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.merging import Joined, Merging, Summed
 from backpack.memory import LARGE
+from backpack.watched import SHARDED
 
 GRAD = "grad"
 

@@ -1,0 +1,71 @@
+"""What the passes need to know of an extension, of which they import none."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import Module
+
+from backpack.samples import Subset
+from backpack.uses import Individual
+
+
+class Ruled(Protocol):
+    """What is needed to know of an extension that may have rules of users."""
+
+    rules: dict[type[Module], Any]
+    has_rules_only: bool
+    """Whether nothing is computed but by rules."""
+
+    def rule_for(self, module: Module) -> Any:
+        """The user's rule for a module, if there is one."""
+
+    def missing(self, name: str) -> None:
+        """Say that there is none for the module of a parameter."""
+
+
+class Quantity(Ruled, Protocol):
+    """What the engine needs to know of an extension."""
+
+    savefield: str
+    subset: Subset
+    reads: tuple[str, ...]
+    needs_all_parameters: bool
+    seeds: str | None
+
+    def compute(self, grads: Individual) -> Any:
+        """The result for one parameter."""
+
+    def measure(self, grads: Individual) -> Tensor:
+        """What of one parameter the results of all depend on."""
+
+    def combine(self, measures: list[Tensor]) -> Tensor:
+        """What the result of each parameter needs to know of all."""
+
+    def compute_jointly(self, grads: Individual, joint: Tensor) -> Any:
+        """The result for one parameter, given what ``combine`` returned."""
+
+
+class Curvature(Ruled, Protocol):
+    """What is needed to know of a second-order extension."""
+
+    savefield: str
+    subset: Subset
+    reads: tuple[str, ...]
+    seeds: str
+    mc_samples: int
+    chunk_size: int | None
+    additive: bool
+    whole: bool
+    backprop: str
+    semidefinite: bool
+
+    def compute(self, grads: Individual) -> Any:
+        """The result of some seeds for one parameter."""
+
+    def merge(self, results: list[Any]) -> Any:
+        """The result of all seeds, from those of some each."""
+
+    def complete(self, result: Any, grads: Individual) -> Any:
+        """Add to the result of all seeds what does not depend on them."""

@@ -1,0 +1,58 @@
+"""Parameters of extended modules: what is known of each while it lives, and which modules own it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from backpack.quantities import Ruled
+
+
+@dataclass(eq=False)
+class Watched:
+    """A parameter of extended modules: its hook, and the modules that own it."""
+
+    name: str
+    handle: RemovableHandle | None = None
+    references: list[ref[Module]] = field(default_factory=list)
+    explained: set[bool] = field(default_factory=set)
+    """Modes of training in which its gradient was compared with what was delivered."""
+
+    @property
+    def owners(self) -> list[Module]:
+        """The modules that are still there."""
+        return [owner for reference in self.references if (owner := reference()) is not None]
+
+    def add(self, owner: Module) -> None:
+        """Note an owner."""
+        self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
+
+
+WATCHED: Any = WeakTensorKeyDictionary()
+"""Parameter to ``Watched``."""
+
+
+SHARDED: Any = WeakTensorKeyDictionary()
+"""Whole parameter that a fully sharded module has gathered to a weak reference to the sharded one."""
+
+
+def trainable(module: Module) -> list[Tensor]:
+    """The parameters of the module itself that receive gradients."""
+    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+
+
+def by_rule(extension: Ruled, parameter: Tensor) -> bool:
+    """Whether a user's rule computes the result of a parameter."""
+    if not extension.rules or parameter not in WATCHED:
+        return False
+    for module in WATCHED[parameter].owners:
+        rule = extension.rule_for(module)
+        if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
+            return True
+    return False
