@@ -90,6 +90,11 @@ class Dense(LinearMap):
         right = self.grad[0] if v == 1 else self.grad.permute(1, 2, 3, 0, 4).reshape(n, g, s, v * o)
         return product(torch.matmul, self.x.transpose(2, 3), right, (n, g, i, v * o))
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether squares are to be taken of one seed, without weights, and no gradient is tracked."""
+        return len(self.grad) == 1 and self.weights is None and not torch.is_grad_enabled()
+
     def _to_parameter(self, matrix: Tensor) -> Tensor:
         """``[..., g, o, i]`` to ``[..., *p]``."""
         matrix = matrix.transpose(-1, -2) if self.flipped else matrix
@@ -148,6 +153,9 @@ class Dense(LinearMap):
             own: dict[str, list[Tensor]] = {name: [] for name in pieces}
             for part in samples._seeds():
                 matrices = part._matrices()
+                if own.get("sample_squares") and names == ["sample_squares"] and part._is_plain:
+                    own["sample_squares"][0].addcmul_(matrices, matrices)
+                    continue
                 if "total" in summed:
                     summed["total"].add(matrices.unflatten(3, (-1, o)))
                 if names != ["total"]:
@@ -159,7 +167,9 @@ class Dense(LinearMap):
                 if "sum_squares" in summed:
                     summed["sum_squares"].add(matrices.unflatten(3, (-1, o)))
                 if "sample_squares" in own:
-                    accumulate(own["sample_squares"], matrices.unflatten(3, (-1, o)).sum(3))
+                    accumulate(
+                        own["sample_squares"], matrices if part._is_plain else matrices.unflatten(3, (-1, o)).sum(3)
+                    )
             for name, parts in own.items():
                 pieces[name].append(torch.cat(parts))
         found = {}
