@@ -167,9 +167,8 @@ class Dense(LinearMap):
                 if "sum_squares" in summed:
                     summed["sum_squares"].add(matrices.unflatten(3, (-1, o)))
                 if "sample_squares" in own:
-                    accumulate(
-                        own["sample_squares"], matrices if part._is_plain else matrices.unflatten(3, (-1, o)).sum(3)
-                    )
+                    squares = matrices if part._is_plain else matrices.unflatten(3, (-1, o)).sum(3)
+                    accumulate(own["sample_squares"], squares)
             for name, parts in own.items():
                 pieces[name].append(torch.cat(parts))
         found = {}
