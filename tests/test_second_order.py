@@ -380,7 +380,8 @@ def test_seeds_go_through_max_pooling_by_turns(name, monkeypatch):
     model(X)
     diagonals, _ = explicit(model, X, lossfunc, y, 3)
     out = model(X)
-    assert len(Joined(get_gradient_edge(out)).pooling) == expected
+    told = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # whether tensors are packed; not in PyTorch 2.5
+    assert len(Joined(get_gradient_edge(out)).pooling) == (expected if told else 0)
     with backpack(BatchDiagGGNExact()):
         lossfunc(out, y).backward()
     for parameter, truth in zip(model.parameters(), diagonals, strict=True):
