@@ -327,7 +327,7 @@ class HessianPass(SeedPass):
 
     def _calls(self) -> list[Call]:
         """All that were recorded on the way to the loss."""
-        return [call for _, origin in self.found for found in origin.calls if (call := found()) is not None]
+        return [call for _, origin in self.found for call in origin.alive()]
 
     def _has_fused(self) -> bool:
         """Whether there are functions of which PyTorch has no second derivatives, but others that compute the same."""
