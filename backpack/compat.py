@@ -110,6 +110,11 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
         push_dynamic_layer_stack(level)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor differs along the axis that ``torch.vmap`` maps over."""
+    return maybe_get_bdim(tensor) >= 0
+
+
 def inside_vmap(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor as ``torch.vmap`` has it inside, where its first axis is mapped; undoes ``outside_vmap(like)``."""
     return _add_batch_dim(tensor, 0, maybe_get_level(like))

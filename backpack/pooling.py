@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import inside_vmap, is_packed, outside_vmap
+from backpack.compat import inside_vmap, is_mapped, is_packed, outside_vmap
 from backpack.looped import Instead, nodes
 from backpack.memory import empty
 from backpack.recorder import call_at, is_start
@@ -73,7 +73,7 @@ def _is_observed(edge: GradientEdge) -> bool:
 def _pull(node: Any, results: list[Tensor], count: int, grads: tuple[Tensor | None, ...]) -> Any:
     """Pull cotangents back, and leave a zero to the node itself."""
     grad, x = grads[0], node._saved_self
-    if grad is None:
+    if grad is None or not is_mapped(grad):
         return None
     with outside_vmap(grad, count) as seeds:
         sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
