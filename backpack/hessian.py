@@ -113,10 +113,6 @@ class HessianPass(SeedPass):
         self.totals[id(parameter)] = (parameter, grads, total)
 
     def _add_total(self, parameter: Tensor, dense: Dense, total: Tensor) -> None:
-        if total.shape[2] == 1:
-            roots, signs = _roots(total)
-            self._add(parameter, replace(dense, grad=roots).weighted(signs), self.extensions)
-            return
         unfold = dense.unfold
         assert unfold is not None
         squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
@@ -297,9 +293,13 @@ class HessianPass(SeedPass):
         return any("sample_squares" in extension.reads for extension in self.extensions)
 
     def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
-        """Add ``[n, *p]`` as a difference of squares."""
-        roots, signs = _roots(diagonal)
-        self._add(parameter, Explicit(roots).weighted(signs), self.extensions)
+        """Add ``[n, *p]``, memory that nothing else uses; one row will do where only the sum over samples is wanted."""
+        found = Explicit(diagonal[None])
+        if self._each:
+            found.know(sample_squares=diagonal, sum_squares=diagonal.sum(0))
+        else:
+            found.know(sum_squares=diagonal.sum(0) if len(diagonal) > 1 else diagonal[0])
+        self._add(parameter, found, self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
         if id(parameter) not in self.parameters:
@@ -434,7 +434,7 @@ class HessianPass(SeedPass):
             parameter, rows = source.tensor, self._rows(call)
             total = rows.take(arrived[call][0], leading=1).to(parameter.dtype)
             if isinstance(use, ElementwiseUse):
-                self._add_diagonal(parameter, use.squares(total, rows, parameter.shape))
+                self._add_diagonal(parameter, use.squares(total, rows, parameter.shape).clone())
             elif isinstance(use, DenseUse):
                 dense = use.bind(total, rows, parameter.shape)
                 self._note_total(parameter, dense, dense.grad[0])
@@ -459,12 +459,6 @@ def _edges_of(call: Call, number: int) -> list[GradientEdge | None]:
 def signs_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Random signs."""
     return torch.randint(0, 2, shape, device=tensor.device).to(tensor.dtype) * 2 - 1
-
-
-def _roots(diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, ...]`` as a difference of two squares: ``[2, n, ...]``, and their weights ``[2, n]``."""
-    roots = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
-    return roots, diagonal.new_tensor([[1.0], [-1.0]]).expand(2, len(diagonal))
 
 
 def _depends(value: Tensor, parameter: Tensor) -> bool:

@@ -108,6 +108,10 @@ class Individual(ABC):
         """
         return None
 
+    def know(self, **results: Tensor) -> None:
+        """Note what is known of these reductions."""
+        self._known.update(results)
+
     @property
     def _known(self) -> dict[str, Tensor]:
         return vars(self).setdefault("_results", {})
