@@ -296,9 +296,9 @@ class HessianPass(SeedPass):
         """Add ``[n, *p]``, memory that nothing else uses; one row will do where only the sum over samples is wanted."""
         found = Explicit(diagonal[None])
         if self._each:
-            found.know(sample_squares=diagonal, sum_squares=diagonal.sum(0))
-        else:
-            found.know(sum_squares=diagonal.sum(0) if len(diagonal) > 1 else diagonal[0])
+            found.know(sample_squares=diagonal)
+        if any("sum_squares" in extension.reads for extension in self.extensions):
+            found.know(sum_squares=diagonal.sum(0) if self._each or len(diagonal) > 1 else diagonal[0])
         self._add(parameter, found, self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
