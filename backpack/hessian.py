@@ -113,6 +113,7 @@ class HessianPass(SeedPass):
         self.totals[id(parameter)] = (parameter, grads, total)
 
     def _add_total(self, parameter: Tensor, dense: Dense, total: Tensor) -> None:
+        self._begin(parameter)
         unfold = dense.unfold
         assert unfold is not None
         squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
@@ -302,11 +303,15 @@ class HessianPass(SeedPass):
         self._add(parameter, found, self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
-        if id(parameter) not in self.parameters:
-            for extension in extensions:
-                vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
-        self.parameters[id(parameter)] = parameter
+        self._begin(parameter)
         super()._add(parameter, grads, extensions)
+
+    def _begin(self, parameter: Tensor) -> None:
+        """Drop the results of an earlier pass: their memory is needed for the new ones."""
+        if id(parameter) not in self.parameters:
+            for extension in self.extensions:
+                vars(parameter).pop(extension.savefield, None)
+        self.parameters[id(parameter)] = parameter
 
     def graph(self, rows: Tensor | None) -> SecondOrderGraph:
         """A graph whose nodes all have second derivatives, if possible of the selected samples alone."""
