@@ -171,6 +171,8 @@ class Recording(Guarding):
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
             given = (args[0].clone(), *args[1:])
         out = func(*args, **kwargs)
+        if id(out) in known and not is_in_place(func):
+            return out  # the argument itself, as of ``weight.type_as(x)``: no use yet
         results = [ref(o) for o in ([out] if isinstance(out, Tensor) else among((out,), {})) if o.requires_grad]
         self.tensors += results
         if results and torch.is_grad_enabled():

@@ -342,6 +342,16 @@ def keywords_and_names():
     return Problem(Two().double(), (x,), {"other": {"y": y}, "options": 2.0})
 
 
+class Cast(nn.Linear):
+    """Parameters that functions of data return as they are, since there is nothing to cast."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.type_as(x), self.bias.to(x))
+
+
+register("parameters_returned_as_they_are", lambda: nn.Sequential(Cast(4, 3), nn.Tanh(), Cast(3, 3)), 3, 4)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return super().forward(x) + F.linear(x.sin(), self.weight)
