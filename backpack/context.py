@@ -13,7 +13,7 @@ from torch.nn import Module, RNNBase
 
 from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
-from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, submodules, watch
+from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
 from backpack.memory import keep_what_is_freed
 from backpack.passages import forget
 
@@ -53,7 +53,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         if debug:
             print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
         attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
-    watch(module, submodules(module), EXTENDED[module].seen)
+    watch(module, EXTENDED[module])
     return module
 
 

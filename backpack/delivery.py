@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from backpack.recorder import Call, Source
-from backpack.samples import Subset
+from backpack.samples import Rows, Subset
 from backpack.uses import Cotangents, Individual, PullbackUse, Use, join
+from backpack.watched import SHARDED
 
 
 @dataclass(eq=False)
@@ -29,10 +30,12 @@ class Arrival:
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in ``subset``."""
-        self.call.check()
-        device = next(iter(self.grads.values())).device
-        rows = self.call.rows(subset.rows(self.call.n, device))
-        return self.use.arrive(self.grads, rows, shape, dtype)
+        call = self.call
+        call.check()
+        index = None
+        if subset.given is not None:
+            index = subset.rows(call.n, next(iter(self.grads.values())).device)
+        return call.uses[self.number][1].arrive(self.grads, Rows(call.layouts[0], index), shape, dtype)
 
 
 @dataclass(eq=False)
@@ -43,22 +46,28 @@ class Contributions:
     arrivals: list[Arrival]
     further: dict[Any, list[Individual]]
 
+    def __bool__(self) -> bool:
+        return bool(self.arrivals or self.further)
+
     def individual(self, subset: Subset) -> Individual:
         """The individual gradients of the samples in ``subset``."""
-        counts = {arrival.call.n for arrival in self.arrivals} if len(self.arrivals) > 1 else ()
+        arrivals, shape, dtype = self.arrivals, self.tensor.shape, self.tensor.dtype
+        counts = {arrival.call.n for arrival in arrivals} if len(arrivals) > 1 else ()
         if len(counts) > 1:
             raise RuntimeError(
                 f"A parameter of shape {list(self.tensor.shape)} was used with batches of {sorted(counts)} samples: "
                 f"which of them belong together cannot be told. Let one call of the extended module see the whole "
                 f"batch."
             )
-        if any(type(a.use) is PullbackUse for a in self.arrivals) and self.tensor.untyped_storage().size() == 0:
+        if SHARDED and self.tensor.untyped_storage().size() == 0 and any(type(a.use) is PullbackUse for a in arrivals):
             raise RuntimeError(
                 f"A parameter of shape {list(self.tensor.shape)} of a fully sharded module is needed again after its "
                 f"module's backward pass has freed it: its function has no rule, and it has several uses or an "
                 f"extension needs all parameters. Leave its module out of fully_shard()."
             )
-        parts = [a.individual(subset, self.tensor.shape, self.tensor.dtype) for a in self.arrivals]
+        if len(arrivals) == 1 and not self.further:
+            return arrivals[0].individual(subset, shape, dtype)
+        parts = [arrival.individual(subset, shape, dtype) for arrival in arrivals]
         return join([*parts, *self.further.get(subset.key, [])])
 
     def explain(self, grad: Tensor) -> bool:
@@ -92,10 +101,7 @@ class Delivery:
     arrivals: dict[int, list[Arrival]] = field(default_factory=dict)
     further: dict[int, dict[Any, list[Individual]]] = field(default_factory=dict)
     sources: dict[int, Source] = field(default_factory=dict)
-    grads: WeakValueDictionary[int, Cotangents] = field(default_factory=WeakValueDictionary)
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self.arrivals or id(tensor) in self.further
+    grads: dict[int, ref[Cotangents]] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget all."""
@@ -104,18 +110,21 @@ class Delivery:
 
     def receive(self, call: Call, place: int, grads: Tensor) -> list[Source]:
         """Note the cotangents ``[v, ...]`` of one of a call's outputs; the sources that it is the first for."""
-        known = self.grads.get(id(call))
+        reference = self.grads.get(id(call))
+        known = None if reference is None else reference()
         if known is not None:
             known[place] = torch.cat([known[place], grads]) if place in known else grads
             return []
-        uses = [(source, number) for number, (source, _) in enumerate(call.uses) if not source.void]
-        if not uses:
-            return []
-        found = self.grads[id(call)] = Cotangents({place: grads})
-        for source, number in uses:
-            self.sources[id(source.tensor)] = source
-            self.arrivals.setdefault(id(source.tensor), []).append(Arrival(call, number, found))
-        return [source for source, _ in uses]
+        found = Cotangents({place: grads})
+        self.grads[id(call)] = ref(found)
+        reached = []
+        for number, (source, _) in enumerate(call.uses):
+            if not source.void:
+                key = id(source.tensor)
+                self.sources[key] = source
+                self.arrivals.setdefault(key, []).append(Arrival(call, number, found))
+                reached.append(source)
+        return reached
 
     def derive(self, source: Source, parameter: Tensor, key: Any, individual: Individual) -> None:
         """Note individual gradients of a parameter that came through a computed tensor."""

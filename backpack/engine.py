@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import ref
 
 import torch
@@ -111,7 +110,7 @@ class Block:
     loss_factor: float = 1.0
     """That of a scaler, by which the loss is multiplied before ``backward()``."""
     loss_seen: bool = False
-    starts: list[tuple[Node, Counter[int]]] = field(default_factory=list)
+    starts: list[tuple[Node, dict[int, int]]] = field(default_factory=list)
     """Where the pass came into outputs of extended modules, and how often these used each parameter."""
     partial: set[int] = field(default_factory=set)
     """Parameters of which the pass reached some uses only."""
@@ -128,6 +127,13 @@ class Block:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
         self.second_order: list[Any] = [extension for extension in self.extensions if extension.seeds is not None]
         self.with_rules = [extension for extension in self.extensions if extension.rules]
+        groups: dict[Any, list[Quantity]] = {}
+        for extension in self.first_order:
+            groups.setdefault(extension.subset.key, []).append(extension)
+        self.groups = list(groups.values())
+        """Extensions of first order, by the samples that they are of."""
+        self.ruled = any(extension.rules or extension.has_rules_only for extension in self.first_order)
+        self.choosy = [extension for extension in self.extensions if extension.subset.given is not None]
         self.reads_passages = bool(self.extension_hook or self.retain_graph or self.with_rules)
 
     def clear(self) -> None:
@@ -154,7 +160,7 @@ class Block:
 
     def check_subsets(self, n: int, device: torch.device) -> None:
         """Raise where a subset does not fit a batch of ``n`` samples."""
-        for extension in self.extensions:
+        for extension in self.choosy:
             extension.subset.rows(n, device)
 
     def store(self, parameter: Tensor, savefield: str, value: Any) -> None:
@@ -168,19 +174,21 @@ class Block:
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note the cotangent of one of a call's outputs, ``[1, ...]``."""
         self.enter_pass()
-        self._check_loss()
-        self.seen.update(id(p) for source in call.sources for p in source.parameters)
+        if self.second_order and not self.loss_seen:
+            self._miss_loss()
+        for source in call.sources:
+            self.seen.update(map(id, source.parameters))
         if self.first_order:
-            self.check_subsets(call.n, grads.device)
+            if self.choosy:
+                self.check_subsets(call.n, grads.device)
             self.delivery.receive(call, place, grads)
 
-    def _check_loss(self) -> None:
-        if self.second_order and not self.loss_seen:
-            names = ", ".join(type(extension).__name__ for extension in self.second_order)
-            raise RuntimeError(
-                f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) "
-                f"before the forward pass, and call backward() on its output."
-            )
+    def _miss_loss(self) -> NoReturn:
+        names = ", ".join(type(extension).__name__ for extension in self.second_order)
+        raise RuntimeError(
+            f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) "
+            f"before the forward pass, and call backward() on its output."
+        )
 
     def source_done(self, key: int) -> None:
         """Pull the individual gradients of a computed tensor on to its parameters; its graph is still there."""
@@ -214,28 +222,26 @@ class Block:
             )
         if id(parameter) in self.partial:
             self.delivery.fetch(parameter)
-        if parameter in self.delivery:
+        contributions = self.delivery.fetch(parameter)
+        if contributions:
             with without_autocast(parameter.device):
-                self._compute(parameter, name, grad, watched)
+                self._compute(contributions, name, grad, watched)
         self.finished.add(id(parameter))
         self.owners_done(parameter, self.finished)
 
-    def _compute(self, parameter: Tensor, name: str, grad: Tensor | None, watched: Watched | None) -> None:
-        contributions = self.delivery.fetch(parameter)
+    def _compute(self, contributions: Contributions, name: str, grad: Tensor | None, watched: Watched | None) -> None:
+        parameter = contributions.tensor
         if grad is not None and watched is not None and not self._explained(watched, contributions, grad):
             self.unexplained.append(name)
-        groups: dict[Any, list[Quantity]] = {}
-        for extension in self.first_order:
-            if by_rule(extension, parameter):
-                continue
-            vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
-            if extension.has_rules_only:
-                extension.missing(name)
-            else:
-                groups.setdefault(extension.subset.key, []).append(extension)
-        for extensions in groups.values():
+        for extensions in self.groups:
+            if self.ruled:
+                extensions = self._without_rules(extensions, parameter, name)
+                if not extensions:
+                    continue
+            for extension in extensions:
+                vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
             grads = contributions.individual(extensions[0].subset)
-            grads.prepare(name for extension in extensions for name in extension.reads)
+            grads.prepare([name for extension in extensions for name in extension.reads])
             for extension in extensions:
                 if self.debug:
                     print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
@@ -244,9 +250,18 @@ class Block:
                 else:
                     self.store(parameter, extension.savefield, extension.compute(grads))
 
+    def _without_rules(self, extensions: list[Quantity], parameter: Tensor, name: str) -> list[Quantity]:
+        """Those of which no user's rule computes the result of a parameter."""
+        found = [extension for extension in extensions if not by_rule(extension, parameter)]
+        for extension in found:
+            if extension.has_rules_only:
+                vars(parameter).pop(extension.savefield, None)
+                extension.missing(name)
+        return [extension for extension in found if not extension.has_rules_only]
+
     def _explained(self, watched: Watched, contributions: Contributions, grad: Tensor) -> bool:
         """Whether nothing else makes up a parameter's gradient; looked at once in each mode."""
-        mode = any(owner.training for owner in watched.owners)
+        mode = watched.training
         if mode in watched.explained or contributions.further or grad.numel() == 0:
             return True
         watched.explained.add(mode)
@@ -278,7 +293,8 @@ class Block:
 
     def _apply(self, extension: Quantity, rule: Any, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
         """Let a user's rule compute the results of a module's parameters."""
-        self._check_loss()
+        if self.second_order and not self.loss_seen:
+            self._miss_loss()
         module, key = passage.module, (id(extension), id(passage.module))
         if key in self.applied:
             raise RuntimeError(

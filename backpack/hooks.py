@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +41,7 @@ from backpack.loss_call import PASSES, LossCall
 from backpack.losses import ROOTS
 from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
 from backpack.recomputed import free_if_recomputed
-from backpack.recorder import Call, Recording, Source, tensors_in
+from backpack.recorder import Call, Parameters, Recording, Source, tensors_in
 from backpack.rerun import random_state
 from backpack.seeds import SeedPass, tap
 from backpack.watched import SHARDED, WATCHED, Watched, trainable
@@ -72,7 +71,7 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
             return
         block = _block(home, grad)
         if block is not None:
-            if block.task != graph_task():
+            if block.reads_passages and block.task != graph_task():
                 _wake(block, home)
             block.receive(kept[0], place, grad[None])
         if not graph_is_kept() and not (block is not None and block.retain_graph):
@@ -105,43 +104,45 @@ COMPUTED: Any = WeakTensorKeyDictionary()
 """Tensors computed from parameters that have their hook."""
 
 
-def watch(module: Module, parts: list[Module], seen: dict[tuple[int, int], Source]) -> list[Source]:
-    """See to it that each trainable parameter of these parts of a module has its hook; returns them.
+def watch(module: Module, extended: Extended) -> tuple[bool, ...]:
+    """See to it that each trainable parameter of a module and all below it has its hook.
 
-    ``seen``, by owner and parameter: those of the call before.
+    Returns which of the modules are in training mode. They are looked at once, in each forward pass anew: most of the
+    time nothing has changed since the last one.
     """
-    found = {}
-    for owner in parts:
+    owned: list[int] = []
+    modes: list[bool] = []
+    visited, pending = {id(module)}, [module]
+    while pending:
+        part = pending.pop()
+        modes.append(part.training)
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
+                owned += id(part), id(parameter)
+        for child in part._modules.values():
+            if child is not None and id(child) not in visited:
+                visited.add(id(child))
+                pending.append(child)
+    if owned != extended.owned:
+        extended.parameters, extended.owned = _watch_anew(module, extended.parameters.sources), owned
+    return tuple(modes)
+
+
+def _watch_anew(module: Module, known: dict[int, Source]) -> Parameters:
+    found: dict[int, Source] = {}
+    for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
-                key = (id(owner), id(parameter))
-                source = seen.get(key)
-                if source is None:
-                    prefix = next(prefix for prefix, other in module.named_modules() if other is owner)
-                    source = Source(parameter, (parameter,), f"{prefix}.{name}" if prefix else name)
-                    watched = WATCHED.get(parameter)
-                    if watched is None:
-                        watched = Watched(source.name)
-                        on_total = _parameter_hook(TensorWeakRef(parameter), watched, HERE.blocks)
-                        watched.handle, WATCHED[parameter] = parameter.register_hook(on_total), watched
-                    watched.add(owner)
-                found[key] = source
-    if found.keys() != seen.keys():
-        seen.clear()
-        seen.update(found)
-    return list(found.values())
-
-
-def submodules(module: Module) -> list[Module]:
-    """A module and all below it, each once; in less time than ``modules()`` takes."""
-    found = {id(module): module}
-    pending = [module]
-    while pending:
-        for child in reversed(pending.pop()._modules.values()):
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                pending.append(child)
-    return list(found.values())
+                path = f"{prefix}.{name}" if prefix else name
+                source = known.get(id(parameter)) or Source(parameter, (parameter,), path)
+                found.setdefault(id(parameter), source)
+                watched = WATCHED.get(parameter)
+                if watched is None:
+                    watched = Watched(path)
+                    on_total = _parameter_hook(TensorWeakRef(parameter), watched, HERE.blocks)
+                    watched.handle, WATCHED[parameter] = parameter.register_hook(on_total), watched
+                watched.add(owner)
+    return Parameters(found.values())
 
 
 def _parameter_hook(parameter: Any, watched: Watched, home: list[Block]) -> Callable[[Tensor], None]:
@@ -159,12 +160,16 @@ def _parameter_hook(parameter: Any, watched: Watched, home: list[Block]) -> Call
 
 @dataclass(eq=False)
 class Extended:
-    """What is kept of an extended module."""
+    """What is kept of an extended module.
+
+    ``owned``: the numbers of its modules and trainable parameters, in pairs, when it was last called.
+    """
 
     handles: list[RemovableHandle]
     settled: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     batch_axis: int = 0
-    seen: dict[tuple[int, int], Source] = field(default_factory=dict)
+    owned: list[int] = field(default_factory=list)
+    parameters: Parameters = field(default_factory=Parameters)
 
 
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
@@ -202,13 +207,11 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
     extended = EXTENDED.get(module)
     if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
         return
-    parts = submodules(module)
-    parameters = watch(module, parts, extended.seen)
-    if parameters:
+    modes = watch(module, extended)
+    if extended.owned:
         axis, settled = extended.batch_axis, extended.settled
-        modes = tuple([part.training for part in parts])
-        recording = Recording(parameters, (args, kwargs), axis, deliver, settled, HERE.expanded, modes)
-        if any(PASSES[extension.backprop].twice for block in HERE.blocks[-1:] for extension in block.second_order):
+        recording = Recording(extended.parameters, (args, kwargs), axis, deliver, settled, HERE.expanded, modes)
+        if HERE.blocks and any(PASSES[extension.backprop].twice for extension in HERE.blocks[-1].second_order):
             recording.random = random_state()  # the module may have to run again
         # Noted before it is begun: an interrupt at any point in between is found by what runs next.
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()
@@ -226,7 +229,7 @@ def _watch_gathered(module: Module, recording: Recording) -> None:
             SHARDED[whole] = TensorWeakRef(sharded)
             recording.tensors.append(ref(whole))
             recording.sources[id(whole)] = Source(whole, (whole,), names.get(id(whole), "of a fully sharded module"))
-    watch(module, submodules(module), EXTENDED[module].seen)
+    watch(module, EXTENDED[module])
 
 
 def drop_interrupted() -> None:
@@ -250,7 +253,7 @@ def _close(recording: Recording) -> None:
 @interpreted
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """The outermost extended module closes the recording; any other notes its output."""
-    recorded = HERE.recording is not None  # otherwise no output of a root wakes what was left at nodes
+    recorded = HERE.recording is not None
     if module is HERE.root:
         HERE.depth -= 1
         if HERE.depth == 0:
@@ -266,13 +269,12 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             forget(module)
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if tensors and module in EXTENDED:
-            loss = _is_loss(module, tensors[0])
-            if loss:
-                _hook_loss(module, args, kwargs, tensors[0])
-            ruled = loss or is_ruled(module)
-            keep = ruled or bool(HERE.blocks and HERE.blocks[-1].extension_hook)
+            loss, ruled = _is_loss(module, tensors[0], recorded), is_ruled(module)
+            keep = loss or ruled or bool(HERE.blocks and HERE.blocks[-1].extension_hook)
             passage = Passage.of(module, (*args, *kwargs.values()), output, tensors, keep)
-            _leave_passage(passage, tensors, ruled or not recorded)
+            if loss and _hook_loss(passage, args, kwargs, tensors[0], ruled):
+                return
+            _leave_passage(passage, tensors, eager=ruled or not recorded)
 
 
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -289,7 +291,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
         edge = get_gradient_edge(tensor)
         if edge in recording.inputs:  # handed through: what it comes from is known already
             continue
-        tensor.register_hook(_waking(recording.uses, HERE.blocks))
+        hook(tensor, _waking(recording.uses, HERE.blocks))
         metadata: Any = edge.node.metadata
         metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
@@ -297,6 +299,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             place=place,
             uses=recording.uses,
             calls=recording.calls,
+            parameters=recording.parameters.references,
             tensors=recording.tensors,
             widest=recording.widest,
             root=ref(module),
@@ -308,46 +311,57 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
         )
 
 
-def _is_loss(module: Module, output: Tensor) -> bool:
+def _is_loss(module: Module, output: Tensor, recorded: bool) -> bool:
     """Whether a module is a loss: it has no trainable parameter, and PyTorch's are known, others return a scalar."""
-    if module._modules or trainable(module):
+    known = isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(type(module).__mro__)
+    if not known and (recorded or output.dim() > 0):
         return False
-    if output.dim() == 0 and HERE.recording is None:
-        return True
-    return isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(type(module).__mro__)
+    return not module._modules and not trainable(module)
 
 
-def _hook_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
-    """On the output of a loss: second-order quantities start from its input when the cotangent arrives."""
+def _hook_loss(passage: Passage, args: Any, kwargs: Any, output: Tensor, ruled: bool) -> bool:
+    """On the output of a loss: second-order quantities start from its input when the cotangent arrives.
+
+    Returns whether nothing more is to be done with the passage.
+    """
     kwargs = dict(kwargs)
     input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
     if not isinstance(input, Tensor) or not input.requires_grad:
-        return
-    home = HERE.blocks
-    kept = [LossCall(loss, input, get_gradient_edge(input), args, kwargs)]
+        return False
+    home, alone = HERE.blocks, len(passage.numbers) == 1 and not ruled
+    kept = [LossCall(passage.module, input, get_gradient_edge(input), args, kwargs)]
+    passages = [passage] if alone else []
 
     def on_cotangent(grad: Tensor) -> None:
         block = _block(home, grad)
         if HERE.muted or HERE.inner is not None or not kept:
             return
         _wake(block, home)
-        if block is not None and block.second_order:
+        if block is not None:
             block.enter_pass()
-            block.loss_seen = True
-            kept[0].run(block, grad)
+            if block.second_order:
+                block.loss_seen = True
+                kept[0].run(block, grad)
+            if block.reads_passages and passages:
+                block.module_passed(passages[0], (grad,))
         if not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
+            passages.clear()
 
-    output.register_hook(on_cotangent)
+    hook(output, on_cotangent)
+    return alone
 
 
 def _leave_passage(passage: Passage, tensors: list[Tensor], eager: bool) -> None:
-    """What came in and out of a module may be read when the cotangents arrive at what computed its outputs."""
+    """What came in and out of a module may be read when the cotangents arrive at what computed its outputs.
+
+    ``eager``: no output of a root or of a loss wakes what is left at nodes, or it is read for sure.
+    """
     node = tensors[0].grad_fn
     if node is not None and not eager:
         rest(passage, node)
     elif node is None or len(tensors) == 1:
-        tensors[0].register_hook(_on_cotangents(passage, HERE.blocks))
+        hook(tensors[0], _on_cotangents(passage, HERE.blocks))
     else:  # those of several outputs arrive together, if one node computed them
         node.register_prehook(_on_cotangents(passage, HERE.blocks))
 
@@ -369,11 +383,11 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
     return on_cotangents
 
 
-def _waking(uses: Counter[int], home: list[Block]) -> Callable[[Tensor], None]:
+def _waking(uses: dict[int, int], home: list[Block]) -> Callable[[Tensor], None]:
     def on_cotangent(grad: Tensor) -> None:
-        block, node = _block(home, grad), running_node()
+        block = _block(home, grad)
         _wake(block, home)
-        if block is not None and block.first_order and node is not None:
+        if block is not None and block.first_order and (node := running_node()) is not None:
             block.enter_pass()
             block.starts.append((node, uses))
 
@@ -382,8 +396,7 @@ def _waking(uses: Counter[int], home: list[Block]) -> Callable[[Tensor], None]:
 
 def _wake(block: Block | None, home: list[Block]) -> None:
     """Hook what was left at the nodes that the backward pass has still to visit, where a block wants it."""
-    node = running_node()
-    if block is not None and block.reads_passages and node is not None:
+    if block is not None and block.reads_passages and (node := running_node()) is not None:
         block.enter_pass()
         for passage, below in wake(node):
             below.register_prehook(_on_cotangents(passage, home))

@@ -29,7 +29,7 @@ class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
-    were recorded; ``tensors``: parameters, and what was computed; ``widest``: entries of the largest output of one;
+    were recorded; ``tensors``: what was computed of ``parameters``; ``widest``: entries of the largest output of one;
     ``arguments``: of the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them;
     ``output``: its values, where the module may have to run again, and ``random``: what was drawn from then. No node is
     held: what one of them holds would live forever if it held that node in turn.
@@ -38,8 +38,9 @@ class Origin:
     n: int
     layout: Layout | None
     place: int
-    uses: Counter[int]
+    uses: dict[int, int]
     calls: list[ref[Call]]
+    parameters: list[ref[Tensor]]
     tensors: list[ref[Tensor]]
     widest: int
     root: ref[Module]
@@ -76,8 +77,9 @@ def landmarks(edge: GradientEdge, instead: Instead | None = None) -> tuple[Found
 
 def bystanders(found: Found) -> Iterator[ref[Tensor]]:
     """Parameters, and what was computed on the way to these outputs."""
-    for tensors in {id(origin.tensors): origin.tensors for _, origin in found}.values():
-        yield from tensors
+    for origin in {id(origin.tensors): origin for _, origin in found}.values():
+        yield from origin.parameters
+        yield from origin.tensors
 
 
 def count_uses(found: Found) -> Counter[int]:

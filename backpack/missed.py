@@ -18,7 +18,7 @@ from backpack.watched import SHARDED, WATCHED
 
 
 def find_missed(
-    delivery: Delivery, starts: list[tuple[Node, Counter[int]]], seen: set[int], asked: bool
+    delivery: Delivery, starts: list[tuple[Node, dict[int, int]]], seen: set[int], asked: bool
 ) -> tuple[dict[int, Tensor], set[int]]:
     """Parameters of which the pass did not reach all uses, and which of them it did reach some of.
 
@@ -41,7 +41,9 @@ def find_missed(
             if (origin := metadata.get((MARK, edge.output_nr))) is not None:
                 used[id(origin.uses)] = origin.uses
             ends.append(getattr(edge.node, "variable", None))
-        total = sum(used.values(), Counter())
+        total: Counter[int] = Counter()
+        for counts in used.values():
+            total.update(counts)
         partial |= {key for key, number in delivered.items() if number < total[key]}
         missed |= {id(p): p for p in ends if p in WATCHED and (id(p) in partial or id(p) not in seen)}
     return missed, partial

@@ -131,7 +131,8 @@ class Passage:
             for place, value in enumerate(inputs):
                 if isinstance(value, Tensor) and value.requires_grad and place not in same:
                     edges[place] = get_gradient_edge(value)
-        return cls(module, [_note(value, hold) for value in inputs], _note(output, hold), numbers, edges, overwritten)
+        notes = [hold(value) if isinstance(value, Tensor) else _note(value, hold) for value in inputs]
+        return cls(module, notes, _note(output, hold), numbers, edges, overwritten)
 
     def readable(self) -> dict[str, Any]:
         """The attributes that can be served, but those that the module has of its own."""

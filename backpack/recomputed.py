@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from backpack.compat import checkpointed_region
 from backpack.engine import HERE, Block, muted
-from backpack.recorder import Call, Recording, Source, among, is_start
+from backpack.recorder import Call, Parameters, Recording, Source, among, is_start
 from backpack.samples import Rows
 from backpack.uses import Individual, PullbackUse, Use
 
@@ -46,7 +46,7 @@ class Region:
     n: int | None
     replace: bool
     sources: dict[int, Source]
-    data: WeakValueDictionary[int, Tensor]
+    data: dict[int, ref[Tensor]]
     calls: list[ref[Call]] = field(default_factory=list)
 
     def run(self, recompute: Callable[..., None], *args: Any) -> None:
@@ -75,7 +75,7 @@ class Again(Recording):
     """The recording of a region that is computed again: its tensors are not held by their graph."""
 
     def __init__(self, region: Region, args: tuple[Any, ...], note: Callable[..., None]) -> None:
-        super().__init__([], args, 0, note, {}, region.replace)
+        super().__init__(Parameters(), args, 0, note, {}, region.replace)
         self.sources, self.n = dict(region.sources), region.n
         self.data.update(region.data)
         self._attached = any(block.grad_mode for block in (HERE.blocks or region.home)[-1:])
@@ -90,7 +90,7 @@ class Again(Recording):
         if not isinstance(value, Tensor) or id(value) in self.sources or not value.requires_grad:
             return value
         found = value.detach()
-        self.data[id(found)] = found
+        self.data[id(found)] = ref(found)
         return found
 
 

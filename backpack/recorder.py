@@ -10,12 +10,11 @@ parameters.
 from __future__ import annotations
 
 import types
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -45,7 +44,15 @@ class Source:
     @property
     def void(self) -> bool:
         """Whether it turned out to hold samples after all."""
-        return self.discarded or any(parent.void for parent in self.parents)
+        return self.discarded or (bool(self.parents) and any(parent.void for parent in self.parents))
+
+
+class Parameters:
+    """Those of a module, by their numbers: what each is as a source, and a weak reference."""
+
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        self.sources = {id(source.tensor): source for source in sources}
+        self.references = [ref(source.tensor) for source in self.sources.values()]
 
 
 @dataclass(eq=False)
@@ -97,7 +104,7 @@ class Recording(Guarding):
     """One forward pass of an extended module.
 
     Args:
-        parameters: Of the module, each once.
+        parameters: Of the module.
         inputs: All that the module is called with; axis ``axis`` of the first tensor counts the samples.
         axis: The sample axis of that tensor.
         deliver: Called with each call and each of its outputs; attaches what brings the cotangent.
@@ -108,7 +115,7 @@ class Recording(Guarding):
 
     def __init__(
         self,
-        parameters: list[Source],
+        parameters: Parameters,
         inputs: Any,
         axis: int,
         deliver: Callable[[Call, int, Tensor, torch.Size], None],
@@ -121,15 +128,16 @@ class Recording(Guarding):
         self.fused = False
         self.random: list[Tensor] | None = None
         self._settled = settled
-        self.sources = {id(source.tensor): source for source in parameters}
+        self.parameters = parameters
+        self.sources = parameters.sources.copy()
         tensors = tensors_in(inputs)
-        self.data: WeakValueDictionary[int, Tensor] = WeakValueDictionary((id(t), t) for t in tensors)
+        self.data = {id(tensor): ref(tensor) for tensor in tensors}
         self._first = next((t for t in tensors if t.dim() > axis), None)
         self.n: int | None = None if self._first is None else self._first.shape[axis]
         self.grouped = False
-        self.uses: Counter[int] = Counter()
+        self.uses: dict[int, int] = {}
         self.calls: list[ref[Call]] = []
-        self.tensors: list[ref[Tensor]] = [ref(source.tensor) for source in parameters]
+        self.tensors: list[ref[Tensor]] = []
         self.inputs = [get_gradient_edge(t) for t in tensors if t.requires_grad]
         for edge in self.inputs:
             mark_start(edge)
@@ -158,14 +166,14 @@ class Recording(Guarding):
             args = (args[0], guarded(args[1]))
         tensors = among(args, kwargs)
         known = self.sources
-        sources = [known[id(tensor)] for tensor in tensors if id(tensor) in known]
+        sources = list(filter(None, map(known.get, map(id, tensors))))
         if not sources:
             out = func(*args, **kwargs)
             for result in [out] if isinstance(out, Tensor) else among((out,), {}):
                 if result.requires_grad:
                     self.tensors.append(ref(result))
                 elif any(map(self._is_data, tensors)):
-                    self.data[id(result)] = result
+                    self.data[id(result)] = ref(result)
             return out
         given = args
         if func not in RULES and is_in_place(func) and id(args[0]) not in self.sources:
@@ -181,7 +189,11 @@ class Recording(Guarding):
 
     def _is_data(self, tensor: Tensor) -> bool:
         """Whether a tensor is computed from the samples."""
-        return (tensor.requires_grad or id(tensor) in self.data) and id(tensor) not in self.sources
+        key = id(tensor)
+        if key in self.sources:
+            return False
+        known = None if tensor.requires_grad else self.data.get(key)
+        return tensor.requires_grad if known is None else known() is tensor
 
     def _may_be_data(self, tensor: Tensor) -> bool:
         """Whether a constant has a first axis of the samples' number."""
@@ -262,12 +274,16 @@ class Recording(Guarding):
         call = Call(func, self.n or 0, sources, found, out.shape, len(outputs), problem, alternative=alternative)
         if operation is not None and operation.refused is not None:
             call.problem = operation.refused
-        explained = operation.uses if operation is not None else []
+        explained, uses = operation.uses if operation is not None else (), call.uses
         for source in sources:
-            own = [use for tensor, use in explained if tensor is source.tensor]
-            if not own and given is not out and call.problem is None:
-                call.problem = "returns several tensors, of which the parameter is no weight"
-            call.uses += [(source, use) for use in own or self._pullbacks(func, args, kwargs, source, call)]
+            before = len(uses)
+            for tensor, use in explained:
+                if tensor is source.tensor:
+                    uses.append((source, use))
+            if len(uses) == before:
+                if given is not out and call.problem is None:
+                    call.problem = "returns several tensors, of which the parameter is no weight"
+                uses += [(source, use) for use in self._pullbacks(func, args, kwargs, source, call)]
         call.versions = [(t, t._version) for _, use in call.uses for t in use.recorded() if not t.is_inference()]
         bases = [_own_base(output, args) for output in outputs]
         self._decide(call, bases[0], len(axes))
@@ -276,7 +292,7 @@ class Recording(Guarding):
         for source, _ in call.uses:
             for parameter in source.parameters:
                 counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-        returned = [id(output) for output in outputs]  # as what is overwritten is
+        returned = list(map(id, outputs))  # as what is overwritten is
         above = [t for t in tensors if t.requires_grad and id(t) not in self.sources and id(t) not in returned]
         for place, (output, base) in enumerate(zip(outputs, bases, strict=True)):
             if output.requires_grad:
@@ -305,28 +321,28 @@ class Recording(Guarding):
     def _decide(self, call: Call, out: Tensor, axes: int) -> None:
         """Choose the layout; where the shapes leave a choice, that is done when the module has run."""
         self._count += 1
-        fixed = len(call.layouts) == 1 and axes == 1
-        certain = len(call.layouts) == 1 and call.layout.axis == 0 and call.layout.factor == 1
-        if not call.layouts:
+        found = call.layouts
+        certain = len(found) == 1 and (axes == 1 or (found[0].axis == 0 and found[0].factor == 1))
+        if not found:
             if call.alternative is not None:
                 call.problem = None
                 self._adopt(call, [])
             return
         if call.n == 1:
-            self._adopt(call, call.layouts)
+            self._adopt(call, found)
             return
-        if (certain or fixed) and call.alternative is None:
+        if certain and call.alternative is None:
             if self._mode not in self._settled and call.problem is None and out.requires_grad:
                 self._unchecked.append((call, get_gradient_edge(out)))
             if self._anchor is None and out.requires_grad:
-                self._anchor = (get_gradient_edge(out), call.layout, call.shape)
+                self._anchor = (get_gradient_edge(out), found[0], call.shape)
             return
-        key = (self.replace, self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in call.layouts))
+        key = (self.replace, self._count, call.name, tuple((f.axis, f.factor > 1, f.strided) for f in found))
         known = self._settled.get(key)
         if known is None:
             self._undecided.append((key, call, get_gradient_edge(out)))
         else:
-            self._adopt(call, [f for f in call.layouts if (f.axis, f.factor > 1, f.strided) == known])
+            self._adopt(call, [f for f in found if (f.axis, f.factor > 1, f.strided) == known])
 
     def _adopt(self, call: Call, layouts: Sequence[Layout]) -> None:
         """Keep these layouts only; none: the output holds no samples."""
@@ -351,7 +367,7 @@ class Recording(Guarding):
         grads: Sequence[Tensor | None] = [None] * len(edges)
         if outputs:
             seeds = [half_of(output, layout) for output, layout in outputs]
-            with undisturbed(self.tensors):
+            with undisturbed([*self.parameters.references, *self.tensors]):
                 grads = torch.autograd.grad(
                     [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
                 )
@@ -397,7 +413,7 @@ class Recording(Guarding):
             return False
         edge, known, shape = self._anchor
         half = half_of(output, layout)
-        with undisturbed(self.tensors):
+        with undisturbed([*self.parameters.references, *self.tensors]):
             (grad,) = torch.autograd.grad(output, edge, half, retain_graph=True, allow_unused=True)
         return grad is not None and bool(grad.any()) and is_of_first_half(grad.reshape(shape), known)
 

@@ -64,7 +64,7 @@ def layout_like(layout: Layout, tensor: Tensor) -> Layout:
     return layout if layout in possible else (similar or possible)[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """Some samples (``index``; ``None``: all) of tensors with this layout."""
 
@@ -77,7 +77,9 @@ class Rows:
 
     def take(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """``[*leading, rows, ...]``."""
-        tensor = self.layout.split(tensor, leading)
+        layout = self.layout
+        if layout.axis or layout.factor > 1:
+            tensor = layout.split(tensor, leading)
         return tensor if self.index is None else tensor.index_select(leading, self.index)
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from backpack.context import unextend
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.recorder import Call, Recording, Source
+from backpack.recorder import Call, Parameters, Recording, Source
 from backpack.samples import Subset
 from backpack.uses import Cotangents, DenseUse, ElementwiseUse, Individual, LookupUse, PullbackUse, Use
 
@@ -90,7 +90,7 @@ def summary(model: Module, inputs: Any, *extensions: BackpropExtension) -> Summa
     named = list(model.named_parameters())
     with torch.random.fork_rng(), torch.enable_grad():
         sources = [Source(p, (p,), name) for name, p in named if p.requires_grad]
-        recording = Recording(sources, (args, kwargs), axis, note, {})
+        recording = Recording(Parameters(sources), (args, kwargs), axis, note, {})
         with recording:
             output = model(*args, **kwargs)
         tensors = [t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, Tensor)]

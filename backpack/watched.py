@@ -29,6 +29,15 @@ class Watched:
         """The modules that are still there."""
         return [owner for reference in self.references if (owner := reference()) is not None]
 
+    @property
+    def training(self) -> bool:
+        """Whether one of them is in training mode."""
+        for reference in self.references:
+            owner = reference()
+            if owner is not None and owner.training:
+                return True
+        return False
+
     def add(self, owner: Module) -> None:
         """Note an owner."""
         self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]

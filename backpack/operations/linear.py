@@ -17,7 +17,7 @@ EXPANDED.add(F.multi_head_attention_forward)
 
 def rows_of(x: Tensor) -> Tensor:
     """``[n, ..., i]`` to ``[n, 1, s, i]``."""
-    return x.reshape(len(x), 1, -1, x.shape[-1])
+    return x.reshape(x.shape[0], 1, -1, x.shape[-1])
 
 
 def grad_rows_of(grad: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -60,7 +61,7 @@ class Individual(ABC):
     def weighted(self, weights: Tensor) -> Individual:
         """The same, their squares weighed by ``weights[v, n]``, of any sign, before they are summed."""
         found = copy(self)
-        vars(found).pop("_results", None)
+        vars(found).pop("_known", None)
         found.weights = weights
         return found
 
@@ -112,14 +113,15 @@ class Individual(ABC):
         """Note what is known of these reductions."""
         self._known.update(results)
 
-    @property
+    @cached_property
     def _known(self) -> dict[str, Tensor]:
-        return vars(self).setdefault("_results", {})
+        return {}
 
     def _read(self, name: str) -> Tensor:
-        if name not in self._known:
+        known = self._known
+        if name not in known:
             self.prepare([name])
-        return self._known[name]
+        return known[name]
 
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:
         """These reductions from one pass over the individual gradients."""

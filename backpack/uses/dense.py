@@ -380,7 +380,7 @@ class DenseUse(Use):
         return self.inputs
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
-        inputs = tuple(rows.take(tensor).to(grad.dtype) for tensor in self.inputs)
+        inputs = tuple([rows.take(tensor).to(grad.dtype) for tensor in self.inputs])
         other: Callable[[], Dense] | None = None
         if self.other is not None:
             unfold, fold = self.other
