@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backpack.uses.linear_map import LinearMap
 I = TypeVar("I", bound="Individual")
 
-SCRATCH = 2**19
+SCRATCH = 2**20
 """Entries of scratch that a reduction over individual gradients may fill at a time."""
 
 
@@ -267,15 +267,28 @@ class SampleSum:
     neighbour's cache costs several times what adding does.
     """
 
+    LARGE = 2**13
+    """Entries from which on samples are added one by one, which needs no memory for what is added to the others."""
+
     def __init__(self) -> None:
         self._terms: dict[int, list[Tensor]] = {}
 
-    def add(self, tensor: Tensor) -> None:
-        """Add ``tensor[n, ..., v, o]``."""
+    def add(self, tensor: Tensor, squared: bool = False) -> None:
+        """Add ``tensor[n, ..., v, o]``, or its squares."""
         cores = torch.get_num_threads()
-        if len(tensor) % cores or len(tensor) == cores:
-            cores = 1
-        accumulate(self._terms.setdefault(cores, []), tensor.unflatten(0, (cores, -1)).sum((1, -2)))
+        cores = 1 if len(tensor) % cores else cores
+        terms, tensor = self._terms.setdefault(cores, []), tensor.unflatten(0, (cores, -1))
+        number = tensor.shape[1] * tensor.shape[-2]
+        if torch.is_grad_enabled() or tensor.numel() < number * self.LARGE:
+            accumulate(terms, (tensor.square() if squared else tensor).sum((1, -2)))
+            return
+        for part in tensor.movedim((1, -2), (0, 1)).flatten(0, 1):
+            if not terms:
+                terms.append(part.square() if squared else part.clone())
+            elif squared:
+                terms[0].addcmul_(part, part)
+            else:
+                terms[0].add_(part)
 
     def result(self) -> Tensor:
         """The sum, ``[..., o]``."""
