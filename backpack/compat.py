@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import FrameType, GeneratorType
 from typing import Any, ParamSpec, TypeVar
@@ -168,10 +168,13 @@ def caller() -> FrameType:
     return frame
 
 
-def uncompiled() -> AbstractContextManager[object]:
-    """Context in which compiled modules run as they were written, so that each of their functions is seen."""
+def uncompiled() -> AbstractContextManager[object] | None:
+    """Context in which compiled modules run as they were written, so that each of their functions is seen.
+
+    ``None``: there are none.
+    """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()
+        return None
     return torch.compiler.set_stance("force_eager")
 
 

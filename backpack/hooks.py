@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -117,7 +117,7 @@ def watch(module: Module, extended: Extended) -> tuple[bool, ...]:
         part = pending.pop()
         modes.append(part.training)
         for parameter in part._parameters.values():
-            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
+            if _is_trainable(parameter):
                 owned += id(part), id(parameter)
         for child in part._modules.values():
             if child is not None and id(child) not in visited:
@@ -128,11 +128,17 @@ def watch(module: Module, extended: Extended) -> tuple[bool, ...]:
     return tuple(modes)
 
 
+def _is_trainable(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    if parameter is None or not parameter.requires_grad:
+        return False
+    return type(parameter) is Parameter or not is_lazy(parameter)
+
+
 def _watch_anew(module: Module, known: dict[int, Source]) -> Parameters:
     found: dict[int, Source] = {}
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
+            if _is_trainable(parameter):
                 path = f"{prefix}.{name}" if prefix else name
                 source = known.get(id(parameter)) or Source(parameter, (parameter,), path)
                 found.setdefault(id(parameter), source)
@@ -215,7 +221,8 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
             recording.random = random_state()  # the module may have to run again
         # Noted before it is begun: an interrupt at any point in between is found by what runs next.
         HERE.recording, HERE.root, HERE.depth, HERE.frame = recording, module, 1, caller()
-        HERE.closing.enter_context(uncompiled())
+        if (stance := uncompiled()) is not None:
+            HERE.closing.enter_context(stance)
         recording.__enter__()
         if is_fully_sharded(module):
             _watch_gathered(module, recording)

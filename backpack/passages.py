@@ -118,7 +118,7 @@ class Passage:
         """Of a call that has just ended; ``tensors``: outputs that require a gradient; ``keep``: hold what came in."""
         node = tensors[0].grad_fn
         numbers = [tensor.output_nr for tensor in tensors if tensor.grad_fn is node]
-        outputs = [id(tensor) for tensor in tensors]
+        outputs = list(map(id, tensors))
         same = [place for place, value in enumerate(inputs) if id(value) in outputs]
         overwritten = [] if same and isinstance(module, Identity) else same
         edges: list[GradientEdge | None] = [None] * len(inputs)

@@ -506,8 +506,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if type(value) in (tuple, list):
-        return [tensor for entry in value for tensor in tensors_in(entry)]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)] if value else []
+        found = []
+        for entry in value:
+            if isinstance(entry, Tensor):
+                found.append(entry)
+            else:
+                found += tensors_in(entry)
+        return found
+    if value is None or (type(value) is dict and not value):
+        return []
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def half_of(output: Tensor, layout: Layout) -> Tensor:

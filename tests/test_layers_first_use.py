@@ -4,6 +4,7 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
+import numpy
 import torch
 from test_first_order import laws
 from torch import nn
@@ -88,3 +89,18 @@ def test_words_that_had_counted_as_samples_before_they_were_cut_into_bags_are_re
     model = extend(Both())
     with pytest.raises(RuntimeError, match="no axis of the 7 samples"), backpack(BatchGrad()):
         model(torch.tensor([0, 1, 2, 2, 5, 5, 3]), torch.tensor([0, 2, 3, 6])).sum().backward()
+
+
+class Weighed(nn.Linear):
+    def forward(self, x, weights):
+        return super().forward(x) * torch.from_numpy(weights)
+
+
+def test_a_model_may_be_given_arrays_beside_tensors():
+    model, lossfunc = extend(Weighed(4, 3).double()), extend(nn.CrossEntropyLoss(reduction="sum"))
+    X, y, weights = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0]), numpy.array([0.5, 2.0, -1.0])
+    with backpack(BatchGrad()):
+        lossfunc(model(X, weights), y).backward()
+    for n in range(5):
+        (truth,) = torch.autograd.grad(lossfunc(model(X[n : n + 1], weights), y[n : n + 1]), model.weight)
+        assert close(model.weight.grad_batch[n], truth)
