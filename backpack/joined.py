@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.looped import edges_from, must_loop
-from backpack.pooling import pooling_nodes
+from backpack.pooling import Pooling, poolings
 from backpack.residuals import Severed
 
 
@@ -42,9 +42,9 @@ class Joined:
         return {old: new for part in self.parts for old, new in part.items()}
 
     @cached_property
-    def pooling(self) -> list[Node]:
+    def poolings(self) -> list[Pooling]:
         """Nodes that several seeds go through by turns."""
-        return pooling_nodes(self.start, self.instead)
+        return poolings(self.start, self.instead)
 
     def now(self, edge: GradientEdge) -> GradientEdge:
         """The edge that has taken the place of one."""

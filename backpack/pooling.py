@@ -1,8 +1,9 @@
 """Max pooling, for several seeds at a time.
 
 ``torch.vmap`` copies the input of a pooling layer and the places of its maxima for each seed, which takes two thirds of
-the time of their pull-back. Here seeds take turns, each into its place of the result. A node's function cannot be
-replaced; it is given a single zero, and its result is replaced where it arrives.
+the time of their pull-back. Here seeds take turns, each into its place of the result. A ReLU whose output is pooled
+passes on what is selected where that is positive, of which there is less than of its entries. A node's function cannot
+be replaced; it is given a single zero, and its result is replaced.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,25 +31,63 @@ SMALL = 2**15
 """Entries of a layer's input up to which copies take less time than turns."""
 
 
-def pooling_nodes(edge: GradientEdge, instead: Instead | None = None) -> list[Node]:
-    """Nodes of a graph that can be treated so: where they lead to, nothing else arrives, and nobody looks at it."""
+@dataclass(eq=False)
+class Pooling:
+    """A node of max pooling, and those below that lead to a ReLU, which it is the last one of; perhaps none."""
+
+    node: Any
+    below: list[GradientEdge]
+
+    def __post_init__(self) -> None:
+        self._results: list[Tensor] = []
+
+    def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
+        """Pull back ``count`` seeds together. ``taken``: edges at which others start or end."""
+        rectified = bool(self.below) and taken.isdisjoint(self.below)
+        last = self.below[-1].node if rectified else self.node
+        handles.callback(self.node.register_prehook(partial(self._pull, count, rectified)).remove)
+        handles.callback(last.register_hook(self._replace).remove)
+
+    def _pull(self, count: int, rectified: bool, grads: tuple[Tensor | None, ...]) -> Any:
+        """Pull cotangents back, and leave a zero to the nodes themselves."""
+        node, grad = self.node, grads[0]
+        if grad is None or not is_mapped(grad):
+            return None
+        with outside_vmap(grad, count) as seeds:
+            x, places = node._saved_self, node._saved_result1
+            sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
+            zero = seeds.new_zeros(()).expand(seeds.shape[1:])
+            if rectified:
+                selected = x.flatten(-2).gather(-1, places.flatten(-2)).reshape(places.shape)
+                seeds = torch.ops.aten.threshold_backward(seeds, selected, 0)
+            found = empty((count, *x.shape), seeds)
+            for seed, out in zip(seeds, found, strict=True):
+                torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+                    seed, x, *sizes, node._saved_ceil_mode, places, grad_input=out
+                )
+        self._results.append(inside_vmap(found, grad))
+        return (zero, *grads[1:])
+
+    def _replace(self, grads: tuple[Tensor, ...], _: Any) -> Any:
+        """What was pulled back, in the place of the zeros."""
+        return (self._results.pop().reshape(grads[0].shape), *grads[1:]) if self._results else None
+
+
+def poolings(edge: GradientEdge, instead: Instead | None = None) -> list[Pooling]:
+    """Those of a graph."""
     graph = list(nodes(edge, instead))
     found = [node for node in graph if node.name() == NAME and _is_large(node)]
     arriving = Counter(following for node in graph if found for following in node.next_functions)
-    return [node for node in found if arriving[node.next_functions[0]] == 1 and not _is_observed(_below(node))]
+    return [Pooling(node, _below(node, arriving, instead or {})) for node in found]
 
 
 @contextmanager
-def pooled(nodes: Iterable[Node], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
-    """Pull-backs of ``count`` seeds under ``torch.vmap``, between these edges, by turns at these nodes."""
-    taken = {(end.node, end.output_nr) for end in ends}
+def pooled(found: Iterable[Pooling], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
+    """Pull-backs of ``count`` seeds under ``torch.vmap``, between these edges, go by turns through these nodes."""
+    taken = {GradientEdge(end.node, end.output_nr) for end in ends}
     with ExitStack() as handles:
-        for node in nodes:
-            below = _below(node)
-            if (below.node, below.output_nr) not in taken:
-                results: list[Tensor] = []
-                handles.callback(node.register_prehook(partial(_pull, node, results, count)).remove)
-                handles.callback(below.node.register_prehook(partial(_replace, below.output_nr, results)).remove)
+        for pooling in found:
+            pooling.attach(handles, count, taken)
         yield
 
 
@@ -58,35 +98,19 @@ def _is_large(node: Any) -> bool:
     return node._saved_self.numel() > SMALL and node._saved_self.is_contiguous()
 
 
-def _below(node: Node) -> GradientEdge:
-    """To the input of a pooling layer."""
-    (below, number), *_ = node.next_functions
-    assert below is not None
-    return GradientEdge(below, number)
-
-
-def _is_observed(edge: GradientEdge) -> bool:
-    """Whether what arrives at an edge is read by hooks of its tensor, which run first."""
-    return is_start(edge) or call_at(edge) is not None
-
-
-def _pull(node: Any, results: list[Tensor], count: int, grads: tuple[Tensor | None, ...]) -> Any:
-    """Pull cotangents back, and leave a zero to the node itself."""
-    grad, x = grads[0], node._saved_self
-    if grad is None or not is_mapped(grad):
-        return None
-    with outside_vmap(grad, count) as seeds:
-        sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
-        found = empty((count, *x.shape), seeds)
-        for seed, out in zip(seeds, found, strict=True):
-            torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                seed, x, *sizes, node._saved_ceil_mode, node._saved_result1, grad_input=out
-            )
-        zero = seeds.new_zeros(()).expand(seeds.shape[1:])
-    results.append(inside_vmap(found, grad))
-    return (zero, *grads[1:])
-
-
-def _replace(number: int, results: list[Tensor], grads: tuple[Tensor | None, ...]) -> Any:
-    """What was pulled back, in the place of the zeros."""
-    return (*grads[:number], results.pop(), *grads[number + 1 :]) if results else None
+def _below(node: Node, arriving: Counter[Any], instead: Instead) -> list[GradientEdge]:
+    """The edges to a ReLU, if nothing else uses its output, and nobody looks at it."""
+    found: list[GradientEdge] = []
+    while True:
+        following, number = node.next_functions[0]
+        if following is None or arriving[following, number] > 1:
+            return []
+        edge = GradientEdge(following, number)
+        if is_start(edge) or call_at(edge) is not None or edge in instead:
+            return []
+        found.append(edge)
+        node = following
+        if node.name() == "ReluBackward0":
+            return found
+        if node.name() != "UnsqueezeBackward0":  # as pooling in one dimension has
+            return []

@@ -186,7 +186,7 @@ class SeedPass:
         try:
             if not self.batched:
                 return pull(*(seed[0] for seed in seeds))[None]
-            with pooled(() if self.block.reads_passages else self.joined.pooling, self.count, [*edges, *ends]):
+            with pooled(() if self.block.reads_passages else self.joined.poolings, self.count, [*edges, *ends]):
                 return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw dropout again
         finally:
             forget_retained()

@@ -359,14 +359,15 @@ class Recomputed(nn.Module):
 
 
 POOLINGS = {
-    "disjoint": (1, nn.ReLU(), nn.MaxPool2d(2)),
-    "overlapping": (1, nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
-    "dilated": (1, nn.Sigmoid(), nn.MaxPool2d(2, 1, dilation=2)),
-    "one-dimensional": (1, nn.ReLU(), nn.Flatten(2), nn.MaxPool1d(3, 2)),
-    "in a row": (2, nn.ReLU(), nn.MaxPool2d(3, 1), nn.MaxPool2d(2)),
-    "of a convolution's output": (0, nn.MaxPool2d(2)),
-    "not alone": (0, nn.ReLU(), Twice()),
-    "checkpointed": (0, Recomputed()),
+    "disjoint": (1, 1, nn.ReLU(), nn.MaxPool2d(2)),
+    "overlapping": (1, 1, nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+    "dilated": (1, 0, nn.Sigmoid(), nn.MaxPool2d(2, 1, dilation=2)),
+    "one-dimensional": (1, 0, nn.ReLU(), nn.Flatten(2), nn.MaxPool1d(3, 2)),
+    "one-dimensional, of a ReLU": (1, 1, nn.Flatten(2), nn.ReLU(), nn.MaxPool1d(3, 2)),
+    "in a row": (2, 1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 1), nn.MaxPool2d(2)),
+    "of a convolution's output": (1, 0, nn.MaxPool2d(2)),
+    "of a ReLU that is used twice": (1, 0, nn.ReLU(), Twice()),
+    "checkpointed": (0, 0, Recomputed()),
 }
 
 
@@ -374,14 +375,16 @@ POOLINGS = {
 def test_seeds_go_through_max_pooling_by_turns(name, monkeypatch):
     monkeypatch.setattr("backpack.pooling.SMALL", 0)
     torch.manual_seed(0)
-    expected, *layers = POOLINGS[name]
+    expected, rectified, *layers = POOLINGS[name]
     model = extend(nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(4)).double())
     lossfunc, X, y = extend(nn.CrossEntropyLoss()), torch.randn(3, 2, 8, 8).double(), torch.tensor([0, 3, 1])
     model(X)
     diagonals, _ = explicit(model, X, lossfunc, y, 3)
     out = model(X)
     told = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # whether tensors are packed; not in PyTorch 2.5
-    assert len(Joined(get_gradient_edge(out)).pooling) == (expected if told else 0)
+    found = Joined(get_gradient_edge(out)).poolings
+    assert len(found) == (expected if told else 0)
+    assert len([pooling for pooling in found if pooling.below]) == (rectified if told else 0)
     with backpack(BatchDiagGGNExact()):
         lossfunc(out, y).backward()
     for parameter, truth in zip(model.parameters(), diagonals, strict=True):
