@@ -3,8 +3,8 @@
 from functools import partial
 from itertools import pairwise
 
-import pytest
 import numpy
+import pytest
 import torch
 from test_first_order import laws
 from torch import nn
