@@ -19,7 +19,7 @@ from torch.nn import Module, Sequential
 from backpack.bystanders import forget_retained
 from backpack.engine import HERE, muted
 from backpack.landmarks import count_uses, landmarks
-from backpack.looped import edges_from, must_loop
+from backpack.looped import edges_from, must_loop, nodes
 from backpack.loss_call import PASSES
 from backpack.mean_curvature import AFFINE, CONVOLUTIONS, ELEMENTWISE, MAPS, SAME, Mean, in_closed_form, is_one_of
 from backpack.quantities import Curvature
@@ -260,7 +260,7 @@ class AveragedPass(SeedPass):
         outputs, ends = landmarks(edge)
         self.subset, self.uses = Subset(), count_uses(outputs)
         ends += [get_gradient_edge(x)] if x.requires_grad else []
-        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(edge) else len(seeds))
+        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(nodes(edge)) else len(seeds))
         found = []
         for number, piece in enumerate(pieces, start=1):
             self.final = final and number == len(pieces)

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 from torch._C._functorch import (
     _add_batch_dim,
+    _remove_batch_dim,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
     get_unwrapped,
     maybe_get_bdim,
     maybe_get_level,
     pop_dynamic_layer_stack,
     push_dynamic_layer_stack,
 )
+from torch._functorch.vmap import lazy_load_decompositions
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
@@ -106,6 +110,17 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
         yield tensor.expand(count, *tensor.shape) if axis < 0 else get_unwrapped(tensor).movedim(axis, 0)
     finally:
         push_dynamic_layer_stack(level)
+
+
+def vmap(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """As ``torch.vmap(function, randomness="same")``, of tensors to one: in half the time of many a small network."""
+    lazy_load_decompositions()
+    size = len(tensors[0])
+    level = _vmap_increment_nesting(size, "same")
+    try:
+        return _remove_batch_dim(function(*[_add_batch_dim(tensor, 0, level) for tensor in tensors]), level, size, 0)
+    finally:
+        _vmap_decrement_nesting()
 
 
 def is_mapped(tensor: Tensor) -> bool:

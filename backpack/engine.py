@@ -131,7 +131,7 @@ class Block:
         for extension in self.first_order:
             groups.setdefault(extension.subset.key, []).append(extension)
         self.groups = list(groups.values())
-        """Extensions of first order, by the samples that they are of."""
+        """Those of first order, by the samples that they are of."""
         self.ruled = any(extension.rules or extension.has_rules_only for extension in self.first_order)
         self.choosy = [extension for extension in self.extensions if extension.subset.given is not None]
         self.reads_passages = bool(self.extension_hook or self.retain_graph or self.with_rules)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.looped import edges_from, must_loop
+from backpack.looped import edges_from, must_loop, nodes
 from backpack.pooling import Pooling, poolings
 from backpack.residuals import Severed
 
@@ -42,9 +42,14 @@ class Joined:
         return {old: new for part in self.parts for old, new in part.items()}
 
     @cached_property
+    def nodes(self) -> list[Node]:
+        """All of the graph."""
+        return nodes(self.start, self.instead)
+
+    @cached_property
     def poolings(self) -> list[Pooling]:
         """Nodes that several seeds go through by turns."""
-        return poolings(self.start, self.instead)
+        return poolings(self.nodes, self.instead)
 
     def now(self, edge: GradientEdge) -> GradientEdge:
         """The edge that has taken the place of one."""
@@ -91,7 +96,7 @@ class Joined:
 
     def must_loop(self, edge: GradientEdge) -> bool:
         """Whether seeds are pulled back from an edge one by one."""
-        return must_loop(edge, self.instead)
+        return must_loop(self.nodes if self.now(edge) == self.start else nodes(edge, self.instead))
 
     def _next(self, stage: int) -> list[tuple[int, GradientEdge]]:
         """Replaced outputs to which a part leads, each with the number of its own part."""

@@ -7,7 +7,7 @@ What users' own functions do in their backward pass is not known: for them seeds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
@@ -74,17 +74,17 @@ def edges_from(edge: GradientEdge, instead: Instead | None = None) -> Iterator[G
                 pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
 
 
-def nodes(edge: GradientEdge, instead: Instead | None = None) -> Iterator[Node]:
+def nodes(edge: GradientEdge, instead: Instead | None = None) -> list[Node]:
     """All nodes of a graph."""
-    return iter(dict.fromkeys(edge.node for edge in edges_from(edge, instead)))
+    return list(dict.fromkeys(edge.node for edge in edges_from(edge, instead)))
 
 
-def must_loop(edge: GradientEdge, instead: Instead | None = None) -> bool:
-    """Whether a graph holds such a node."""
-    return any(
-        isinstance(node, BackwardCFunction) or node.name().removesuffix("_copy").rstrip("0123456789") in LOOPED
-        for node in nodes(edge, instead)
-    )
+def must_loop(graph: Iterable[Node]) -> bool:
+    """Whether one of the nodes of a graph is such."""
+    for node in graph:
+        if node.name().removesuffix("_copy").rstrip("0123456789") in LOOPED or isinstance(node, BackwardCFunction):
+            return True
+    return False
 
 
 def counts_backward_passes(edge: GradientEdge) -> bool:

@@ -9,7 +9,7 @@ be replaced; it is given a single zero, and its result is replaced.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.compat import inside_vmap, is_mapped, is_packed, outside_vmap
-from backpack.looped import Instead, nodes
+from backpack.looped import Instead
 from backpack.memory import empty
 from backpack.recorder import call_at, is_start
 
@@ -73,12 +73,13 @@ class Pooling:
         return (self._results.pop().reshape(grads[0].shape), *grads[1:]) if self._results else None
 
 
-def poolings(edge: GradientEdge, instead: Instead | None = None) -> list[Pooling]:
-    """Those of a graph."""
-    graph = list(nodes(edge, instead))
+def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:
+    """Those among the nodes of a graph, in which others take the place of some edges."""
     found = [node for node in graph if node.name() == NAME and _is_large(node)]
-    arriving = Counter(following for node in graph if found for following in node.next_functions)
-    return [Pooling(node, _below(node, arriving, instead or {})) for node in found]
+    if not found:
+        return []
+    arriving = Counter(following for node in graph for following in node.next_functions)
+    return [Pooling(node, _below(node, arriving, instead)) for node in found]
 
 
 @contextmanager

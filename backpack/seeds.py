@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack.bystanders import forget_retained
-from backpack.compat import outside_vmap
+from backpack.compat import outside_vmap, vmap
 from backpack.delivery import Delivery
 from backpack.engine import HERE, Block
 from backpack.joined import Joined
@@ -150,7 +150,7 @@ class SeedPass:
         """Of the loss's Hessian."""
         return self.make_root()
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """The number of seeds."""
         first = self.extensions[0]
@@ -187,7 +187,7 @@ class SeedPass:
             if not self.batched:
                 return pull(*(seed[0] for seed in seeds))[None]
             with pooled(() if self.block.reads_passages else self.joined.poolings, self.count, [*edges, *ends]):
-                return torch.vmap(pull, randomness="same")(*seeds)  # recomputed activations may draw dropout again
+                return vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
             forget_retained()
 
@@ -258,11 +258,14 @@ class SeedPass:
     def _compute(self, source: Source) -> None:
         parameter = source.tensor
         contributions = self.delivery.fetch(parameter)
-        extensions = [extension for extension in self.extensions if not by_rule(extension, parameter)]
-        for extension in extensions:
-            if extension.has_rules_only and self.final:
+        extensions = []
+        for extension in self.extensions:
+            if by_rule(extension, parameter):
+                continue
+            if not extension.has_rules_only:
+                extensions.append(extension)
+            elif self.final:
                 extension.missing(source.name)
-        extensions = [extension for extension in extensions if not extension.has_rules_only]
         if extensions:
             if self.first:
                 for extension in extensions:
@@ -273,7 +276,7 @@ class SeedPass:
                 grads = grads.weighted(self.weights if rows is None else self.weights[:, rows])
             rooms = [self._room(extension, parameter, grads) for extension in extensions]
             grads.room = next((room for room in rooms if room is not None), None)
-            grads.prepare(name for extension in extensions for name in extension.reads)
+            grads.prepare([name for extension in extensions for name in extension.reads])
             self._add(parameter, grads, extensions)
         if self.final and self.last:
             self.finished.add(id(parameter))
@@ -303,8 +306,10 @@ class SeedPass:
 
     def _room(self, extension: Curvature, parameter: Tensor, grads: Individual) -> Tensor | None:
         """Where the columns of these seeds, of more to come, belong in a result that keeps those of all."""
+        if extension.additive or torch.is_grad_enabled():
+            return None
         seeds, samples = grads.size
-        if extension.additive or torch.is_grad_enabled() or seeds >= self.columns:
+        if seeds >= self.columns:
             return None
         results = self.results.setdefault((id(extension), id(parameter)), [])
         if not results:

@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves
 
-from backpack.looped import LOOPED, must_loop
+from backpack.looped import LOOPED, must_loop, nodes
 
 REASONS = {
     "MkldnnRnnLayerBackward": "of float32 LSTMs, which PyTorch's database lacks: tested below",
@@ -81,7 +81,7 @@ def sweep(most):
                 if problem is not None:
                     for name in names(out) & LOOPED:
                         needed[name].add(op.name)
-                    if not must_loop(get_gradient_edge(out)):
+                    if not must_loop(nodes(get_gradient_edge(out))):
                         wrong[op.name] = problem, names(out)
     assert not wrong
     return needed, count
@@ -109,7 +109,7 @@ def test_fused_layers_that_the_database_lacks_are_on_the_list():
         out = layer(x)
         out = out if isinstance(out, torch.Tensor) else out[0]
         problem = together(out, list(layer.parameters()), tolerance=1e-5)
-        assert problem is None or must_loop(get_gradient_edge(out)), type(layer).__name__
+        assert problem is None or must_loop(nodes(get_gradient_edge(out))), type(layer).__name__
         found |= names(out) & LOOPED if problem is not None else set()
     assert found == {"MkldnnRnnLayerBackward"}
 
@@ -121,7 +121,7 @@ def test_sparse_intermediate_results_are_looped():
         pattern = torch.eye(3, dtype=torch.float64).to_sparse_csr()
         for sparse in (X.to_sparse(), torch.sparse.sampled_addmm(pattern, X, X)):
             dense = sparse.to_dense().sum(1)
-            assert must_loop(get_gradient_edge(dense))
+            assert must_loop(nodes(get_gradient_edge(dense)))
             assert together(dense, [X]) is not None
 
 
@@ -139,4 +139,4 @@ class Counting(torch.autograd.Function):
 
 def test_custom_functions_are_looped():
     X = torch.ones(3, requires_grad=True)
-    assert must_loop(get_gradient_edge(Counting.apply(X).exp()))
+    assert must_loop(nodes(get_gradient_edge(Counting.apply(X).exp())))

@@ -121,6 +121,8 @@ class Dense(LinearMap):
         if name == "sample_squares":
             return self._to_parameter(product(torch.matmul, grad.transpose(2, 3), x, (n, g, o, i)))
         left, right = grad[:, :, 0].permute(1, 2, 0), x[:, :, 0].transpose(0, 1)
+        if g == 1:
+            return self._to_parameter(product(torch.mm, left[0], right[0], (o, i))[None])
         return self._to_parameter(product(torch.matmul, left, right, (g, o, i)))
 
     def chunks(self) -> Iterator[Dense]:
