@@ -113,7 +113,10 @@ def outside_vmap(tensor: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def vmap(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """As ``torch.vmap(function, randomness="same")``, of tensors to one: in half the time of many a small network."""
+    """As ``torch.vmap(function, randomness="same")``, of tensors to one, without its looks at arguments.
+
+    They call a hundred functions, which takes as long as what a small network computes.
+    """
     lazy_load_decompositions()
     size = len(tensors[0])
     level = _vmap_increment_nesting(size, "same")

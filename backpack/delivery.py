@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backpack.recorder import Call, Source
-from backpack.samples import Rows, Subset
+from backpack.samples import Subset
 from backpack.uses import Cotangents, Individual, PullbackUse, Use, join
 from backpack.watched import SHARDED
 
@@ -30,12 +30,10 @@ class Arrival:
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in ``subset``."""
-        call = self.call
-        call.check()
-        index = None
-        if subset.given is not None:
-            index = subset.rows(call.n, next(iter(self.grads.values())).device)
-        return call.uses[self.number][1].arrive(self.grads, Rows(call.layouts[0], index), shape, dtype)
+        self.call.check()
+        device = next(iter(self.grads.values())).device
+        rows = self.call.rows(subset.rows(self.call.n, device))
+        return self.use.arrive(self.grads, rows, shape, dtype)
 
 
 @dataclass(eq=False)
@@ -51,7 +49,7 @@ class Contributions:
 
     def individual(self, subset: Subset) -> Individual:
         """The individual gradients of the samples in ``subset``."""
-        arrivals, shape, dtype = self.arrivals, self.tensor.shape, self.tensor.dtype
+        arrivals = self.arrivals
         counts = {arrival.call.n for arrival in arrivals} if len(arrivals) > 1 else ()
         if len(counts) > 1:
             raise RuntimeError(
@@ -65,10 +63,8 @@ class Contributions:
                 f"module's backward pass has freed it: its function has no rule, and it has several uses or an "
                 f"extension needs all parameters. Leave its module out of fully_shard()."
             )
-        if len(arrivals) == 1 and not self.further:
-            return arrivals[0].individual(subset, shape, dtype)
-        parts = [arrival.individual(subset, shape, dtype) for arrival in arrivals]
-        return join([*parts, *self.further.get(subset.key, [])])
+        parts = [a.individual(subset, self.tensor.shape, self.tensor.dtype) for a in arrivals]
+        return join([*parts, *(self.further.get(subset.key, []) if self.further else [])])
 
     def explain(self, grad: Tensor) -> bool:
         """Whether they add up to the gradient of the parameter, up to rounding. Synchronizes with the host."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -30,7 +30,7 @@ from backpack.quantities import Quantity
 from backpack.recorder import Call, Recording
 from backpack.samples import Subset
 from backpack.uses import Derived, Explicit
-from backpack.watched import SHARDED, WATCHED, Watched, by_rule, trainable
+from backpack.watched import SHARDED, WATCHED, Watched, trainable, without_rules
 
 
 class Receiver(Protocol):
@@ -132,8 +132,6 @@ class Block:
             groups.setdefault(extension.subset.key, []).append(extension)
         self.groups = list(groups.values())
         """Those of first order, by the samples that they are of."""
-        self.ruled = any(extension.rules or extension.has_rules_only for extension in self.first_order)
-        self.choosy = [extension for extension in self.extensions if extension.subset.given is not None]
         self.reads_passages = bool(self.extension_hook or self.retain_graph or self.with_rules)
 
     def clear(self) -> None:
@@ -160,7 +158,7 @@ class Block:
 
     def check_subsets(self, n: int, device: torch.device) -> None:
         """Raise where a subset does not fit a batch of ``n`` samples."""
-        for extension in self.choosy:
+        for extension in self.extensions:
             extension.subset.rows(n, device)
 
     def store(self, parameter: Tensor, savefield: str, value: Any) -> None:
@@ -174,21 +172,20 @@ class Block:
     def receive(self, call: Call, place: int, grads: Tensor) -> None:
         """Note the cotangent of one of a call's outputs, ``[1, ...]``."""
         self.enter_pass()
-        if self.second_order and not self.loss_seen:
-            self._miss_loss()
+        self._check_loss()
         for source in call.sources:
             self.seen.update(map(id, source.parameters))
         if self.first_order:
-            if self.choosy:
-                self.check_subsets(call.n, grads.device)
+            self.check_subsets(call.n, grads.device)
             self.delivery.receive(call, place, grads)
 
-    def _miss_loss(self) -> NoReturn:
-        names = ", ".join(type(extension).__name__ for extension in self.second_order)
-        raise RuntimeError(
-            f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) "
-            f"before the forward pass, and call backward() on its output."
-        )
+    def _check_loss(self) -> None:
+        if self.second_order and not self.loss_seen:
+            names = ", ".join(type(extension).__name__ for extension in self.second_order)
+            raise RuntimeError(
+                f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) "
+                f"before the forward pass, and call backward() on its output."
+            )
 
     def source_done(self, key: int) -> None:
         """Pull the individual gradients of a computed tensor on to its parameters; its graph is still there."""
@@ -233,11 +230,10 @@ class Block:
         parameter = contributions.tensor
         if grad is not None and watched is not None and not self._explained(watched, contributions, grad):
             self.unexplained.append(name)
-        for extensions in self.groups:
-            if self.ruled:
-                extensions = self._without_rules(extensions, parameter, name)
-                if not extensions:
-                    continue
+        for group in self.groups:
+            extensions = without_rules(group, parameter, name)
+            if not extensions:
+                continue
             for extension in extensions:
                 vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
             grads = contributions.individual(extensions[0].subset)
@@ -249,15 +245,6 @@ class Block:
                     self.postponed.append((extension, contributions, extension.measure(grads)))
                 else:
                     self.store(parameter, extension.savefield, extension.compute(grads))
-
-    def _without_rules(self, extensions: list[Quantity], parameter: Tensor, name: str) -> list[Quantity]:
-        """Those of which no user's rule computes the result of a parameter."""
-        found = [extension for extension in extensions if not by_rule(extension, parameter)]
-        for extension in found:
-            if extension.has_rules_only:
-                vars(parameter).pop(extension.savefield, None)
-                extension.missing(name)
-        return [extension for extension in found if not extension.has_rules_only]
 
     def _explained(self, watched: Watched, contributions: Contributions, grad: Tensor) -> bool:
         """Whether nothing else makes up a parameter's gradient; looked at once in each mode."""
@@ -293,8 +280,7 @@ class Block:
 
     def _apply(self, extension: Quantity, rule: Any, passage: Passage, g_out: tuple[Tensor | None, ...]) -> None:
         """Let a user's rule compute the results of a module's parameters."""
-        if self.second_order and not self.loss_seen:
-            self._miss_loss()
+        self._check_loss()
         module, key = passage.module, (id(extension), id(passage.module))
         if key in self.applied:
             raise RuntimeError(

@@ -71,7 +71,7 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
             return
         block = _block(home, grad)
         if block is not None:
-            if block.reads_passages and block.task != graph_task():
+            if block.task != graph_task():
                 _wake(block, home)
             block.receive(kept[0], place, grad[None])
         if not graph_is_kept() and not (block is not None and block.retain_graph):
@@ -139,9 +139,9 @@ def _watch_anew(module: Module, known: dict[int, Source]) -> Parameters:
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
             if _is_trainable(parameter):
-                path = f"{prefix}.{name}" if prefix else name
-                source = known.get(id(parameter)) or Source(parameter, (parameter,), path)
-                found.setdefault(id(parameter), source)
+                key, path = id(parameter), f"{prefix}.{name}" if prefix else name
+                if key not in found:
+                    found[key] = known.get(key) or Source(parameter, (parameter,), path)
                 watched = WATCHED.get(parameter)
                 if watched is None:
                     watched = Watched(path)
@@ -306,7 +306,6 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             place=place,
             uses=recording.uses,
             calls=recording.calls,
-            parameters=recording.parameters.references,
             tensors=recording.tensors,
             widest=recording.widest,
             root=ref(module),
@@ -336,8 +335,8 @@ def _hook_loss(passage: Passage, args: Any, kwargs: Any, output: Tensor, ruled: 
     if not isinstance(input, Tensor) or not input.requires_grad:
         return False
     home, alone = HERE.blocks, len(passage.numbers) == 1 and not ruled
-    kept = [LossCall(passage.module, input, get_gradient_edge(input), args, kwargs)]
-    passages = [passage] if alone else []
+    call = LossCall(passage.module, input, get_gradient_edge(input), args, kwargs)
+    kept = [(call, passage if alone else None)]
 
     def on_cotangent(grad: Tensor) -> None:
         block = _block(home, grad)
@@ -345,15 +344,15 @@ def _hook_loss(passage: Passage, args: Any, kwargs: Any, output: Tensor, ruled: 
             return
         _wake(block, home)
         if block is not None:
+            call, passed = kept[0]
             block.enter_pass()
             if block.second_order:
                 block.loss_seen = True
-                kept[0].run(block, grad)
-            if block.reads_passages and passages:
-                block.module_passed(passages[0], (grad,))
+                call.run(block, grad)
+            if block.reads_passages and passed is not None:
+                block.module_passed(passed, (grad,))
         if not graph_is_kept() and not (block is not None and block.retain_graph):
             kept.clear()
-            passages.clear()
 
     hook(output, on_cotangent)
     return alone

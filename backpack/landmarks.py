@@ -7,7 +7,7 @@ There it learns where their samples lie, what uses their parameters, and where i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -29,7 +29,7 @@ class Origin:
     """What a forward pass of an extended module leaves at the node of each of its outputs.
 
     ``place``: of this output among the leaves of all; ``uses``: how often each source was used; ``calls``: all that
-    were recorded; ``tensors``: what was computed of ``parameters``; ``widest``: entries of the largest output of one;
+    were recorded; ``tensors``: parameters, and what was computed; ``widest``: entries of the largest output of one;
     ``arguments``: of the call, ``None`` if one was overwritten; ``grouped``: whether samples are no rows of them;
     ``output``: its values, where the module may have to run again, and ``random``: what was drawn from then. No node is
     held: what one of them holds would live forever if it held that node in turn.
@@ -40,7 +40,6 @@ class Origin:
     place: int
     uses: dict[int, int]
     calls: list[ref[Call]]
-    parameters: list[ref[Tensor]]
     tensors: list[ref[Tensor]]
     widest: int
     root: ref[Module]
@@ -77,14 +76,18 @@ def landmarks(edge: GradientEdge, instead: Instead | None = None) -> tuple[Found
 
 def bystanders(found: Found) -> Iterator[ref[Tensor]]:
     """Parameters, and what was computed on the way to these outputs."""
-    for origin in {id(origin.tensors): origin for _, origin in found}.values():
-        yield from origin.parameters
-        yield from origin.tensors
+    for tensors in {id(origin.tensors): origin.tensors for _, origin in found}.values():
+        yield from tensors
 
 
 def count_uses(found: Found) -> Counter[int]:
     """How often each parameter is used on the way to these outputs."""
+    return sum_uses({id(origin.uses): origin.uses for _, origin in found}.values())
+
+
+def sum_uses(counts: Iterable[dict[int, int]]) -> Counter[int]:
+    """How often each parameter is used in all of these forward passes."""
     uses: Counter[int] = Counter()
-    for own in {id(origin.uses): origin.uses for _, origin in found}.values():
+    for own in counts:
         uses.update(own)
     return uses

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.delivery import Delivery
-from backpack.landmarks import MARK
+from backpack.landmarks import MARK, sum_uses
 from backpack.looped import edges_from
 from backpack.quantities import Quantity
 from backpack.watched import SHARDED, WATCHED
@@ -41,9 +41,7 @@ def find_missed(
             if (origin := metadata.get((MARK, edge.output_nr))) is not None:
                 used[id(origin.uses)] = origin.uses
             ends.append(getattr(edge.node, "variable", None))
-        total: Counter[int] = Counter()
-        for counts in used.values():
-            total.update(counts)
+        total = sum_uses(used.values())
         partial |= {key for key, number in delivered.items() if number < total[key]}
         missed |= {id(p): p for p in ends if p in WATCHED and (id(p) in partial or id(p) not in seen)}
     return missed, partial

@@ -206,7 +206,7 @@ def rest(passage: Passage, node: Node) -> None:
 
 def wake(start: Node) -> Iterator[tuple[Passage, Node]]:
     """The passages that were left at the nodes of a graph."""
-    for node in list(nodes(GradientEdge(start, 0))):
+    for node in nodes(GradientEdge(start, 0)):
         metadata: Any = node.metadata
         for passage in metadata.pop(NOTED, ()):
             yield passage, node

@@ -33,22 +33,20 @@ SMALL = 2**15
 
 @dataclass(eq=False)
 class Pooling:
-    """A node of max pooling, and those below that lead to a ReLU, which it is the last one of; perhaps none."""
+    """A node of max pooling, and the edges from it to the ReLU whose output it pools; none where there is no such."""
 
     node: Any
     below: list[GradientEdge]
-
-    def __post_init__(self) -> None:
-        self._results: list[Tensor] = []
 
     def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
         """Pull back ``count`` seeds together. ``taken``: edges at which others start or end."""
         rectified = bool(self.below) and taken.isdisjoint(self.below)
         last = self.below[-1].node if rectified else self.node
-        handles.callback(self.node.register_prehook(partial(self._pull, count, rectified)).remove)
-        handles.callback(last.register_hook(self._replace).remove)
+        results: list[Tensor] = []
+        handles.callback(self.node.register_prehook(partial(self._pull, results, count, rectified)).remove)
+        handles.callback(last.register_hook(partial(_replace, results)).remove)
 
-    def _pull(self, count: int, rectified: bool, grads: tuple[Tensor | None, ...]) -> Any:
+    def _pull(self, results: list[Tensor], count: int, rectified: bool, grads: tuple[Tensor | None, ...]) -> Any:
         """Pull cotangents back, and leave a zero to the nodes themselves."""
         node, grad = self.node, grads[0]
         if grad is None or not is_mapped(grad):
@@ -65,12 +63,13 @@ class Pooling:
                 torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
                     seed, x, *sizes, node._saved_ceil_mode, places, grad_input=out
                 )
-        self._results.append(inside_vmap(found, grad))
+        results.append(inside_vmap(found, grad))
         return (zero, *grads[1:])
 
-    def _replace(self, grads: tuple[Tensor, ...], _: Any) -> Any:
-        """What was pulled back, in the place of the zeros."""
-        return (self._results.pop().reshape(grads[0].shape), *grads[1:]) if self._results else None
+
+def _replace(results: list[Tensor], grads: tuple[Tensor, ...], _: Any) -> Any:
+    """What was pulled back, in the place of the zeros."""
+    return (results.pop().reshape(grads[0].shape), *grads[1:]) if results else None
 
 
 def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:

@@ -14,6 +14,7 @@ from backpack.uses import Individual
 class Ruled(Protocol):
     """What is needed to know of an extension that may have rules of users."""
 
+    savefield: str
     rules: dict[type[Module], Any]
     has_rules_only: bool
     """Whether nothing is computed but by rules."""
@@ -28,7 +29,6 @@ class Ruled(Protocol):
 class Quantity(Ruled, Protocol):
     """What the engine needs to know of an extension."""
 
-    savefield: str
     subset: Subset
     reads: tuple[str, ...]
     needs_all_parameters: bool
@@ -50,7 +50,6 @@ class Quantity(Ruled, Protocol):
 class Curvature(Ruled, Protocol):
     """What is needed to know of a second-order extension."""
 
-    savefield: str
     subset: Subset
     reads: tuple[str, ...]
     seeds: str

@@ -44,7 +44,7 @@ class Source:
     @property
     def void(self) -> bool:
         """Whether it turned out to hold samples after all."""
-        return self.discarded or (bool(self.parents) and any(parent.void for parent in self.parents))
+        return self.discarded or any(parent.void for parent in self.parents)
 
 
 class Parameters:
@@ -128,7 +128,6 @@ class Recording(Guarding):
         self.fused = False
         self.random: list[Tensor] | None = None
         self._settled = settled
-        self.parameters = parameters
         self.sources = parameters.sources.copy()
         tensors = tensors_in(inputs)
         self.data = {id(tensor): ref(tensor) for tensor in tensors}
@@ -137,7 +136,7 @@ class Recording(Guarding):
         self.grouped = False
         self.uses: dict[int, int] = {}
         self.calls: list[ref[Call]] = []
-        self.tensors: list[ref[Tensor]] = []
+        self.tensors = parameters.references.copy()
         self.inputs = [get_gradient_edge(t) for t in tensors if t.requires_grad]
         for edge in self.inputs:
             mark_start(edge)
@@ -189,11 +188,12 @@ class Recording(Guarding):
 
     def _is_data(self, tensor: Tensor) -> bool:
         """Whether a tensor is computed from the samples."""
-        key = id(tensor)
-        if key in self.sources:
+        if id(tensor) in self.sources:
             return False
-        known = None if tensor.requires_grad else self.data.get(key)
-        return tensor.requires_grad if known is None else known() is tensor
+        if tensor.requires_grad:
+            return True
+        known = self.data.get(id(tensor))
+        return known is not None and known() is tensor
 
     def _may_be_data(self, tensor: Tensor) -> bool:
         """Whether a constant has a first axis of the samples' number."""
@@ -367,7 +367,7 @@ class Recording(Guarding):
         grads: Sequence[Tensor | None] = [None] * len(edges)
         if outputs:
             seeds = [half_of(output, layout) for output, layout in outputs]
-            with undisturbed([*self.parameters.references, *self.tensors]):
+            with undisturbed(self.tensors):
                 grads = torch.autograd.grad(
                     [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
                 )
@@ -413,7 +413,7 @@ class Recording(Guarding):
             return False
         edge, known, shape = self._anchor
         half = half_of(output, layout)
-        with undisturbed([*self.parameters.references, *self.tensors]):
+        with undisturbed(self.tensors):
             (grad,) = torch.autograd.grad(output, edge, half, retain_graph=True, allow_unused=True)
         return grad is not None and bool(grad.any()) and is_of_first_half(grad.reshape(shape), known)
 
@@ -506,13 +506,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if type(value) in (tuple, list):
-        found = []
-        for entry in value:
-            if isinstance(entry, Tensor):
-                found.append(entry)
-            else:
-                found += tensors_in(entry)
-        return found
+        return [tensor for entry in value for tensor in tensors_in(entry)]
     if value is None or (type(value) is dict and not value):
         return []
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -33,7 +33,7 @@ from backpack.recorder import Call, Source
 from backpack.rerun import agree, outputs_again
 from backpack.samples import Layout, Subset
 from backpack.uses import Derived, Individual
-from backpack.watched import by_rule, trainable
+from backpack.watched import trainable, without_rules
 
 WIDEST = 2**23
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
@@ -258,14 +258,7 @@ class SeedPass:
     def _compute(self, source: Source) -> None:
         parameter = source.tensor
         contributions = self.delivery.fetch(parameter)
-        extensions = []
-        for extension in self.extensions:
-            if by_rule(extension, parameter):
-                continue
-            if not extension.has_rules_only:
-                extensions.append(extension)
-            elif self.final:
-                extension.missing(source.name)
+        extensions = without_rules(self.extensions, parameter, source.name, last=self.final)
         if extensions:
             if self.first:
                 for extension in extensions:

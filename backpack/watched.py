@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack.quantities import Ruled
+
+R = TypeVar("R", bound=Ruled)
 
 
 @dataclass(eq=False)
@@ -32,11 +35,7 @@ class Watched:
     @property
     def training(self) -> bool:
         """Whether one of them is in training mode."""
-        for reference in self.references:
-            owner = reference()
-            if owner is not None and owner.training:
-                return True
-        return False
+        return any(owner.training for reference in self.references if (owner := reference()) is not None)
 
     def add(self, owner: Module) -> None:
         """Note an owner."""
@@ -65,3 +64,20 @@ def by_rule(extension: Ruled, parameter: Tensor) -> bool:
         if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
             return True
     return False
+
+
+def without_rules(extensions: Iterable[R], parameter: Tensor, name: str, last: bool = True) -> list[R]:
+    """Those of which no user's rule computes the result of a parameter of this name.
+
+    Of those that have rules only nothing does: they say so, when it is the ``last`` time that they are asked.
+    """
+    found = []
+    for extension in extensions:
+        if by_rule(extension, parameter):
+            continue
+        if not extension.has_rules_only:
+            found.append(extension)
+        elif last:
+            vars(parameter).pop(extension.savefield, None)
+            extension.missing(name)
+    return found

@@ -278,14 +278,15 @@ class SampleSum:
         cores = torch.get_num_threads()
         cores = 1 if len(tensor) % cores else cores
         terms, tensor = self._terms.setdefault(cores, []), tensor.unflatten(0, (cores, -1))
-        number = tensor.shape[1] * tensor.shape[-2]
-        if torch.is_grad_enabled() or tensor.numel() < number * self.LARGE:
+        count = tensor.shape[1] * tensor.shape[-2]
+        if torch.is_grad_enabled() or tensor.numel() <= count * self.LARGE:
             accumulate(terms, (tensor.square() if squared else tensor).sum((1, -2)))
             return
-        for part in tensor.movedim((1, -2), (0, 1)).flatten(0, 1):
-            if not terms:
-                terms.append(part.square() if squared else part.clone())
-            elif squared:
+        parts = [part for row in tensor.unbind(1) for part in row.unbind(-2)]
+        if not terms:
+            terms.append(torch.zeros_like(parts[0], memory_format=torch.contiguous_format))
+        for part in parts:
+            if squared:
                 terms[0].addcmul_(part, part)
             else:
                 terms[0].add_(part)
