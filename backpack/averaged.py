@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module, Sequential
 
 from backpack.bystanders import forget_retained
+from backpack.compat import pull_back
 from backpack.engine import HERE, muted
 from backpack.landmarks import count_uses, landmarks
 from backpack.looped import edges_from, must_loop, nodes
@@ -48,6 +49,10 @@ class AveragedPass(SeedPass):
     sign: int = 1
     curvature: Tensor | None = None
     modules: list[Module] = field(default_factory=list)
+    learn: list[bool] = field(default_factory=list)
+    """Which of them have trainable parameters."""
+    maps: list[Call | None] = field(default_factory=list)
+    """The calls of those whose parameters are those of a linear map."""
     inputs: list[Tensor] = field(default_factory=list)
     """Of the modules, where the model had to run again."""
     between: dict[int, tuple[Tensor, GradientEdge]] | None = None
@@ -62,7 +67,9 @@ class AveragedPass(SeedPass):
         """
         rows = self.extensions[0].subset.rows(self.layout.n, self.loss.input.device)
         self.modules = self._chain()
-        first = next(k for k, m in enumerate(self.modules) if any(p.requires_grad for p in m.parameters()))
+        self.learn = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
+        self.maps = [self._map(module) for module in self.modules]
+        first = self.learn.index(True)
         self.between = self._between(first)
         if self.between is None:
             self._forward(first, rows)
@@ -120,7 +127,7 @@ class AveragedPass(SeedPass):
         function, x = -1, None
         for place in reversed(range(first, len(self.modules))):
             module = self.modules[place]
-            call = self._map(module) if place == first or is_one_of(module, (nn.Linear,)) else None
+            call = self.maps[place] if place == first or is_one_of(module, (nn.Linear,)) else None
             if call is not None and id(call) in edges and call.layout == Layout(self.layout.n):
                 edge = edges[id(call)]
                 if x is None and edge[:2] != self.loss.edge[:2]:
@@ -175,8 +182,8 @@ class AveragedPass(SeedPass):
     def _step(self, place: int, mean: Mean) -> Mean:
         """The curvature in a module's output to that in its input; parameters on the way."""
         module = self.modules[place]
-        if any(p.requires_grad for p in module.parameters()):
-            call = self._map(module)
+        if self.learn[place]:
+            call = self.maps[place]
             if call is None:
                 return self._root(module, self.inputs[place], mean)
             self._factors(module, call, mean)
@@ -196,7 +203,7 @@ class AveragedPass(SeedPass):
         if self.between is not None:
             out, edge = self.between[place]
             with muted():
-                (slope,) = torch.autograd.grad(out, edge, torch.ones_like(out), retain_graph=True)
+                (slope,) = pull_back([out], [edge], [torch.ones_like(out)])
             forget_retained()
             rows = self.extensions[0].subset.rows(self.layout.n, slope.device)
             slope = slope.reshape(self.layout.n, -1)

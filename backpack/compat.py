@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import FrameType, GeneratorType
@@ -45,6 +45,15 @@ running_node: Callable[[], Node | None] = torch._C._current_autograd_node
 """The node of the graph whose hooks or function run on this thread."""
 
 
+def ends_at(node: Node | None) -> bool:
+    """Whether the running backward pass goes no further than to this node, although others are behind it."""
+    behind = [other for other, _ in node.next_functions if other is not None] if node is not None else []
+    try:
+        return bool(behind) and not any(map(torch._C._will_engine_execute_node, behind))
+    except RuntimeError:  # one is a leaf whose gradient is asked for
+        return False
+
+
 def hook(tensor: Tensor, function: Callable[[Tensor], Any]) -> None:
     """As ``tensor.register_hook``, without a handle: in half the time."""
     if tensor.grad_fn is None:
@@ -55,6 +64,25 @@ def hook(tensor: Tensor, function: Callable[[Tensor], Any]) -> None:
         hooks = tensor._backward_hooks = OrderedDict()
         tensor.grad_fn._register_hook_dict(tensor)
     hooks[id(function)] = function
+
+
+def pull_back(
+    outputs: Sequence[Any], inputs: Sequence[Any], seeds: Sequence[Tensor], create_graph: bool = False
+) -> tuple[Any, ...]:
+    """As ``torch.autograd.grad(..., retain_graph=True, allow_unused=True)``, without its looks at arguments.
+
+    They take longer than a pass through a few nodes.
+    """
+    run = Variable._execution_engine.run_backward
+    return run(
+        tuple(outputs),
+        tuple(seeds),
+        True,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,13 +19,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
 from backpack.bystanders import undisturbed
 from backpack.compat import graph_task, running_node, when_backward_ends
 from backpack.delivery import Contributions, Delivery
-from backpack.missed import find_missed, leave_out
+from backpack.missed import find_missed, leave_out, pull_on
 from backpack.passages import Passage, serve
 from backpack.quantities import Quantity
 from backpack.recorder import Call, Recording
@@ -112,6 +113,10 @@ class Block:
     loss_seen: bool = False
     starts: list[tuple[Node, dict[int, int]]] = field(default_factory=list)
     """Where the pass came into outputs of extended modules, and how often these used each parameter."""
+    stopped: list[tuple[GradientEdge, Tensor]] = field(default_factory=list)
+    """Outputs of extended modules at which the pass ends, and their cotangents."""
+    uses: Counter[int] = field(default_factory=Counter)
+    """While the pass is continued from there: how often each parameter is used on the way."""
     partial: set[int] = field(default_factory=set)
     """Parameters of which the pass reached some uses only."""
     asked: bool = False
@@ -143,12 +148,13 @@ class Block:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
         self.starts.clear()
+        self.stopped.clear()
         for store in (self.seen, self.hooked, self.finished, self.passages, self.pulled, self.applied, self.partial):
             store.clear()
 
     def enter_pass(self) -> None:
         """Begin anew when another backward pass has begun."""
-        if self.task != graph_task():
+        if self.task != graph_task() and not self.uses:
             self.clear()
             self.task = graph_task()
             self.loss_seen = self.asked = False
@@ -177,7 +183,11 @@ class Block:
             self.seen.update(map(id, source.parameters))
         if self.first_order:
             self.check_subsets(call.n, grads.device)
-            self.delivery.receive(call, place, grads)
+            reached = self.delivery.receive(call, place, grads)
+            if self.uses and not self.starts and call.outputs == 1 and not call.recomputed:
+                for source in reached:
+                    if source.tensor.grad_fn is None and self.uses[id(source.tensor)] == 1:
+                        self.parameter_done(source.tensor, source.name)
 
     def _check_loss(self) -> None:
         if self.second_order and not self.loss_seen:
@@ -313,7 +323,16 @@ class Block:
                 self.extension_hook(module)
 
     def _look_for_missed(self) -> None:
-        """A pass that ends before parameters, as ``inputs=`` can have it, leaves no result on them, and no old one."""
+        """A pass that ends before parameters, as ``inputs=`` can have it, leaves no result on them, and no old one.
+
+        But of those below an output of an extended module at which it ends, all results are wanted.
+        """
+        if self.stopped:
+            try:
+                with torch.set_grad_enabled(self.grad_mode):
+                    pull_on(self.stopped, self.delivery, self.uses)
+            finally:
+                self.uses.clear()
         if self.first_order:
             missed, self.partial = find_missed(self.delivery, self.starts, self.seen, self.asked)
             if missed:

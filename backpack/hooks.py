@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import Parameter, is_lazy
@@ -25,6 +25,7 @@ from backpack import columns as columns  # as well
 from backpack import products as products
 from backpack.compat import (
     caller,
+    ends_at,
     gathered_parameters,
     graph_is_kept,
     graph_task,
@@ -56,6 +57,11 @@ def _block(home: list[Block], grad: Tensor | None) -> Block | None:
     return blocks[-1] if blocks and not HERE.muted and HERE.inner is None else None
 
 
+def _is_over(block: Block | None) -> bool:
+    """Whether the running pass frees the graph from its present node on, so that none comes here again."""
+    return not (graph_is_kept() or (block is not None and block.retain_graph) or ends_at(running_node()))
+
+
 def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
     """Attach the hooks that bring the cotangent of a call's output, of this shape, which is ``out`` or a view of it."""
     home = HERE.blocks
@@ -74,7 +80,7 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
             if block.task != graph_task():
                 _wake(block, home)
             block.receive(kept[0], place, grad[None])
-        if not graph_is_kept() and not (block is not None and block.retain_graph):
+        if _is_over(block):
             kept.clear()
 
     hook(out, on_cotangent)
@@ -298,7 +304,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
         edge = get_gradient_edge(tensor)
         if edge in recording.inputs:  # handed through: what it comes from is known already
             continue
-        hook(tensor, _waking(recording.uses, HERE.blocks))
+        hook(tensor, _waking(recording.uses, edge.output_nr, HERE.blocks))
         metadata: Any = edge.node.metadata
         metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
@@ -351,7 +357,7 @@ def _hook_loss(passage: Passage, args: Any, kwargs: Any, output: Tensor, ruled: 
                 call.run(block, grad)
             if block.reads_passages and passed is not None:
                 block.module_passed(passed, (grad,))
-        if not graph_is_kept() and not (block is not None and block.retain_graph):
+        if _is_over(block):
             kept.clear()
 
     hook(output, on_cotangent)
@@ -383,19 +389,24 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
         receiver = HERE.inner or block
         if receiver is not None:
             receiver.module_passed(kept[0], own)
-        if HERE.inner is None and not graph_is_kept() and not (block is not None and block.retain_graph):
+        if HERE.inner is None and _is_over(block):
             kept.clear()
 
     return on_cotangents
 
 
-def _waking(uses: dict[int, int], home: list[Block]) -> Callable[[Tensor], None]:
+def _waking(uses: dict[int, int], number: int, home: list[Block]) -> Callable[[Tensor], None]:
+    """On an output of an extended module, the one of this number that its node computed."""
+
     def on_cotangent(grad: Tensor) -> None:
         block = _block(home, grad)
         _wake(block, home)
-        if block is not None and block.first_order and (node := running_node()) is not None:
+        if block is not None and block.first_order and not block.uses and (node := running_node()) is not None:
             block.enter_pass()
-            block.starts.append((node, uses))
+            if ends_at(node):
+                block.stopped.append((GradientEdge(node, number), grad))
+            else:
+                block.starts.append((node, uses))
 
     return on_cotangent
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack.compat import pull_back
 from backpack.looped import edges_from, must_loop, nodes
 from backpack.pooling import Pooling, poolings
 from backpack.residuals import Severed
@@ -60,15 +60,14 @@ class Joined:
         edges: Sequence[GradientEdge],
         inputs: Sequence[Any],
         seeds: Sequence[Tensor],
-        **more: Any,
+        create_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         """``torch.autograd.grad`` through all parts, which keeps the graph; each node of a part runs once at most.
 
         ``inputs``: edges, or tensors.
         """
-        options = {"retain_graph": True, "allow_unused": True, **more}
         if not self.parts:
-            return torch.autograd.grad(edges, inputs, seeds, **options)
+            return pull_back(edges, inputs, seeds, create_graph)
         ends = [self.now(get_gradient_edge(i) if isinstance(i, Tensor) else i) for i in inputs]
         starts: list[list[tuple[GradientEdge, Tensor]]] = [[] for _ in range(len(self.parts) + 1)]
         for edge, seed in zip(map(self.now, edges), seeds, strict=True):
@@ -80,11 +79,11 @@ class Joined:
             if not given or not (own or left):
                 continue
             with Severed([old for _, old in left]):
-                grads = torch.autograd.grad(
+                grads = pull_back(
                     [edge for edge, _ in given],
                     [ends[k] for k in own] + [old for _, old in left],
                     [seed for _, seed in given],
-                    **options,
+                    create_graph,
                 )
             for k, grad in zip(own, grads, strict=False):
                 before = found[k]

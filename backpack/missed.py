@@ -1,4 +1,7 @@
-"""Backward passes that end before parameters, as ``inputs=`` can have it: which these are, and what becomes of them."""
+"""Backward passes that end before parameters, as ``inputs=`` can have it: which these are, and what becomes of them.
+
+A pass that ends at outputs of extended modules is continued to their parameters, without the parameters' gradients.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,36 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.bystanders import undisturbed
+from backpack.compat import pull_back
 from backpack.delivery import Delivery
-from backpack.landmarks import MARK, sum_uses
+from backpack.landmarks import MARK, Found, bystanders, count_uses, landmarks, sum_uses
 from backpack.looped import edges_from
 from backpack.quantities import Quantity
+from backpack.recorder import call_at
 from backpack.watched import SHARDED, WATCHED
+
+
+def pull_on(stopped: Sequence[tuple[GradientEdge, Tensor]], delivery: Delivery, uses: Counter[int]) -> None:
+    """Send cotangents on to the first uses of parameters, from edges at which a pass has ended.
+
+    ``delivery``: what the pass has delivered; ``uses``: how often each parameter is used on the way, filled in here.
+    """
+    found: Found = []
+    ends: dict[GradientEdge, None] = {}
+    for edge, _ in stopped:
+        delivery.forget(call_at(edge))  # its cotangent comes again, and perhaps more of it
+        outputs, firsts = landmarks(edge)
+        found += outputs
+        ends |= dict.fromkeys(firsts)
+    uses.update(count_uses(found))
+    edges, grads = zip(*stopped, strict=True)
+    with undisturbed(bystanders(found)):
+        pull_back(edges, list(ends), grads, torch.is_grad_enabled())
 
 
 def find_missed(

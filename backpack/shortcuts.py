@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import shape_at
+from backpack.compat import pull_back, shape_at
 from backpack.graph import Graph
 from backpack.residuals.nodes import ELEMENTWISE, base_name
 from backpack.residuals.residual import Blocks, Residual
@@ -46,10 +46,10 @@ def squares(graph: Graph, residual: Residual) -> list[tuple[GradientEdge, Tensor
         if matrix is not None and not mixed:
             total, mixed = total @ matrix.square(), True
         elif base_name(edge.node) in BY_ENTRIES and shape == total.shape:
-            (slope,) = torch.autograd.grad(edge, live[0], torch.ones_like(total), retain_graph=True)
+            (slope,) = pull_back([edge], live, [torch.ones_like(total)])
             total = total * slope.square()
         elif base_name(edge.node) in SELECTING and not mixed:
-            (total,) = torch.autograd.grad(edge, live[0], total, retain_graph=True)
+            (total,) = pull_back([edge], live, [total])
         else:
             return None
         edge = graph.joined.now(live[0])

@@ -74,11 +74,99 @@ def test_calls_of_the_parts_of_a_model():
     model, lossfunc = build()
     for p in model.parameters():
         p.grad_batch = "old"
-    h = model.early(model.shared(X).tanh())
+    h = model.shared(X).tanh()
     with pytest.warns(UserWarning, match="ended before"), backpack(BatchGrad()):
-        torch.autograd.grad(lossfunc(model.late(model.shared(h)), Y), h)
-    assert with_results(model) == {"early.weight", "early.bias", "late.weight", "late.bias"}
-    assert not any(isinstance(getattr(p, "grad_batch", None), str) for p in model.parameters())
+        torch.autograd.grad(lossfunc(model.late(model.shared(model.early(h)).tanh()), Y), h)
+    assert with_results(model) == {"early.weight", "early.bias", "late.weight", "late.bias"} and right(model)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_pass_that_ends_at_an_extended_part_goes_on_to_its_parameters(kept):
+    model, lossfunc = build()
+    h = model.early(model.shared(X).tanh())  # the other use of the shared layer is above
+    with backpack(BatchGrad()):
+        torch.autograd.grad(lossfunc(model.late(model.shared(h).tanh()), Y), h, retain_graph=kept)
+    assert len(with_results(model)) == 6 and right(model)
+
+
+class State(nn.Module):
+    """Returns what its last layer reads, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+    def forward(self, x):
+        h = self.first(x)
+        return h, self.last(h.tanh())
+
+
+@pytest.mark.parametrize("through", ["h", "out", "both"])
+def test_outputs_of_which_one_is_computed_from_the_other(through):
+    torch.manual_seed(0)
+    model = extend(State().double())
+
+    def value(h, out):
+        return {"h": h.square().sum(), "out": out.sin().sum(), "both": (h * out).sin().sum()}[through]
+
+    rows = [torch.autograd.grad(value(*model(x[None])), model.first.weight)[0] for x in X]
+    outputs = model(X)
+    asked = [o for o, name in zip(outputs, ("h", "out"), strict=True) if through in (name, "both")]
+    with backpack(BatchGrad()):
+        torch.autograd.grad(value(*outputs), asked)
+    assert close(model.first.weight.grad_batch, torch.stack(rows))
+    assert hasattr(model.last.bias, "grad_batch") == (through != "h")
+
+
+def test_several_calls_of_a_model_at_the_outputs_of_which_a_pass_ends():
+    model, _ = build()
+    rows = [torch.autograd.grad((model(x[None]) * model(x[None].cos())).sum(), model.late.weight)[0] for x in X]
+    outputs = model(X), model(X.cos())
+    with backpack(BatchGrad()):
+        torch.autograd.grad((outputs[0] * outputs[1]).sum(), outputs)
+    assert close(model.late.weight.grad_batch, torch.stack(rows))
+
+
+def test_what_a_pass_without_the_gradient_shows():
+    model, lossfunc = build()
+    seen, done = [], []
+    model.late.weight.grad = torch.ones_like(model.late.weight)
+    model.late.weight.register_hook(seen.append)
+    out = model(X)
+    model.h.retain_grad()
+    model.h.register_hook(seen.append)
+    with backpack(BatchGrad(), ClippedGrad(1e-2), DiagGGNExact(), extension_hook=done.append):
+        torch.autograd.grad(lossfunc(out, Y), out)
+    assert not seen and model.h.grad is None and model.late.weight.grad.eq(1).all()
+    assert right(model) and all(hasattr(p, "grad_clipped") for p in model.parameters())
+    assert set(done) >= {model.shared, model.early, model.late}
+
+
+def test_a_failure_below_the_output_leaves_nothing():
+    model, lossfunc = build()
+
+    def fail(module):
+        raise ValueError("as a user's hook may")
+
+    out = model(X)
+    with pytest.raises(ValueError, match="user's hook"), backpack(BatchGrad(), extension_hook=fail):
+        torch.autograd.grad(lossfunc(out, Y), out)
+    assert not with_results(model)
+    with backpack(BatchGrad()):
+        lossfunc(model(X), Y).backward()
+    assert len(with_results(model)) == 6 and right(model)
+
+
+def test_results_without_the_gradient_are_differentiable():
+    model, _ = build()
+    found = []
+    for alone in (True, False):
+        out = model(X)
+        with backpack(BatchGrad()):
+            torch.autograd.grad(out.sin().sum(), [out] if alone else list(model.parameters()), create_graph=True)
+        total = sum(p.grad_batch.square().sum() for p in model.parameters())
+        found.append(torch.autograd.grad(total, list(model.parameters()), allow_unused=True))
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_curvature_has_results_for_all_without_a_warning():

@@ -74,6 +74,7 @@ def problem(name: str, n: int = 3, length: int = 7) -> Problem:
 def test_first_order_quantities_of_every_parameter_are_exact(name):
     keys = ["all", "reversed", "duplicates", "mask", "last", "all"]
     laws(problem(name), lambda k: keys[k], scale=1.0)
+    laws(problem(name), lambda k: "all", scale=1.0, alone=True)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -30,8 +30,11 @@ class Problem:
         return out
 
     def loss(self, *inputs: Any, scale: float = 1.0, **kwargs: Any) -> Tensor:
+        return self.value(self.output(*inputs, **kwargs), scale)
+
+    @staticmethod
+    def value(out: Tensor, scale: float = 1.0) -> Tensor:
         """``sum_n f(output_n)``, not symmetric in the outputs, times ``scale``."""
-        out = self.output(*inputs, **kwargs)
         weight = torch.arange(out.shape[-1], dtype=out.dtype).sin()
         return scale * (out * weight + out.tanh()).sum()
 
