@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from truth import close
 
 from backpack.operations import RULES
+from backpack.operations.convolution import Convolution
 from backpack.operations.windows import Windows
 from backpack.samples import Layout, Rows
 from backpack.uses import Dense, Derived, Explicit, Individual, Lookup, PullbackUse, join
@@ -174,6 +175,23 @@ def test_dot_products_of_patches_follow_from_those_of_pixels(data):
     x, pads = x.unflatten(0, (n, images)), [p for p in reversed(padding) for _ in range(2)]
     found = Windows(kernel, out, stride, pads, dilation).gram(x if images > 1 else x[:, 0], groups)
     assert close(found, truth, columns.square().sum(), 1e-12)
+
+
+@QUICK
+@given(data=st.data())
+def test_individual_gradients_of_small_kernels_one_for_each_channel(data):
+    torch.manual_seed(0)
+    n, channels = (data.draw(st.integers(1, 3)) for _ in range(2))
+    kernel, stride, padding, dilation = ([data.draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 1))
+    x, weight = randn(n, channels, 7, 8), randn(channels, 1, *kernel).requires_grad_()
+    options = [tuple(option) for option in (stride, padding, dilation)]
+    out = F.conv2d(x, weight, None, *options, channels)
+    grad = randn(*out.shape)
+    rows = [torch.autograd.grad(out[k], weight, grad[k], retain_graph=True)[0] for k in range(n)]
+    own = Convolution.of(x.shape, weight.shape, out.shape, *options, channels)
+    assert own.is_small_depthwise
+    found = own.individual(x, own.channels(grad[None])[0])
+    assert close(found.reshape(n, *weight.shape), torch.stack(rows), 1.0, 1e-12)
 
 
 @pytest.mark.parametrize("small", [(0, 0), (2**19, 2**26)], ids=["what they share", "one product"])

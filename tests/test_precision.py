@@ -1,5 +1,7 @@
 """Lower precision, scaled losses, recomputed activations: the same results, to what the data type holds."""
 
+import copy
+
 import pytest
 import torch
 from dataset_truth import giant, parameters_of, problem
@@ -8,7 +10,18 @@ from torch.utils.checkpoint import checkpoint
 from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend
-from backpack.extensions import EKFAC, BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, SumGradSquared, Variance
+from backpack.extensions import (
+    EKFAC,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    SqrtGGNExact,
+    SumGradSquared,
+    Variance,
+)
+from backpack.operations.convolution import Convolution
 
 EXTENSIONS = (BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact)
 
@@ -117,6 +130,25 @@ def test_sums_over_batches_of_a_bfloat16_model_are_not_rounded_at_each_batch():
     assert found["ekfac"]["weight"].eigenvalues.item() == 600.0
     assert found["sum_grad_squared"]["weight"].item() == 600.0  # in bfloat16, 256 + 1 = 256
     assert found.grad["weight"].item() == 600.0
+
+
+def test_channels_with_a_kernel_each_give_the_same_in_single_precision(monkeypatch):
+    """There, and on a CPU, PyTorch's own code for such weights computes individual gradients."""
+    torch.manual_seed(0)
+    taken, individual = [], Convolution.individual
+    monkeypatch.setattr(Convolution, "individual", lambda *a: taken.append(True) or individual(*a))
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.Tanh(), nn.Flatten(), nn.Linear(96, 4))
+    X, y, lossfunc = torch.randn(5, 6, 8, 8), torch.tensor([0, 3, 1, 1, 2]), extend(nn.CrossEntropyLoss())
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        own = extend(copy.deepcopy(model).to(dtype))
+        with backpack(*[cls(subsampling=[4, 0, 0]) for cls in (*EXTENSIONS, SqrtGGNExact, BatchDotGrad)]):
+            lossfunc(own(X.to(dtype)), y).backward()
+        found.append({name: value for name, value in vars(own[0].weight).items() if isinstance(value, torch.Tensor)})
+        assert bool(taken) == (dtype == torch.float32)
+        taken.clear()
+    assert len(found[0]) == 7
+    assert all(close(found[0][name].double(), value, rtol=1e-5) for name, value in found[1].items())
 
 
 class Recomputing(nn.Module):

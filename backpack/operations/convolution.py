@@ -93,6 +93,30 @@ class Convolution:
         sums = 8 * sum(self.kernel[2:]) * places
         return (pixels * self.kernel[1] + sums) * pixels / (places**2 * max(1, prod(self.kernel[1:])))
 
+    @property
+    def is_small_depthwise(self) -> bool:
+        """Whether each channel has one kernel, for which PyTorch has fast code."""
+        small = max(self.kernel[2:]) <= 3 and self.dims == 2
+        symmetric = self.windows.padding[::2] == self.windows.padding[1::2]
+        return small and symmetric and self.kernel[1] == 1 and self.kernel[0] == self.groups
+
+    def individual(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Those of small kernels, one for each channel, ``[n c, 1, *kernel]``: as if samples were channels too."""
+        channels, windows = len(x) * self.groups, self.windows
+        return torch.ops.aten.convolution_backward(
+            grad.reshape(1, channels, *windows.out),
+            x.reshape(1, channels, *x.shape[2:]),
+            x.new_empty(channels, 1, *windows.kernel),  # of which no values are needed
+            None,
+            windows.stride,
+            windows.padding[::-2],
+            windows.dilation,
+            False,
+            [0, 0],
+            channels,
+            [False, True, False],
+        )[1]
+
     def apply(self, input: Tensor, matrix: Tensor) -> Tensor:
         """The convolution itself, of another matrix."""
         return (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1](input, matrix, None, *self.given)
@@ -119,6 +143,7 @@ def convolution(
         own.channels,
         moments=own.moments,
         gram=(own.gram, own.share),
+        direct=own.individual if own.is_small_depthwise else None,
         apply=partial(own.apply, input),
     )
     return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])

@@ -29,7 +29,8 @@ class Dense(LinearMap):
     ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the
     ``inputs`` and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
     before, for less than from ``x``; ``gram``, of the ``inputs``, with the share of multiplications that are left,
-    ``sum_i x[n g s i] x[n g t i]``.
+    ``sum_i x[n g s i] x[n g t i]``; ``direct``, of the ``inputs`` and one seed's cotangents ``[n, g, s, o]``, the
+    individual gradients.
     """
 
     inputs: tuple[Tensor, ...]
@@ -40,6 +41,7 @@ class Dense(LinearMap):
     other: Callable[[], Dense] | None = None
     moments: Callable[..., Tensor] | None = None
     gram: tuple[Callable[..., Tensor], Callable[[], float]] | None = None
+    direct: Callable[..., Tensor] | None = None
 
     @cached_property
     def x(self) -> Tensor:
@@ -64,29 +66,38 @@ class Dense(LinearMap):
 
     def _with(self, inputs: tuple[Tensor, ...], grad: Tensor, unfold: Callable[..., Tensor] | None = None) -> Dense:
         """As ``replace``, in less time."""
-        return type(self)(inputs, grad, self.shape, self.flipped, unfold, self.other, self.moments, self.gram)
+        more = (self.other, self.moments, self.gram, self.direct if unfold is not None else None)
+        return type(self)(inputs, grad, self.shape, self.flipped, unfold, *more)
 
     def scaled(self, factor: Tensor) -> Dense:
         return replace(self, grad=self.grad * factor[:, None, None, None])
 
     def _dense(self) -> Tensor:
         v, n, g, s, o, i = self.sizes
-        left, right = (self.x, self.grad) if self.flipped else (self.grad, self.x)
+        if self.direct is not None and v == 1:
+            found = self.direct(*self.inputs, self.grad[0]).reshape(1, n, *self.shape)
+            return found if self.room is None else self.room.copy_(found)
         if torch.is_grad_enabled():
+            left, right = (self.x, self.grad) if self.flipped else (self.grad, self.x)
             return (left.transpose(-1, -2) @ right).reshape(v, n, *self.shape)
         room = empty((v, n, *self.shape), self.grad) if self.room is None else self.room
-        result = room.view(v, n, g, left.shape[-1], right.shape[-1])
-        if s == 1:
-            torch.mul(left[..., 0, :, None], right[..., 0, None, :], out=result)
-            return room
-        for seed, out in zip(self.grad, result, strict=True):
-            left, right = (self.x, seed) if self.flipped else (seed, self.x)
-            torch.matmul(left.transpose(2, 3), right, out=out)
+        result = room.view(v, n, g, *((i, o) if self.flipped else (o, i)))
+        step = max(1, n if "x" in vars(self) or self.unfold is None else 4 * SCRATCH // max(1, g * s * i))
+        for start in range(0, n, step):
+            part = self if step >= n else self.narrow(start, start + step)
+            for seed, out in zip(part.grad, result[:, start : start + step], strict=True):
+                left, right = (part.x, seed) if self.flipped else (seed, part.x)
+                if s == 1:
+                    torch.mul(left[..., 0, :, None], right[..., 0, None, :], out=out)
+                else:
+                    torch.matmul(left.transpose(2, 3), right, out=out)
         return room
 
     def _matrices(self) -> Tensor:
         """All seeds in one product per sample and group, ``[n, g, i, v o]``; in this order it is faster."""
         v, n, g, s, o, i = self.sizes
+        if self.direct is not None and v == 1:
+            return self.direct(*self.inputs, self.grad[0]).reshape(n, g, o, i).transpose(2, 3)
         right = self.grad[0] if v == 1 else self.grad.permute(1, 2, 3, 0, 4).reshape(n, g, s, v * o)
         return product(torch.matmul, self.x.transpose(2, 3), right, (n, g, i, v * o))
 
@@ -372,8 +383,8 @@ class DenseUse(Use):
 
     ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
     ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
-    wanted for them; ``moments`` and ``gram`` as in ``Dense``; ``apply`` is the map, of a matrix, as PyTorch has it. A
-    shift in the same call is along the outputs ``o``.
+    wanted for them; ``moments``, ``gram`` and ``direct`` as in ``Dense``; ``apply`` is the map, of a matrix, as PyTorch
+    has it. A shift in the same call is along the outputs ``o``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -383,6 +394,7 @@ class DenseUse(Use):
     other: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
     moments: Callable[..., Tensor] | None = None
     gram: tuple[Callable[..., Tensor], Callable[[], float]] | None = None
+    direct: Callable[..., Tensor] | None = None
     apply: Callable[[Tensor], Tensor] | None = None
 
     def recorded(self) -> tuple[Tensor, ...]:
@@ -399,7 +411,9 @@ class DenseUse(Use):
                 cls = Dense if x.shape[1] == 1 else Transposed
                 return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
 
-        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, other, self.moments, self.gram)
+        direct = None if torch.is_grad_enabled() or grad.dtype != torch.float32 or grad.is_cuda else self.direct
+        more = (other, self.moments, self.gram, direct)
+        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, *more)
 
     def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
         apply = self.apply
