@@ -76,7 +76,7 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     """As ``torch.func`` users write it; the gradient is the sum of the individual ones."""
     if quantity == "HMP":
         return _products_of_functorch(model, X, y)
-    if quantity != "BatchGrad":
+    if quantity.removesuffix(ALONE) != "BatchGrad":
         raise NotOffered(quantity)
     lossfunc = nn.CrossEntropyLoss()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -91,7 +91,7 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     def step() -> None:
         found.clear()
         found.update(individual(parameters, X, y))
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters() if quantity == "BatchGrad" else ():
             parameter.grad = found[name].sum(0)
 
     return step
