@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-LARGE = 2**20
+LARGE = 2**23
 """Bytes from which on a result gets memory of its own."""
 
 KEPT = 2**30
