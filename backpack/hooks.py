@@ -403,7 +403,7 @@ def _waking(uses: dict[int, int], number: int, home: list[Block]) -> Callable[[T
         _wake(block, home)
         if block is not None and block.first_order and not block.uses and (node := running_node()) is not None:
             block.enter_pass()
-            if ends_at(node):
+            if ends_at(node) and not SHARDED:  # whose parameters are gathered for passes of PyTorch's only
                 block.stopped.append((GradientEdge(node, number), grad))
             else:
                 block.starts.append((node, uses))

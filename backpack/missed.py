@@ -37,9 +37,10 @@ def pull_on(stopped: Sequence[tuple[GradientEdge, Tensor]], delivery: Delivery, 
         found += outputs
         ends |= dict.fromkeys(firsts)
     uses.update(count_uses(found))
-    edges, grads = zip(*stopped, strict=True)
-    with undisturbed(bystanders(found)):
-        pull_back(edges, list(ends), grads, torch.is_grad_enabled())
+    if uses:
+        edges, grads = zip(*stopped, strict=True)
+        with undisturbed(bystanders(found)):
+            pull_back(edges, list(ends), grads, torch.is_grad_enabled())
 
 
 def find_missed(

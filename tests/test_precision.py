@@ -142,12 +142,14 @@ def test_channels_with_a_kernel_each_give_the_same_in_single_precision(monkeypat
     found = []
     for dtype in (torch.float32, torch.float64):
         own = extend(copy.deepcopy(model).to(dtype))
-        with backpack(*[cls(subsampling=[4, 0, 0]) for cls in (*EXTENSIONS, SqrtGGNExact, BatchDotGrad)]):
+        chosen = [cls(subsampling=[4, 0, 0]) for cls in (*EXTENSIONS, SqrtGGNExact, BatchDotGrad)]
+        with backpack(*chosen, EKFAC(fisher="empirical")):
             lossfunc(own(X.to(dtype)), y).backward()
-        found.append({name: value for name, value in vars(own[0].weight).items() if isinstance(value, torch.Tensor)})
+        results = {name: value for name, value in vars(own[0].weight).items() if name != "ekfac"}
+        found.append({**results, "ekfac": own[0].weight.ekfac.dense()})
         assert bool(taken) == (dtype == torch.float32)
         taken.clear()
-    assert len(found[0]) == 7
+    assert len(found[0]) == 8
     assert all(close(found[0][name].double(), value, rtol=1e-5) for name, value in found[1].items())
 
 
