@@ -38,13 +38,9 @@ class Explicit(Individual):
         return self.value
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
-        if name == "norms" and self.summed and not swept:
-            return self.share(("norms", self.shape.numel()), lambda: self.value.square().flatten(2).sum(2))
-        if name == "total":
-            return self.value.sum((0, 1))
-        if name == "sum_squares" and self.weights is None and self.summed:
-            return self.value.square().sum((0, 1))
-        return None
+        if name != "norms" or not self.summed or swept:
+            return None
+        return self.share(("norms", self.shape.numel()), lambda: self.value.square().flatten(2).sum(2))
 
     def chunks(self) -> Iterator[Explicit]:
         yield self
