@@ -122,11 +122,11 @@ class Delivery:
                 reached.append(source)
         return reached
 
-    def forget(self, call: Call | None) -> None:
+    def forget(self, call: Call) -> None:
         """Drop what has arrived from a call."""
-        for source, _ in call.uses if call is not None and self.grads.pop(id(call), None) is not None else ():
-            key = id(source.tensor)
-            self.arrivals[key] = [arrival for arrival in self.arrivals.get(key, []) if arrival.call is not call]
+        self.grads.pop(id(call), None)
+        for arrivals in self.arrivals.values():
+            arrivals[:] = [arrival for arrival in arrivals if arrival.call is not call]
 
     def derive(self, source: Source, parameter: Tensor, key: Any, individual: Individual) -> None:
         """Note individual gradients of a parameter that came through a computed tensor."""

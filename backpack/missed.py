@@ -32,7 +32,8 @@ def pull_on(stopped: Sequence[tuple[GradientEdge, Tensor]], delivery: Delivery, 
     found: Found = []
     ends: dict[GradientEdge, None] = {}
     for edge, _ in stopped:
-        delivery.forget(call_at(edge))  # its cotangent comes again, and perhaps more of it
+        if (call := call_at(edge)) is not None:
+            delivery.forget(call)  # its cotangent comes again, and perhaps more of it
         outputs, firsts = landmarks(edge)
         found += outputs
         ends |= dict.fromkeys(firsts)
