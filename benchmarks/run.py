@@ -16,7 +16,7 @@ from select import select
 from statistics import median
 from typing import Any
 
-from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, TOO_LARGE
+from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, THREADS, TOO_LARGE
 
 HERE = Path(__file__).parent
 PEERS = str(HERE / ".venv-peers" / "bin" / "python")
@@ -34,13 +34,15 @@ PATIENCE = 60
 
 
 class Process:
-    """A worker."""
+    """A worker; with ``root``, it imports this package from there."""
 
-    def __init__(self, python: str, implementation: str, threads: int) -> None:
+    def __init__(self, python: str, implementation: str, threads: int, root: Path | None = None) -> None:
         self.command = [python, str(HERE / "worker.py"), implementation, str(LIMIT)]
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if python == PEERS:
             self.environment.pop("PYTHONPATH", None)  # it may lead to this package, which has the original's name
+        if root is not None:
+            self.environment["PYTHONPATH"] = str(root)
         self.start()
 
     def start(self) -> None:
@@ -48,6 +50,10 @@ class Process:
         self.process = subprocess.Popen(
             self.command, stdin=pipe, stdout=pipe, text=True, env=self.environment, cwd=HERE
         )
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -57,8 +63,7 @@ class Process:
             if answer:
                 return json.loads(answer)
         ended = self.process.poll() is not None
-        self.process.kill()
-        self.process.wait()
+        self.stop()
         self.start()
         return {"error": "the process ended" if ended else f"takes over {PATIENCE} s"}
 
@@ -67,8 +72,10 @@ Cell = tuple[float, float] | str
 """Multiple of the plain gradient and MiB; or why there is none."""
 
 
-def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int, seconds: float) -> dict[str, Cell]:
-    """One row: what each implementation takes."""
+def compare(
+    processes: dict[str, Process], net: str, quantity: str, rounds: int, seconds: float
+) -> tuple[dict[str, Cell], list[dict[str, float]]]:
+    """One row: what each implementation takes; and the multiples of each round."""
     row: dict[str, Cell] = {}
     peaks: dict[str, float] = {}
     for name, process in processes.items():
@@ -78,15 +85,16 @@ def compare(processes: dict[str, Process], net: str, quantity: str, rounds: int,
             peaks[name] = answer["peak"] / 2**20
         elif "missing" not in answer:
             row[name] = f"fails ({answer['error'].split(': ', 1)[-1][:60]})"
-    ratios: dict[str, list[float]] = {name: [] for name in peaks}
-    for _ in range(rounds):
+    multiples: list[dict[str, float]] = [{} for _ in range(rounds)]
+    for found in multiples:
         for name in peaks:
             answer = processes[name].ask(do="measure", seconds=seconds)
             if "plain" in answer:
-                ratios[name].append(answer["quantity"] / answer["plain"])
+                found[name] = answer["quantity"] / answer["plain"]
     for name, peak in peaks.items():
-        row[name] = (median(ratios[name]), peak) if ratios[name] else "fails"
-    return row
+        own = [found[name] for found in multiples if name in found]
+        row[name] = (median(own), peak) if own else "fails"
+    return row, multiples
 
 
 def table(rows: dict[str, dict[str, Cell]], names: list[str], first: str) -> list[str]:
@@ -152,11 +160,12 @@ def main() -> None:
         (options.output / "results.md").write_text("\n".join(lines) + "\n")
 
     def measure(net: str, quantity: str) -> dict[str, Cell]:
-        return compare(processes, net, quantity, options.rounds, options.seconds)
+        return compare(processes, net, quantity, options.rounds, options.seconds)[0]
 
     for net in options.nets:
         rows = {q: measure(net, q) for q in options.quantities if (net, q) not in TOO_LARGE}
-        report(["", f"## {net}", "", *table({q: row for q, row in rows.items() if row}, [*processes], "quantity")])
+        heading = f"## {net}" + (f", {THREADS[net]} thread" if net in THREADS else "")
+        report(["", heading, "", *table({q: row for q, row in rows.items() if row}, [*processes], "quantity")])
     for title in options.series:
         quantities, places = SERIES[title]
         points = {(q, x): measure(net, q + more) for q in quantities for x, (net, more) in places.items()}

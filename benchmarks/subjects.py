@@ -38,6 +38,11 @@ def mlp(classes: int = 10, last: type[nn.Module] = nn.ReLU) -> nn.Module:
     return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), last(), nn.Linear(256, classes))
 
 
+def small_mlp() -> nn.Module:
+    """So small that a step shows what the library itself takes."""
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
 def three_c_three_d() -> nn.Module:
     def pooled(*convolution: int, padding: int = 0) -> list[nn.Module]:
         return [nn.Conv2d(*convolution, padding=padding), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
@@ -80,6 +85,7 @@ def gpt2_block() -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int, int | None]] = {
     "MLP": (mlp, 128, (784,), 10, None),
+    "MLP 8-8-8-8": (small_mlp, 32, (8,), 8, None),
     "3C3D": (three_c_three_d, 32, (3, 32, 32), 10, None),
     "All-CNN-C": (all_cnn_c, 16, (3, 32, 32), 100, None),
     "Conv1d": (conv1d, 64, (8, 128), 10, None),
@@ -94,7 +100,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int, in
 }
 """Name to model, batch size, shape of one sample, number of classes, number of words (``None``: real inputs)."""
 
-MAIN = ["MLP", "MLP, sigmoid", "CNN, sigmoid", "3C3D", "All-CNN-C", "Conv1d", "Embedding", "Grouped", "GPT-2 block"]
+THREADS = {"MLP 8-8-8-8": 1}
+"""Networks that are measured with a fixed number of threads, whatever the others use."""
+
+MAIN = [
+    *("MLP", "MLP 8-8-8-8", "MLP, sigmoid", "CNN, sigmoid", "3C3D", "All-CNN-C", "Conv1d", "Embedding", "Grouped"),
+    "GPT-2 block",
+]
 """The networks on which every quantity is measured; the others are of the series."""
 
 TOO_LARGE = {("All-CNN-C", "SqrtGGNExact"), ("All-CNN-C", "BatchDiagGGNExact"), ("All-CNN-C", "BatchDiagHessian")}
@@ -133,11 +145,15 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 PLAIN = "plain"
 """No extended module at all: what the noise between two plain gradients is."""
 
+EXTENDED = "extended"
+"""An extended module and loss outside of any block."""
+
 ALONE = " alone"
 """Behind a quantity's name: the gradient is left out, the loss is differentiated by the model's output only."""
 
 QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     PLAIN: [],
+    EXTENDED: [],
     "nothing": [],
     "BatchGrad": [("BatchGrad", {})],
     "BatchGrad" + ALONE: [("BatchGrad", {})],

@@ -15,16 +15,19 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from subjects import ALONE, PLAIN, PRODUCTS, extensions_of, make
+from subjects import ALONE, EXTENDED, PLAIN, PRODUCTS, THREADS, extensions_of, make
 from torch import Tensor, nn
 
 Step = Callable[[], Any]
+
+DEFAULT_THREADS = torch.get_num_threads()
 
 
 class NotOffered(Exception):
@@ -56,11 +59,16 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     products = [PRODUCTS[name] for name, _ in wanted if name in PRODUCTS]
     vectors = [torch.ones_like(p) for p in model.parameters()]
 
+    def block() -> AbstractContextManager[Any]:
+        if quantity == EXTENDED:
+            return nullcontext()
+        return backpack(*[getattr(extensions, name)(**arguments) for name, arguments in wanted])
+
     def step() -> None:
         model.zero_grad()
         output = model(X)
         loss = lossfunc(output, y)
-        with backpack(*[getattr(extensions, name)(**arguments) for name, arguments in wanted]):
+        with block():
             if quantity.endswith(ALONE):
                 torch.autograd.grad(loss, output)
             else:
@@ -162,6 +170,7 @@ class Subject:
     """A network and a quantity, beside plain PyTorch on a network of its own."""
 
     def __init__(self, implementation: str, net: str, quantity: str) -> None:
+        torch.set_num_threads(THREADS.get(net, DEFAULT_THREADS))
         self.plain = plain(*make(net))
         own = plain if quantity == PLAIN else IMPLEMENTATIONS[implementation]
         self.step = own(*make(net), quantity)
@@ -186,8 +195,8 @@ class Subject:
             for _ in range(3):
                 self.step()
             return {"peak": torch.cuda.max_memory_allocated() - before}
-        if "backpack.memory" in sys.modules:
-            sys.modules["backpack.memory"].release()
+        if release := getattr(sys.modules.get("backpack.memory"), "release", None):  # old commits have none
+            release()
         ctypes.CDLL(None).malloc_trim(0)  # what earlier subjects left would be used again, uncounted
         before = reset_peak()
         for _ in range(3):
@@ -228,6 +237,10 @@ class Worker:
         if do == "versions":
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
             return {"torch": torch.__version__, "device": device or platform.machine()}
+        if do == "origin":
+            import backpack
+
+            return {"file": backpack.__file__}
         if do == "build":
             self.subject = None
             gc.collect()
