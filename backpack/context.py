@@ -10,7 +10,10 @@ from weakref import ref
 
 from torch.jit import ScriptModule
 from torch.nn import Module, RNNBase
+from torch.overrides import TorchFunctionMode
 
+from backpack.backward import STARTS, differentiate
+from backpack.compat import is_active
 from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
 from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
@@ -102,6 +105,7 @@ class backpack:
     def __enter__(self) -> None:
         drop_interrupted()
         block, blocks = Block(*self._arguments), HERE.blocks
+        self._starts = Starts(block) if block.first_order else None
 
         def abandon(_: Any) -> None:
             """Nothing is left that could call ``__exit__``: an interrupt came when it was entered."""
@@ -111,10 +115,14 @@ class backpack:
 
         block.manager = ref(self, abandon)
         blocks.append(block)
+        if self._starts is not None:
+            self._starts.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._starts is not None:
+            self._starts.__exit__(kind, value, trace)
         block = HERE.blocks.pop()
         block.manager = None
         block.clear()
@@ -126,6 +134,23 @@ class backpack:
                 "Call extend(model) before the forward pass, and loss.backward() inside the block.",
                 stacklevel=2,
             )
+
+
+class Starts(TorchFunctionMode):
+    """Sees backward passes begin inside of a block."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self._block = block
+
+    def __exit__(self, *exception: Any) -> None:
+        if is_active(self):
+            super().__exit__(*exception)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in STARTS and HERE.blocks and HERE.blocks[-1] is self._block and not HERE.muted:
+            return differentiate(self._block, func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 class disable:

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from backpack.compat import dtype_at
 from backpack.delivery import Contributions
 from backpack.engine import HERE, expanded
-from backpack.graph import Graph, has_autocast, is_fused
+from backpack.hessian_graph import Graph, has_autocast, is_fused
 from backpack.joined import Joined, place_of
 from backpack.landmarks import Origin, count_uses, landmarks
 from backpack.loss_call import PASSES

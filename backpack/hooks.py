@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from backpack import averaged_hessian as averaged_hessian  # it registers passes
 from backpack import columns as columns  # as well
@@ -44,6 +44,7 @@ from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
 from backpack.recomputed import free_if_recomputed
 from backpack.recorder import Call, Parameters, Recording, Source, tensors_in
 from backpack.rerun import random_state
+from backpack.samples.beginning import leave_note
 from backpack.seeds import SeedPass, tap
 from backpack.watched import SHARDED, WATCHED, Watched, trainable
 
@@ -84,30 +85,8 @@ def deliver(call: Call, place: int, out: Tensor, shape: torch.Size) -> None:
             kept.clear()
 
     hook(out, on_cotangent)
-    for source, _ in call.uses:
-        if source.tensor.grad_fn is not None:
-            _hook_source(source.tensor, home)
     if HERE.recording is not None:
         free_if_recomputed(call, HERE.recording, out)
-
-
-def _hook_source(tensor: Tensor, home: list[Block]) -> None:
-    """On a tensor computed from parameters: by its number, since a hook that held it would keep its graph alive."""
-    if tensor in COMPUTED:
-        return
-    COMPUTED[tensor] = True
-    key = id(tensor)
-
-    def on_total(grad: Tensor) -> None:
-        block = _block(home, grad)
-        if block is not None:
-            block.source_done(key)
-
-    tensor.register_hook(on_total)
-
-
-COMPUTED: Any = WeakTensorKeyDictionary()
-"""Tensors computed from parameters that have their hook."""
 
 
 def watch(module: Module, extended: Extended) -> tuple[bool, ...]:
@@ -161,7 +140,7 @@ def _parameter_hook(parameter: Any, watched: Watched, home: list[Block]) -> Call
     def on_total(grad: Tensor) -> None:
         block = _block(home, grad)
         if block is not None and (HERE.blocks or block.task == graph_task()):
-            block.parameter_done(parameter(), watched.name, grad, watched)
+            block.parameter_done(parameter(), watched.name, grad)
 
     return on_total
 
@@ -185,6 +164,9 @@ class Extended:
 
 
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
+
+RECORD = True
+"""Whether forward passes are recorded for second order. First order reads the graph; benchmarks measure it alone."""
 
 
 def attach(module: Module, batch_axis: int = 0) -> None:
@@ -220,7 +202,7 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
     if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
         return
     modes = watch(module, extended)
-    if extended.owned:
+    if extended.owned and RECORD:
         axis, settled = extended.batch_axis, extended.settled
         recording = Recording(extended.parameters, (args, kwargs), axis, deliver, settled, HERE.expanded, modes)
         if HERE.blocks and any(PASSES[extension.backprop].twice for extension in HERE.blocks[-1].second_order):
@@ -267,6 +249,8 @@ def _close(recording: Recording) -> None:
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """The outermost extended module closes the recording; any other notes its output."""
     recorded = HERE.recording is not None
+    if not RECORD and not HERE.disabled and not HERE.muted and torch.is_grad_enabled() and EXTENDED[module].owned:
+        leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis)
     if module is HERE.root:
         HERE.depth -= 1
         if HERE.depth == 0:
@@ -293,6 +277,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """Settle where samples lie, and leave at the outputs what a pull-back of seeds will need to know."""
     axis = EXTENDED[module].batch_axis
+    leave_note(module, args, kwargs, output, axis)
     outputs = [
         (place, tensor, recording.layout_of(tensor, place, axis))
         for place, tensor in enumerate([output] if isinstance(output, Tensor) else tree_leaves(output))
@@ -304,7 +289,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
         edge = get_gradient_edge(tensor)
         if edge in recording.inputs:  # handed through: what it comes from is known already
             continue
-        hook(tensor, _waking(recording.uses, edge.output_nr, HERE.blocks))
+        hook(tensor, _waking(HERE.blocks))
         metadata: Any = edge.node.metadata
         metadata[(MARK, edge.output_nr)] = Origin(
             n=recording.n or 0,
@@ -395,18 +380,11 @@ def _on_cotangents(passage: Passage, home: list[Block]) -> Callable[[Any], None]
     return on_cotangents
 
 
-def _waking(uses: dict[int, int], number: int, home: list[Block]) -> Callable[[Tensor], None]:
-    """On an output of an extended module, the one of this number that its node computed."""
+def _waking(home: list[Block]) -> Callable[[Tensor], None]:
+    """On an output of an extended module: what was left at nodes below is wanted now."""
 
     def on_cotangent(grad: Tensor) -> None:
-        block = _block(home, grad)
-        _wake(block, home)
-        if block is not None and block.first_order and not block.uses and (node := running_node()) is not None:
-            block.enter_pass()
-            if ends_at(node) and not SHARDED:  # whose parameters are gathered for passes of PyTorch's only
-                block.stopped.append((GradientEdge(node, number), grad))
-            else:
-                block.starts.append((node, uses))
+        _wake(_block(home, grad), home)
 
     return on_cotangent
 

@@ -21,8 +21,8 @@ from torch.nn import Module
 from backpack.bystanders import forget_retained, undisturbed
 from backpack.compat import dtype_at, graph_is_kept, shape_at
 from backpack.engine import muted
-from backpack.graph import Graph, has_autocast
 from backpack.hessian import HessianPass
+from backpack.hessian_graph import Graph, has_autocast
 from backpack.joined import Joined, place_of
 from backpack.landmarks import Origin, bystanders, landmarks
 from backpack.looped import edges_from

@@ -32,6 +32,8 @@ class Quantity(Ruled, Protocol):
     subset: Subset
     reads: tuple[str, ...]
     needs_all_parameters: bool
+    bounds_influence: bool
+    """Whether it is used to bound what one sample changes, so that no sample may change what is computed of others."""
     seeds: str | None
 
     def compute(self, grads: Individual) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -367,7 +368,7 @@ class Recording(Guarding):
         grads: Sequence[Tensor | None] = [None] * len(edges)
         if outputs:
             seeds = [half_of(output, layout) for output, layout in outputs]
-            with undisturbed(self.tensors):
+            with undisturbed(self.tensors), suppress(RuntimeError):  # the samples can't be told then
                 grads = torch.autograd.grad(
                     [output for output, _ in outputs], edges, seeds, retain_graph=True, allow_unused=True
                 )
@@ -413,7 +414,8 @@ class Recording(Guarding):
             return False
         edge, known, shape = self._anchor
         half = half_of(output, layout)
-        with undisturbed(self.tensors):
+        grad: Tensor | None = None
+        with undisturbed(self.tensors), suppress(RuntimeError):
             (grad,) = torch.autograd.grad(output, edge, half, retain_graph=True, allow_unused=True)
         return grad is not None and bool(grad.any()) and is_of_first_half(grad.reshape(shape), known)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.compat import pull_back, shape_at
-from backpack.graph import Graph
+from backpack.hessian_graph import Graph
 from backpack.residuals.nodes import ELEMENTWISE, base_name
 from backpack.residuals.residual import Blocks, Residual
 from backpack.samples import Layout

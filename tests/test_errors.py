@@ -1,15 +1,18 @@
 """Bad input: an error that says what is wrong, where and what to do, and nothing half-done."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
-from truth import close
+from truth import close, through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import (
     BatchDiagGGNExact,
     BatchGrad,
     BatchL2Grad,
+    ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
@@ -18,7 +21,8 @@ from backpack.extensions import (
     Variance,
 )
 
-EXTENSIONS = [BatchGrad, BatchL2Grad, Variance, DiagGGNExact, DiagGGNMC, BatchDiagGGNExact, SqrtGGNExact, GGNGram]
+SECOND_ORDER = [DiagGGNExact, DiagGGNMC, BatchDiagGGNExact, SqrtGGNExact, GGNGram]
+EXTENSIONS = [BatchGrad, BatchL2Grad, Variance, *SECOND_ORDER]
 
 
 def net():
@@ -96,10 +100,14 @@ class Lost(nn.Module):
         return self.rest(torch.cat([self.first(x[:1]).expand(len(x), -1), x[1:] * 0])[: len(x)])
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("extension", SECOND_ORDER)
 def test_a_layer_without_sample_axis_is_named_and_nothing_is_stored(extension):
     words = r"first\.weight.*\[1, 3\].*no axis of the 5 samples"
     refused(extend(Lost().double()), [extension()], RuntimeError, words)
+
+
+def test_a_row_that_all_samples_take_belongs_to_each_of_them():
+    exact(extend(Lost().double()), "Samples are mixed by Expand")
 
 
 class Centered(nn.Module):
@@ -107,26 +115,65 @@ class Centered(nn.Module):
         return x - x.mean(0)
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
-@pytest.mark.parametrize("mixing", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), Centered()])
+MIXING = [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), Centered()]
+
+
+def mixed(mixing):
+    return extend(nn.Sequential(nn.Linear(3, 4), mixing, nn.Linear(4, 2)).double())
+
+
+@pytest.mark.parametrize("extension", SECOND_ORDER)
+@pytest.mark.parametrize("mixing", MIXING)
 def test_a_model_that_mixes_samples_is_refused_again_and_again(extension, mixing):
-    model = extend(nn.Sequential(nn.Linear(3, 4), mixing, nn.Linear(4, 2)).double())
     for _ in range(2):
-        refused(model, [extension()], RuntimeError, r"(weight|bias) .*samples are mixed.*\.eval\(\)")
+        refused(mixed(mixing), [extension()], RuntimeError, r"(weight|bias) .*samples are mixed.*\.eval\(\)")
 
 
-def test_a_model_that_stops_mixing_samples_is_accepted():
-    model = extend(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)).double())
+def exact(model, notice):
+    """Individual gradients are what flows through the rows of the output; ``notice``: what is told, and only once."""
     X, y = batch()
-    refused(model, [BatchGrad()], RuntimeError, "samples are mixed")
+    for told in (notice, ""):
+        out = model(X)
+        loss = nn.functional.cross_entropy(out, y)
+        expected = through_rows(out, loss, list(model.parameters()))
+        with (
+            pytest.warns(UserWarning, match=told) if told else nullcontext(),
+            backpack(BatchGrad(), BatchL2Grad(subsampling=[3, 0]), Variance()),
+        ):
+            loss.backward()
+        size = max(rows.abs().max() for rows in expected)
+        for p, rows in zip(model.parameters(), expected, strict=True):
+            assert close(p.grad_batch, rows, size)
+            assert close(p.batch_l2, rows[[3, 0]].flatten(1).square().sum(1), size**2)
+            assert close(p.variance, rows.var(0, correction=0), size**2)
+
+
+@pytest.mark.parametrize("mixing", MIXING)
+def test_samples_that_are_mixed_have_what_flows_through_their_rows(mixing):
+    exact(mixed(mixing), "Samples are mixed by (NativeBatchNorm|Sub).*5 samples.*eval")
+
+
+@pytest.mark.parametrize("mixing", MIXING)
+def test_clipping_is_refused_in_every_pass_where_samples_are_mixed(mixing):
+    model = mixed(mixing)
+    for _ in range(3):
+        refused(model, [ClippedGrad(0.1)], RuntimeError, r"ClippedGrad: samples are mixed by .*eval")
     model.eval()
-    with backpack(BatchGrad()):
-        nn.functional.cross_entropy(model(X), y).backward()
-    for parameter in model.parameters():
-        rows = [
-            torch.autograd.grad(nn.functional.cross_entropy(model(X[[n]]), y[[n]]) / 5, parameter) for n in range(5)
-        ]
-        assert close(parameter.grad_batch, torch.stack([row[0] for row in rows]))
+    if not isinstance(mixing, Centered):
+        with backpack(ClippedGrad(0.1)):
+            model(batch()[0]).square().sum().backward()
+
+
+def test_clipping_is_refused_where_frozen_layers_feed_what_mixes_samples():
+    model = mixed(nn.BatchNorm1d(4))
+    model[0].requires_grad_(False)
+    refused(model, [ClippedGrad(0.1)], RuntimeError, "samples are mixed by NativeBatchNorm")
+
+
+def test_a_model_that_stops_mixing_samples_is_as_any_other():
+    model = mixed(nn.BatchNorm1d(4, affine=False))
+    exact(model, "Samples are mixed")
+    exact(model.eval(), "")
 
 
 @pytest.mark.parametrize("extension", [DiagGGNExact, DiagGGNMC, SqrtGGNExact, GGNGram])
@@ -185,12 +232,12 @@ def test_a_rescaled_loss_warns_of_the_factor_in_every_reduction(factor):
 def test_a_part_that_is_switched_alone_and_mixes_samples_is_found():
     model = extend(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.Linear(4, 2)).eval())
     lossfunc, X = extend(nn.MSELoss()), torch.randn(4, 3)
-    for extension in (BatchGrad(), BatchDiagGGNExact()):
+    for extension in (ClippedGrad(0.1), BatchDiagGGNExact()):
         out = model(X)
         with backpack(extension):
             lossfunc(out, torch.zeros_like(out)).backward()
     model[1].train()
-    for extension in (BatchGrad(), BatchDiagGGNExact()):
+    for extension in (ClippedGrad(0.1), BatchDiagGGNExact()):
         out = model(X)
         with pytest.raises(RuntimeError, match="samples are mixed"), backpack(extension):
             lossfunc(out, torch.zeros_like(out)).backward()

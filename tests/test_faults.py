@@ -3,7 +3,9 @@
 import gc
 import inspect
 import sys
+from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -284,9 +286,24 @@ def test_a_block_that_nothing_but_a_stack_holds_stays():
     assert not HERE.blocks and all(hasattr(p, "grad_batch") for p in model.parameters())
 
 
+def nodes_with_parameters(node):
+    """Nodes that use parameters, or their transposes, and which."""
+    pending, seen, found = [node], {node}, []
+    while pending:
+        node = pending.pop()
+        following = [n for n, _ in node.next_functions if n is not None]
+        ends = [m for n in following for m in ([k for k, _ in n.next_functions] if n.name() == "TBackward0" else [n])]
+        used = [id(end.variable) for end in ends if hasattr(end, "variable")]
+        if used and node.name() != "TBackward0":
+            found.append((node, used))
+        pending += [n for n in following if n not in seen]
+        seen.update(following)
+    return found
+
+
 @pytest.mark.parametrize("k", range(8))
 def test_after_an_error_gradients_are_those_that_pytorch_leaves_after_an_error_at_the_same_place(k):
-    """In the computation for the ``k``-th parameter, and in a hook on it."""
+    """In the computation for the ``k``-th parameter, and in a hook on the node that uses it."""
 
     def gradients(raising):
         model, lossfunc = build()
@@ -302,13 +319,23 @@ def test_after_an_error_gradients_are_those_that_pytorch_leaves_after_an_error_a
                 count()
                 return super().compute(grads)
 
-        for p in model.parameters() if raising == "hook" else ():
-            p.register_hook(lambda grad: count())
-        exts = [Broken()] if raising == "extension" else []
-        extend(model), extend(lossfunc)
+        if raising == "extension":
+            extend(model), extend(lossfunc)
+        loss = lossfunc(model(X), Y)
+        if raising == "hook":
+            left_of = Counter(p for _, used in nodes_with_parameters(loss.grad_fn) for p in used)
+
+            def arrive(grads, used):
+                for p in used:
+                    left_of[p] -= 1
+                    if left_of[p] == 0:
+                        count()
+
+            for node, used in nodes_with_parameters(loss.grad_fn):
+                node.register_prehook(partial(arrive, used=used))
         try:
-            with backpack(*exts):
-                lossfunc(model(X), Y).backward()
+            with backpack(*[Broken()] if raising == "extension" else []):
+                loss.backward()
         except ZeroDivisionError as caught:
             error = str(caught)
         assert error == "injected"
@@ -318,4 +345,4 @@ def test_after_an_error_gradients_are_those_that_pytorch_leaves_after_an_error_a
     found, plain = gradients("extension"), gradients("hook")
     for a, b in zip(found, plain, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
-    assert sum(grad is not None for grad in found) == k
+    assert sum(grad is not None for grad in found) <= k

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_first_order import laws
 from torch import nn
-from truth import Problem, close
+from truth import Problem, close, through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import BatchDiagGGNExact, BatchGrad, DiagGGNExact, Variance
@@ -80,15 +80,19 @@ def test_bags_cut_by_offsets_are_the_samples_whatever_is_given_first(build, last
         assert close(p.diag_ggn_exact, diagonals[[3, 1]].sum(0))
 
 
-def test_words_that_had_counted_as_samples_before_they_were_cut_into_bags_are_refused():
+def test_words_that_all_bags_take_belong_to_each_of_them():
     class Both(Bags):
         def forward(self, index, offsets):
             words = nn.functional.embedding(index, self.bag.weight).mean(0)
             return super().forward(index, offsets) + words.sum()
 
-    model = extend(Both())
-    with pytest.raises(RuntimeError, match="no axis of the 7 samples"), backpack(BatchGrad()):
-        model(torch.tensor([0, 1, 2, 2, 5, 5, 3]), torch.tensor([0, 2, 3, 6])).sum().backward()
+    model = extend(Both().double())
+    out = model(torch.tensor([0, 1, 2, 2, 5, 5, 3]), torch.tensor([0, 2, 3, 6]))
+    loss = out.square().sum()
+    expected = through_rows(out, loss, list(model.parameters()))
+    with pytest.warns(UserWarning, match="Samples are mixed by Add"), backpack(BatchGrad()):
+        loss.backward()
+    assert all(close(p.grad_batch, rows) for p, rows in zip(model.parameters(), expected, strict=True))
 
 
 class Weighed(nn.Linear):

@@ -43,10 +43,23 @@ def test_individual_gradients_are_those_without_the_penalty():
         assert torch.allclose(p.grad, grad + 1e-3 * p, rtol=1e-12, atol=1e-15)
 
 
-def test_a_functional_use_elsewhere_is_warned_of():
+def test_a_functional_use_elsewhere_belongs_to_the_samples_whose_inputs_it_reads():
+    model, X = net(), torch.randn(5, 3, dtype=torch.float64)
+
+    def value(x):
+        return model(x).square().sum() + nn.functional.linear(x, model[0].weight).sin().sum()
+
+    expected = [torch.stack([torch.autograd.grad(value(x[None]), p)[0] for x in X]) for p in model.parameters()]
+    with backpack(BatchGrad()):
+        value(X).backward()
+    for p, rows in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad_batch, rows, rtol=1e-12, atol=1e-14)
+
+
+def test_a_functional_use_of_other_data_is_warned_of():
     model, X = net(), torch.randn(5, 3, dtype=torch.float64)
     with pytest.warns(UserWarning, match=rf"0\.weight {WORDS}"), backpack(BatchGrad()):
-        (model(X).square().sum() + nn.functional.linear(X, model[0].weight).sum()).backward()
+        (model(X).square().sum() + nn.functional.linear(X + 1, model[0].weight).sum()).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -66,6 +66,19 @@ def individual_gradients(problem: Problem, scale: float = 1.0) -> dict[str, Tens
     return {name: torch.stack(found) for name, found in rows.items() if found}
 
 
+def through_rows(output: Tensor, loss: Tensor, parameters: list[Tensor], axis: int = 0) -> list[Tensor]:
+    """``J_n^T g_n`` of each parameter: the part of its gradient that flows through row ``n`` of a model's output."""
+    (cotangent,) = torch.autograd.grad(loss, output, retain_graph=True)
+    found: list[list[Tensor]] = [[] for _ in parameters]
+    for n in range(output.shape[axis]):
+        own = torch.zeros_like(cotangent)
+        own.select(axis, n).copy_(cotangent.select(axis, n))
+        grads = torch.autograd.grad(output, parameters, own, retain_graph=True, allow_unused=True)
+        for rows, p, grad in zip(found, parameters, grads, strict=True):
+            rows.append(torch.zeros_like(p) if grad is None else grad.to_dense())
+    return [torch.stack(rows) for rows in found]
+
+
 def plain_gradients(problem: Problem, scale: float = 1.0) -> dict[str, Tensor | None]:
     for parameter in problem.model.parameters():
         parameter.grad = None

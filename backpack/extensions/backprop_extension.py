@@ -40,6 +40,7 @@ class BackpropExtension:
     seeds: str | None = None
     """``None``: of first order. Otherwise which columns of the loss Hessian's root are pulled back."""
     needs_all_parameters = False
+    bounds_influence = False
     reads: tuple[str, ...] = ()
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
     batches: Merging | Joined | None = None

@@ -28,6 +28,7 @@ class ClippedGrad(BackpropExtension):
     savefield = "grad_clipped"
     reads = ("norms",)
     needs_all_parameters = True
+    bounds_influence = True
     batches = Summed(1)
     fixes_scale = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -168,10 +168,30 @@ def transposed_convolution(
     groups: int = 1,
     dilation: Size = 1,
 ) -> Operation | None:
-    kernel = weight.shape[2:]
-    dims = len(kernel)
+    dims = weight.dim() - 2
     if out.dim() != weight.dim():
         return None
+
+    def apply(matrix: Tensor) -> Tensor:
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return function(input, matrix, None, stride, padding, output_padding, groups, dilation)
+
+    use = transposed_use(out.shape, input, weight.shape, stride, padding, groups, dilation)
+    return Operation((0,), [(weight, replace(use, apply=apply)), (bias, shift(out, bias, 1))])
+
+
+def transposed_use(
+    out: Sequence[int],
+    input: Tensor,
+    weight: Sequence[int],
+    stride: Size,
+    padding: Size,
+    groups: int,
+    dilation: Size,
+) -> DenseUse:
+    """That of the weight of a transposed convolution; ``out`` and ``weight`` are shapes."""
+    kernel = weight[2:]
+    dims = len(kernel)
     spatial, steps, gaps = input.shape[2:], each(stride, dims), each(dilation, dims)
     # The output, padded as the transposed map crops it, is convolved to the input's size.
     windows = Windows(kernel, spatial, steps, _padding(padding, kernel, gaps), gaps)
@@ -194,23 +214,18 @@ def transposed_convolution(
         sides: list[int] = []
         for axis in range(dims):
             batch = _with_gaps(batch, 2 + axis, steps[axis])
-            needed = out.shape[2 + axis] + gaps[axis] * (kernel[axis] - 1)
+            needed = out[2 + axis] + gaps[axis] * (kernel[axis] - 1)
             sides = [starts[axis], needed - starts[axis] - batch.shape[2 + axis], *sides]
-        reversed_kernel = Windows(kernel, out.shape[2:], each(1, dims), sides, gaps)
+        reversed_kernel = Windows(kernel, out[2:], each(1, dims), sides, gaps)
         patches = reversed_kernel.view(reversed_kernel.padded(batch)).flip(list(range(2, 2 + dims)))
-        return _positions(patches.reshape(len(batch), groups, -1, prod(out.shape[2:])), len(x)).transpose(2, 3)
+        return _positions(patches.reshape(len(batch), groups, -1, prod(out[2:])), len(x)).transpose(2, 3)
 
     def channels(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]
-        batch = grad.reshape(-1, groups, weight.shape[1], prod(out.shape[2:]))
+        batch = grad.reshape(-1, groups, weight[1], prod(out[2:]))
         return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
 
-    def apply(matrix: Tensor) -> Tensor:
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        return function(input, matrix, None, stride, padding, output_padding, groups, dilation)
-
-    use = DenseUse((input,), rows, columns, flipped=True, other=(spread, channels), apply=apply)
-    return Operation((0,), [(weight, use), (bias, shift(out, bias, 1))])
+    return DenseUse((input,), rows, columns, flipped=True, other=(spread, channels))
 
 
 def _with_gaps(x: Tensor, axis: int, step: int) -> Tensor:

@@ -132,7 +132,7 @@ class Individual(ABC):
                 accumulate(collected["total"], dense.sum((0, 1)))
             squares = dense.square() if names != ["total"] else dense
             if "norms" in collected:
-                collected["norms"].append(squares.flatten(2).sum(2))
+                collected["norms"].append(flat(squares).sum(2))
             if piece.weights is not None:
                 squares = squares * piece.weights.reshape(*piece.weights.shape, *[1] * (squares.dim() - 2))
             if "sum_squares" in collected:
@@ -176,8 +176,8 @@ class Individual(ABC):
         """Dot products with other individual gradients of the same parameter, ``[v, n, w, m]``."""
         rows = []
         for a in self.chunks():
-            left = a.dense().flatten(2)
-            columns = [torch.einsum("vnp,wmp->vnwm", left, b.dense().flatten(2)) for b in other.chunks()]
+            left = flat(a.dense())
+            columns = [torch.einsum("vnp,wmp->vnwm", left, flat(b.dense())) for b in other.chunks()]
             rows.append(torch.cat(columns, 3))
         return torch.cat(rows, 1)
 
@@ -187,7 +187,7 @@ class Individual(ABC):
         for a in self.chunks():
             start = sum(p.shape[1] for p in pieces)
             b = other.narrow(start, start + a.size[1])
-            pieces.append((a.dense() * b.dense()).flatten(2).sum(2))
+            pieces.append(flat(a.dense() * b.dense()).sum(2))
         return torch.cat(pieces, 1)
 
 
@@ -248,6 +248,11 @@ class Use(ABC):
         ``H_n`` is the Hessian of ``<grad_n, output_n>`` with respect to the parameter; ``grad`` is ``[1, n, ...]``.
         """
         return None
+
+
+def flat(gradients: Tensor) -> Tensor:
+    """``[v, n, *p]`` to ``[v, n, p]``, also of a parameter without axes."""
+    return gradients.reshape(*gradients.shape[:2], -1)
 
 
 def accumulate(terms: list[Tensor], term: Tensor) -> None:

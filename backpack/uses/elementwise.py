@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows
-from backpack.uses.base import Individual, Use, push_forward
+from backpack.uses.base import Individual, Use, flat, push_forward
 
 
 @dataclass(eq=False)
@@ -40,26 +40,28 @@ class Explicit(Individual):
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
         if name != "norms" or not self.summed or swept:
             return None
-        return self.share(("norms", self.shape.numel()), lambda: self.value.square().flatten(2).sum(2))
+        return self.share(("norms", self.shape.numel()), lambda: flat(self.value.square()).sum(2))
 
     def chunks(self) -> Iterator[Explicit]:
         yield self
 
     def dots(self, other: Individual) -> Tensor:
-        return torch.einsum("vnp,wmp->vnwm", self.value.flatten(2), other.dense().flatten(2))
+        return torch.einsum("vnp,wmp->vnwm", flat(self.value), flat(other.dense()))
 
 
 @dataclass(eq=False)
 class ElementwiseUse(Use):
     """A parameter of shape ``padded`` (one size per axis of the output) that is broadcast to the output.
 
-    ``x``, of the output's shape, and ``factor`` give what it is multiplied by; ``x=None``: by ``sign``.
+    ``x``, of the output's shape, and ``factor``, which takes the samples of ``more`` as well, give what it is
+    multiplied by; ``x=None``: by ``sign``.
     """
 
     padded: tuple[int, ...]
     x: Tensor | None = None
-    factor: Callable[[Tensor], Tensor] | None = None
+    factor: Callable[..., Tensor] | None = None
     sign: int = 1
+    more: tuple[Tensor, ...] = ()
 
     def recorded(self) -> tuple[Tensor, ...]:
         return () if self.x is None else (self.x,)
@@ -76,7 +78,8 @@ class ElementwiseUse(Use):
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
         if self.x is not None:
             x = rows.take(self.x).to(grad.dtype)
-            grad = grad * (x if self.factor is None else self.factor(x))
+            more = [rows.take(tensor).to(grad.dtype) for tensor in self.more]
+            grad = grad * (x if self.factor is None else self.factor(x, *more))
         return self._reduce(grad, rows, shape, summed=self.x is None and self.sign > 0)
 
     def squares(self, total: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
@@ -97,9 +100,7 @@ class ElementwiseUse(Use):
         return self._reduce(grad * direction, rows, shape)
 
     def _reduce(self, grad: Tensor, rows: Rows, shape: torch.Size, summed: bool = False) -> Explicit:
-        own = list(self.padded)
-        if rows.layout.factor == 1:
-            del own[rows.layout.axis]
+        own = rows.layout.split_sizes(self.padded)
         lacking = [axis for axis, size in enumerate(own, start=2) if size == 1 and grad.shape[axis] != 1]
         grad = grad.sum(lacking) if lacking else grad
         return Explicit((grad if self.sign > 0 else -grad).reshape(*grad.shape[:2], *shape), summed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from backpack.samples import Layout, Rows, layout_like
+from backpack.samples import AnyLayout, Layout, Rows, layout_like
 from backpack.uses.base import Individual, Use, push_forward
 from backpack.uses.elementwise import Explicit
 
@@ -117,6 +117,7 @@ class PullbackUse(Use):
 
     def _function(self, rows: Rows) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """The function of the parameter and of one sample's data, and the data of all."""
+        assert isinstance(rows.layout, Layout)
         placed = {place: layout_like(rows.layout, self.leaves[place]) for place in self.places}
         data = tuple(Rows(layout, rows.index).take(self.leaves[place]) for place, layout in placed.items())
 
@@ -141,5 +142,5 @@ class PullbackUse(Use):
         return pull, data
 
 
-def _batch_of_one(sample: Tensor, layout: Layout) -> Tensor:
-    return sample.unsqueeze(layout.axis) if layout.factor == 1 else sample
+def _batch_of_one(sample: Tensor, layout: AnyLayout) -> Tensor:
+    return sample.unsqueeze(layout.axis) if isinstance(layout, Layout) and layout.factor == 1 else sample

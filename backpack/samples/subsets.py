@@ -1,86 +1,11 @@
-"""Which entries of a tensor belong to which sample: layouts of the sample axis, and subsets of samples."""
+"""Subsets of the samples of a batch, as users write them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the ``n`` samples of a tensor lie.
-
-    ``factor == 1``: along ``axis``. Otherwise axis 0 holds ``factor * n`` entries, those of one sample
-    side by side (``strided=False``) or ``n`` apart (``strided=True``).
-    """
-
-    n: int
-    axis: int = 0
-    factor: int = 1
-    strided: bool = False
-
-    def split(self, tensor: Tensor, leading: int = 0) -> Tensor:
-        """Move the sample axis to the front, behind ``leading`` further axes: ``[*leading, n, ...]``."""
-        if self.factor == 1:
-            return tensor.movedim(leading + self.axis, leading) if self.axis else tensor
-        if self.strided:
-            return tensor.unflatten(leading, (self.factor, self.n)).movedim(leading + 1, leading)
-        return tensor.unflatten(leading, (self.n, self.factor))
-
-    def join(self, tensor: Tensor, leading: int = 0) -> Tensor:
-        """Undo ``split``."""
-        if self.factor == 1:
-            return tensor.movedim(leading, leading + self.axis) if self.axis else tensor
-        return (tensor.transpose(leading, leading + 1) if self.strided else tensor).flatten(leading, leading + 1)
-
-    def owners(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """The sample each entry belongs to, broadcastable to ``shape``."""
-        index = torch.arange(self.n, device=device)
-        if self.factor > 1:
-            index = index.repeat(self.factor) if self.strided else index.repeat_interleave(self.factor)
-        return index.reshape([-1 if a == self.axis else 1 for a in range(len(shape))])
-
-
-@lru_cache(2**12)
-def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> Sequence[Layout]:
-    """All layouts of ``n`` samples that a tensor of this shape admits; ``axes`` may hold samples."""
-    if n == 1 and shape and shape[0] != 1:
-        return (Layout(1, 0, shape[0]),)
-    found = [Layout(n, axis) for axis in axes if shape[axis] == n]
-    if 0 in axes and n > 1 and shape[0] % n == 0 and shape[0] > n:
-        found += [Layout(n, 0, shape[0] // n), Layout(n, 0, shape[0] // n, strided=True)]
-    return tuple(found[:1] if n == 1 else found)
-
-
-def layout_like(layout: Layout, tensor: Tensor) -> Layout:
-    """The layout of an argument, given that of the output: the same where the shape admits it."""
-    possible = layouts(tensor.shape, layout.n, range(tensor.dim()))
-    similar = [other for other in possible if other.strided == layout.strided]
-    return layout if layout in possible else (similar or possible)[0]
-
-
-@dataclass
-class Rows:
-    """Some samples (``index``; ``None``: all) of tensors with this layout."""
-
-    layout: Layout
-    index: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.layout.n if self.index is None else len(self.index)
-
-    def take(self, tensor: Tensor, leading: int = 0) -> Tensor:
-        """``[*leading, rows, ...]``."""
-        layout = self.layout
-        if layout.axis or layout.factor > 1:
-            tensor = layout.split(tensor, leading)
-        return tensor if self.index is None else tensor.index_select(leading, self.index)
 
 
 class Subset:

@@ -102,7 +102,9 @@ class Graph:
             f"the samples along the first axis.",
             stacklevel=2,
         )
-        return Pairs(local, shapes, [Layout(1, 0, shape[0]) if shape else Layout(1) for shape in shapes], like, False)
+        return Pairs(
+            local, shapes, [Layout(1, inner=shape[0]) if shape else Layout(1) for shape in shapes], like, False
+        )
 
     def _layouts(self, edges: Iterable[GradientEdge], like: Tensor) -> dict[GradientEdge, Layout | None]:
         """Where the samples lie; where shapes leave a choice, by what the first half of the samples depends on.

@@ -1,0 +1,54 @@
+"""What has arrived at a parameter: cotangents that reached its uses, and gradients pulled through other nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from backpack.samples import AnyLayout, Rows, Subset
+from backpack.uses import Cotangents, DenseUse, Explicit, Individual, Use, join
+
+
+@dataclass(eq=False)
+class Arrival:
+    """Cotangents ``[v, ...]`` that reached a use; ``turned``: the use is of the transposed parameter."""
+
+    use: Use
+    cotangents: Cotangents
+    layout: AnyLayout
+    turned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.turned and isinstance(self.use, DenseUse):
+            self.use.flipped, self.turned = not self.use.flipped, False
+
+    def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
+        """The individual gradients of the samples in a subset."""
+        device = next(iter(self.cotangents.values())).device
+        rows = Rows(self.layout, subset.rows(self.layout.n, device))
+        if not self.turned:
+            return self.use.arrive(self.cotangents, rows, shape, dtype)
+        return Explicit(self.use.arrive(self.cotangents, rows, shape[::-1], dtype).dense().transpose(-1, -2))
+
+
+@dataclass(eq=False)
+class Contributions:
+    """All that reached one parameter, ``tensor``, or an edge into a region that belongs to no sample.
+
+    ``pulled``: by the key of a subset, individual gradients that are known already; ``count``: how much has arrived.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    tensor: Any = None
+    arrivals: list[Arrival] = field(default_factory=list)
+    pulled: dict[Any, list[Individual]] = field(default_factory=dict)
+    count: int = 0
+
+    def individual(self, subset: Subset) -> Individual:
+        """The individual gradients of the samples in a subset."""
+        parts = [arrival.individual(subset, self.shape, self.dtype) for arrival in self.arrivals]
+        return join([*parts, *self.pulled.get(subset.key, ())])

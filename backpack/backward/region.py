@@ -1,0 +1,60 @@
+"""Regions that belong to no sample: nodes of parameters alone, and what is below where samples are mixed.
+
+Each sample's cotangent is pulled through such a region by itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from backpack.graph import LEAF, Graph, count_outputs
+from backpack.nodes.general import call_for_each
+
+ENTRIES = 2**22
+"""Entries of the cotangents that enter a region, over all samples that are pulled through it at a time."""
+
+
+def pull_through(
+    graph: Graph, places: Mapping[Node, int], entry: Node, grads: dict[int, Tensor], one_by_one: bool
+) -> dict[Node, Tensor]:
+    """The gradients ``[n, *p]`` of all parameters behind a node, from cotangents ``[n, ...]`` of its outputs.
+
+    ``places``: of the nodes in the order of the graph; ``one_by_one``: each sample by itself, as autograd does it.
+    """
+    n = len(next(iter(grads.values())))
+    step = 1 if one_by_one else max(1, ENTRIES // max(1, sum(grad[0].numel() for grad in grads.values())))
+    pieces: dict[Node, list[Tensor]] = {}
+    for start in range(0, n, step):
+        part = {number: grad[start : start + step] for number, grad in grads.items()}
+        for node, found in _pull_part(graph, places, entry, part).items():
+            pieces.setdefault(node, []).append(found)
+    return {node: torch.cat(parts) if len(parts) > 1 else parts[0] for node, parts in pieces.items()}
+
+
+def _pull_part(graph: Graph, places: Mapping[Node, int], entry: Node, grads: dict[int, Tensor]) -> dict[Node, Tensor]:
+    arrived: dict[Node, dict[int, Tensor]] = {entry: grads}
+    waiting, nodes = [places[entry]], {places[entry]: entry}
+    found: dict[Node, Tensor] = {}
+    while waiting:
+        node = nodes[heapq.heappop(waiting)]
+        own = arrived.pop(node)
+        if node.name() == LEAF:
+            found[node] = own[0]
+            continue
+        count = count_outputs(node)
+        sent = call_for_each(node, [own.get(number) for number in range(count)])
+        for grad, (other, number) in zip(sent, graph.edges[node], strict=True):
+            if other is None or grad is None:
+                continue
+            if other not in arrived:
+                arrived[other] = {}
+                nodes[places[other]] = other
+                heapq.heappush(waiting, places[other])
+            known = arrived[other].get(number)
+            arrived[other][number] = grad if known is None else known + grad
+    return found

@@ -1,0 +1,87 @@
+"""Facts about nodes of the recorded graph, and calls of a node by itself.
+
+A node computes the cotangents of a function's inputs from those of its outputs. Edge ``k`` of a node leads to the node
+that computed input ``k``; ``None``: no gradient flows there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from backpack.graph.saved import kept
+
+LEAF = "torch::autograd::AccumulateGrad"
+
+
+@cache
+def _kind(name: str) -> str:
+    return re.sub(r"(_copy)?Backward\d*$", "", name)
+
+
+def kind(node: Node) -> str:
+    """The function whose node it is, as ``Addmm``; that of a derivative is ``TanhBackward``."""
+    return _kind(node.name())
+
+
+def variable_of(leaf: Node) -> Tensor:
+    """The tensor that a node accumulates gradients of."""
+    return leaf.variable  # type: ignore[attr-defined]
+
+
+def count_outputs(node: Node) -> int:
+    """How many outputs the function has whose node it is."""
+    return len(node._input_metadata)
+
+
+def shape_of(node: Node, number: int) -> tuple[int, ...]:
+    """The shape of output ``number`` of the function whose node it is."""
+    return tuple(node._input_metadata[number].shape)
+
+
+def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The cotangents that a node sends along each of its edges, given one for each output of its function.
+
+    They have the shapes and data types of what the edges lead to. No hook runs.
+    """
+    if isinstance(node, BackwardCFunction):
+        given = [_zeros(node, k) if grad is None else grad for k, grad in enumerate(cotangents)]
+        with kept(node):
+            found: Any = node.apply(*given)
+        found = found if isinstance(found, tuple) else (found,)
+        wanted = [grad for grad, needed in zip(found, node.needs_input_grad, strict=False) if needed]
+        filled = iter(wanted)
+        results = [None if other is None else next(filled, None) for other, _ in node.next_functions]
+    else:
+        with kept(node):
+            found = node(*cotangents)  # type: ignore[operator]
+        results = list(found) if isinstance(found, tuple) else [found]
+    return [
+        None if grad is None or other is None else _fitted(grad, other, number)
+        for grad, (other, number) in zip(results, node.next_functions, strict=False)
+    ]
+
+
+def _zeros(node: Node, number: int) -> Tensor:
+    metadata = node._input_metadata[number]
+    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+
+
+def _fitted(grad: Tensor, node: Node, number: int) -> Tensor:
+    """A cotangent in the form that the engine of autograd would give it."""
+    metadata = node._input_metadata[number]
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    if grad.is_complex() and not metadata.dtype.is_complex:
+        grad = grad.real
+    if grad.dtype != metadata.dtype:
+        grad = grad.to(metadata.dtype)
+    shape = metadata.shape
+    return grad if list(grad.shape) == list(shape) else grad.sum_to_size(shape)

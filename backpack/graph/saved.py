@@ -1,0 +1,105 @@
+"""What nodes saved: read without a trace, also where ``torch.utils.checkpoint`` computes it again.
+
+A tensor of a checkpointed region may be unpacked once in a backward pass, and the node's own unpacking has to be that
+one: what was read before is given back to the region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils import checkpoint
+from torch.utils.checkpoint import _CheckpointFrame, _Handle
+
+_names: dict[str, tuple[str, ...]] = {}
+
+
+def tensor_names(node: Node) -> tuple[str, ...]:
+    """The names under which a kind of node saves tensors."""
+    name = node.name()
+    if name not in _names:
+        prefix = "_raw_saved_"
+        _names[name] = tuple(found.removeprefix(prefix) for found in dir(node) if found.startswith(prefix))
+    return _names[name]
+
+
+def saved(node: Node, name: str) -> Any:
+    """What a node saved under the name of an argument or result of its function.
+
+    Raises:
+        RuntimeError: It was freed, or modified in place since.
+    """
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    value = getattr(node, f"_saved_{name}")
+    if raw is not None and not isinstance(raw, (tuple, list)):
+        _give_back(raw, value)
+    return value
+
+
+def is_recomputed(node: Node) -> bool:
+    """Whether what a node saved is computed again when it is read."""
+    for name in tensor_names(node):
+        raw = getattr(node, f"_raw_saved_{name}")
+        if not isinstance(raw, (tuple, list)) and _region(raw) is not None:
+            return True
+    return False
+
+
+@contextmanager
+def kept(node: Node) -> Iterator[None]:
+    """What a node saved is as before after it ran by itself."""
+    if not is_recomputed(node):
+        yield
+        return
+    found = []
+    for name in tensor_names(node):
+        raw = getattr(node, f"_raw_saved_{name}")
+        if not isinstance(raw, (tuple, list)) and _region(raw) is not None:
+            value = getattr(node, f"_saved_{name}")
+            _give_back(raw, value)
+            found.append((raw, value))
+    try:
+        yield
+    finally:
+        for raw, value in found:
+            _give_back(raw, value)
+
+
+def _region(raw: Any) -> Any:
+    """The checkpointed region that a saved tensor belongs to."""
+    hook = getattr(raw, "unpack_hook", None)
+    return None if hook is None else _frame_of(hook)
+
+
+@cache
+def _has_groups() -> bool:
+    return hasattr(checkpoint, "GraphExecGroup")
+
+
+def _frame_of(hook: Any) -> Any:
+    for cell in getattr(hook, "__closure__", None) or ():
+        content = cell.cell_contents
+        if isinstance(content, _CheckpointFrame):
+            return content
+        if callable(content) and (frame := _frame_of(content)) is not None:
+            return frame
+    return None
+
+
+def _give_back(raw: Any, value: Any) -> None:
+    frame = _region(raw)
+    if frame is None or not isinstance(value, Tensor):
+        return
+    group: Any = checkpoint.GraphExecGroup._get_current_group() if _has_groups() else None
+    key = torch._C._current_graph_task_id() if group is None else group
+    if key == -1:  # outside of a pass each read computes anew
+        return
+    holder, handle = raw.data, _Handle()
+    frame.recomputed[key][handle] = value
+    holder.handles[key] = handle

@@ -1,0 +1,57 @@
+"""One look at all that a backward pass may visit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.autograd.graph import GradientEdge, Node
+
+Incoming = tuple[Node, int, int]
+"""A node, which of its edges, and to which output of the function behind it leads."""
+
+
+@dataclass(eq=False)
+class Graph:
+    """All nodes below some edges.
+
+    ``order``: each node before those that its edges lead to; ``edges``: of each node; ``incoming``: those that lead
+    to it.
+    """
+
+    roots: Sequence[GradientEdge]
+    order: list[Node]
+    edges: dict[Node, Any]
+    incoming: dict[Node, list[Incoming]]
+
+
+def read(roots: Iterable[GradientEdge]) -> Graph:
+    """Go through a graph, without recursion."""
+    roots = list(roots)
+    edges: dict[Node, Any] = {}
+    incoming: dict[Node, list[Incoming]] = {root.node: [] for root in roots}
+    pending = list(incoming)
+    while pending:
+        node = pending.pop()
+        edges[node] = following = node.next_functions
+        for k, (other, number) in enumerate(following):
+            if other is None:
+                continue
+            if other in incoming:
+                incoming[other].append((node, k, number))
+            else:
+                incoming[other] = [(node, k, number)]
+                pending.append(other)
+    waits = {node: len(leading) for node, leading in incoming.items()}
+    order: list[Node] = []
+    ready = [node for node, count in waits.items() if count == 0]
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for other, _ in edges[node]:
+            if other is not None:
+                waits[other] -= 1
+                if waits[other] == 0:
+                    ready.append(other)
+    return Graph(roots, order, edges, incoming)

@@ -1,0 +1,11 @@
+"""A kind of node -> how it uses the parameters that its edges lead to, one family a file."""
+
+from backpack.nodes import convolution as convolution  # they register their kinds
+from backpack.nodes import elementwise as elementwise
+from backpack.nodes import lookup as lookup
+from backpack.nodes import normalization as normalization
+from backpack.nodes import products as products
+from backpack.nodes.general import GeneralUse, PlacedUse
+from backpack.nodes.registry import FORMS, Place, use_of
+
+__all__ = ["FORMS", "GeneralUse", "Place", "PlacedUse", "use_of"]

@@ -1,0 +1,116 @@
+"""Products with a matrix: of rows, of columns, of batches of matrices, and bilinear ones."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from backpack.nodes.registry import Place, form, is_complex
+from backpack.samples import Layout
+from backpack.uses import DenseUse, ElementwiseUse, Use
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[n, ..., i]`` to ``[n, 1, s, i]``."""
+    return x.reshape(x.shape[0], 1, -1, x.shape[-1])
+
+
+def grad_rows_of(grad: Tensor) -> Tensor:
+    """``[v, n, ..., o]`` to ``[v, n, 1, s, o]``."""
+    return grad.reshape(*grad.shape[:2], 1, -1, grad.shape[-1])
+
+
+def columns_of(x: Tensor) -> Tensor:
+    """``[n, i, ...]`` to ``[n, 1, s, i]``."""
+    return x.reshape(x.shape[0], 1, x.shape[1], -1).transpose(2, 3)
+
+
+def grad_columns_of(grad: Tensor) -> Tensor:
+    """``[v, n, o, ...]`` to ``[v, n, 1, s, o]``."""
+    return grad.reshape(*grad.shape[:2], 1, grad.shape[2], -1).transpose(3, 4)
+
+
+def _factors(place: Place, left: int, first: str, second: str) -> Use | None:
+    """``left @ right`` of matrices: the one whose rows or columns are not the samples' is used."""
+    axes = place.layout.axes
+    if place.k == left + 1 and axes == [0]:
+        x = place.saved(first)
+        return None if is_complex(x) else DenseUse((x,), rows_of, grad_rows_of, flipped=True)
+    if place.k == left and axes == [1] and isinstance(place.layout, Layout):
+        x = place.saved(second)
+        return None if is_complex(x) else DenseUse((x,), columns_of, grad_columns_of)
+    return None
+
+
+@form("Mm")
+def product(place: Place) -> Use | None:
+    return _factors(place, 0, "self", "mat2")
+
+
+@form("Addmm")
+def sum_with_product(place: Place) -> Use | None:
+    if place.k == 0:
+        own = place.aligned()
+        return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
+    return _factors(place, 1, "mat1", "mat2") if place.saved("alpha") == 1 else None
+
+
+def groups_of_rows(x: Tensor) -> Tensor:
+    """``[n, g, ..., i]`` to ``[n, g, s, i]``."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def grad_groups_of_rows(grad: Tensor) -> Tensor:
+    """``[v, n, g, ..., o]`` to ``[v, n, g, s, o]``."""
+    return grad.reshape(*grad.shape[:3], -1, grad.shape[-1])
+
+
+def groups_of_columns(x: Tensor) -> Tensor:
+    """``[n, g, i, ...]`` to ``[n, g, s, i]``."""
+    return x.reshape(*x.shape[:3], -1).transpose(2, 3)
+
+
+def grad_groups_of_columns(grad: Tensor) -> Tensor:
+    """``[v, n, g, o, ...]`` to ``[v, n, g, s, o]``."""
+    return grad.reshape(*grad.shape[:4], -1).transpose(3, 4)
+
+
+def _batched_factors(place: Place, left: int, first: str, second: str) -> Use | None:
+    """The same for batches of matrices, which are groups; several samples' entries in one are positions."""
+    axes = place.layout.axes
+    if not isinstance(place.layout, Layout):
+        return None
+    if place.k == left + 1 and axes == [1]:
+        x = place.saved(first)
+        return None if is_complex(x) else DenseUse((x,), groups_of_rows, grad_groups_of_rows, flipped=True)
+    if place.k == left and axes == [2]:
+        x = place.saved(second)
+        return None if is_complex(x) else DenseUse((x,), groups_of_columns, grad_groups_of_columns)
+    return None
+
+
+@form("Bmm")
+def batched_product(place: Place) -> Use | None:
+    return _batched_factors(place, 0, "self", "mat2")
+
+
+@form("Baddbmm")
+def sum_with_batched_product(place: Place) -> Use | None:
+    if place.k == 0:
+        own = place.aligned()
+        return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
+    return _batched_factors(place, 1, "batch1", "batch2") if place.saved("alpha") == 1 else None
+
+
+@form("Trilinear")
+def bilinear(place: Place) -> Use | None:
+    """``F.bilinear``, whose matrix ``[o, i j]`` multiplies the outer products of two inputs."""
+    if place.k != 1 or place.layout.axes != [0] or len(place.shape) != 3 or list(place.saved("sumdim")) != [2, 3]:
+        return None
+    one, other = place.saved("i1"), place.saved("i3")
+    if one.dim() != 2 or other.dim() != 2 or is_complex(one):
+        return None
+
+    def pairs(x: Tensor, y: Tensor) -> Tensor:
+        return rows_of((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2))
+
+    return DenseUse((one, other), pairs, grad_rows_of)

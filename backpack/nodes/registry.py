@@ -1,0 +1,75 @@
+"""Normal forms by kind of node. What has none is used in the general form, which is always right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from backpack.graph import kind, saved, shape_of
+from backpack.samples import AnyLayout
+from backpack.uses import Use
+
+
+@dataclass(eq=False)
+class Place:
+    """Edge ``k`` of a node: its output number ``number`` belongs to samples, and what the edge leads to does not.
+
+    ``shape``: of what the edge leads to.
+    """
+
+    node: Node
+    k: int
+    number: int
+    layout: AnyLayout
+    shape: tuple[int, ...]
+
+    @cached_property
+    def out(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        return shape_of(self.node, self.number)
+
+    def saved(self, name: str) -> Any:
+        """What the node saved under this name.
+
+        Raises:
+            RuntimeError: It was freed, or modified in place since.
+        """
+        return saved(self.node, name)
+
+    def aligned(self, shape: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+        """The sizes of what is expanded to the output, one for each axis; ``None``: it differs along samples' axes."""
+        shape = self.shape if shape is None else shape
+        own = (*[1] * (len(self.out) - len(shape)), *shape)
+        return own if all(own[axis] == 1 for axis in self.layout.axes) else None
+
+
+Form = Callable[[Place], "Use | None"]
+
+FORMS: dict[str, Form] = {}
+
+
+def form(*kinds: str) -> Callable[[Form], Form]:
+    """Register the normal form of kinds of nodes; it gives ``None`` where there is none."""
+
+    def register(function: Form) -> Form:
+        FORMS.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def use_of(place: Place) -> Use | None:
+    """The normal form of a use; ``None``: the general form is to be taken."""
+    found = FORMS.get(kind(place.node))
+    return None if found is None else found(place)
+
+
+def is_complex(*tensors: Tensor) -> bool:
+    """Whether one of these is complex: closed forms are for real numbers."""
+    return any(isinstance(tensor, torch.Tensor) and tensor.is_complex() for tensor in tensors)

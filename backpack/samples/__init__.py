@@ -1,0 +1,15 @@
+"""Whose entry is it: layouts of samples, and subsets of them."""
+
+from backpack.samples.layouts import (
+    AnyLayout,
+    Layout,
+    Rows,
+    Scattered,
+    found_layout,
+    layout_like,
+    layouts,
+    same,
+)
+from backpack.samples.subsets import Subset
+
+__all__ = ["AnyLayout", "Layout", "Rows", "Scattered", "Subset", "found_layout", "layout_like", "layouts", "same"]

@@ -1,0 +1,269 @@
+"""Where the samples of a tensor lie: layouts of entries, and rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``n`` samples lie along ``axis``, which has ``outer * n * inner`` entries.
+
+    Entry ``k`` along the axis belongs to sample ``(k // inner) % n``: with ``inner > 1`` the entries of a sample lie
+    side by side, with ``outer > 1`` a block of all samples is repeated.
+    """
+
+    n: int
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def factor(self) -> int:
+        """How many entries along the axis a sample has."""
+        return self.outer * self.inner
+
+    @property
+    def strided(self) -> bool:
+        """Whether the entries of a sample lie apart."""
+        return self.outer > 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the first axis counts the samples."""
+        return self.axis == 0 and self.factor == 1
+
+    def split(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """Move the samples to the front, behind ``leading`` further axes: ``[*leading, n, ...]``.
+
+        Where a sample has several entries along its axis, they stay there.
+        """
+        place = leading + self.axis
+        if self.factor == 1:
+            return tensor.movedim(place, leading) if self.axis else tensor
+        if self.outer > 1 and self.inner > 1:
+            tensor = tensor.unflatten(place, (self.outer, self.n, self.inner))
+            return tensor.movedim(place + 1, leading).flatten(place + 1, place + 2)
+        parts = [self.outer, self.n] if self.outer > 1 else [self.n, self.inner]
+        tensor = tensor.unflatten(place, parts)
+        return tensor.movedim(place + (self.outer > 1), leading)
+
+    def join(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """Undo ``split``."""
+        place = leading + self.axis
+        if self.factor == 1:
+            return tensor.movedim(leading, place) if self.axis else tensor
+        if self.outer > 1 and self.inner > 1:
+            tensor = tensor.unflatten(place + 1, (self.outer, self.inner)).movedim(leading, place + 1)
+            return tensor.flatten(place, place + 2)
+        return tensor.movedim(leading, place + (self.outer > 1)).flatten(place, place + 1)
+
+    def owners(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """The sample each entry belongs to, broadcastable to ``shape``."""
+        index = torch.arange(self.n, device=device)
+        if self.inner > 1:
+            index = index.repeat_interleave(self.inner)
+        if self.outer > 1:
+            index = index.repeat(self.outer)
+        return index.reshape([-1 if a == self.axis else 1 for a in range(len(shape))])
+
+    @property
+    def axes(self) -> list[int]:
+        """The axis along which the samples lie."""
+        return [self.axis]
+
+    def split_sizes(self, sizes: Sequence[int]) -> list[int]:
+        """What ``split`` leaves of the axes of a tensor that has one entry for all samples."""
+        return [size for axis, size in enumerate(sizes) if axis != self.axis or self.factor > 1]
+
+    def occupies(self, axes: Sequence[int]) -> bool:
+        """Whether samples lie along one of these axes."""
+        return self.axis in axes
+
+    def moved(self, sources: Sequence[int | None]) -> Layout | None:
+        """The layout of a tensor whose axis ``k`` was ``sources[k]`` before; ``None``: the samples' is gone."""
+        return replace(self, axis=list(sources).index(self.axis)) if self.axis in sources else None
+
+    def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | Scattered | None:
+        """The layout after ``reshape``; ``None``: unknown."""
+        if self.n == 1:
+            return Layout(1, inner=after[0]) if after else Scattered(1, torch.zeros((), dtype=torch.int64))
+        below = self.inner * prod(before[self.axis + 1 :])
+        right = 1
+        for axis in range(len(after) - 1, -1, -1):
+            size = after[axis]
+            if below % right == 0 and size and (right * size) > below:
+                inner = below // right
+                if size % (inner * self.n) == 0:
+                    return Layout(self.n, axis, size // (inner * self.n), inner)
+                break
+            right *= size
+        return self.scattered(before).reshaped(before, after)
+
+    def scattered(self, shape: Sequence[int]) -> Scattered:
+        """The same as a table."""
+        return Scattered(self.n, self.owners(shape, torch.device("cpu")))
+
+
+@dataclass(frozen=True, eq=False)
+class Scattered:
+    """``n`` samples lie as a table says: ``owner``, of one entry or all along each axis; ``-1``: of no sample."""
+
+    n: int
+    owner: Tensor
+    is_plain = False
+
+    @property
+    def axes(self) -> list[int]:
+        """The axes along which entries of different samples lie."""
+        return [axis for axis, size in enumerate(self.owner.shape) if size != 1]
+
+    @cached_property
+    def _index(self) -> tuple[Tensor, Tensor]:
+        """For each sample its rows, ``[n, s]``, and which of them there are."""
+        owner = self.owner.flatten()
+        order = owner.argsort(stable=True)
+        order = order[(owner[order] < 0).sum() :]
+        counts = torch.bincount(owner[order], minlength=self.n)
+        longest = max(1, int(counts.max())) if self.n else 1
+        place = torch.arange(longest)
+        inside = place < counts[:, None]
+        start = counts.cumsum(0) - counts
+        index = (start[:, None] + place).clamp(max=max(0, len(order) - 1))
+        rows = order[index] if len(order) else torch.zeros_like(index)
+        return rows.masked_fill(~inside, 0), inside
+
+    def split(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """``[*leading, n, s, ...]``: the rows of each sample, zero where it has fewer than others."""
+        axes = self.axes
+        sizes = [tensor.shape[leading + axis] for axis in axes]
+        rows, inside = (part.to(tensor.device) for part in self._index)
+        front = tensor.movedim([leading + axis for axis in axes], list(range(leading, leading + len(axes))))
+        front = front.reshape(*tensor.shape[:leading], prod(sizes), *front.shape[leading + len(axes) :])
+        found = front.index_select(leading, rows.flatten()).unflatten(leading, rows.shape)
+        if inside.all():
+            return found
+        return found.masked_fill(~inside.reshape(*inside.shape, *[1] * (found.dim() - leading - 2)), 0)
+
+    def owners(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """The sample each entry belongs to, broadcastable to ``shape``."""
+        return self.owner.to(device)
+
+    def split_sizes(self, sizes: Sequence[int]) -> list[int]:
+        """What ``split`` leaves of the axes of a tensor that has one entry for all samples."""
+        return [1, *(size for axis, size in enumerate(sizes) if self.owner.shape[axis] == 1)]
+
+    def occupies(self, axes: Sequence[int]) -> bool:
+        """Whether entries of different samples lie along one of these axes."""
+        return any(self.owner.shape[axis] != 1 for axis in axes)
+
+    def moved(self, sources: Sequence[int | None]) -> Scattered | None:
+        """The layout of a tensor whose axis ``k`` was ``sources[k]`` before; ``None``: samples' axes are gone."""
+        if any(axis not in sources for axis in self.axes):
+            return None
+        kept = [1 if source is None else self.owner.shape[source] for source in sources]
+        order = [source for source in sources if source is not None]
+        lost = [axis for axis in range(self.owner.dim()) if axis not in order]
+        return Scattered(self.n, self.owner.permute(*order, *lost).reshape(kept))
+
+    def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | Scattered | None:
+        """The layout after ``reshape``."""
+        return found_layout(self.n, self.owner.expand(*before).reshape(*after), exactly=True)
+
+    def scattered(self, shape: Sequence[int]) -> Scattered:
+        """The same."""
+        return self
+
+
+AnyLayout: TypeAlias = Layout | Scattered
+
+
+def same(one: AnyLayout | None, other: AnyLayout | None) -> bool:
+    """Whether two layouts of tensors of one shape give each entry to the same sample."""
+    if one is other:
+        return True
+    if isinstance(one, Scattered) and isinstance(other, Scattered):
+        return one.n == other.n and torch.equal(one.owner, other.owner)
+    return one == other
+
+
+def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
+    """The layout in which entry by entry belongs to these samples; ``-1``: to none, and may be counted to any.
+
+    As few axes as can be tell the samples apart, and regular owners are seen as such. ``exactly``: entries of none stay
+    told from those of a sample.
+    """
+    if n == 1:
+        return Layout(1, inner=owner.shape[0]) if owner.dim() else Scattered(1, owner)
+    for lenient in (False,) if exactly else (False, True):
+        for axis in range(owner.dim() - 1, -1, -1):
+            wide = sum(size != 1 for size in owner.shape)
+            if owner.shape[axis] == 1 or (lenient and wide == 1):  # entries of none stay told from those of others
+                continue
+            largest = owner.amax(axis, keepdim=True)
+            smallest = (owner.where(owner >= 0, n) if lenient else owner).amin(axis, keepdim=True)
+            if bool(((largest == smallest) | (lenient & (largest < 0))).all()):
+                owner = largest
+    axes = [axis for axis, size in enumerate(owner.shape) if size != 1]
+    if len(axes) == 1:
+        regular = _regular(n, axes[0], owner.flatten())
+        if regular is not None:
+            return regular
+    return Scattered(n, owner)
+
+
+def _regular(n: int, axis: int, owner: Tensor) -> Layout | None:
+    size = len(owner)
+    if size % n:
+        return None
+    change = (owner != owner[0]).nonzero()
+    inner = int(change[0]) if len(change) else size
+    if size % (inner * n):
+        return None
+    layout = Layout(n, axis, size // (inner * n), inner)
+    expected = layout.owners([size if a == axis else 1 for a in range(axis + 1)], owner.device).flatten()
+    return layout if torch.equal(owner, expected) else None
+
+
+@lru_cache(2**12)
+def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> Sequence[Layout]:
+    """All layouts of ``n`` samples that a tensor of this shape admits; ``axes`` may hold samples."""
+    if n == 1 and shape and shape[0] != 1:
+        return (Layout(1, inner=shape[0]),)
+    found = [Layout(n, axis) for axis in axes if shape[axis] == n]
+    if 0 in axes and n > 1 and shape[0] % n == 0 and shape[0] > n:
+        found += [Layout(n, inner=shape[0] // n), Layout(n, outer=shape[0] // n)]
+    return tuple(found[:1] if n == 1 else found)
+
+
+def layout_like(layout: Layout, tensor: Tensor) -> Layout:
+    """The layout of an argument, given that of the output: the same where the shape admits it."""
+    possible = layouts(tensor.shape, layout.n, range(tensor.dim()))
+    similar = [other for other in possible if other.strided == layout.strided]
+    return layout if layout in possible else (similar or possible)[0]
+
+
+@dataclass
+class Rows:
+    """Some samples (``index``; ``None``: all) of tensors with this layout."""
+
+    layout: AnyLayout
+    index: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.layout.n if self.index is None else len(self.index)
+
+    def take(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """``[*leading, rows, ...]``."""
+        layout = self.layout
+        if not layout.is_plain:
+            tensor = layout.split(tensor, leading)
+        return tensor if self.index is None else tensor.index_select(leading, self.index)

@@ -1,0 +1,172 @@
+"""Where samples are mixed: regions that belong to no sample, and depend on data rather than on parameters alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves
+
+from backpack.graph import LEAF, Graph, kind, read, saved, tensor_names, variable_of
+from backpack.samples.beginning import Note, run_on_fewer
+from backpack.samples.owners import Edge, Owners
+from backpack.watched import WATCHED
+
+DRAWN = ("NativeDropout",)
+"""Kinds of nodes that save what they draw."""
+
+Saved = tuple[Node, str, Tensor]
+"""A node, and what it saved under a name."""
+
+
+def mixed_data(graph: Graph, owners: Owners, entries: Iterable[Node], notes: Sequence[Note]) -> dict[Node, str]:
+    """Of nodes through which cotangents enter regions that belong to no sample, those behind which inputs are.
+
+    With each, what mixes its samples.
+    """
+    inputs = {tensor.untyped_storage()._cdata for note in notes for tensor in note.inputs}
+    found: dict[Node, str] = {}
+    known: dict[Node, bool] = {}
+    for entry in entries:
+        for node in behind(entry, graph):
+            if node not in known:
+                storages = (tensor.untyped_storage()._cdata for _, _, tensor in without_history(node))
+                known[node] = any(storage in inputs for storage in storages)
+            if known[node]:
+                found[entry] = _mixer(entry, graph, owners)
+                break
+    return found
+
+
+def unproved(graph: Graph, owners: Owners, entries: Iterable[Node], notes: Mapping[Edge, Note], n: int) -> str | None:
+    """What may mix samples, where that can't be ruled out; ``None``: nothing does.
+
+    A region is free of data if all that its nodes saved, of a size that ``n`` samples could have, is a parameter or
+    buffer, or stays the same when the module runs on one sample less.
+    """
+    for node in owners.sends:
+        if kind(node) == "NativeBatchNorm" and saved(node, "training") and owners.owned[node, 0].axes != [1]:
+            return described(node, graph)
+    modules = dict.fromkeys(module for note in notes.values() if (module := note.module()) is not None)
+    constants = Constants(modules)
+    again: Again | None = None
+    for entry in entries:
+        for node in behind(entry, graph):
+            for found in without_history(node):
+                if _may_hold(found[2], n) and found[2] not in constants:
+                    again = again or Again(graph, notes, n)
+                    if not again.is_same(found):
+                        return _mixer(entry, graph, owners)
+                    constants.add(found[2])
+    return None
+
+
+def behind(start: Node, graph: Graph) -> Iterator[Node]:
+    """A node and all nodes that its edges lead to."""
+    seen, pending = {start}, [start]
+    while pending:
+        node = pending.pop()
+        yield node
+        for other, _ in graph.edges[node]:
+            if other is not None and other not in seen:
+                seen.add(other)
+                pending.append(other)
+
+
+def without_history(node: Node) -> Iterator[Saved]:
+    """What a node saved that is neither computed from parameters nor the node's own result."""
+    if node.name() == LEAF or kind(node) in DRAWN:
+        return
+    values = [(name, saved(node, name)) for name in tensor_names(node) if not name.startswith("result")]
+    values += [(f"tensor {k}", value) for k, value in enumerate(getattr(node, "saved_tensors", ()))]
+    for name, value in values:
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(tensor, Tensor) and not tensor.requires_grad:
+                yield node, name, tensor
+
+
+def _may_hold(tensor: Tensor, n: int) -> bool:
+    return any(size and size % n == 0 for size in tensor.shape)
+
+
+def _mixer(entry: Node, graph: Graph, owners: Owners) -> str:
+    consumers = [(node, k) for node, k, _ in graph.incoming[entry] if node in owners.sends]
+    mixing = [node for node, k in consumers if owners.sends[node][k] is None]
+    return described((mixing or [node for node, _ in consumers])[0], graph)
+
+
+def described(node: Node, graph: Graph) -> str:
+    """What mixes samples, for messages: the function, and a parameter that tells its layer."""
+    leaves = [other for other, _ in graph.edges[node] if other is not None and other.name() == LEAF]
+    names = [watched.name for leaf in leaves if (watched := WATCHED.get(variable_of(leaf))) is not None]
+    return f"{kind(node)}{f' of parameter {names[0]}' if names else ''}"
+
+
+KEPT = 2**16
+"""Entries of a tensor, at most, whose values are kept to be known again."""
+
+_same: WeakKeyDictionary[Module, list[Tensor]] = WeakKeyDictionary()
+"""Values that were seen to stay the same when a module runs on one sample less."""
+
+
+class Constants:
+    """What belongs to modules, and is no data: parameters, buffers, copies of these, and what was added."""
+
+    def __init__(self, modules: Iterable[Module]) -> None:
+        modules = list(modules)
+        self._known = _same.setdefault(modules[0], [])
+        self._tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        self._storages = {t.untyped_storage()._cdata for t in self._tensors}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        if tensor.untyped_storage()._cdata in self._storages:
+            return True
+        similar = (t for t in (*self._tensors, *self._known) if t.shape == tensor.shape and t.dtype == tensor.dtype)
+        return any(torch.equal(t, tensor) for t in similar)
+
+    def add(self, tensor: Tensor) -> None:
+        """Know these values again."""
+        if tensor.numel() <= KEPT:
+            self._known.append(tensor.detach().clone())
+            del self._known[:-64]
+
+
+@dataclass(eq=False)
+class Again:
+    """The graph of a module that ran once more, on one sample less."""
+
+    graph: Graph
+    notes: Mapping[Edge, Note]
+    n: int
+    pairs: dict[Node, Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for edge, note in self.notes.items():
+            output = run_on_fewer(note, self.n, with_graph=True)
+            leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+            tensor = leaves[note.place] if note.place < len(leaves) else None
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                self._pair(edge[0], tensor.grad_fn)
+
+    def _pair(self, one: Node, other: Node) -> None:
+        edges = read([GradientEdge(other, 0)]).edges
+        pending = [(one, other)]
+        while pending:
+            one, other = pending.pop()
+            if one in self.pairs or one.name() != other.name():
+                continue
+            self.pairs[one] = other
+            following = zip(self.graph.edges[one], edges[other], strict=False)
+            pending += [(a, b) for (a, _), (b, _) in following if a is not None and b is not None]
+
+    def is_same(self, found: Saved) -> bool:
+        """Whether what a node saved is what it saved before."""
+        node, name, tensor = found
+        other = self.pairs.get(node)
+        values = {} if other is None else {key: value for _, key, value in without_history(other)}
+        return name in values and values[name].shape == tensor.shape and torch.equal(values[name], tensor)

@@ -1,0 +1,147 @@
+"""Whose row is it: for each edge of a graph where the samples lie in its cotangent, or that it is mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import Node
+
+from backpack.graph import LEAF, Graph, count_outputs, kind, shape_of
+from backpack.samples.coded import coded
+from backpack.samples.layouts import AnyLayout, found_layout, same
+from backpack.samples.table import At, Unknown, spread
+
+Edge = tuple[Node, int]
+"""A node, and which output of its function an edge leads to."""
+
+
+@dataclass(eq=False)
+class Owners:
+    """What is known of the edges below the rows that are the samples.
+
+    ``owned``: by sample, with a layout, for each edge whose cotangent comes from the samples by rows; ``mixed``: edges
+    of which some row comes from several samples, or that are below such an edge; ``sends``: for each node that the
+    samples reach by rows, where they lie in what it sends along each of its edges (``None``: several in a row);
+    ``above``: edges that something reaches which does not come from the samples' rows; ``coded``: nodes for which the
+    table did not tell.
+    """
+
+    owned: dict[Edge, AnyLayout] = field(default_factory=dict)
+    mixed: set[Edge] = field(default_factory=set)
+    sends: dict[Node, list[AnyLayout | None]] = field(default_factory=dict)
+    above: dict[Edge, None] = field(default_factory=dict)
+    coded: list[Node] = field(default_factory=list)
+
+
+class _Disputed(Exception):
+    """Two nodes send rows of different samples to the same place, unless they send zeros there."""
+
+
+def find_owners(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Generator) -> Owners:
+    """Go down a graph from the edges where the samples begin.
+
+    Below a mixed edge everything is mixed, whatever its own rows say: what comes through the mixed part would be
+    counted twice otherwise.
+    """
+    try:
+        return _go_down(graph, begin, generator, exactly=False)
+    except _Disputed:
+        return _go_down(graph, begin, generator, exactly=True)
+
+
+def _go_down(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Generator, exactly: bool) -> Owners:
+    """``exactly``: entries that a function does not select are told from those that it does."""
+    owners = Owners()
+    mixed, above = owners.mixed, owners.above
+    roots: dict[Node, list[int]] = {}
+    for root in graph.roots:
+        roots.setdefault(root.node, []).append(root.output_nr)
+    starts: dict[Node, list[int]] = {}
+    for node, number in begin:
+        starts.setdefault(node, []).append(number)
+    for node in graph.order:
+        arriving: dict[int, AnyLayout | None] = {}
+        outside = list(roots.get(node, ()))
+        for consumer, k, number in graph.incoming[node]:
+            sent = owners.sends.get(consumer)
+            if sent is not None:
+                arriving[number] = (
+                    _merged(arriving[number], sent[k], node, number, exactly) if number in arriving else sent[k]
+                )
+            elif (consumer, -1) in mixed:
+                arriving[number] = None
+            else:
+                outside.append(number)
+        if outside:
+            above.update(dict.fromkeys((node, number) for number in outside))
+            for number in starts.get(node, ()):
+                if number in outside and number not in arriving:
+                    arriving[number] = begin[node, number]
+                    del above[node, number]
+        if not arriving:
+            continue
+        if node.name() != LEAF:
+            if None in arriving.values():
+                arriving = dict.fromkeys(arriving)
+                mixed.add((node, -1))
+            else:
+                owners.sends[node] = _sent(node, graph, arriving, owners, generator, exactly)
+        _note(owners, node, arriving)
+    return owners
+
+
+def _note(owners: Owners, node: Node, arriving: Mapping[int, AnyLayout | None]) -> None:
+    for number, layout in arriving.items():
+        if layout is None:
+            owners.mixed.add((node, number))
+        else:
+            owners.owned[node, number] = layout
+
+
+SELECTING = frozenset(("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather"))
+"""Kinds of nodes for which the table counts entries that were not selected to the samples of those beside them."""
+
+
+def _sent(
+    node: Node,
+    graph: Graph,
+    arriving: Mapping[int, Any],
+    owners: Owners,
+    generator: torch.Generator,
+    exactly: bool,
+) -> list[AnyLayout | None]:
+    """Where the samples lie in what a node sends along its edges."""
+    number, layout = next(iter(arriving.items()))
+    edges = graph.edges[node]
+    try:
+        if len(arriving) > 1 and not all(same(layout, other) for other in arriving.values()):
+            raise Unknown
+        if exactly and kind(node) in SELECTING:
+            raise Unknown
+        return list(spread(At(node, edges, layout, number)))
+    except Unknown:
+        owners.coded.append(node)
+        count = count_outputs(node)
+        return coded(node, [arriving.get(k) for k in range(count)], generator, exactly)
+
+
+def _merged(one: AnyLayout | None, other: AnyLayout | None, node: Node, number: int, exactly: bool) -> AnyLayout | None:
+    """The layout of a sum of two cotangents; ``None``: some row belongs to several samples.
+
+    Raises:
+        _Disputed: That may be no longer so if it is looked at exactly.
+    """
+    if one is None or other is None or one.n != other.n:
+        return None
+    if same(one, other):
+        return one
+    shape = shape_of(node, number)
+    first, second = one.scattered(shape).owner, other.scattered(shape).owner
+    if bool(((first == second) | (first < 0) | (second < 0)).all()):
+        return found_layout(one.n, torch.maximum(first, second), exactly=True)
+    if not exactly:
+        raise _Disputed
+    return None

@@ -1,0 +1,524 @@
+"""What a kind of node, its shapes and the numbers that it saved prove about the samples in its inputs.
+
+A rule is given where the samples lie in the output of a function, and says where they lie in each input: an input's
+entry belongs to a sample if its cotangent comes from entries of that sample alone. Nothing is computed. What no rule
+knows is left to the coded pass (``coded.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch.autograd.graph import Node
+
+from backpack.graph import kind, shape_of
+from backpack.samples.layouts import AnyLayout, Layout
+
+
+class Unknown(Exception):
+    """A node, the shapes or the saved numbers do not tell."""
+
+
+@dataclass(eq=False)
+class At:
+    """A node, where the samples lie in the outputs of its function, and which of these was reached."""
+
+    node: Node
+    edges: Sequence[Any]
+    layout: AnyLayout
+    number: int
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return shape_of(self.node, self.number)
+
+    def given(self, k: int) -> tuple[int, ...]:
+        """The shape of input ``k``."""
+        node, number = self.edges[k]
+        return shape_of(node, number)
+
+    def saved(self, name: str) -> Any:
+        """A number, or numbers, that the node saved."""
+        return getattr(self.node, f"_saved_{name}")
+
+    def axes(self, name: str, dim: int) -> list[int]:
+        """Saved axes of a tensor with ``dim`` of them; negative ones are counted from the end."""
+        found = self.saved(name)
+        return [_signed(axis) % max(1, dim) for axis in (found if isinstance(found, (tuple, list)) else [found])]
+
+    def each(self, rule: Callable[[int], AnyLayout | None]) -> list[AnyLayout | None]:
+        """The rule, for each input that has an edge."""
+        return [None if other is None else rule(k) for k, (other, _) in enumerate(self.edges)]
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+Rule = Callable[[At], "AnyLayout | None | Sequence[AnyLayout | None]"]
+"""Where the samples lie in each input; ``None``: some entry belongs to several. One layout: that of all inputs."""
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for kinds of nodes."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+def spread(at: At) -> Sequence[AnyLayout | None]:
+    """Where the samples lie in each input of a function.
+
+    Raises:
+        Unknown: Only a coded pass can tell.
+    """
+    name = kind(at.node)
+    if name in SAME:
+        return [at.layout] * len(at.edges)
+    found = RULES.get(name)
+    if found is None or (len(at.layout.axes) > 1 and found not in (reshaped, permuted, transposed)):
+        raise Unknown
+    layouts = found(at)
+    return [layouts] * len(at.edges) if layouts is None or isinstance(layouts, AnyLayout) else layouts
+
+
+SAME = frozenset(
+    [
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Alias",
+        "Angle",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "BernoulliDropout",
+        "Ceil",
+        "Celu",
+        "Clamp",
+        "ClampMax",
+        "ClampMin",
+        "Clone",
+        "Conj",
+        "ConjPhysical",
+        "Cos",
+        "Cosh",
+        "Deg2Rad",
+        "Detach",
+        "Digamma",
+        "Elu",
+        "EluBackward",
+        "Erf",
+        "Erfc",
+        "Erfinv",
+        "Exp",
+        "Exp2",
+        "Expm1",
+        "Fill",
+        "Floor",
+        "Frac",
+        "Gelu",
+        "GeluBackward",
+        "Hardshrink",
+        "HardshrinkBackward",
+        "Hardsigmoid",
+        "HardsigmoidBackward",
+        "Hardswish",
+        "HardswishBackward",
+        "Hardtanh",
+        "HardtanhBackward",
+        "I0",
+        "Imag",
+        "LeakyRelu",
+        "LeakyReluBackward",
+        "Lgamma",
+        "LogSigmoid",
+        "LogSigmoidBackward",
+        "Log",
+        "Log10",
+        "Log1P",
+        "Log2",
+        "Logit",
+        "Mish",
+        "MishBackward",
+        "NanToNum",
+        "NativeDropout",
+        "NativeDropoutBackward",
+        "Neg",
+        "Positive",
+        "Rad2Deg",
+        "Real",
+        "Reciprocal",
+        "Relu",
+        "ResolveConj",
+        "ResolveNeg",
+        "Round",
+        "Rsqrt",
+        "Selu",
+        "Sgn",
+        "Sigmoid",
+        "SigmoidBackward",
+        "Sign",
+        "Silu",
+        "SiluBackward",
+        "Sin",
+        "Sinc",
+        "Sinh",
+        "Softplus",
+        "SoftplusBackward",
+        "Softshrink",
+        "SoftshrinkBackward",
+        "Sqrt",
+        "Square",
+        "Tan",
+        "Tanh",
+        "TanhBackward",
+        "Threshold",
+        "ThresholdBackward",
+        "ToCopy",
+        "Trunc",
+        "Zero",
+        "_DDPSink",
+    ]
+)
+"""Elementwise functions: each input has the shape of the output."""
+
+
+def broadcast(at: At, k: int) -> AnyLayout | None:
+    """Of an input that was expanded to the output's shape, and added up along the axes that it lacks."""
+    return onto(at.layout, at.shape, at.given(k))
+
+
+def onto(layout: AnyLayout, shape: Sequence[int], given: Sequence[int]) -> AnyLayout | None:
+    """Where the samples lie in a tensor that was expanded from one shape to another."""
+    lack = len(shape) - len(given)
+    lost = [axis for axis in range(len(shape)) if axis < lack or given[axis - lack] != shape[axis]]
+    return None if layout.occupies(lost) else layout.moved(range(lack, len(shape)))
+
+
+@rule(
+    "Add Sub Rsub Mul Div Pow Where MaskedFill Maximum Minimum Fmax Fmin Atan2 Lerp Addcmul Addcdiv Fmod Remainder "
+    "Copysign Hypot Xlogy Special_Xlog1Py Logaddexp Logaddexp2 Expand Polar Complex FloorDivide Heaviside Nextafter "
+    "BinaryCrossEntropyWithLogits"
+)
+def expanded(at: At) -> list[AnyLayout | None]:
+    return at.each(lambda k: broadcast(at, k))
+
+
+@rule("View UnsafeView ReshapeAlias Reshape Unsqueeze Squeeze Flatten Unflatten")
+def reshaped(at: At) -> AnyLayout | None:
+    return at.layout.reshaped(at.shape, at.given(0))
+
+
+@rule("Permute")
+def permuted(at: At) -> AnyLayout | None:
+    dims = at.axes("dims", len(at.shape))
+    return at.layout.moved([dims.index(axis) for axis in range(len(dims))])
+
+
+@rule("Transpose T Adjoint Mt Mh Swapaxes Swapdims")
+def transposed(at: At) -> AnyLayout | None:
+    dim = len(at.shape)
+    order = list(range(dim))
+    one, other = (dim - 2, dim - 1) if kind(at.node) != "Transpose" else (*at.axes("dim0", dim), *at.axes("dim1", dim))
+    if kind(at.node) == "T" and dim < 2:
+        return at.layout
+    order[one], order[other] = other, one
+    return at.layout.moved(order)
+
+
+def apart(at: At, dims: Iterable[int]) -> AnyLayout:
+    """The same, if no samples lie along the axes within which the function mixes or moves entries."""
+    if at.layout.occupies(list(dims)):
+        raise Unknown
+    return at.layout
+
+
+@rule("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Topk Gather Slice Split UnsafeSplit Renorm")
+def along_an_axis(at: At) -> AnyLayout:
+    return apart(at, at.axes("dim", len(at.shape)))
+
+
+@rule("SplitWithSizes UnsafeSplitWithSizes IndexSelect")
+def parts_of_an_axis(at: At) -> AnyLayout:
+    return apart(at, at.axes("dim", len(at.shape)))
+
+
+@rule("SoftmaxBackwardData LogSoftmaxBackwardData")
+def derivative_along_an_axis(at: At) -> AnyLayout:
+    return apart(at, at.axes("dim", len(at.shape)))
+
+
+@rule("Flip Roll")
+def along_axes(at: At) -> AnyLayout:
+    dims = at.axes("dims", len(at.shape))
+    if kind(at.node) == "Roll" and not dims:
+        raise Unknown
+    return apart(at, dims)
+
+
+@rule(
+    "ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D"
+)
+def padded(at: At) -> AnyLayout:
+    pad = at.saved("pad" if kind(at.node) == "ConstantPadNd" else "padding")
+    last = len(at.shape) - 1
+    return apart(at, [last - k for k in range(len(pad) // 2) if pad[2 * k] or pad[2 * k + 1]])
+
+
+@rule("Sum Mean Amax Amin Max Min Prod Logsumexp LinalgVectorNorm Norm Std Var StdMean VarMean Median Nansum")
+def reduced(at: At) -> AnyLayout | None:
+    """Reductions along some axes; over all of them there are no samples left."""
+    try:
+        saved, keep = at.saved("dim"), at.saved("keepdim")
+    except AttributeError:
+        raise Unknown from None
+    given = at.given(0)
+    if saved is None:
+        raise Unknown
+    dims = at.axes("dim", len(given)) or list(range(len(given)))
+    if keep:
+        return apart(at, dims)
+    left = iter(range(len(at.shape)))
+    return at.layout.moved([None if axis in dims else next(left) for axis in range(len(given))])
+
+
+@rule("Select Unbind")
+def selected(at: At) -> AnyLayout | None:
+    """An axis is gone in the output."""
+    given = at.given(0)
+    (dim,) = at.axes("dim", len(given))
+    left = iter(range(len(at.shape)))
+    return at.layout.moved([None if axis == dim else next(left) for axis in range(len(given))])
+
+
+@rule("Stack")
+def stacked(at: At) -> AnyLayout | None:
+    (dim,) = at.axes("dim", len(at.shape))
+    apart(at, [dim])
+    return at.layout.moved([axis for axis in range(len(at.shape)) if axis != dim])
+
+
+@rule("Cat")
+def concatenated(at: At) -> AnyLayout | list[AnyLayout | None]:
+    (dim,) = at.axes("dim", len(at.shape))
+    layout = at.layout
+    if not layout.occupies([dim]):
+        return layout
+    if not isinstance(layout, Layout) or any(other is None for other, _ in at.edges):
+        raise Unknown
+    found: list[AnyLayout | None] = []
+    block = layout.n * layout.inner
+    for k in range(len(at.edges)):
+        size = at.given(k)[dim]
+        if size % block or size == 0:
+            raise Unknown
+        found.append(Layout(layout.n, dim, size // block, layout.inner))
+    return found
+
+
+@rule("Repeat")
+def repeated(at: At) -> AnyLayout | None:
+    """Each axis of the output counts repetitions, and then entries of the input's."""
+    given = at.given(0)
+    lack = len(at.shape) - len(given)
+    sizes = [1] * lack + list(given)
+    apart_ = [size for total, own in zip(at.shape, sizes, strict=True) for size in (total // max(1, own), own)]
+    if 0 in sizes:
+        raise Unknown
+    found = at.layout.reshaped(at.shape, apart_)
+    if found is None or found.occupies(range(0, len(apart_), 2)):
+        return None
+    return found.moved([2 * axis + 1 for axis in range(lack, len(sizes))])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Products
+
+
+def _product(at: At, left: int, right: int, batched: int) -> dict[int, AnyLayout | None]:
+    """``[*b, r, i] @ [*b, i, c]``: inputs ``left`` and ``right``."""
+    row, column = batched, batched + 1
+    layout = at.layout
+    first = None if layout.occupies([column]) else layout
+    second = None if layout.occupies([row]) else layout
+    return {left: first, right: second}
+
+
+@rule("Mm")
+def matrix_product(at: At) -> list[AnyLayout | None]:
+    found = _product(at, 0, 1, 0)
+    return [found[0], found[1]]
+
+
+@rule("Addmm")
+def sum_with_product(at: At) -> list[AnyLayout | None]:
+    found = _product(at, 1, 2, 0)
+    return [None if at.edges[0][0] is None else broadcast(at, 0), found[1], found[2]]
+
+
+@rule("Bmm")
+def batched_product(at: At) -> list[AnyLayout | None]:
+    found = _product(at, 0, 1, 1)
+    return [found[0], found[1]]
+
+
+@rule("Baddbmm")
+def sum_with_batched_product(at: At) -> list[AnyLayout | None]:
+    found = _product(at, 1, 2, 1)
+    return [None if at.edges[0][0] is None else broadcast(at, 0), found[1], found[2]]
+
+
+@rule("Mv")
+def product_with_vector(at: At) -> list[AnyLayout | None]:
+    """``[r, i] @ [i]``: a row belongs to a sample, the vector to all."""
+    return [at.layout.moved([0, None]), None]
+
+
+@rule("Trilinear")
+def trilinear(at: At) -> list[AnyLayout | None]:
+    """The first axis of the output is a sample's in the first and the last input, as ``bilinear`` has it."""
+    if at.layout.axes != [0]:
+        raise Unknown
+    return [
+        None if at.edges[0][0] is None else at.layout.moved([0, *[None] * (len(at.given(0)) - 1)]),
+        None,
+        None if at.edges[2][0] is None else at.layout.moved([0, *[None] * (len(at.given(2)) - 1)]),
+    ]
+
+
+@rule("Convolution")
+def convolution(at: At) -> list[AnyLayout | None]:
+    layout = at.layout
+    if not layout.occupies(range(1, len(at.shape))):
+        return [layout, None, None]
+    if not isinstance(layout, Layout) or layout.axis != 1:
+        raise Unknown
+    # Samples are groups of channels.
+    groups = at.saved("groups")
+    outputs = at.shape[1] // groups
+    inputs = at.saved("input").shape[1] // groups
+    if layout.inner % outputs:
+        raise Unknown
+    inner = layout.inner // outputs
+    weight: AnyLayout = Layout(layout.n, 0, layout.outer, inner * (inputs if at.saved("transposed") else outputs))
+    return [Layout(layout.n, 1, layout.outer, inner * inputs), weight, Layout(layout.n, 0, layout.outer, layout.inner)]
+
+
+@rule("Embedding")
+def embedding(at: At) -> list[AnyLayout | None]:
+    return [None]
+
+
+@rule("EmbeddingBag")
+def embedding_bag(at: At) -> list[AnyLayout | None]:
+    if len(at.edges) > 1 and any(other is not None for other, _ in at.edges[1:]):
+        raise Unknown
+    return [None] * len(at.edges)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+@rule("NativeLayerNorm FusedRmsNorm")
+def layer_norm(at: At) -> list[AnyLayout | None]:
+    normalized = len(at.saved("normalized_shape"))
+    layout = apart(at, range(len(at.shape) - normalized, len(at.shape)))
+    return [layout, *[None] * (len(at.edges) - 1)]
+
+
+@rule("NativeGroupNorm")
+def group_norm(at: At) -> list[AnyLayout | None]:
+    return [apart(at, range(1, len(at.shape))), None, None]
+
+
+@rule("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm BatchNormWithUpdate")
+def batch_norm(at: At) -> list[AnyLayout | None]:
+    """With statistics of the batch, channels stay apart, and what is of several samples in one is mixed."""
+    others = [axis for axis in range(len(at.shape)) if axis != 1]
+    stored = kind(at.node) == "NativeBatchNorm" and not at.saved("training")
+    along_channels = not at.layout.occupies(others)
+    channels = at.layout.moved([1]) if along_channels else None
+    if along_channels:
+        return [at.layout, channels, channels]
+    return [at.layout if stored else None, None, None]
+
+
+@rule("PreluKernel")
+def prelu(at: At) -> list[AnyLayout | None]:
+    return [at.layout, None if at.edges[1][0] is None else broadcast(at, 1)]
+
+
+_SPATIAL = {"1D": 1, "2D": 2, "3D": 3}
+
+
+@rule(
+    " ".join(
+        name.replace("*", size)
+        for size in _SPATIAL
+        for name in [
+            "MaxPool*WithIndices",
+            "AvgPool*",
+            "AdaptiveAvgPool*",
+            "AdaptiveMaxPool*",
+            "UpsampleNearest*",
+            "UpsampleNearestExact*",
+            "UpsampleLinear*",
+            "UpsampleBilinear*",
+            "UpsampleBicubic*",
+            "UpsampleTrilinear*",
+            "MkldnnMaxpool*",
+        ]
+    )
+    + " MaxPool2D PixelShuffle PixelUnshuffle"
+)
+def pooled(at: At) -> AnyLayout:
+    """Positions are mixed, channels and images are not."""
+    size = next((number for suffix, number in _SPATIAL.items() if suffix in kind(at.node)), 3)
+    return apart(at, range(len(at.shape) - size, len(at.shape)))
+
+
+@rule(
+    "ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+    "ScaledDotProductCudnnAttention ScaledDotProductFusedAttentionOverrideable"
+)
+def attention(at: At) -> list[AnyLayout | None]:
+    """``[b, heads, positions, channels]`` of query, key and value; a bias is expanded."""
+    layout = apart(at, range(1, len(at.shape)))
+    rest = at.each(lambda k: None if k < 3 else onto(layout, (*at.shape[:3], 0), (*at.given(k)[:-1], 0)))
+    return [layout, layout, layout, *rest[3:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+@rule("NllLoss")
+def nll_loss(at: At) -> list[AnyLayout | None]:
+    return [at.layout.moved([*range(len(at.shape)), None]) if at.shape else _lost(at)]
+
+
+@rule("NllLoss2D")
+def nll_loss_2d(at: At) -> list[AnyLayout | None]:
+    return [at.layout.moved([0, None, *range(1, len(at.shape))]) if at.shape else _lost(at)]
+
+
+@rule("MseLoss L1Loss SmoothL1Loss HuberLoss BinaryCrossEntropy KlDiv")
+def elementwise_loss(at: At) -> list[AnyLayout | None]:
+    return at.each(lambda k: broadcast(at, k)) if at.shape else _lost(at)
+
+
+def _lost(at: At) -> Any:
+    """A loss that is a single number."""
+    raise Unknown
