@@ -130,8 +130,10 @@ def _watch_anew(module: Module, known: dict[int, Source]) -> Parameters:
                 watched = WATCHED.get(parameter)
                 if watched is None:
                     watched = Watched(path)
-                    on_total = _parameter_hook(TensorWeakRef(parameter), watched, HERE.blocks)
-                    watched.handle, WATCHED[parameter] = parameter.register_hook(on_total), watched
+                    WATCHED[parameter] = watched
+                    if RECORD:
+                        on_total = _parameter_hook(TensorWeakRef(parameter), watched, HERE.blocks)
+                        watched.handle = parameter.register_hook(on_total)
                 watched.add(owner)
     return Parameters(found.values())
 
@@ -192,6 +194,9 @@ def detach(module: Module) -> None:
 @interpreted
 def _enter(module: Module, args: Any, kwargs: Any) -> None:
     """The outermost extended module opens the recording."""
+    if not RECORD:
+        _enter_unrecorded(module)
+        return
     drop_interrupted()
     if HERE.recording is not None:
         HERE.depth += module is HERE.root
@@ -214,6 +219,14 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
         recording.__enter__()
         if is_fully_sharded(module):
             _watch_gathered(module, recording)
+
+
+def _enter_unrecorded(module: Module) -> None:
+    if HERE.root is not None:
+        HERE.depth += module is HERE.root
+    elif not HERE.disabled and not HERE.muted and torch.is_grad_enabled():
+        if any(p.requires_grad for p in module.parameters()):
+            HERE.root, HERE.depth = module, 1
 
 
 def _watch_gathered(module: Module, recording: Recording) -> None:
@@ -249,11 +262,12 @@ def _close(recording: Recording) -> None:
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """The outermost extended module closes the recording; any other notes its output."""
     recorded = HERE.recording is not None
-    if not RECORD and not HERE.disabled and not HERE.muted and torch.is_grad_enabled() and EXTENDED[module].owned:
-        leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis)
     if module is HERE.root:
         HERE.depth -= 1
-        if HERE.depth == 0:
+        if HERE.depth == 0 and not RECORD:
+            HERE.root = None
+            leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis)
+        elif HERE.depth == 0:
             recording = HERE.recording
             assert recording is not None
             _close(recording)
@@ -269,9 +283,9 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
             loss, ruled = _is_loss(module, tensors[0], recorded), is_ruled(module)
             keep = loss or ruled or bool(HERE.blocks and HERE.blocks[-1].extension_hook)
             passage = Passage.of(module, (*args, *kwargs.values()), output, tensors, keep)
-            if loss and _hook_loss(passage, args, kwargs, tensors[0], ruled):
+            if RECORD and loss and _hook_loss(passage, args, kwargs, tensors[0], ruled):
                 return
-            _leave_passage(passage, tensors, eager=ruled or not recorded)
+            _leave_passage(passage, tensors, eager=RECORD and (ruled or not recorded))
 
 
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:

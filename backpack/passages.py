@@ -116,6 +116,9 @@ class Passage:
     @classmethod
     def of(cls, module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> Passage:
         """Of a call that has just ended; ``tensors``: outputs that require a gradient; ``keep``: hold what came in."""
+        if len(inputs) == 1 and not keep and output is tensors[0] and isinstance(inputs[0], Tensor):
+            same = [0] if inputs[0] is output and not isinstance(module, Identity) else []
+            return cls(module, [_weakly(inputs[0])], _weakly(output), [output.output_nr], [None], same)
         node = tensors[0].grad_fn
         numbers = [tensor.output_nr for tensor in tensors if tensor.grad_fn is node]
         outputs = list(map(id, tensors))

@@ -57,6 +57,10 @@ class FirstOrderPass:
         self.places: dict[Node, int] = {}
         self.is_partial = False
         self.deferred: list[tuple[PlannedUse, Arrival]] = []
+        extensions = block.first_order
+        self.is_simple = not (block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions))
+        self.groups = [(group[0].subset, [name for e in group for name in e.reads], group) for group in block.groups]
+        self.under_autocast = any(torch.is_autocast_enabled(found.device.type) for found in self.found.values())
 
     @property
     def may_defer(self) -> bool:
@@ -81,22 +85,44 @@ class FirstOrderPass:
         """The cotangents of a node's outputs are complete."""
         if HERE.muted or HERE.inner is not None:
             return
-        device = next((grad.device for grad in grads if grad is not None), None)
-        if device is None:
-            return
         self.block.enter_pass()
-        with without_autocast(device):
-            self.receive(node, grads)
-
-    def receive(self, node: Node, grads: Sequence[Tensor | None]) -> None:
-        """Note the cotangents of a node's outputs, and finish the parameters that are complete."""
         cotangents = Cotangents({number: grad[None] for number, grad in enumerate(grads) if grad is not None})
+        if not cotangents:
+            return
+        if self.under_autocast:
+            with without_autocast(next(iter(cotangents.values())).device):
+                self._receive(node, cotangents)
+        else:
+            self._receive(node, cotangents)
+
+    def _receive(self, node: Node, cotangents: Cotangents) -> None:
+        """Take the cotangents of a node's outputs to all that the node uses."""
+        simple = self.is_simple and not self.is_partial
         for planned in self.plan.uses[node]:
             arrival = self._arrival(node, planned, cotangents)
-            if self.is_partial and isinstance(arrival.use, (GeneralUse, PlacedUse)):
+            if simple and planned.is_alone and not arrival.turned:
+                self._compute_alone(planned, arrival)
+            elif self.is_partial and isinstance(arrival.use, (GeneralUse, PlacedUse)):
                 self.deferred.append((planned, arrival))
             else:
                 self._take_in(planned, arrival)
+
+    def _compute_alone(self, planned: PlannedUse, arrival: Arrival) -> None:
+        """The results of a parameter of which this is the only use, in the shortest way."""
+        assert planned.leaf is not None
+        block, found = self.block, self.found[planned.leaf]
+        parameter, fields = found.tensor, vars(found.tensor)
+        block.seen.add(id(parameter))
+        for subset, names, extensions in self.groups:
+            for extension in extensions:
+                fields.pop(extension.savefield, None)  # its memory is needed for the new result
+            grads = arrival.individual(subset, found.shape, found.dtype)
+            grads.prepare(names)
+            for extension in extensions:
+                block.store(parameter, extension.savefield, extension.compute(grads))
+        found.count = 1
+        block.finished.add(id(parameter))
+        block.owners_done(parameter, block.finished)
 
     def _take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
         if planned.leaf is not None:
@@ -127,24 +153,17 @@ class FirstOrderPass:
             contributions.pulled.setdefault(key, []).append(pulled)
 
     def _arrival(self, node: Node, planned: PlannedUse, cotangents: Cotangents) -> Arrival:
-        owned = self.owners.owned
-        count = count_outputs(node)
-        layouts: list[AnyLayout | None] = [owned.get((node, number)) for number in range(count)]
-        number = next(number for number, layout in enumerate(layouts) if layout is not None)
-        layout = layouts[number]
-        assert layout is not None
         if planned.sent is not None:
-            return Arrival(PlacedUse(node, planned.k, planned.sent, count), cotangents, planned.sent, planned.turned)
-        other, behind = node.next_functions[planned.k]
-        assert other is not None
-        use: Use | None = None
-        if number == 0 and list(cotangents) == [0]:
-            use = use_of(Place(node, planned.k, number, layout, shape_of(other, behind)))
+            use: Use | None = PlacedUse(node, planned.k, planned.sent, count_outputs(node))
+            return Arrival(use, cotangents, planned.sent, planned.turned)  # type: ignore[arg-type]
+        use = None
+        if planned.number == 0 and len(cotangents) == 1 and 0 in cotangents:
+            use = use_of(Place(node, planned.k, 0, planned.layout))
         if use is None:
-            use = GeneralUse(
-                node, planned.k, layouts, planned.entry is not None and planned.entry[0] in self.plan.mixed
-            )
-        return Arrival(use, cotangents, layout, planned.turned)
+            layouts = [self.owners.owned.get((node, number)) for number in range(count_outputs(node))]
+            is_mixed = planned.entry is not None and planned.entry[0] in self.plan.mixed
+            use = GeneralUse(node, planned.k, layouts, is_mixed)
+        return Arrival(use, cotangents, planned.layout, planned.turned)
 
     @property
     def subsets(self) -> dict[Any, Subset]:

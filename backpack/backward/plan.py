@@ -14,20 +14,24 @@ from backpack.samples import AnyLayout
 from backpack.samples.owners import Edge, Owners
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class PlannedUse:
-    """Edge ``k`` of a node whose output belongs to samples, to what does not.
+    """Edge ``k`` of a node whose output ``number`` belongs to samples, as ``layout`` says, to what does not.
 
     ``sent``: where the samples lie in what is sent along the edge, ``None``: several in a row; ``leaf``: the node of
     the parameter, where only transpositions and casts are between, and ``turned``: whether they transpose it; otherwise
-    what is sent goes through ``entry``, an edge into a region that belongs to no sample.
+    what is sent goes through ``entry``, an edge into a region that belongs to no sample. ``is_alone``: nothing else
+    arrives at the parameter.
     """
 
     k: int
+    number: int
+    layout: AnyLayout
     sent: AnyLayout | None
     leaf: Node | None = None
     turned: bool = False
     entry: Edge | None = None
+    is_alone: bool = False
 
 
 @dataclass(eq=False)
@@ -54,32 +58,37 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
     behind: dict[Node, list[Node]] = {}
     mixed, owned = owners.mixed, owners.owned
     for node, sent in owners.sends.items():
-        for k, (other, number) in enumerate(graph.edges[node]):
+        number, layout = 0, owned.get((node, 0))
+        found: PlannedUse | None
+        for k, (other, behind_it) in enumerate(graph.edges[node]):
             if other is None:
                 continue
-            found: PlannedUse | None = None
-            layout = sent[k]
-            if other.name() == LEAF:
-                found = PlannedUse(k, layout, other) if other in wanted else None
-            elif (other, number) in mixed:
-                leaf, turned = _parameter_behind(other, number, graph.edges)
-                if leaf is None:
-                    found = (
-                        PlannedUse(k, layout, entry=(other, number)) if _reached(other, graph, wanted, behind) else None
-                    )
-                elif leaf in wanted:
-                    found = PlannedUse(k, layout, leaf, turned)
-            elif layout is None and (other, number) not in owned:
-                raise AssertionError("An edge is neither owned nor mixed.")
-            if found is None:
-                continue
+            edge = (other, behind_it)
+            leaf, turned = (other, False) if other.name() == LEAF else (None, False)
+            if leaf is None:
+                if edge not in mixed:
+                    continue
+                leaf, turned = _parameter_behind(other, behind_it, graph.edges)
+            if layout is None:
+                number, layout = next((nr, own) for nr in range(99) if (own := owned.get((node, nr))) is not None)
+            if leaf is not None:
+                if leaf not in wanted:
+                    continue
+                found = PlannedUse(k, number, layout, sent[k], leaf, turned)
+                plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
+            else:
+                leaves = _reached(other, graph, wanted, behind)
+                if not leaves:
+                    continue
+                found = PlannedUse(k, number, layout, sent[k], entry=edge)
+                if other not in plan.entries:
+                    plan.entries[other] = leaves
+                    for leaf in leaves:
+                        plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
             plan.uses.setdefault(node, []).append(found)
-            if found.leaf is not None:
-                plan.expected[found.leaf] = plan.expected.get(found.leaf, 0) + 1
-            elif other not in plan.entries:
-                plan.entries[other] = behind[other]
-                for leaf in behind[other]:
-                    plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
+    for uses in plan.uses.values():
+        for found in uses:
+            found.is_alone = found.leaf is not None and plan.expected[found.leaf] == 1
     outside = {node for node, _ in owners.above if node in wanted}
     for edge in owners.above:
         if edge in mixed:

@@ -31,7 +31,7 @@ STARTS: dict[Any, tuple[str, ...]] = {
 }
 """What starts a backward pass, and the name of its roots."""
 
-SIGNATURES = {function: inspect.signature(function) for function in STARTS}
+NAMES = {function: tuple(inspect.signature(function).parameters) for function in STARTS}
 
 
 class Call:
@@ -39,12 +39,12 @@ class Call:
 
     def __init__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.function = function
-        self.given = SIGNATURES[function].bind(*args, **kwargs).arguments
+        self.given = dict(zip(NAMES[function], args, strict=False), **kwargs)
 
     @cached_property
     def roots(self) -> list[GradientEdge]:
         """The edges that the pass begins at; none: it will fail."""
-        found = _listed(self.given[STARTS[self.function][0]])
+        found = _listed(self.given.get(STARTS[self.function][0]))
         if not all(
             isinstance(root, GradientEdge) or (isinstance(root, Tensor) and root.requires_grad) for root in found
         ):

@@ -43,6 +43,8 @@ def count_outputs(node: Node) -> int:
 
 def shape_of(node: Node, number: int) -> tuple[int, ...]:
     """The shape of output ``number`` of the function whose node it is."""
+    if node.name() == LEAF:
+        return tuple(node.variable.shape)  # type: ignore[attr-defined]
     return tuple(node._input_metadata[number].shape)
 
 

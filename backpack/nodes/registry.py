@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,18 +15,18 @@ from backpack.samples import AnyLayout
 from backpack.uses import Use
 
 
-@dataclass(eq=False)
 class Place:
-    """Edge ``k`` of a node: its output number ``number`` belongs to samples, and what the edge leads to does not.
+    """Edge ``k`` of a node: its output number ``number`` belongs to samples, and what the edge leads to does not."""
 
-    ``shape``: of what the edge leads to.
-    """
+    def __init__(self, node: Node, k: int, number: int, layout: AnyLayout) -> None:
+        self.node, self.k, self.number, self.layout = node, k, number, layout
 
-    node: Node
-    k: int
-    number: int
-    layout: AnyLayout
-    shape: tuple[int, ...]
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what the edge leads to."""
+        node, number = self.node.next_functions[self.k]
+        assert node is not None
+        return shape_of(node, number)
 
     @cached_property
     def out(self) -> tuple[int, ...]:

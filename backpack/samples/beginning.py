@@ -47,13 +47,24 @@ class Note:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors that the module was called with."""
-        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+        return tensors_in(self.arguments)
 
     @property
     def sizes(self) -> list[int]:
         """How many rows each of them has, as far as they differ."""
         axis = self.axis
         return list(dict.fromkeys(t.shape[axis] if t.dim() > axis else t.shape[0] for t in self.inputs if t.dim()))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of a nested structure."""
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [tensor for entry in value for tensor in tensors_in(entry)]
+    if type(value) is dict:
+        return [tensor for entry in value.values() for tensor in tensors_in(entry)]
+    return [] if value is None else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -> None:
@@ -65,8 +76,7 @@ def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -
         if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
             continue
         if given is None:
-            inputs = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            given = {(t.grad_fn, t.output_nr) for t in inputs if t.grad_fn is not None}
+            given = {(t.grad_fn, t.output_nr) for t in tensors_in(arguments) if t.grad_fn is not None}
         base = tensor._base
         for value in (tensor,) if base is None else (tensor, base):
             node = value.grad_fn

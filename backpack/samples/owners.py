@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from backpack.graph import LEAF, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded import coded
 from backpack.samples.layouts import AnyLayout, found_layout, same
-from backpack.samples.table import At, Unknown, spread
+from backpack.samples.table import Unknown, spread
 
 Edge = tuple[Node, int]
 """A node, and which output of its function an edge leads to."""
@@ -121,7 +121,7 @@ def _sent(
             raise Unknown
         if exactly and kind(node) in SELECTING:
             raise Unknown
-        return list(spread(At(node, edges, layout, number)))
+        return list(spread(node, edges, layout, number))
     except Unknown:
         owners.coded.append(node)
         count = count_outputs(node)

@@ -8,8 +8,6 @@ knows is left to the coded pass (``coded.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch.autograd.graph import Node
@@ -22,19 +20,21 @@ class Unknown(Exception):
     """A node, the shapes or the saved numbers do not tell."""
 
 
-@dataclass(eq=False)
 class At:
     """A node, where the samples lie in the outputs of its function, and which of these was reached."""
 
-    node: Node
-    edges: Sequence[Any]
-    layout: AnyLayout
-    number: int
+    __slots__ = ("_shape", "edges", "layout", "node", "number")
 
-    @cached_property
+    def __init__(self, node: Node, edges: Sequence[Any], layout: AnyLayout, number: int) -> None:
+        self.node, self.edges, self.layout, self.number = node, edges, layout, number
+        self._shape: tuple[int, ...] | None = None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the output."""
-        return shape_of(self.node, self.number)
+        if self._shape is None:
+            self._shape = shape_of(self.node, self.number)
+        return self._shape
 
     def given(self, k: int) -> tuple[int, ...]:
         """The shape of input ``k``."""
@@ -75,20 +75,21 @@ def rule(names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def spread(at: At) -> Sequence[AnyLayout | None]:
-    """Where the samples lie in each input of a function.
+def spread(node: Node, edges: Sequence[Any], layout: AnyLayout, number: int) -> Sequence[AnyLayout | None]:
+    """Where the samples lie in each input of a function, of whose output ``number`` this is the layout.
 
     Raises:
         Unknown: Only a coded pass can tell.
     """
-    name = kind(at.node)
+    name = kind(node)
     if name in SAME:
-        return [at.layout] * len(at.edges)
+        return [layout] * len(edges)
     found = RULES.get(name)
-    if found is None or (len(at.layout.axes) > 1 and found not in (reshaped, permuted, transposed)):
+    if found is None or (len(layout.axes) > 1 and found not in (reshaped, permuted, transposed)):
         raise Unknown
+    at = At(node, edges, layout, number)
     layouts = found(at)
-    return [layouts] * len(at.edges) if layouts is None or isinstance(layouts, AnyLayout) else layouts
+    return [layouts] * len(edges) if layouts is None or isinstance(layouts, AnyLayout) else layouts
 
 
 SAME = frozenset(
@@ -364,7 +365,10 @@ def matrix_product(at: At) -> list[AnyLayout | None]:
 @rule("Addmm")
 def sum_with_product(at: At) -> list[AnyLayout | None]:
     found = _product(at, 1, 2, 0)
-    return [None if at.edges[0][0] is None else broadcast(at, 0), found[1], found[2]]
+    bias = at.edges[0][0]
+    if bias is None or (at.layout.axes == [0] and len(at.given(0)) < 2):
+        return [None, found[1], found[2]]
+    return [broadcast(at, 0), found[1], found[2]]
 
 
 @rule("Bmm")
