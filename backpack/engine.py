@@ -120,6 +120,8 @@ class Block:
         self.groups = list(groups.values())
         """Those of first order, by the samples that they are of."""
         self.reads_passages = bool(self.extension_hook or self.retain_graph or self.with_rules)
+        self.has_callbacks = bool(self.second_order) or self.reads_passages
+        """Whether hooks of the forward pass take part in a backward pass, and its end has to be noticed by PyTorch."""
 
     def clear(self) -> None:
         """Forget what a backward pass delivered; of one that has failed, also what it stored."""
@@ -131,7 +133,7 @@ class Block:
 
     def enter_pass(self) -> None:
         """Begin anew when another backward pass has begun."""
-        if self.task != graph_task() and not self.is_continued:
+        if self.has_callbacks and self.task != graph_task() and not self.is_continued:
             self.clear()
             self.task = graph_task()
             self.loss_seen = False
@@ -241,15 +243,19 @@ class Block:
     def _end_pass(self) -> None:
         """A pass has ended well; one of first order may still be continued."""
         if self.extensions and not (self.is_planned or self.seen or self.stored):
-            raise RuntimeError(
-                "The backward pass reached no trainable parameter of an extended module, so nothing was computed. "
-                "Call extend(model) before the forward pass; of frozen parameters, requires_grad_() those whose "
-                "results are wanted."
-            )
+            self.nothing_reached()
         self.hand_over()
         if not self.first_order:
             self.stored.clear()
             self.clear()
+
+    def nothing_reached(self) -> None:
+        """Raise, since a pass that an extended module took part in came to no parameter."""
+        raise RuntimeError(
+            "The backward pass reached no trainable parameter of an extended module, so nothing was computed. "
+            "Call extend(model) before the forward pass; of frozen parameters, requires_grad_() those whose "
+            "results are wanted."
+        )
 
     def hand_over(self) -> None:
         """Move results from gathered parameters, which users do not see, to the sharded ones."""

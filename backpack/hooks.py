@@ -46,7 +46,7 @@ from backpack.recorder import Call, Parameters, Recording, Source, tensors_in
 from backpack.rerun import random_state
 from backpack.samples.beginning import leave_note
 from backpack.seeds import SeedPass, tap
-from backpack.watched import SHARDED, WATCHED, Watched, trainable
+from backpack.watched import SHARDED, WATCHED, Watched, trainable, unwatch
 
 # ---------------------------------------------------------------------------------------------------------------
 # Hooks on tensors
@@ -186,9 +186,8 @@ def detach(module: Module) -> None:
     for handle in extended.handles if extended is not None else ():
         handle.remove()
     for parameter in module._parameters.values():
-        watched = None if parameter is None else WATCHED.pop(parameter, None)
-        if watched is not None and watched.handle is not None:
-            watched.handle.remove()
+        if parameter is not None:
+            unwatch(parameter)
 
 
 @interpreted
@@ -351,8 +350,8 @@ def _hook_loss(passage: Passage, args: Any, kwargs: Any, output: Tensor, ruled: 
         if block is not None:
             call, passed = kept[0]
             block.enter_pass()
+            block.loss_seen = True
             if block.second_order:
-                block.loss_seen = True
                 call.run(block, grad)
             if block.reads_passages and passed is not None:
                 block.module_passed(passed, (grad,))

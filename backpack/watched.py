@@ -46,6 +46,29 @@ WATCHED: Any = WeakTensorKeyDictionary()
 """Parameter to ``Watched``."""
 
 
+_by_number: dict[int, tuple[ref[Tensor], Watched]] = {}
+
+
+def watched(parameter: Tensor) -> Watched | None:
+    """What is known of a parameter; faster than ``WATCHED.get``."""
+    known = _by_number.get(id(parameter))
+    if known is not None and known[0]() is parameter:
+        return known[1]
+    found = WATCHED.get(parameter)
+    if found is not None:
+        number = id(parameter)
+        _by_number[number] = (ref(parameter, lambda _: _by_number.pop(number, None)), found)
+    return found
+
+
+def unwatch(parameter: Tensor) -> None:
+    """Forget a parameter, and take its hook off."""
+    _by_number.pop(id(parameter), None)
+    known = WATCHED.pop(parameter, None)
+    if known is not None and known.handle is not None:
+        known.handle.remove()
+
+
 SHARDED: Any = WeakTensorKeyDictionary()
 """Whole parameter that a fully sharded module has gathered to a weak reference to the sharded one."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from truth import through_rows
 
 from backpack import backpack, extend
@@ -247,7 +250,11 @@ def ensembles(rng: random.Random) -> Kind:
         f = lambda s, x: torch.baddbmm(s.c, torch.baddbmm(s.b, x.expand(e, n, d), s.w).tanh(), s.v)  # noqa: E731
         m = Fn(f, w=P(e, d, 3), b=P(e, 1, 3), v=P(e, 3, 2), c=P(e, 1, 2))
         return Kind(m, lambda m: by_rows(m(x), axis=1))
-    m = Fn(lambda s, x: torch.einsum("eni,eio->neo", torch.einsum("nd,edi->eni", x, s.w).tanh(), s.v), w=P(e, d, 3), v=P(e, 3, 2))
+    m = Fn(
+        lambda s, x: torch.einsum("eni,eio->neo", torch.einsum("nd,edi->eni", x, s.w).tanh(), s.v),
+        w=P(e, d, 3),
+        v=P(e, 3, 2),
+    )
     return Kind(m, lambda m: by_rows(m(x)))
 
 
@@ -255,7 +262,12 @@ def ensembles(rng: random.Random) -> Kind:
 def arguments_before_the_data(rng: random.Random) -> Kind:
     n, t, c = rng.randint(2, 4), rng.randint(1, 4), rng.randint(1, 4)
     x, place, scale = rand(n, t, 2), torch.arange(t), torch.tensor([0.5], dtype=F64)
-    m = Fn(lambda s, k, place, x: s.b((s.a(x) * k + s.e(place)).tanh()), a=L(2, 4), b=L(4, c), e=nn.Embedding(4, 4, dtype=F64))
+    m = Fn(
+        lambda s, k, place, x: s.b((s.a(x) * k + s.e(place)).tanh()),
+        a=L(2, 4),
+        b=L(4, c),
+        e=nn.Embedding(4, 4, dtype=F64),
+    )
     return Kind(m, lambda m: by_rows(m(scale, place, x)))
 
 
@@ -267,7 +279,10 @@ def masks_and_positions_of_each_sample(rng: random.Random) -> Kind:
 
     def f(s: Any, x: Tensor, place: Tensor, mask: Tensor) -> Tensor:
         h = s.a(x) + s.table[place]
-        h = torch.where(mask, s.w, h).tanh().masked_fill(~mask.roll(1, 0), 0.5) * s.t.gather(0, place[:, 0])[:, None, None]
+        h = (
+            torch.where(mask, s.w, h).tanh().masked_fill(~mask.roll(1, 0), 0.5)
+            * s.t.gather(0, place[:, 0])[:, None, None]
+        )
         return s.b(h).mean(1)
 
     return Kind(Fn(f, table=P(4, 4), t=P(4), w=P(4), a=L(2, 4), b=L(4, 2)), lambda m: by_rows(m(x, place, mask)))
@@ -279,7 +294,10 @@ def recurrent_layers_on_reshaped_rows(rng: random.Random) -> Kind:
     x = rand(n, r, t, 2)
     kind_, both = rng.choice([nn.GRU, nn.LSTM, nn.RNN]), rng.random() < 0.5
     f = lambda s, x: s.b(s.l(x.reshape(n * r, t, 2))[0][:, -1].reshape(n, -1))  # noqa: E731
-    return Kind(Fn(f, l=kind_(2, 3, batch_first=True, dtype=F64, bidirectional=both), b=L(r * 3 * (1 + both), 2)), lambda m: by_rows(m(x)))
+    return Kind(
+        Fn(f, l=kind_(2, 3, batch_first=True, dtype=F64, bidirectional=both), b=L(r * 3 * (1 + both), 2)),
+        lambda m: by_rows(m(x)),
+    )
 
 
 @kind
@@ -365,7 +383,13 @@ def batch_norm_in_training(rng: random.Random) -> Kind:
     else:
         x = rand(n, 2, 4, 4)
         conv = [nn.Conv2d(2, 3, 3, padding=1, dtype=F64), nn.BatchNorm2d(3, dtype=F64), nn.ReLU()]
-        m = nn.Sequential(*conv, nn.Conv2d(3, 2, 3, groups=1, dtype=F64), nn.BatchNorm2d(2, affine=False, dtype=F64), nn.Flatten(), L(8, 2))
+        m = nn.Sequential(
+            *conv,
+            nn.Conv2d(3, 2, 3, groups=1, dtype=F64),
+            nn.BatchNorm2d(2, affine=False, dtype=F64),
+            nn.Flatten(),
+            L(8, 2),
+        )
     return Kind(m, lambda m: by_rows(m(x)), mixes=True)
 
 
@@ -378,9 +402,22 @@ def odd_parameters(rng: random.Random) -> Kind:
         h = (x * s.zero + s.one) * s.wide
         h = h * s.row + s.column - 2 * s.more.sum() + torch.add(h, s.row, alpha=3)
         h = h / s.scale.exp() + s.power.sigmoid() ** h.sigmoid() - torch.maximum(h, s.row)
-        return torch.lerp(h, h.sin(), s.zero) + torch.addcmul(h, s.row, s.column) + (s.big @ torch.ones(2, dtype=F64))[: 3]
+        return (
+            torch.lerp(h, h.sin(), s.zero) + torch.addcmul(h, s.row, s.column) + (s.big @ torch.ones(2, dtype=F64))[:3]
+        )
 
-    m = Fn(f, zero=P(), one=P(1), wide=P(1, 1, 3), row=P(1, 3), column=P(1, c, 1), more=P(2, 2, 1), scale=P(c, 3), power=P(3), big=P(5, 2))
+    m = Fn(
+        f,
+        zero=P(),
+        one=P(1),
+        wide=P(1, 1, 3),
+        row=P(1, 3),
+        column=P(1, c, 1),
+        more=P(2, 2, 1),
+        scale=P(c, 3),
+        power=P(3),
+        big=P(5, 2),
+    )
     return Kind(m, lambda m: by_rows(m(x)))
 
 
@@ -390,7 +427,10 @@ def bounds_that_are_learned(rng: random.Random) -> Kind:
     x = rand(n, 3)
     f = lambda s, x: s.b(s.a(x).clamp(s.low, s.high).clamp_min(s.least) + torch.minimum(s.a(x), s.high))  # noqa: E731
     low, high = nn.Parameter(-0.3 * torch.ones(c, dtype=F64)), nn.Parameter(torch.tensor(0.4, dtype=F64))
-    return Kind(Fn(f, a=L(3, c), b=L(c, 2), low=low, high=high, least=nn.Parameter(torch.tensor([-0.2], dtype=F64))), lambda m: by_rows(m(x)))
+    return Kind(
+        Fn(f, a=L(3, c), b=L(c, 2), low=low, high=high, least=nn.Parameter(torch.tensor([-0.2], dtype=F64))),
+        lambda m: by_rows(m(x)),
+    )
 
 
 @kind
@@ -475,7 +515,13 @@ def attention(rng: random.Random) -> Kind:
     n, t = rng.randint(1, 3), rng.randint(2, 3)
     x = rand(n, t, 4)
     layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True, dtype=F64, norm_first=rng.random() < 0.5)
-    m = Fn(lambda s, x: s.b(s.l(torch.cat([s.token.expand(n, 1, 4), x], 1) + s.p[: t + 1])[:, 0]), l=layer, b=L(4, 2), token=P(1, 1, 4), p=P(6, 4))
+    m = Fn(
+        lambda s, x: s.b(s.l(torch.cat([s.token.expand(n, 1, 4), x], 1) + s.p[: t + 1])[:, 0]),
+        l=layer,
+        b=L(4, 2),
+        token=P(1, 1, 4),
+        p=P(6, 4),
+    )
     return Kind(m, lambda m: by_rows(m(x)))
 
 
@@ -518,7 +564,11 @@ def graphs(rng: random.Random) -> Kind:
     counts = [rng.randint(1, 3) for _ in range(g)]
     total, batch = sum(counts), torch.arange(g).repeat_interleave(torch.tensor(counts))
     starts = torch.tensor([0, *counts]).cumsum(0)
-    pairs = [(int(starts[k]) + rng.randrange(c), int(starts[k]) + rng.randrange(c)) for k, c in enumerate(counts) for _ in range(3)]
+    pairs = [
+        (int(starts[k]) + rng.randrange(c), int(starts[k]) + rng.randrange(c))
+        for k, c in enumerate(counts)
+        for _ in range(3)
+    ]
     edges = torch.tensor(pairs).T.contiguous()
     x, c = rand(total, 2), rng.randint(1, 3)
 
@@ -632,7 +682,9 @@ def forces_inside(rng: random.Random) -> Kind:
 def cached_parametrizations(rng: random.Random) -> Kind:
     n = rng.randint(2, 4)
     x = rand(n, 2)
-    m = nn.Sequential(nn.utils.parametrizations.weight_norm(L(2, 3)), nn.Tanh(), nn.utils.parametrizations.orthogonal(L(3, 3)))
+    m = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(L(2, 3)), nn.Tanh(), nn.utils.parametrizations.orthogonal(L(3, 3))
+    )
 
     def step(m: nn.Module) -> Step:
         with nn.utils.parametrize.cached():
@@ -663,7 +715,11 @@ def weights_made_of_weights(rng: random.Random) -> Kind:
         w = s.w + s.a.T @ s.b
         h = F.linear(x, w, s.c.weight.sum(0)).tanh()
         h = F.linear(h, w.t() @ w) + F.linear(h, s.w.T.contiguous().T)
-        return h @ torch.stack([s.p, s.q], 1) + F.conv1d(h[:, None], s.w[:, None], padding=1).mean((1, 2))[:, None] + s.c(h)[:, :2]
+        return (
+            h @ torch.stack([s.p, s.q], 1)
+            + F.conv1d(h[:, None], s.w[:, None], padding=1).mean((1, 2))[:, None]
+            + s.c(h)[:, :2]
+        )
 
     return Kind(Fn(f, w=P(3, 3), a=P(2, 3), b=P(2, 3), c=L(3, 3), p=P(3), q=P(3)), lambda m: by_rows(m(x)))
 
@@ -766,7 +822,9 @@ def losses_of_pytorch(rng: random.Random) -> Kind:
         torch.manual_seed(3)
         out = m(x)
         loss = losses[which](out)
-        return Step((loss * torch.arange(1, loss.numel() + 1).reshape(loss.shape)).sum() if loss.dim() else loss, output=out)
+        return Step(
+            (loss * torch.arange(1, loss.numel() + 1).reshape(loss.shape)).sum() if loss.dim() else loss, output=out
+        )
 
     return Kind(nn.Sequential(L(2, 3), nn.ReLU(), L(3, c)), step)
 
@@ -845,7 +903,10 @@ def gates_and_recurrences(rng: random.Random) -> Kind:
             h = s.cell(x[:, k], h) * s.g + torch.lerp(h, s.a(x[:, k]), s.mix.sigmoid())
         return s.b(h)
 
-    return Kind(Fn(f, cell=nn.GRUCell(2, 3, dtype=F64), a=L(2, 3), b=L(3, 2), h0=P(1, 3), g=P(), mix=P(3)), lambda m: by_rows(m(x)))
+    return Kind(
+        Fn(f, cell=nn.GRUCell(2, 3, dtype=F64), a=L(2, 3), b=L(3, 2), h0=P(1, 3), g=P(), mix=P(3)),
+        lambda m: by_rows(m(x)),
+    )
 
 
 @kind
@@ -896,3 +957,328 @@ def test_quantities_and_gradient_are_those_of_plain_autograd(name, seed):
     rng = random.Random(f"{name}{seed}")
     torch.manual_seed(rng.randrange(2**30))
     laws(KINDS[name](rng), rng)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# History
+
+
+def _routed(s: Any, x: Tensor, branch: int, place: Tensor) -> Tensor:
+    n, t = x.shape[:2]
+    h = s.norm(s.a(x).flatten(0, 1)).reshape(n, t, 4)
+    choice = s.route(h).argmax(-1)
+    out = torch.zeros_like(h)
+    for k, expert in enumerate(s.experts):
+        rows = (choice == k).nonzero(as_tuple=True)
+        if len(rows[0]):
+            out = out.index_put(rows, expert(h[rows]), accumulate=True)
+    order = place.argsort(descending=True)
+    h = (s.drop(out + s.p[:t]))[order][order.argsort()]
+    return s.heads[branch](h.tanh().mean(1)) * s.scale
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_history_does_not_matter(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    parts: dict[str, Any] = dict(
+        a=nn.utils.parametrizations.weight_norm(L(3, 4)),
+        norm=nn.BatchNorm1d(4, dtype=F64),
+        route=L(4, 3),
+        experts=nn.ModuleList(L(4, 4) for _ in range(3)),
+        drop=nn.Dropout(0.2),
+        p=P(4, 4),
+        heads=nn.ModuleList([L(4, 2), L(4, 3)]),
+        scale=P(),
+    )
+    model = Fn(_routed, **parts)
+    ours = extend(copy.deepcopy(model))
+
+    def step(m: nn.Module, batch: tuple[Any, ...], training: bool, extensions: list[Any], draw: int, branch: int) -> Any:
+        m.train(training)
+        m.zero_grad()
+        torch.manual_seed(draw)
+        error = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with backpack(*extensions):
+                    sq(m(*batch[:1], branch, *batch[1:])).mean().backward()
+            except RuntimeError as raised:
+                error = str(raised).partition(":")[0]
+        return error
+
+    for draw in range(5):
+        n, t, branch, training = rng.randint(1, 5), rng.randint(1, 4), rng.randrange(2), rng.random() < 0.4
+        batch = (rand(n, t, 3), torch.rand(n))
+        extensions = rng.choice(
+            [
+                lambda: [BatchGrad(), Variance()],
+                lambda: [BatchL2Grad(), BatchDotGrad([0, 0])],
+                lambda: [ClippedGrad(0.1)],
+                lambda: [SumGradSquared(slice(None, None, -1))],
+            ]
+        )
+        fresh = copy.deepcopy(model)
+        fresh.load_state_dict(ours.state_dict())
+        plain = copy.deepcopy(fresh)
+        extend(fresh)
+        one = step(ours, batch, training, extensions(), draw, branch)
+        other = step(fresh, batch, training, extensions(), draw, branch)
+        assert one == other, (draw, one, other)
+        fields = {e.savefield for e in extensions()}
+        for (name, p), q in zip(ours.named_parameters(), fresh.parameters(), strict=True):
+            for field in fields if one is None else ():
+                a, b = getattr(p, field, None), getattr(q, field, None)
+                assert (a is None) == (b is None) or p.grad is None, (draw, name, field)
+                assert p.grad is None or a is None or torch.equal(a, b), (draw, name, field)
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, ours.state_dict()[key]), (draw, key)
+        torch.manual_seed(draw)
+        plain.train(training)
+        if one is None:
+            sq(plain(batch[0], branch, batch[1])).mean().backward()
+            for (name, p), q in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+                same = p.grad is None if q[1].grad is None else torch.equal(p.grad, q[1].grad)
+                assert same, (draw, name, "gradient")
+            for key, value in plain.state_dict().items():
+                assert torch.equal(value, ours.state_dict()[key]), (draw, key, "state")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a step leaves behind
+
+
+def small() -> nn.Module:
+    return nn.Sequential(L(3, 4), nn.Tanh(), L(4, 2))
+
+
+def check(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> None:
+    """``grad_batch`` of a step against its terms."""
+    ours = extend(copy.deepcopy(model))
+    truth = truth_of(by_terms(step(model)), list(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        terms = step(ours)
+        with backpack(BatchGrad()):
+            terms.sum().backward()
+    size = max(t.abs().max() for t in truth)
+    for (name, p), t in zip(ours.named_parameters(), truth, strict=True):
+        near(p.grad_batch, t, size, name)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "added to": lambda out: out.add_(1),
+    "multiplied": lambda out: out.mul_(2),
+    "a row written": lambda out: out.__setitem__(0, 0) or out,  # type: ignore[func-returns-value]
+    "rows permuted": lambda out: out[torch.arange(len(out) - 1, -1, -1)],
+}
+RETURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a tensor": lambda out: out,
+    "a view": lambda out: out.view(len(out), 2, 2),
+    "a slice": lambda out: out[:, :3],
+    "transposed twice": lambda out: out.mT.mT,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("returned", RETURNS)
+def test_outputs_may_be_changed_in_place(returned, change):
+    x = rand(4, 3)
+    model = Fn(lambda s, x: RETURNS[returned](s.b(s.a(x).tanh())), a=L(3, 4), b=L(4, 4))
+    check(model, lambda m: sq(CHANGES[change](m(x))))
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    more: tuple[Tensor, ...]
+
+
+def test_outputs_in_a_dataclass_are_outputs():
+    x = rand(4, 3)
+    model = Fn(lambda s, x: Result(s.b(s.a(x).tanh()), (s.a(x),)), a=L(3, 4), b=L(4, 2))
+    check(model, lambda m: sq((lambda r: torch.cat([r.logits, *r.more], 1))(m(x))))
+
+
+def test_the_state_of_a_model_is_as_after_a_plain_step():
+    x = rand(3, 4)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        s.seen = s.seen + x.sum()
+        s.calls.append(len(x))
+        s.kept = s.a((x - 0.1) / 0.3)
+        return s.b(s.kept.tanh())
+
+    model = Fn(f, a=L(4, 4), b=L(4, 3))
+    model.register_buffer("seen", torch.zeros((), dtype=F64))
+    model.calls = []
+    ours = extend(copy.deepcopy(model))
+    sq(model(x)).sum().backward()
+    with backpack(BatchGrad()):
+        sq(ours(x)).sum().backward()
+    assert ours.calls == model.calls
+    assert torch.equal(ours.seen, model.seen)
+    assert torch.equal(ours.kept, model.kept)
+    assert ours.kept.requires_grad
+
+
+def test_batch_norm_in_training_where_sizes_do_not_tell_the_samples():
+    x = rand(3, 4)
+    model = Fn(lambda s, x: s.b(s.n(s.a((x - 0.1) / 0.3)).tanh()), a=L(4, 4), n=nn.BatchNorm1d(4, dtype=F64), b=L(4, 3))
+    laws(Kind(model, lambda m: by_rows(m(x)), mixes=True), random.Random(0))
+
+
+@pytest.mark.parametrize("where", ["between", "below batch norm", "computed weight"])
+def test_linear_hooks_of_tensors_change_individual_gradients_too(where):
+    x = rand(4, 3)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        w = s.w * s.g
+        h = F.linear(x, w)
+        (w if where == "computed weight" else h).register_hook(lambda grad: 2 * grad)
+        return s.b((s.n(h) if where == "below batch norm" else h).tanh())
+
+    model = Fn(f, w=P(4, 3), g=P(4, 1), n=nn.BatchNorm1d(4, dtype=F64), b=L(4, 2))
+    if where != "below batch norm":
+        model.n = nn.Identity()
+    check(model, lambda m: sq(m(x)))
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "layer norm": lambda: nn.LayerNorm(4, dtype=F64),
+    "group norm": lambda: nn.GroupNorm(1, 4, dtype=F64),
+    "rms norm": lambda: nn.RMSNorm(4, dtype=F64),
+    "batch norm": lambda: nn.BatchNorm1d(4, dtype=F64),
+    "batch norm in eval": lambda: nn.BatchNorm1d(4, dtype=F64).eval(),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(L(4, 4)),
+    "prelu": lambda: nn.PReLU(4, dtype=F64),
+    "bilinear": lambda: Fn(lambda s, h: s.l(h, h.sin()), l=nn.Bilinear(4, 4, 4, dtype=F64)),
+    "power": lambda: Fn(lambda s, h: h.sigmoid() ** s.p, p=P(4)),
+    "convolution": lambda: Fn(lambda s, h: s.l(h[:, None])[:, 0], l=nn.Conv1d(1, 1, 3, padding=1, dtype=F64)),
+    "permuted": lambda: Fn(lambda s, h: s.l(h[[1, 0, 3, 2]])[[2, 1, 0, 3]], l=L(4, 4)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_individual_gradients_are_differentiable(layer):
+    x = rand(4, 3)
+    model = nn.Sequential(L(3, 4), LAYERS[layer](), L(4, 2))
+    ours = extend(copy.deepcopy(model))
+    parameters, mine = list(model.parameters()), list(ours.parameters())
+    rows = [torch.autograd.grad(t, parameters, create_graph=True) for t in sq(model(x))]
+    stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+    truth = torch.autograd.grad(sum(g.pow(3).sum() for g in stacked), parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        total = sq(ours(x)).sum()
+        with backpack(BatchGrad()):
+            torch.autograd.grad(total, mine, create_graph=True)
+    found = torch.autograd.grad(sum(p.grad_batch.pow(3).sum() for p in mine), mine)
+    size = max(t.abs().max() for t in truth)
+    for (name, _), a, b in zip(model.named_parameters(), found, truth, strict=True):
+        near(a, b, size, name)
+
+
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    **{name: LAYERS[name] for name in ("tanh", "layer norm", "batch norm", "weight norm", "power", "permuted", "convolution")},
+    "function": lambda: Fn(lambda s, h: Cubed.apply(h, 3, s.w, None)[0], w=P(4)),
+    "recurrent": lambda: Fn(lambda s, h: s.l(h[:, None])[0][:, 0], l=nn.GRU(4, 4, batch_first=True, dtype=F64)),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_may_be_checkpointed(part):
+    x = rand(4, 3)
+    f = lambda s, x: s.b(checkpoint(s.p, s.a(x), use_reentrant=False) if s.saves else s.p(s.a(x)))  # noqa: E731
+    model = Fn(f, a=L(3, 4), p=PARTS[part](), b=L(4, 2))
+    model.saves = False
+
+    def step(m: Any) -> Tensor:
+        m.saves = m is not model
+        return sq(m(x))
+
+    check(model, step)
+
+
+def _relu_first() -> nn.Module:
+    return extend(Fn(lambda s, h, *_: s.l(h.relu()), l=L(10, 10)))
+
+
+class Box:
+    pass
+
+
+def _residual(m: nn.Module) -> None:
+    h = rand(4, 10).requires_grad_() * 1
+    h.add_(m(h).sin())
+    with backpack(BatchGrad()):
+        h.sum().backward()
+
+
+def _dict(m: nn.Module) -> None:
+    state: dict[str, Tensor] = {}
+    state["out"] = m(rand(4, 10), state)
+    with backpack(BatchGrad()):
+        state["out"].sum().backward()
+
+
+def _object(m: nn.Module) -> None:
+    box: Any = Box()
+    box.out = m(rand(4, 10), box)
+    with backpack(BatchGrad()):
+        box.out.sum().backward()
+
+
+def _plain(m: nn.Module) -> None:
+    with backpack(BatchGrad()):
+        m(rand(4, 10)).sum().backward()
+
+
+def _penalty(m: nn.Module) -> None:
+    x = rand(4, 10).requires_grad_()
+    out = m(x).sin().sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with backpack(BatchGrad()):
+        (out + grad.square().sum()).backward()
+
+
+def _create_graph(m: nn.Module) -> None:
+    with backpack(BatchGrad()):
+        torch.autograd.grad(m(rand(4, 10)).sin().sum(), list(m.parameters()), create_graph=True)
+    sum(p.grad_batch.square().sum() for p in m.parameters()).backward()
+    for p in m.parameters():
+        del p.grad_batch
+
+
+@pytest.mark.parametrize("use", [_plain, _penalty, _create_graph, _residual, _dict, _object])
+def test_nothing_of_a_step_stays(use):
+    model = _relu_first()
+    kept: list[Any] = []
+    hook = model.register_forward_hook(lambda *given: kept.append(weakref.ref(given[2])))
+    for _ in range(5):
+        use(model)
+        model.zero_grad()
+    hook.remove()
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True] * len(kept)
+
+
+def test_a_frozen_model_has_no_individual_gradients():
+    x = rand(4, 3).requires_grad_()
+    model = extend(small()).requires_grad_(False)
+    with backpack(BatchGrad()):
+        sq(model(x)).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_loss_on_rows_without_a_sample_is_not_left_out_silently():
+    x, chosen = rand(5, 3), torch.tensor([3, 1, 0])
+    model = extend(Fn(lambda s, x: (lambda h: (s.b(h.tanh()[chosen]), h))(s.a(x)), a=L(3, 4), b=L(4, 2)))
+    out, h = model(x)
+    with warnings.catch_warnings(record=True) as told, backpack(BatchGrad()):
+        warnings.simplefilter("always")
+        (sq(out).sum() + sq(h).sum()).backward()
+    parts = [torch.allclose(p.grad_batch.sum(0), p.grad) for p in model.parameters()]
+    assert all(parts) or told

@@ -21,14 +21,14 @@ from backpack.backward.region import pull_through
 from backpack.bystanders import undisturbed
 from backpack.compat import pull_back
 from backpack.engine import HERE, Block, without_autocast
-from backpack.graph import Graph, count_outputs, kind, shape_of, variable_of
+from backpack.graph import Graph, count_outputs, kind, variable_of
 from backpack.landmarks import MARK
 from backpack.nodes import FORMS, GeneralUse, Place, PlacedUse, use_of
 from backpack.quantities import Quantity
-from backpack.samples import AnyLayout, Subset
+from backpack.samples import Subset
 from backpack.samples.owners import Edge, Owners
 from backpack.uses import Cotangents, Explicit, Use
-from backpack.watched import WATCHED, without_rules
+from backpack.watched import watched, without_rules
 
 
 class FirstOrderPass:
@@ -46,11 +46,8 @@ class FirstOrderPass:
 
     def __init__(self, block: Block, graph: Graph, owners: Owners, plan: Plan) -> None:
         self.block, self.graph, self.owners, self.plan = block, graph, owners, plan
-        self.found: dict[Node, Contributions] = {
-            leaf: Contributions(p.shape, p.dtype, p.device, p)
-            for leaf in plan.expected
-            if (p := variable_of(leaf)) is not None
-        }
+        self.found: dict[Node, Contributions] = {}
+        self.complete: set[Node] = set()
         self.entering: dict[Node, dict[int, Contributions]] = {}
         self.postponed: list[tuple[Quantity, Contributions, Tensor]] = []
         self.handles: list[Any] = []
@@ -58,9 +55,12 @@ class FirstOrderPass:
         self.is_partial = False
         self.deferred: list[tuple[PlannedUse, Arrival]] = []
         extensions = block.first_order
-        self.is_simple = not (block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions))
+        self.is_simple = not (
+            block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions)
+        )
         self.groups = [(group[0].subset, [name for e in group for name in e.reads], group) for group in block.groups]
-        self.under_autocast = any(torch.is_autocast_enabled(found.device.type) for found in self.found.values())
+        devices = {variable_of(leaf).device.type for leaf in plan.expected}
+        self.under_autocast = any(map(torch.is_autocast_enabled, devices))
 
     @property
     def may_defer(self) -> bool:
@@ -101,32 +101,38 @@ class FirstOrderPass:
         for planned in self.plan.uses[node]:
             arrival = self._arrival(node, planned, cotangents)
             if simple and planned.is_alone and not arrival.turned:
-                self._compute_alone(planned, arrival)
+                self._compute_alone(planned.leaf, arrival)  # type: ignore[arg-type]
             elif self.is_partial and isinstance(arrival.use, (GeneralUse, PlacedUse)):
                 self.deferred.append((planned, arrival))
             else:
                 self._take_in(planned, arrival)
 
-    def _compute_alone(self, planned: PlannedUse, arrival: Arrival) -> None:
+    def _compute_alone(self, leaf: Node, arrival: Arrival) -> None:
         """The results of a parameter of which this is the only use, in the shortest way."""
-        assert planned.leaf is not None
-        block, found = self.block, self.found[planned.leaf]
-        parameter, fields = found.tensor, vars(found.tensor)
+        block, parameter = self.block, variable_of(leaf)
+        fields = vars(parameter)
         block.seen.add(id(parameter))
         for subset, names, extensions in self.groups:
             for extension in extensions:
                 fields.pop(extension.savefield, None)  # its memory is needed for the new result
-            grads = arrival.individual(subset, found.shape, found.dtype)
+            grads = arrival.individual(subset, parameter.shape, parameter.dtype)
             grads.prepare(names)
             for extension in extensions:
                 block.store(parameter, extension.savefield, extension.compute(grads))
-        found.count = 1
+        self.complete.add(leaf)
         block.finished.add(id(parameter))
         block.owners_done(parameter, block.finished)
 
+    def _of(self, leaf: Node) -> Contributions:
+        """What has arrived at a parameter."""
+        if leaf not in self.found:
+            parameter = variable_of(leaf)
+            self.found[leaf] = Contributions(parameter.shape, parameter.dtype, parameter.device, parameter)
+        return self.found[leaf]
+
     def _take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
         if planned.leaf is not None:
-            contributions = self.found[planned.leaf]
+            contributions = self._of(planned.leaf)
             self.block.seen.add(id(contributions.tensor))
             self._note(contributions, arrival, self._is_last(planned.leaf))
             self._count(planned.leaf)
@@ -141,7 +147,7 @@ class FirstOrderPass:
     def _is_last(self, leaf: Node) -> bool:
         """Whether one more arrival completes a parameter whose results are computed at once."""
         postponed = any(extension.needs_all_parameters for extension in self.block.first_order)
-        return self.found[leaf].count + 1 == self.plan.expected[leaf] and not postponed
+        return self._of(leaf).count + 1 == self.plan.expected[leaf] and not postponed
 
     def _note(self, contributions: Contributions, arrival: Arrival, at_once: bool) -> None:
         """Note an arrival; of what can't be computed any more when the node has run, the individual gradients."""
@@ -185,16 +191,17 @@ class FirstOrderPass:
                 grads = {number: found.individual(subset).dense()[0] for number, found in entered.items()}
                 one_by_one = node in self.plan.mixed
                 for leaf, grad in pull_through(self.graph, self.places, node, grads, one_by_one).items():
-                    if leaf in self.found:
-                        self.found[leaf].pulled.setdefault(key, []).append(Explicit(grad[None]))
+                    if leaf in self.plan.expected:
+                        self._of(leaf).pulled.setdefault(key, []).append(Explicit(grad[None]))
             for leaf in self.plan.entries[node]:
-                self.block.seen.add(id(self.found[leaf].tensor))
+                self.block.seen.add(id(variable_of(leaf)))
                 self._count(leaf)
 
     def _count(self, leaf: Node) -> None:
-        contributions = self.found[leaf]
+        contributions = self._of(leaf)
         contributions.count += 1
         if contributions.count == self.plan.expected[leaf]:
+            self.complete.add(leaf)
             self._complete(contributions)
             if not any(extension.needs_all_parameters for extension in self.block.first_order):
                 contributions.arrivals, contributions.pulled = [], {}
@@ -308,7 +315,7 @@ class FirstOrderPass:
     @property
     def missed(self) -> list[Tensor]:
         """Parameters of which not all uses were reached."""
-        return [found.tensor for leaf, found in self.found.items() if found.count < self.plan.expected[leaf]]
+        return [variable_of(leaf) for leaf in self.plan.expected if leaf not in self.complete]
 
 
 def form_of(node: Node, number: int) -> tuple[torch.Size, torch.dtype, torch.device]:
@@ -319,5 +326,5 @@ def form_of(node: Node, number: int) -> tuple[torch.Size, torch.dtype, torch.dev
 
 def name_of(parameter: Tensor) -> str:
     """The path of a parameter in the model that was extended."""
-    watched = WATCHED.get(parameter)
-    return "of an extended module" if watched is None else watched.name
+    known = watched(parameter)
+    return "of an extended module" if known is None else known.name

@@ -82,7 +82,7 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
                     continue
                 found = PlannedUse(k, number, layout, sent[k], entry=edge)
                 if other not in plan.entries:
-                    plan.entries[other] = leaves
+                    plan.entries[other] = list(leaves)
                     for leaf in leaves:
                         plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
             plan.uses.setdefault(node, []).append(found)

@@ -22,7 +22,7 @@ from backpack.samples import AnyLayout
 from backpack.samples.beginning import Note, decide, noted
 from backpack.samples.mixing import mixed_data, unproved
 from backpack.samples.owners import Edge, Owners, find_owners
-from backpack.watched import SHARDED, WATCHED
+from backpack.watched import SHARDED, watched
 
 STARTS: dict[Any, tuple[str, ...]] = {
     Tensor.backward: ("self",),
@@ -69,7 +69,7 @@ class Call:
     @property
     def is_for_parameters(self) -> bool:
         """Whether a gradient of a parameter is asked for."""
-        return not self.inputs or any(isinstance(t, Tensor) and (t in WATCHED or t in SHARDED) for t in self.inputs)
+        return not self.inputs or any(isinstance(t, Tensor) and _is_wanted(t) for t in self.inputs)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -92,9 +92,14 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     asked = [edge_of(_edge(value)) for value in call.inputs]
     if call.creates_graph and not call.is_for_parameters and not any(edge in notes for edge in asked):
         return function(*args, **kwargs)  # a derivative inside of what is to be differentiated
+    block.clear()
+    block.loss_seen = False
     running = prepare(block, graph, notes)
     if running is None:
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if block.loss_seen and not block.second_order:
+            block.nothing_reached()
+        return result
     block.is_planned = True
     try:
         running.attach()
@@ -243,7 +248,7 @@ def _look_for_mixed(block: Block, graph: Graph, owners: Owners, plan: Plan, note
 
 def _is_wanted(leaf: Tensor) -> bool:
     """Whether a leaf is a parameter of an extended module."""
-    return leaf in WATCHED or leaf in SHARDED
+    return watched(leaf) is not None or (bool(SHARDED) and leaf in SHARDED)
 
 
 def _end(block: Block, running: FirstOrderPass, asked: bool) -> None:
@@ -291,10 +296,10 @@ def _warn_of_outside(parameters: Sequence[Tensor]) -> None:
     """Say once, in each mode of training, that parameters are used where no samples are."""
     named = []
     for parameter in parameters:
-        watched = WATCHED.get(parameter)
-        if watched is not None and watched.training not in watched.explained:
-            watched.explained.add(watched.training)
-            named.append(watched.name)
+        known = watched(parameter)
+        if known is not None and known.training not in known.explained:
+            known.explained.add(known.training)
+            named.append(known.name)
     if named:
         warnings.warn(
             f"The gradients of {', '.join(named)} have a part that belongs to no sample: these parameters are also "

@@ -35,10 +35,11 @@ def saved(node: Node, name: str) -> Any:
     Raises:
         RuntimeError: It was freed, or modified in place since.
     """
-    raw = getattr(node, f"_raw_saved_{name}", None)
     value = getattr(node, f"_saved_{name}")
-    if raw is not None and not isinstance(raw, (tuple, list)):
-        _give_back(raw, value)
+    if isinstance(value, Tensor):
+        raw = getattr(node, f"_raw_saved_{name}")
+        if getattr(raw, "unpack_hook", None) is not None:
+            _give_back(raw, value)
     return value
 
 
