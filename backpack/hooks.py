@@ -223,9 +223,10 @@ def _enter(module: Module, args: Any, kwargs: Any) -> None:
 def _enter_unrecorded(module: Module) -> None:
     if HERE.root is not None:
         HERE.depth += module is HERE.root
-    elif not HERE.disabled and not HERE.muted and torch.is_grad_enabled():
-        if any(p.requires_grad for p in module.parameters()):
-            HERE.root, HERE.depth = module, 1
+        return
+    wanted = not HERE.disabled and not HERE.muted and torch.is_grad_enabled()
+    if wanted and any(p.requires_grad for p in module.parameters()):
+        HERE.root, HERE.depth = module, 1
 
 
 def _watch_gathered(module: Module, recording: Recording) -> None:

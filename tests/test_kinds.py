@@ -449,11 +449,30 @@ def filled_with_a_parameter(rng: random.Random) -> Kind:
 
 
 @kind
-def renormalized(rng: random.Random) -> Kind:
+def renormalized_rows(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
+    return Kind(Fn(lambda s, x: s.b(torch.renorm(s.a(x), 2, 0, 0.5)), a=L(3, 4), b=L(4, 2)), lambda m: by_rows(m(x)))
+
+
+@kind
+def renormalized_columns(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
+    m = Fn(lambda s, x: s.b(torch.renorm(s.a(x), 2, 1, 0.5)), a=L(3, 4), b=L(4, 2))
+    return Kind(m, lambda m: by_rows(m(x)), mixes=True)
+
+
+@kind
+def parts_without_entries(rng: random.Random) -> Kind:
     n = rng.randint(2, 4)
-    x, dim = rand(n, 3), rng.randrange(2)
-    m = Fn(lambda s, x: s.b(torch.renorm(s.a(x), 2, dim, 0.5)), a=L(3, 4), b=L(4, 2))
-    return Kind(m, lambda m: by_rows(m(x)), mixes=dim == 1)
+    x = rand(n, 4, 2)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = torch.cat([s.a(x[:, :0]), s.a(x)], 1).flatten(1)
+        rows = torch.zeros(0, dtype=torch.long)
+        return s.b(h.index_add(0, rows, s.c(x[rows]).tanh().flatten(1)) if rng_choice else h)
+
+    rng_choice = rng.random() < 0.5
+    return Kind(Fn(f, a=L(2, 4), b=L(16, 2), c=L(2, 4)), lambda m: by_rows(m(x)))
 
 
 @kind
@@ -994,7 +1013,9 @@ def test_history_does_not_matter(seed):
     model = Fn(_routed, **parts)
     ours = extend(copy.deepcopy(model))
 
-    def step(m: nn.Module, batch: tuple[Any, ...], training: bool, extensions: list[Any], draw: int, branch: int) -> Any:
+    def step(
+        m: nn.Module, batch: tuple[Any, ...], training: bool, extensions: list[Any], draw: int, branch: int
+    ) -> Any:
         m.train(training)
         m.zero_grad()
         torch.manual_seed(draw)
@@ -1009,7 +1030,7 @@ def test_history_does_not_matter(seed):
         return error
 
     for draw in range(5):
-        n, t, branch, training = rng.randint(1, 5), rng.randint(1, 4), rng.randrange(2), rng.random() < 0.4
+        n, t, branch, training = rng.randint(1, 5), rng.randint(2, 4), rng.randrange(2), rng.random() < 0.4
         batch = (rand(n, t, 3), torch.rand(n))
         extensions = rng.choice(
             [
@@ -1071,7 +1092,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "added to": lambda out: out.add_(1),
     "multiplied": lambda out: out.mul_(2),
     "a row written": lambda out: out.__setitem__(0, 0) or out,  # type: ignore[func-returns-value]
-    "rows permuted": lambda out: out[torch.arange(len(out) - 1, -1, -1)],
+    "a column scaled": lambda out: out.select(-1, 1).mul_(3) is None or out,
 }
 RETURNS: dict[str, Callable[[Tensor], Tensor]] = {
     "a tensor": lambda out: out,
@@ -1182,7 +1203,10 @@ def test_individual_gradients_are_differentiable(layer):
 
 
 PARTS: dict[str, Callable[[], nn.Module]] = {
-    **{name: LAYERS[name] for name in ("tanh", "layer norm", "batch norm", "weight norm", "power", "permuted", "convolution")},
+    **{
+        name: LAYERS[name]
+        for name in ("tanh", "layer norm", "batch norm", "weight norm", "power", "permuted", "convolution")
+    },
     "function": lambda: Fn(lambda s, h: Cubed.apply(h, 3, s.w, None)[0], w=P(4)),
     "recurrent": lambda: Fn(lambda s, h: s.l(h[:, None])[0][:, 0], l=nn.GRU(4, 4, batch_first=True, dtype=F64)),
 }

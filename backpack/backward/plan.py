@@ -86,12 +86,26 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
                     for leaf in leaves:
                         plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
             plan.uses.setdefault(node, []).append(found)
+    for edge, layout in owners.joined.items():
+        leaf, turned = _parameter_behind(*edge, graph.edges)
+        leaves = [leaf] if leaf is not None else _reached(edge[0], graph, wanted, behind)
+        for node, k, number in graph.incoming[edge[0]]:
+            if not leaves or number != edge[1] or node in owners.sends or (node, -1) in mixed:
+                continue
+            entry = edge if leaf is None else None
+            plan.uses.setdefault(node, []).append(PlannedUse(k, 0, layout, layout, leaf, turned, entry))
+            if leaf is not None:
+                plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
+            elif edge[0] not in plan.entries:
+                plan.entries[edge[0]] = list(leaves)
+                for each in leaves:
+                    plan.expected[each] = plan.expected.get(each, 0) + 1
     for uses in plan.uses.values():
         for found in uses:
             found.is_alone = found.leaf is not None and plan.expected[found.leaf] == 1
     outside = {node for node, _ in owners.above if node in wanted}
     for edge in owners.above:
-        if edge in mixed:
+        if edge in mixed and edge not in owners.joined:
             outside.update(_reached(edge[0], graph, wanted, behind))
     ordered = [*plan.expected, *graph.order]
     plan.outside = [variable_of(node) for node in dict.fromkeys(ordered) if node in outside]

@@ -202,7 +202,8 @@ def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> Lay
 
 def _has_more(graph: Graph, owners: Owners, wanted: set[Node]) -> bool:
     """Whether something but the samples' rows reaches parameters, directly or where samples are mixed."""
-    return any(node in wanted or edge in owners.mixed for edge in owners.above for node in edge[:1])
+    left = [edge for edge in owners.above if edge not in owners.joined]
+    return any(edge[0] in wanted or edge in owners.mixed for edge in left)
 
 
 def _elsewhere(
@@ -242,7 +243,7 @@ def _elsewhere(
                 continue
             for layout in _layouts_elsewhere(shape, sizes, notes):
                 attempt = sweep({**chosen, (node, number): layout})
-                if _agrees(graph, owners, attempt, notes, layout.n):
+                if _agrees(graph, owners, attempt, notes, layout.n, reaches_data):
                     chosen, owners = {**chosen, (node, number): layout}, attempt
                     break
     return chosen, owners
@@ -256,10 +257,20 @@ def _layouts_elsewhere(shape: Sequence[int], sizes: set[int], notes: dict[Edge, 
     return exact + [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
 
 
-def _agrees(graph: Graph, before: Owners, after: Owners, notes: dict[Edge, Note], n: int) -> bool:
-    """Whether what was known of edges stays so, and the new edge is proved by one of them, or by a saved input."""
+def _agrees(graph: Graph, before: Owners, after: Owners, notes: dict[Edge, Note], n: int, data: set[Node]) -> bool:
+    """Whether what was known of edges stays so, and the new edge is proved by one of them, or by a saved input.
+
+    ``data``: nodes behind which inputs are. Where they are mixed there is no proof, and the rows of the edge are taken.
+    """
     if any(not same(layout, after.owned.get(edge)) for edge, layout in before.owned.items()):
         return False
+    if any(
+        edge in before.mixed and edge[0] in data
+        for node in after.sends
+        if node not in before.sends
+        for edge in graph.edges[node]
+    ):
+        return True
     joined = any(edge in before.above and edge not in after.above for edge in before.owned)
     if joined or any(
         edge in before.owned and node not in before.sends for node in after.sends for edge in graph.edges[node]

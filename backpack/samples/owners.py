@@ -25,14 +25,16 @@ class Owners:
     ``owned``: by sample, with a layout, for each edge whose cotangent comes from the samples by rows; ``mixed``: edges
     of which some row comes from several samples, or that are below such an edge; ``sends``: for each node that the
     samples reach by rows, where they lie in what it sends along each of its edges (``None``: several in a row);
-    ``above``: edges that something reaches which does not come from the samples' rows; ``coded``: nodes for which the
-    table did not tell.
+    ``above``: edges that something reaches which does not come from the samples' rows; ``joined``: those of them at
+    which samples begin, with their layout, that are also mixed below others; ``coded``: nodes for which the table did
+    not tell.
     """
 
     owned: dict[Edge, AnyLayout] = field(default_factory=dict)
     mixed: set[Edge] = field(default_factory=set)
     sends: dict[Node, list[AnyLayout | None]] = field(default_factory=dict)
     above: dict[Edge, None] = field(default_factory=dict)
+    joined: dict[Edge, AnyLayout] = field(default_factory=dict)
     coded: list[Node] = field(default_factory=list)
 
 
@@ -78,9 +80,13 @@ def _go_down(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Gen
         if outside:
             above.update(dict.fromkeys((node, number) for number in outside))
             for number in starts.get(node, ()):
-                if number in outside and number not in arriving:
+                if number not in outside:
+                    continue
+                if number not in arriving:
                     arriving[number] = begin[node, number]
                     del above[node, number]
+                elif arriving[number] is None:
+                    owners.joined[node, number] = begin[node, number]
         if not arriving:
             continue
         if node.name() != LEAF:
@@ -101,6 +107,9 @@ def _note(owners: Owners, node: Node, arriving: Mapping[int, AnyLayout | None]) 
             owners.owned[node, number] = layout
 
 
+HANDED_ON = frozenset(("_DDPSink", "RegisterPostBackwardFunction"))
+"""Kinds of nodes that return each cotangent as it is, and whose call by itself would disturb a distributed module."""
+
 SELECTING = frozenset(("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather"))
 """Kinds of nodes for which the table counts entries that were not selected to the samples of those beside them."""
 
@@ -116,6 +125,13 @@ def _sent(
     """Where the samples lie in what a node sends along its edges."""
     number, layout = next(iter(arriving.items()))
     edges = graph.edges[node]
+    if kind(node) in HANDED_ON:
+        return [arriving.get(k) for k in range(len(edges))]
+    if kind(node) == "CheckpointFunction":
+        raise RuntimeError(
+            "A part of the model is checkpointed with use_reentrant=True, which hides its graph until the backward "
+            "pass has come to it. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
     try:
         if len(arriving) > 1 and not all(same(layout, other) for other in arriving.values()):
             raise Unknown

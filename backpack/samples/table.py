@@ -92,106 +92,18 @@ def spread(node: Node, edges: Sequence[Any], layout: AnyLayout, number: int) -> 
     return [layouts] * len(edges) if layouts is None or isinstance(layouts, AnyLayout) else layouts
 
 
-SAME = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Alias",
-        "Angle",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atanh",
-        "BernoulliDropout",
-        "Ceil",
-        "Celu",
-        "Clamp",
-        "ClampMax",
-        "ClampMin",
-        "Clone",
-        "Conj",
-        "ConjPhysical",
-        "Cos",
-        "Cosh",
-        "Deg2Rad",
-        "Detach",
-        "Digamma",
-        "Elu",
-        "EluBackward",
-        "Erf",
-        "Erfc",
-        "Erfinv",
-        "Exp",
-        "Exp2",
-        "Expm1",
-        "Fill",
-        "Floor",
-        "Frac",
-        "Gelu",
-        "GeluBackward",
-        "Hardshrink",
-        "HardshrinkBackward",
-        "Hardsigmoid",
-        "HardsigmoidBackward",
-        "Hardswish",
-        "HardswishBackward",
-        "Hardtanh",
-        "HardtanhBackward",
-        "I0",
-        "Imag",
-        "LeakyRelu",
-        "LeakyReluBackward",
-        "Lgamma",
-        "LogSigmoid",
-        "LogSigmoidBackward",
-        "Log",
-        "Log10",
-        "Log1P",
-        "Log2",
-        "Logit",
-        "Mish",
-        "MishBackward",
-        "NanToNum",
-        "NativeDropout",
-        "NativeDropoutBackward",
-        "Neg",
-        "Positive",
-        "Rad2Deg",
-        "Real",
-        "Reciprocal",
-        "Relu",
-        "ResolveConj",
-        "ResolveNeg",
-        "Round",
-        "Rsqrt",
-        "Selu",
-        "Sgn",
-        "Sigmoid",
-        "SigmoidBackward",
-        "Sign",
-        "Silu",
-        "SiluBackward",
-        "Sin",
-        "Sinc",
-        "Sinh",
-        "Softplus",
-        "SoftplusBackward",
-        "Softshrink",
-        "SoftshrinkBackward",
-        "Sqrt",
-        "Square",
-        "Tan",
-        "Tanh",
-        "TanhBackward",
-        "Threshold",
-        "ThresholdBackward",
-        "ToCopy",
-        "Trunc",
-        "Zero",
-        "_DDPSink",
-    ]
-)
+_ELEMENTWISE = """
+Abs Acos Acosh Alias Angle Asin Asinh Atan Atanh BernoulliDropout Ceil Celu Clamp ClampMax ClampMin Clone Conj
+ConjPhysical Cos Cosh Deg2Rad Detach Digamma Elu EluBackward Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Frac Gelu
+GeluBackward Hardshrink HardshrinkBackward Hardsigmoid HardsigmoidBackward Hardswish HardswishBackward Hardtanh
+HardtanhBackward I0 Imag LeakyRelu LeakyReluBackward Lgamma LogSigmoid LogSigmoidBackward Log Log10 Log1P Log2 Logit
+Mish MishBackward NanToNum NativeDropout NativeDropoutBackward Neg Positive Rad2Deg Real Reciprocal Relu ResolveConj
+ResolveNeg Round Rsqrt Selu Sgn Sigmoid SigmoidBackward Sign Silu SiluBackward Sin Sinc Sinh Softplus
+SoftplusBackward Softshrink SoftshrinkBackward Sqrt Square Tan Tanh TanhBackward Threshold ThresholdBackward ToCopy
+Trunc Zero
+"""
+
+SAME = frozenset(_ELEMENTWISE.split())
 """Elementwise functions: each input has the shape of the output."""
 
 
