@@ -44,7 +44,7 @@ from backpack.passages import LEFT, Passage, forget, is_ruled, rest, wake
 from backpack.recomputed import free_if_recomputed
 from backpack.recorder import Call, Parameters, Recording, Source, tensors_in
 from backpack.rerun import random_state
-from backpack.samples.beginning import leave_note
+from backpack.samples.notes import leave_note
 from backpack.seeds import SeedPass, tap
 from backpack.watched import SHARDED, WATCHED, Watched, trainable, unwatch
 
@@ -291,7 +291,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """Settle where samples lie, and leave at the outputs what a pull-back of seeds will need to know."""
     axis = EXTENDED[module].batch_axis
-    leave_note(module, args, kwargs, output, axis)
+    arguments = leave_note(module, args, kwargs, output, axis)
     outputs = [
         (place, tensor, recording.layout_of(tensor, place, axis))
         for place, tensor in enumerate([output] if isinstance(output, Tensor) else tree_leaves(output))
@@ -314,7 +314,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             tensors=recording.tensors,
             widest=recording.widest,
             root=ref(module),
-            arguments=(args, kwargs) if intact else None,
+            arguments=arguments if intact else None,
             input_axis=axis,
             grouped=recording.grouped,
             output=tensor.detach() if recording.fused or recording.random is not None else None,

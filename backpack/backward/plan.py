@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.graph import LEAF, Graph, kind, shape_of, variable_of
-from backpack.samples import AnyLayout
+from backpack.samples import AnyLayout, Scattered
 from backpack.samples.owners import Edge, Owners
 
 
@@ -105,7 +105,9 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
             found.is_alone = found.leaf is not None and plan.expected[found.leaf] == 1
     outside = {node for node, _ in owners.above if node in wanted}
     for edge in owners.above:
-        if edge in mixed and edge not in owners.joined:
+        own = owned.get(edge)
+        has_others = isinstance(own, Scattered) and bool((own.owner < 0).any())
+        if has_others or (edge in mixed and edge not in owners.joined):
             outside.update(_reached(edge[0], graph, wanted, behind))
     ordered = [*plan.expected, *graph.order]
     plan.outside = [variable_of(node) for node in dict.fromkeys(ordered) if node in outside]

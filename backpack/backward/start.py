@@ -19,8 +19,9 @@ from backpack.backward.plan import Plan, make_plan
 from backpack.engine import Block, muted
 from backpack.graph import LEAF, Graph, count_outputs, read, variable_of
 from backpack.samples import AnyLayout
-from backpack.samples.beginning import Note, decide, noted
+from backpack.samples.beginning import decide
 from backpack.samples.mixing import mixed_data, unproved
+from backpack.samples.notes import Note, noted
 from backpack.samples.owners import Edge, Owners, find_owners
 from backpack.watched import SHARDED, watched
 
@@ -88,13 +89,13 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     if not block.first_order or not call.roots or call.given.get("is_grads_batched"):
         return function(*args, **kwargs)
     graph = read(call.roots)
-    notes = noted(graph)
+    notes, calls = noted(graph)
     asked = [edge_of(_edge(value)) for value in call.inputs]
     if call.creates_graph and not call.is_for_parameters and not any(edge in notes for edge in asked):
         return function(*args, **kwargs)  # a derivative inside of what is to be differentiated
     block.clear()
     block.loss_seen = False
-    running = prepare(block, graph, notes)
+    running = prepare(block, graph, notes, calls)
     if running is None:
         result = function(*args, **kwargs)
         if block.loss_seen and not block.second_order:
@@ -179,9 +180,9 @@ def edge_of(edge: GradientEdge) -> Edge:
     return edge.node, edge.output_nr
 
 
-def prepare(block: Block, graph: Graph, notes: Mapping[Edge, Note]) -> FirstOrderPass | None:
+def prepare(block: Block, graph: Graph, notes: Mapping[Edge, Note], calls: Sequence[Note]) -> FirstOrderPass | None:
     """Find the samples and the uses of parameters; ``None``: there are none."""
-    if not notes:
+    if not calls:
         return None
     generator = torch.Generator()
 
@@ -190,7 +191,7 @@ def prepare(block: Block, graph: Graph, notes: Mapping[Edge, Note]) -> FirstOrde
 
     wanted = {node for node in graph.order if node.name() == LEAF and _is_wanted(variable_of(node))}
     with muted():
-        begin, owners = decide(graph, dict(notes), sweep, wanted)
+        begin, owners = decide(graph, dict(notes), calls, sweep, wanted)
     counts = {layout.n for edge, layout in begin.items() if owners.owned.get(edge) is layout}
     if len(counts) > 1:
         raise RuntimeError(
@@ -208,7 +209,7 @@ def prepare(block: Block, graph: Graph, notes: Mapping[Edge, Note]) -> FirstOrde
     block.check_subsets(n, variable_of(next(iter(plan.expected))).device)
     if n > 1:
         with muted():
-            _look_for_mixed(block, graph, owners, plan, notes)
+            _look_for_mixed(block, graph, owners, plan, notes, calls)
     return FirstOrderPass(block, graph, owners, plan)
 
 
@@ -216,7 +217,9 @@ _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
 """What users have been told of what mixes the samples of a model."""
 
 
-def _look_for_mixed(block: Block, graph: Graph, owners: Owners, plan: Plan, notes: Mapping[Edge, Note]) -> None:
+def _look_for_mixed(
+    block: Block, graph: Graph, owners: Owners, plan: Plan, notes: Mapping[Edge, Note], calls: Sequence[Note]
+) -> None:
     """Say once what it costs that samples are mixed.
 
     Raises:
@@ -226,16 +229,19 @@ def _look_for_mixed(block: Block, graph: Graph, owners: Owners, plan: Plan, note
         "Call .eval() on layers that normalize by statistics of the batch, or replace them by GroupNorm, InstanceNorm "
         "or LayerNorm"
     )
+    for_all: set[int] = set()
     if plan.entries:
-        plan.mixed = mixed_data(graph, owners, plan.entries, list(notes.values()))
+        plan.mixed, for_all = mixed_data(graph, owners, plan.entries, calls, plan.n)
     where = ", ".join(dict.fromkeys(plan.mixed.values()))
     for extension in block.first_order:
-        if extension.bounds_influence and (mixer := where or unproved(graph, owners, plan.entries, notes, plan.n)):
+        if extension.bounds_influence and (
+            mixer := where or unproved(graph, owners, plan.entries, notes, plan.n, for_all)
+        ):
             raise RuntimeError(
                 f"{type(extension).__name__}: samples are mixed by {mixer}. A sample changes what is computed of "
                 f"others, so that clipping its gradient does not bound its influence. {ways}."
             )
-    module = next((module for note in notes.values() if (module := note.module()) is not None), None)
+    module = next((module for note in calls if (module := note.module()) is not None), None)
     if where and module is not None and where not in _told.setdefault(module, set()):
         _told[module].add(where)
         warnings.warn(

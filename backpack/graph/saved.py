@@ -45,11 +45,13 @@ def saved(node: Node, name: str) -> Any:
 
 def is_recomputed(node: Node) -> bool:
     """Whether what a node saved is computed again when it is read."""
+    return any(_region(raw) is not None for raw in _raws(node))
+
+
+def _raws(node: Node) -> Iterator[Any]:
     for name in tensor_names(node):
         raw = getattr(node, f"_raw_saved_{name}")
-        if not isinstance(raw, (tuple, list)) and _region(raw) is not None:
-            return True
-    return False
+        yield from raw if isinstance(raw, (tuple, list)) else (raw,)
 
 
 @contextmanager
@@ -58,13 +60,9 @@ def kept(node: Node) -> Iterator[None]:
     if not is_recomputed(node):
         yield
         return
-    found = []
-    for name in tensor_names(node):
-        raw = getattr(node, f"_raw_saved_{name}")
-        if not isinstance(raw, (tuple, list)) and _region(raw) is not None:
-            value = getattr(node, f"_saved_{name}")
-            _give_back(raw, value)
-            found.append((raw, value))
+    found = [(raw, raw.unpack_hook(raw.data)) for raw in _raws(node) if _region(raw) is not None]
+    for raw, value in found:
+        _give_back(raw, value)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,21 @@ def layer_norm(place: Place) -> Use | None:
     if place.k == 2:
         return ElementwiseUse(own)
     statistics = place.saved("result1"), place.saved("result2")
-    return ElementwiseUse(own, place.saved("input"), _standardized, more=statistics) if place.k == 1 else None
+    factor = partial(_standardized, normalized=normalized)
+    return ElementwiseUse(own, place.saved("input"), factor, more=statistics) if place.k == 1 else None
 
 
-def _standardized(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def _standardized(x: Tensor, mean: Tensor, scale: Tensor, normalized: int) -> Tensor:
+    if torch.is_grad_enabled():  # what was saved has no history
+        mean, scale = _with_history(x, scale, list(range(x.dim() - normalized, x.dim())))
     return (x - mean) * scale
+
+
+def _with_history(x: Tensor, scale: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation over some axes, differentiable; ``scale`` is the value of the second."""
+    mean, variance = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
+    eps = (scale.reshape(variance.shape).pow(-2) - variance).detach()
+    return mean, torch.rsqrt(variance + eps)
 
 
 def _channels(place: Place) -> tuple[int, ...]:
@@ -60,7 +71,11 @@ def batch_norm(place: Place) -> Use | None:
     if place.k != 1:
         return None
     shape = [-1] + [1] * (len(place.out) - 2)
-    if place.saved("training"):
+    if place.saved("training") and torch.is_grad_enabled():
+        x = place.saved("input")
+        center, scale = _with_history(x, place.saved("result2"), [axis for axis in range(x.dim()) if axis != 1])
+        center, scale = center.reshape(shape), scale.reshape(shape)
+    elif place.saved("training"):
         center, scale = place.saved("result1").reshape(shape), place.saved("result2").reshape(shape)
     else:
         mean, variance = place.saved("running_mean"), place.saved("running_var")

@@ -1,188 +1,127 @@
 """Where samples begin: at the outputs of extended modules, and along which of their axes.
 
-A sample is a row of an extended model's output. Which axis counts the rows is told by the sizes of what the module was
-given. Where these leave a choice, it must be proved in the pass that uses it: a node that saved an input of the module
-must own, row by row, what the input's rows say. Where none did, the module is run on one row less, without gradients,
-and the axis that shrinks is taken.
+A sample is a row of an extended model's output: along axis 0, if nothing speaks against it. What may speak against it
+are the sizes of what the module was given. Where these leave a choice, it must be proved in the pass that uses it: a
+node that saved an input of the module must own, row by row, what the input's rows say. Where none did, the layout under
+which samples stay apart is taken; where that is no answer either, a copy of the module runs on one row less, without
+gradients, and the axis that shrinks is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.nn import Module
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.compat import is_packed
 from backpack.graph import LEAF, Graph, kind, saved, shape_of
 from backpack.samples.layouts import AnyLayout, Layout, same
+from backpack.samples.notes import Note, run_on_fewer
 from backpack.samples.owners import Edge, Owners
 from backpack.samples.table import onto
-
-NOTE = "backpack output"
-
-
-@dataclass(eq=False)
-class Note:
-    """What a call of an extended module leaves at the node of each of its outputs.
-
-    ``place``: of this output among the leaves of all; ``axis``: the one that counts the samples of an input;
-    ``arguments``: of the call.
-    """
-
-    module: ref[Module]
-    arguments: tuple[Any, Any]
-    axis: int
-    place: int
-    is_packed: bool = False
-    """Whether the output is a packed sequence, whose rows are no samples."""
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that the module was called with."""
-        return tensors_in(self.arguments)
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many rows each of them has, as far as they differ."""
-        axis = self.axis
-        return list(dict.fromkeys(t.shape[axis] if t.dim() > axis else t.shape[0] for t in self.inputs if t.dim()))
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of a nested structure."""
-    if isinstance(value, Tensor):
-        return [value]
-    if type(value) in (tuple, list):
-        return [tensor for entry in value for tensor in tensors_in(entry)]
-    if type(value) is dict:
-        return [tensor for entry in value.values() for tensor in tensors_in(entry)]
-    return [] if value is None else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -> None:
-    """Note at the nodes of a module's outputs that they are such."""
-    arguments = (args, kwargs)
-    given: set[Edge] | None = None
-    packed = any(isinstance(part, PackedSequence) for part in (output, *(output if type(output) is tuple else ())))
-    for place, tensor in enumerate([output] if isinstance(output, Tensor) else tree_leaves(output)):
-        if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
-            continue
-        if given is None:
-            given = {(t.grad_fn, t.output_nr) for t in tensors_in(arguments) if t.grad_fn is not None}
-        base = tensor._base
-        for value in (tensor,) if base is None else (tensor, base):
-            node = value.grad_fn
-            if node is None or (node, value.output_nr) in given:  # handed through: it belongs to where it comes from
-                continue
-            if value is base and base.shape != tensor.shape:
-                continue
-            metadata: Any = node.metadata
-            metadata.setdefault(NOTE, {})[value.output_nr] = Note(ref(module), arguments, axis, place, packed)
-
-
-def noted(graph: Graph) -> dict[Edge, Note]:
-    """The outputs of extended modules in a graph."""
-    found: dict[Edge, Note] = {}
-    for node in graph.order:
-        metadata: Any = node.metadata
-        for number, note in metadata.get(NOTE, {}).items():
-            found[node, number] = note
-    return found
-
-
-def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
-    """The layouts that sizes allow, the likeliest first."""
-    axes = sorted(range(len(shape)), key=lambda axis: axis != note.axis)
-    sizes = note.sizes
-    several = [n for n in sizes if n != 1]
-    exact = [Layout(n, axis) for n in several for axis in axes if shape[axis] == n]
-    if exact:
-        return exact
-    if 1 in sizes and shape[note.axis if len(shape) > note.axis else 0] == 1:
-        return [Layout(1, note.axis if len(shape) > note.axis else 0)]
-    blocks = [n for n in several if n > 0 and shape[0] and shape[0] % n == 0]
-    if blocks:
-        return [Layout(n, 0, *factors) for n in blocks for factors in ((1, shape[0] // n), (shape[0] // n, 1))]
-    if sizes and sizes[0] == 1:
-        return [Layout(1, inner=shape[0])]
-    return [Layout(shape[0])]
-
 
 Sweep = Callable[[dict[Edge, AnyLayout]], Owners]
 
 
+def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
+    """The layouts that an output may have, the one along axis 0 first."""
+    first = note.axis if len(shape) > note.axis else 0
+    sizes = note.sizes
+    if shape[first] == 1:
+        return [Layout(1, first)]
+    several = [n for n in sizes if n > 1]
+    found = [Layout(shape[first], first)]
+    found += [Layout(n, axis) for n in several for axis in range(len(shape)) if axis != first and shape[axis] == n]
+    if shape[first] not in sizes:
+        blocks = [n for n in sizes if 0 < n < shape[0] and shape[0] % n == 0 and (n > 1 or sizes == [1])]
+        found += [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
+    return found
+
+
 def decide(
-    graph: Graph, notes: dict[Edge, Note], sweep: Sweep, wanted: set[Node]
+    graph: Graph, notes: dict[Edge, Note], calls: Sequence[Note], sweep: Sweep, wanted: set[Node]
 ) -> tuple[dict[Edge, AnyLayout], Owners]:
     """Where the samples begin, and what follows from that for all other edges.
 
-    ``wanted``: the nodes of parameters.
+    ``calls``: of extended modules; ``wanted``: the nodes of parameters.
 
     Raises:
         RuntimeError: It cannot be told.
     """
     for note in notes.values():
         if note.is_packed:
-            module = note.module()
             raise RuntimeError(
-                f"The output of {'a module' if module is None else type(module).__name__} is a packed sequence, whose "
-                f"rows are positions of several samples: call torch.nn.utils.rnn.pad_packed_sequence inside of the "
-                f"module that is extended, or pad the sequences."
+                f"The output of {_name(note)} is a packed sequence, whose rows are positions of several samples: call "
+                f"torch.nn.utils.rnn.pad_packed_sequence inside of the module that is extended, or pad the sequences."
             )
     possible = {edge: candidates(shape, note) for edge, note in notes.items() if (shape := shape_of(*edge))}
     chosen: dict[Edge, AnyLayout] = {edge: layouts[0] for edge, layouts in possible.items()}
     owners = sweep(chosen)
     for edge, layouts in possible.items():
         if len(layouts) > 1 and owners.owned.get(edge) is chosen[edge]:
-            owners = _choose(graph, edge, layouts, notes[edge], chosen, owners, sweep)
-    elsewhere = _elsewhere(graph, notes, chosen, owners, sweep, wanted) if _has_more(graph, owners, wanted) else None
-    return elsewhere or (chosen, owners)
+            choice = Choice(graph, edge, layouts, notes[edge], chosen, owners, sweep)
+            chosen[edge], owners = choice.made()
+    if _has_more(owners, wanted):
+        chosen, owners = _elsewhere(graph, calls, chosen, owners, sweep, wanted)
+    return chosen, owners
 
 
-def _choose(
-    graph: Graph,
-    edge: Edge,
-    layouts: Sequence[Layout],
-    note: Note,
-    chosen: dict[Edge, AnyLayout],
-    owners: Owners,
-    sweep: Sweep,
-) -> Owners:
-    """Choose between the layouts that sizes allow for a module's output."""
-    attempts: list[tuple[Layout, Owners]] = []
-    for layout in layouts:
-        attempt = owners if layout is chosen[edge] else sweep({**chosen, edge: layout})
-        verdict = proved(graph, attempt, [note], layout.n)
+def _name(note: Note) -> str:
+    module = note.module()
+    return "a module" if module is None else type(module).__name__
+
+
+@dataclass(eq=False)
+class Choice:
+    """Between the layouts that an output of a module may have; the first is the one along axis 0."""
+
+    graph: Graph
+    edge: Edge
+    layouts: list[Layout]
+    note: Note
+    chosen: dict[Edge, AnyLayout]
+    owners: Owners
+    sweep: Sweep
+
+    def made(self) -> tuple[Layout, Owners]:
+        """The layout, and what follows from it.
+
+        Raises:
+            RuntimeError: Several are as good.
+        """
+        first, *others = self.layouts
+        verdict = proved(self.graph, self.owners, [self.note], first.n)
         if verdict:
-            chosen[edge] = layout
-            return attempt
-        if verdict is None:
-            attempts.append((layout, attempt))
-    if not attempts:
-        attempts = [(layout, sweep({**chosen, edge: layout})) for layout in layouts]
-    found = attempts[0][0] if len(attempts) == 1 else _by_running(edge, [layout for layout, _ in attempts], note)
-    found = found or _least_mixed(graph, attempts)
-    if found is None:
-        module = note.module()
+            return first, self.owners
+        attempts = [
+            (first, self.owners),
+            *((layout, self.sweep({**self.chosen, self.edge: layout})) for layout in others),
+        ]
+        shown = [one for one in attempts[1:] if proved(self.graph, one[1], [self.note], one[0].n)]
+        if shown and (verdict is False or first.n not in self.note.sizes):
+            return shown[0]
+        left = [*(attempts[:1] if verdict is None else ()), *(shown or attempts[1:])]
+        least = None if shown else _least_mixed(self.graph, left)
+        if least is not None and least[0] is first:
+            return least
+        found = _by_running(self.edge, left, self.note) or least
+        if found is not None:
+            return found
+        beside = [one for one in left if one[0].axis != first.axis and not _least_mixed(self.graph, [attempts[0], one])]
+        if verdict is None and not shown and (first.n in self.note.sizes or not beside):
+            return attempts[0]
+        ways = dict.fromkeys(f"{layout.n} along axis {layout.axis}" for layout, _ in left)
         raise RuntimeError(
-            f"The output of {'a module' if module is None else type(module).__name__}, of shape "
-            f"{list(shape_of(*edge))}, does not tell along which axis its samples lie: "
-            f"{' or '.join(f'{layout.n} along axis {layout.axis}' for layout in layouts)}. Let the model return the "
-            f"samples along the first axis, of a size that no other axis has."
+            f"The output of {_name(self.note)}, of shape {list(shape_of(*self.edge))}, does not tell where its samples "
+            f"lie: {' or '.join(ways)}. Let the model return the samples along the first axis, of a size that no other "
+            f"axis has."
         )
-    chosen[edge] = found
-    return next(attempt for layout, attempt in attempts if layout is found)
 
 
-def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> Layout | None:
+def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> tuple[Layout, Owners] | None:
     """The layout under which samples are mixed at fewer nodes, all of which are mixed under the others as well."""
 
     def is_single_parameter(node: Node) -> bool:
@@ -194,13 +133,13 @@ def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> Lay
         return True
 
     mixed = [{node for node, _ in owners.mixed if not is_single_parameter(node)} for _, owners in attempts]
-    for (layout, _), own in zip(attempts, mixed, strict=True):
+    for attempt, own in zip(attempts, mixed, strict=True):
         if all(own < other for other in mixed if other is not own):
-            return layout
+            return attempt
     return None
 
 
-def _has_more(graph: Graph, owners: Owners, wanted: set[Node]) -> bool:
+def _has_more(owners: Owners, wanted: set[Node]) -> bool:
     """Whether something but the samples' rows reaches parameters, directly or where samples are mixed."""
     left = [edge for edge in owners.above if edge not in owners.joined]
     return any(edge[0] in wanted or edge in owners.mixed for edge in left)
@@ -208,7 +147,7 @@ def _has_more(graph: Graph, owners: Owners, wanted: set[Node]) -> bool:
 
 def _elsewhere(
     graph: Graph,
-    notes: dict[Edge, Note],
+    calls: Sequence[Note],
     chosen: dict[Edge, AnyLayout],
     owners: Owners,
     sweep: Sweep,
@@ -221,7 +160,7 @@ def _elsewhere(
     sample.
     """
     sizes = {layout.n for edge, layout in chosen.items() if owners.owned.get(edge) is layout}
-    inputs = {tensor.untyped_storage()._cdata for note in notes.values() for tensor in note.inputs}
+    inputs = {tensor.untyped_storage()._cdata for note in calls for tensor in note.inputs}
     above = {node for node, _ in owners.above}
     reaches_data: set[Node] = set()
     is_needed: set[Node] = set()
@@ -241,23 +180,23 @@ def _elsewhere(
             shape = shape_of(node, number)
             if not shape or (node, number) in owners.owned:
                 continue
-            for layout in _layouts_elsewhere(shape, sizes, notes):
+            for layout in _layouts_elsewhere(shape, sizes, calls):
                 attempt = sweep({**chosen, (node, number): layout})
-                if _agrees(graph, owners, attempt, notes, layout.n, reaches_data):
+                if _agrees(graph, owners, attempt, calls, layout.n, reaches_data):
                     chosen, owners = {**chosen, (node, number): layout}, attempt
                     break
     return chosen, owners
 
 
-def _layouts_elsewhere(shape: Sequence[int], sizes: set[int], notes: dict[Edge, Note]) -> list[Layout]:
+def _layouts_elsewhere(shape: Sequence[int], sizes: set[int], calls: Sequence[Note]) -> list[Layout]:
     if not sizes:
-        return [layout for note in notes.values() for layout in candidates(shape, note) if layout.n in note.sizes]
+        return [layout for note in calls for layout in candidates(shape, note) if layout.n in note.sizes]
     exact = [Layout(n, axis) for n in sizes for axis in range(len(shape)) if shape[axis] == n]
     blocks = [n for n in sizes if n > 1 and shape[0] > n and shape[0] % n == 0]
     return exact + [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
 
 
-def _agrees(graph: Graph, before: Owners, after: Owners, notes: dict[Edge, Note], n: int, data: set[Node]) -> bool:
+def _agrees(graph: Graph, before: Owners, after: Owners, calls: Sequence[Note], n: int, data: set[Node]) -> bool:
     """Whether what was known of edges stays so, and the new edge is proved by one of them, or by a saved input.
 
     ``data``: nodes behind which inputs are. Where they are mixed there is no proof, and the rows of the edge are taken.
@@ -276,13 +215,14 @@ def _agrees(graph: Graph, before: Owners, after: Owners, notes: dict[Edge, Note]
         edge in before.owned and node not in before.sends for node in after.sends for edge in graph.edges[node]
     ):
         return True
-    return bool(proved(graph, after, list(notes.values()), n))
+    return bool(proved(graph, after, calls, n))
 
 
 SAVED = {
     "Addmm": {1: "mat1", 2: "mat2"},
     "Mm": {0: "self", 1: "mat2"},
     "Bmm": {0: "self", 1: "mat2"},
+    "Baddbmm": {1: "batch1", 2: "batch2"},
     "Mul": {0: "self", 1: "other"},
     "Convolution": {0: "input"},
     "NativeLayerNorm": {0: "input"},
@@ -302,33 +242,64 @@ def saved_inputs(node: Node) -> Iterator[tuple[int, Tensor]]:
                 yield k, found
 
 
-def proved(graph: Graph, owners: Owners, notes: Sequence[Note], n: int) -> bool | None:
-    """Whether nodes that saved an input of a module own what its ``n`` rows say; ``None``: there are none."""
+def proved(graph: Graph, owners: Owners, calls: Sequence[Note], n: int) -> bool | None:
+    """Whether nodes that saved an input of a module own what its ``n`` rows say; ``None``: there are none.
+
+    One that does is a proof, and so are several of which each belongs to a sample of its own. One of which no row
+    belongs to a single sample, but each entry does, speaks against it, and so does it if several samples have all
+    inputs of this size in common.
+    """
     inputs: dict[int, tuple[Tensor, int]] = {}
-    for note in notes:
-        for tensor in note.inputs:
-            axis = note.axis if tensor.dim() > note.axis else 0
-            if tensor.dim() and tensor.shape[axis] == n and tensor.numel():
-                inputs[tensor.untyped_storage()._cdata] = (tensor, axis)
-    storages = {tensor.untyped_storage()._cdata for note in notes for tensor in note.inputs}
-    verdict: bool | None = None
+    storages: set[int] = set()
+    shared: set[int] = set()
+    whole: dict[tuple[int, int], int] = {}
+    for call in calls:
+        for tensor in call.inputs:
+            storages.add(tensor.untyped_storage()._cdata)
+            if tensor.dim() and tensor.shape[call.axis_of(tensor)] == n and tensor.numel():
+                inputs[tensor.untyped_storage()._cdata] = (tensor, call.axis_of(tensor))
+    against = False
     for node, sent in owners.sends.items():
         if kind(node) == "EmbeddingBag" and saved(node, "offsets").untyped_storage()._cdata in storages:
-            if owners.owned[node, 0].axes != [0]:
-                return False
-            verdict = True
+            if owners.owned[node, 0].axes == [0]:
+                return True
+            against = True
         for k, value in saved_inputs(node):
-            if value.untyped_storage()._cdata not in inputs:
-                continue
-            own = _of_saved(node, graph, owners, k, value, sent)
+            storage = value.untyped_storage()._cdata
+            own = _of_saved(node, graph, owners, k, value, sent) if storage in storages else None
             if own is None or own.n != n:
                 continue
-            expected = _rows_of(*inputs[value.untyped_storage()._cdata], value)
-            found = own.owners(value.shape, torch.device("cpu")).expand(value.shape)
-            if not bool((found == expected).all()):
-                return False
-            verdict = True
-    return verdict
+            owner = own.owners(value.shape, torch.device("cpu"))
+            if owner.numel() == 1 and n > 1:
+                whole[storage, int(value.storage_offset())] = int(owner)
+                if len(set(whole.values())) > 1:
+                    return True
+            if storage in inputs:
+                verdict = _follows_rows(owner.expand(value.shape), *inputs[storage], value)
+                if verdict:
+                    return True
+                against = against or verdict is False
+                shared.update({storage} if verdict is None else ())
+    return False if against or (shared and shared == set(inputs)) else None
+
+
+def _follows_rows(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> bool | None:
+    """Whether entries belong to samples as the rows of the tensor do whose memory they are, in any order.
+
+    ``None``: there are entries that several samples have in common.
+    """
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    rows = torch.full((size,), -1)
+    index = torch.arange(tensor.shape[axis]).reshape([-1 if a == axis else 1 for a in range(tensor.dim())])
+    rows.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(index.expand(tensor.shape))
+    entries = torch.arange(size).as_strided(like.shape, like.stride(), like.storage_offset()).flatten()
+    owner = owner.flatten()
+    of_entry = torch.full((size,), -1).index_put((entries,), owner)
+    if bool((of_entry[entries] != owner).any()):
+        return None
+    row = rows[entries]
+    of_row = torch.full((tensor.shape[axis],), -1).index_put((row.clamp(min=0),), owner)
+    return bool((of_row[row.clamp(min=0)] == owner).all()) and len(of_row.unique()) == len(row.unique())
 
 
 def _of_saved(
@@ -344,53 +315,13 @@ def _of_saved(
     return sent[k]
 
 
-def _rows_of(tensor: Tensor, axis: int, like: Tensor) -> Tensor:
-    """To which row of a tensor the entries of another one that shares its memory belong."""
-    size = tensor.untyped_storage().nbytes() // tensor.element_size()
-    table = torch.full((size,), -1)
-    index = torch.arange(tensor.shape[axis]).reshape([-1 if a == axis else 1 for a in range(tensor.dim())])
-    table.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(index.expand(tensor.shape))
-    return table.as_strided(like.shape, like.stride(), like.storage_offset())
-
-
-def _by_running(edge: Edge, layouts: Sequence[Layout], note: Note) -> Layout | None:
+def _by_running(edge: Edge, attempts: Sequence[tuple[Layout, Owners]], note: Note) -> tuple[Layout, Owners] | None:
     """The layout whose axis shrinks when the module runs on one row less; ``None``: there is not one alone."""
-    found: list[Layout] = []
-    for layout in layouts:
+    found = []
+    for layout, owners in attempts:
         expected = list(shape_of(*edge))
         expected[layout.axis] -= layout.factor
-        output = run_on_fewer(note, layout.n)
-        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        if note.place < len(leaves) and list(getattr(leaves[note.place], "shape", ())) == expected:
-            found.append(layout)
+        output = note.outputs(run_on_fewer(note, layout.n))
+        if list(getattr(output, "shape", ())) == expected:
+            found.append((layout, owners))
     return found[0] if len(found) == 1 else None
-
-
-def run_on_fewer(note: Note, n: int, with_graph: bool = False) -> Any:
-    """What a module returns for all of its ``n`` samples but the last; ``None``: it fails.
-
-    State and random numbers stay as they are.
-    """
-    module = note.module()
-    if module is None:
-        return None
-
-    def fewer(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        axis = note.axis if value.dim() > note.axis else 0
-        own = value.dim() > 0 and value.shape[axis] == n
-        return value.detach().narrow(axis, 0, n - 1) if own else value.detach()
-
-    args, kwargs = tree_map(fewer, note.arguments)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        with torch.random.fork_rng(), torch.set_grad_enabled(with_graph):
-            return module.forward(*args, **kwargs)
-    except Exception:  # whatever it may be that the module does not take
-        return None
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)

@@ -95,6 +95,8 @@ class Layout:
         """The layout after ``reshape``; ``None``: unknown."""
         if self.n == 1:
             return Layout(1, inner=after[0]) if after else Scattered(1, torch.zeros((), dtype=torch.int64))
+        if 0 in after:
+            return Scattered(self.n, torch.full([1] * len(after), -1))
         below = self.inner * prod(before[self.axis + 1 :])
         right = 1
         for axis in range(len(after) - 1, -1, -1):
@@ -202,6 +204,8 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
     """
     if n == 1:
         return Layout(1, inner=owner.shape[0]) if owner.dim() else Scattered(1, owner)
+    if owner.numel() == 0:
+        return Scattered(n, torch.full([1] * owner.dim(), -1))
     for lenient in (False,) if exactly else (False, True):
         for axis in range(owner.dim() - 1, -1, -1):
             wide = sum(size != 1 for size in owner.shape)

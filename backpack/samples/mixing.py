@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
 
 from backpack.graph import LEAF, Graph, kind, read, saved, tensor_names, variable_of
-from backpack.samples.beginning import Note, run_on_fewer
+from backpack.samples.notes import Note, run_on_fewer
 from backpack.samples.owners import Edge, Owners
 from backpack.watched import WATCHED
 
@@ -24,30 +23,51 @@ Saved = tuple[Node, str, Tensor]
 """A node, and what it saved under a name."""
 
 
-def mixed_data(graph: Graph, owners: Owners, entries: Iterable[Node], notes: Sequence[Note]) -> dict[Node, str]:
+def mixed_data(
+    graph: Graph, owners: Owners, entries: Iterable[Node], calls: Sequence[Note], n: int
+) -> tuple[dict[Node, str], set[int]]:
     """Of nodes through which cotangents enter regions that belong to no sample, those behind which inputs are.
 
-    With each, what mixes its samples.
+    With each, what mixes its samples; and the memory of inputs in these regions that are for all samples.
     """
-    inputs = {tensor.untyped_storage()._cdata for note in notes for tensor in note.inputs}
+    inputs = {
+        tensor.untyped_storage()._cdata: call
+        for call in calls
+        for tensor in call.inputs
+        if tensor.dim() and tensor.shape[call.axis_of(tensor)] % n == 0
+    }
     found: dict[Node, str] = {}
     known: dict[Node, bool] = {}
+    by_samples: dict[int, bool] = {}
     for entry in entries:
         for node in behind(entry, graph):
             if node not in known:
-                storages = (tensor.untyped_storage()._cdata for _, _, tensor in without_history(node))
-                known[node] = any(storage in inputs for storage in storages)
+                known[node] = False
+                for storage in {tensor.untyped_storage()._cdata for _, _, tensor in without_history(node)}:
+                    if storage in inputs and storage not in by_samples:
+                        by_samples[storage] = not _is_for_all(inputs[storage], storage, n)
+                    known[node] = known[node] or by_samples.get(storage, False)
             if known[node]:
                 found[entry] = _mixer(entry, graph, owners)
                 break
-    return found
+    return found, {storage for storage, is_one in by_samples.items() if not is_one}
 
 
-def unproved(graph: Graph, owners: Owners, entries: Iterable[Node], notes: Mapping[Edge, Note], n: int) -> str | None:
+def _is_for_all(call: Note, storage: int, n: int) -> bool:
+    """Whether an input has no sample's rows, but is for all of them: the module takes it whole with one sample less."""
+    if len(call.inputs) < 2:
+        return False
+    fewer = call.outputs(run_on_fewer(call, n, whole={storage}))
+    return isinstance(fewer, Tensor) and n - 1 in fewer.shape and n not in fewer.shape[:1]
+
+
+def unproved(
+    graph: Graph, owners: Owners, entries: Iterable[Node], notes: Mapping[Edge, Note], n: int, for_all: Container[int]
+) -> str | None:
     """What may mix samples, where that can't be ruled out; ``None``: nothing does.
 
     A region is free of data if all that its nodes saved, of a size that ``n`` samples could have, is a parameter or
-    buffer, or stays the same when the module runs on one sample less.
+    buffer, or stays the same when the module runs on one sample less. ``for_all``: memory of inputs for all samples.
     """
     for node in owners.sends:
         if kind(node) == "NativeBatchNorm" and saved(node, "training") and owners.owned[node, 0].axes != [1]:
@@ -59,7 +79,7 @@ def unproved(graph: Graph, owners: Owners, entries: Iterable[Node], notes: Mappi
         for node in behind(entry, graph):
             for found in without_history(node):
                 if _may_hold(found[2], n) and found[2] not in constants:
-                    again = again or Again(graph, notes, n)
+                    again = again or Again(graph, notes, n, for_all)
                     if not again.is_same(found):
                         return _mixer(entry, graph, owners)
                     constants.add(found[2])
@@ -119,7 +139,7 @@ class Constants:
 
     def __init__(self, modules: Iterable[Module]) -> None:
         modules = list(modules)
-        self._known = _same.setdefault(modules[0], [])
+        self._known: list[Tensor] = _same.setdefault(modules[0], []) if modules else []
         self._tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         self._storages = {t.untyped_storage()._cdata for t in self._tensors}
 
@@ -143,13 +163,12 @@ class Again:
     graph: Graph
     notes: Mapping[Edge, Note]
     n: int
+    for_all: Container[int]
     pairs: dict[Node, Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for edge, note in self.notes.items():
-            output = run_on_fewer(note, self.n, with_graph=True)
-            leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
-            tensor = leaves[note.place] if note.place < len(leaves) else None
+            tensor = note.outputs(run_on_fewer(note, self.n, with_graph=True, whole=self.for_all))
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 self._pair(edge[0], tensor.grad_fn)
 

@@ -93,8 +93,8 @@ def spread(node: Node, edges: Sequence[Any], layout: AnyLayout, number: int) -> 
 
 
 _ELEMENTWISE = """
-Abs Acos Acosh Alias Angle Asin Asinh Atan Atanh BernoulliDropout Ceil Celu Clamp ClampMax ClampMin Clone Conj
-ConjPhysical Cos Cosh Deg2Rad Detach Digamma Elu EluBackward Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Frac Gelu
+Abs Acos Acosh Alias Angle Asin Asinh Atan Atanh BernoulliDropout Ceil Celu    Clone Conj
+ConjPhysical Cos Cosh Deg2Rad Detach Digamma Elu EluBackward Erf Erfc Erfinv Exp Exp2 Expm1  Floor Frac Gelu
 GeluBackward Hardshrink HardshrinkBackward Hardsigmoid HardsigmoidBackward Hardswish HardswishBackward Hardtanh
 HardtanhBackward I0 Imag LeakyRelu LeakyReluBackward Lgamma LogSigmoid LogSigmoidBackward Log Log10 Log1P Log2 Logit
 Mish MishBackward NanToNum NativeDropout NativeDropoutBackward Neg Positive Rad2Deg Real Reciprocal Relu ResolveConj
@@ -121,6 +121,7 @@ def onto(layout: AnyLayout, shape: Sequence[int], given: Sequence[int]) -> AnyLa
 
 @rule(
     "Add Sub Rsub Mul Div Pow Where MaskedFill Maximum Minimum Fmax Fmin Atan2 Lerp Addcmul Addcdiv Fmod Remainder "
+    "Clamp ClampMin ClampMax "
     "Copysign Hypot Xlogy Special_Xlog1Py Logaddexp Logaddexp2 Expand Polar Complex FloorDivide Heaviside Nextafter "
     "BinaryCrossEntropyWithLogits"
 )
@@ -157,7 +158,7 @@ def apart(at: At, dims: Iterable[int]) -> AnyLayout:
     return at.layout
 
 
-@rule("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Topk Gather Slice Split UnsafeSplit Renorm")
+@rule("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Topk Slice Split UnsafeSplit")
 def along_an_axis(at: At) -> AnyLayout:
     return apart(at, at.axes("dim", len(at.shape)))
 
@@ -170,6 +171,15 @@ def parts_of_an_axis(at: At) -> AnyLayout:
 @rule("SoftmaxBackwardData LogSoftmaxBackwardData")
 def derivative_along_an_axis(at: At) -> AnyLayout:
     return apart(at, at.axes("dim", len(at.shape)))
+
+
+@rule("Gather")
+def gathered(at: At) -> AnyLayout:
+    (dim,) = at.axes("dim", len(at.shape))
+    given = at.given(0)
+    if any(size != own for axis, (size, own) in enumerate(zip(at.shape, given, strict=True)) if axis != dim):
+        raise Unknown
+    return apart(at, [dim])
 
 
 @rule("Flip Roll")

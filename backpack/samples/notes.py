@@ -1,0 +1,197 @@
+"""Notes that calls of extended modules leave in the graph: what was called, with which arguments."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Module
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+from backpack.graph import Graph
+from backpack.samples.owners import Edge
+
+OUTPUT = "backpack output"
+INPUT = "backpack input"
+
+PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+"""Types of arguments that hold nothing else."""
+
+
+@dataclass(eq=False)
+class Note:
+    """What a call of an extended module leaves at the node of each of its outputs.
+
+    ``place``: of this output among the leaves of all; ``axis``: the one that counts the samples of an input;
+    ``arguments``: of the call, cut off from the graph, which would live forever if one of its nodes held it;
+    ``is_complete``: whether the module can be called with them.
+    """
+
+    module: ref[Module]
+    arguments: tuple[Any, Any]
+    is_complete: bool
+    axis: int
+    place: int
+    is_packed: bool = False
+    """Whether the output is a packed sequence, whose rows are no samples."""
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that the module was called with."""
+        return [leaf for leaf in leaves_of(self.arguments) if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many rows each of them has, as far as they differ."""
+        return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in self.inputs if t.dim()))
+
+    def axis_of(self, tensor: Tensor) -> int:
+        """Which axis of an input counts its rows."""
+        return self.axis if tensor.dim() > self.axis else 0
+
+    def outputs(self, output: Any) -> Any:
+        """The output that the note is about, of a further call."""
+        leaves = leaves_of(output)
+        return leaves[self.place] if self.place < len(leaves) else None
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """What a nested structure holds, with dataclasses opened."""
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [leaf for entry in value for leaf in leaves_of(entry)]
+    if type(value) is dict:
+        return [leaf for entry in value.values() for leaf in leaves_of(entry)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return [leaf for entry in fields for leaf in leaves_of(entry)]
+    if isinstance(value, PLAIN):
+        return [value]
+    leaves = tree_leaves(value)
+    return (
+        leaves if len(leaves) == 1 and leaves[0] is value else [leaf for entry in leaves for leaf in leaves_of(entry)]
+    )
+
+
+def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -> tuple[Any, Any] | None:
+    """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such.
+
+    Returns the arguments that are kept; ``None``: they are not all that the module was called with.
+    """
+    missing: list[Any] = []
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if value.is_inference() or not value.requires_grad else value.detach()
+        if type(value) in (tuple, list):
+            return type(value)([cut(entry) for entry in value])
+        if type(value) is dict:
+            return {key: cut(entry) for key, entry in value.items()}
+        if isinstance(value, PLAIN):
+            return value
+        found = [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        missing.append(value)  # it may get to hold an output
+        return found
+
+    arguments = cut((args, kwargs))
+    inputs = {}
+    for tensor in leaves_of((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            inputs[edge.node, edge.output_nr] = tensor
+    packed = any(isinstance(part, PackedSequence) for part in (output, *(output if type(output) is tuple else ())))
+    note: Note | None = None
+    for place, tensor in enumerate(leaves_of(output)):
+        if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
+            continue
+        note = Note(ref(module), arguments, not missing, axis, place, packed)
+        for value in (tensor, tensor._base):
+            node = None if value is None else value.grad_fn
+            if value is None or node is None or (node, value.output_nr) in inputs:  # handed through
+                continue
+            metadata: Any = node.metadata
+            metadata.setdefault(OUTPUT, {})[value.output_nr] = note
+    for node, _ in inputs if note is not None else ():
+        metadata = node.metadata
+        metadata[INPUT] = note
+    return None if missing else arguments
+
+
+def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
+    """The outputs of extended modules in a graph; and all calls of which it has inputs or outputs."""
+    found: dict[Edge, Note] = {}
+    calls: dict[int, Note] = {}
+    for node in graph.order:
+        metadata: Any = node.metadata
+        for number, note in metadata.get(OUTPUT, {}).items():
+            found[node, number] = calls[id(note)] = note
+        if INPUT in metadata:
+            calls[id(metadata[INPUT])] = metadata[INPUT]
+    return found, list(calls.values())
+
+
+def run_on_fewer(note: Note, n: int, with_graph: bool = False, whole: Container[int] = ()) -> Any:
+    """What a module returns for all of its ``n`` samples but the last; ``None``: it fails.
+
+    ``whole``: memory of inputs that stay as they are.
+
+    A copy runs that has the same parameters, so that the module stays as it is.
+    """
+    module = note.module()
+    if module is None or not note.is_complete:
+        return None
+
+    def fewer(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        own = value.dim() > 0 and value.shape[note.axis_of(value)] == n
+        own = own and value.untyped_storage()._cdata not in whole
+        return value.detach().narrow(note.axis_of(value), 0, n - 1) if own else value.detach()
+
+    try:
+        args, kwargs = tree_map(fewer, note.arguments)
+        with _random_numbers_as_before(), torch.set_grad_enabled(with_graph):
+            return _copy(module)(*args, **kwargs)
+    except Exception:  # whatever it may be that the module does not take
+        return None
+
+
+def _copy(module: Module) -> Callable[..., Any]:
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+                    del hooks[key]
+    return twin
+
+
+@contextmanager
+def _random_numbers_as_before() -> Iterator[None]:
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
