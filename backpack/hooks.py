@@ -291,7 +291,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
 def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """Settle where samples lie, and leave at the outputs what a pull-back of seeds will need to know."""
     axis = EXTENDED[module].batch_axis
-    arguments = leave_note(module, args, kwargs, output, axis)
+    leave_note(module, args, kwargs, output, axis)
     outputs = [
         (place, tensor, recording.layout_of(tensor, place, axis))
         for place, tensor in enumerate([output] if isinstance(output, Tensor) else tree_leaves(output))
@@ -314,7 +314,7 @@ def _conclude(recording: Recording, module: Module, args: Any, kwargs: Any, outp
             tensors=recording.tensors,
             widest=recording.widest,
             root=ref(module),
-            arguments=arguments if intact else None,
+            arguments=(args, kwargs) if intact else None,
             input_axis=axis,
             grouped=recording.grouped,
             output=tensor.detach() if recording.fused or recording.random is not None else None,

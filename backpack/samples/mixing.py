@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,11 @@ Saved = tuple[Node, str, Tensor]
 """A node, and what it saved under a name."""
 
 
+def _memory(tensor: Tensor) -> int:
+    """Tells tensors apart that do not share their memory."""
+    return tensor.untyped_storage()._cdata
+
+
 def mixed_data(
     graph: Graph, owners: Owners, entries: Iterable[Node], calls: Sequence[Note], n: int
 ) -> tuple[dict[Node, str], set[int]]:
@@ -31,21 +37,23 @@ def mixed_data(
     With each, what mixes its samples; and the memory of inputs in these regions that are for all samples.
     """
     inputs = {
-        tensor.untyped_storage()._cdata: call
+        _memory(tensor): (call, place)
         for call in calls
-        for tensor in call.inputs
-        if tensor.dim() and tensor.shape[call.axis_of(tensor)] % n == 0
+        for place, tensor in enumerate(call.inputs)
+        if tensor.dim() and tensor.shape[call.axis_of(tensor)] != 1
     }
     found: dict[Node, str] = {}
     known: dict[Node, bool] = {}
     by_samples: dict[int, bool] = {}
+    own: set[int] = set()
     for entry in entries:
         for node in behind(entry, graph):
             if node not in known:
                 known[node] = False
-                for storage in {tensor.untyped_storage()._cdata for _, _, tensor in without_history(node)}:
+                for storage in {_memory(tensor) for _, _, tensor in without_history(node)}:
                     if storage in inputs and storage not in by_samples:
-                        by_samples[storage] = not _is_for_all(inputs[storage], storage, n)
+                        own = own or {_memory(tensor) for one in owners.sends for _, _, tensor in without_history(one)}
+                        by_samples[storage] = storage in own or not _is_for_all(*inputs[storage], n)
                     known[node] = known[node] or by_samples.get(storage, False)
             if known[node]:
                 found[entry] = _mixer(entry, graph, owners)
@@ -53,12 +61,21 @@ def mixed_data(
     return found, {storage for storage, is_one in by_samples.items() if not is_one}
 
 
-def _is_for_all(call: Note, storage: int, n: int) -> bool:
+_for_all: WeakKeyDictionary[Module, dict[Any, bool]] = WeakKeyDictionary()
+"""Which arguments of a module are for all samples, by place, shape and number of samples."""
+
+
+def _is_for_all(call: Note, place: int, n: int) -> bool:
     """Whether an input has no sample's rows, but is for all of them: the module takes it whole with one sample less."""
-    if len(call.inputs) < 2:
+    module = call.module()
+    if module is None or len(call.inputs) < 2:
         return False
-    fewer = call.outputs(run_on_fewer(call, n, whole={storage}))
-    return isinstance(fewer, Tensor) and n - 1 in fewer.shape and n not in fewer.shape[:1]
+    known = _for_all.setdefault(module, {})
+    key = (place, tuple(call.inputs[place].shape), n)
+    if key not in known:
+        fewer = call.outputs(run_on_fewer(call, n, whole={_memory(call.inputs[place])}))
+        known[key] = isinstance(fewer, Tensor) and n - 1 in fewer.shape and n not in fewer.shape[:1]
+    return known[key]
 
 
 def unproved(
@@ -141,10 +158,10 @@ class Constants:
         modules = list(modules)
         self._known: list[Tensor] = _same.setdefault(modules[0], []) if modules else []
         self._tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        self._storages = {t.untyped_storage()._cdata for t in self._tensors}
+        self._storages = {_memory(t) for t in self._tensors}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        if tensor.untyped_storage()._cdata in self._storages:
+        if _memory(tensor) in self._storages:
             return True
         similar = (t for t in (*self._tensors, *self._known) if t.shape == tensor.shape and t.dtype == tensor.dtype)
         return any(torch.equal(t, tensor) for t in similar)

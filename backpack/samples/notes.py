@@ -86,11 +86,8 @@ def leaves_of(value: Any) -> list[Any]:
     )
 
 
-def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -> tuple[Any, Any] | None:
-    """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such.
-
-    Returns the arguments that are kept; ``None``: they are not all that the module was called with.
-    """
+def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -> None:
+    """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such."""
     missing: list[Any] = []
 
     def cut(value: Any) -> Any:
@@ -127,7 +124,6 @@ def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -
     for node, _ in inputs if note is not None else ():
         metadata = node.metadata
         metadata[INPUT] = note
-    return None if missing else arguments
 
 
 def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
