@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils import checkpoint
 from torch.utils.checkpoint import _CheckpointFrame, _Handle
@@ -21,11 +22,12 @@ _names: dict[str, tuple[str, ...]] = {}
 
 
 def tensor_names(node: Node) -> tuple[str, ...]:
-    """The names under which a kind of node saves tensors."""
+    """The names under which a kind of node saves tensors; a user's function has none."""
     name = node.name()
     if name not in _names:
         prefix = "_raw_saved_"
-        _names[name] = tuple(found.removeprefix(prefix) for found in dir(node) if found.startswith(prefix))
+        found = tuple(entry.removeprefix(prefix) for entry in dir(node) if entry.startswith(prefix))
+        _names[name] = () if found == ("tensors",) else found  # of a user's function, which has no names for them
     return _names[name]
 
 
@@ -49,7 +51,7 @@ def is_recomputed(node: Node) -> bool:
 
 
 def _raws(node: Node) -> Iterator[Any]:
-    for name in tensor_names(node):
+    for name in ("tensors",) if isinstance(node, BackwardCFunction) else tensor_names(node):
         raw = getattr(node, f"_raw_saved_{name}")
         yield from raw if isinstance(raw, (tuple, list)) else (raw,)
 

@@ -9,10 +9,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
 from backpack.graph import LEAF, Graph, kind, read, saved, tensor_names, variable_of
+from backpack.graph.saved import kept
 from backpack.samples.notes import Note, run_on_fewer
 from backpack.samples.owners import Edge, Owners
 from backpack.watched import WATCHED
@@ -120,7 +122,10 @@ def without_history(node: Node) -> Iterator[Saved]:
     if node.name() == LEAF or kind(node) in DRAWN:
         return
     values = [(name, saved(node, name)) for name in tensor_names(node) if not name.startswith("result")]
-    values += [(f"tensor {k}", value) for k, value in enumerate(getattr(node, "saved_tensors", ()))]
+    if isinstance(node, BackwardCFunction):  # a user's function, which may also keep tensors as attributes
+        with kept(node):
+            values += [(f"tensor {k}", value) for k, value in enumerate(node.saved_tensors)]
+        values += list(vars(node).items())
     for name, value in values:
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(tensor, Tensor) and not tensor.requires_grad:
