@@ -15,7 +15,8 @@ from torch import nn
 from truth import Problem, close
 
 from backpack import backpack, extend
-from backpack.extensions import EKFAC, KFAC, KFLR, BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact
+from backpack.extensions import EKFAC, KFAC, KFLR, BatchDiagGGNExact, BatchL2Grad, DiagGGNExact, SqrtGGNExact
+from backpack.samples import owners
 from backpack.utils.kroneckers import kfacs_to_mat
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -154,3 +155,16 @@ def test_kronecker_factors_for_one_sample_of_one_word_are_exact(name):
         if grads[0] is not None:
             jacobian = torch.stack(grads).flatten(1)
             assert close(kfacs_to_mat(parameter.kflr), jacobian.T @ hessian @ jacobian, 1e-6, 1e-9), which
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "t5", "vit", "resnet", "convnext", "mobilenet", "mixer"])
+def test_the_table_of_nodes_knows_where_samples_are_in_common_models(name, monkeypatch):
+    def refused(*args):
+        raise AssertionError(f"{args[0].name()} needs a coded pass")
+
+    monkeypatch.setattr(owners, "coded", refused)
+    given = problem(name)
+    extend(given.model)
+    with backpack(BatchL2Grad()):
+        given.loss().backward()
+    assert all(hasattr(p, "batch_l2") for p in given.model.parameters() if p.grad is not None)
