@@ -6,6 +6,7 @@ from torch import Tensor
 
 from backpack.nodes.registry import Place, form, is_complex
 from backpack.samples import Layout
+from backpack.samples.table import is_bilinear
 from backpack.uses import DenseUse, ElementwiseUse, Use
 
 
@@ -104,7 +105,7 @@ def sum_with_batched_product(place: Place) -> Use | None:
 @form("Trilinear")
 def bilinear(place: Place) -> Use | None:
     """``F.bilinear``, whose matrix ``[o, i j]`` multiplies the outer products of two inputs."""
-    if place.k != 1 or place.layout.axes != [0] or len(place.shape) != 3 or list(place.saved("sumdim")) != [2, 3]:
+    if place.k != 1 or place.layout.axes != [0] or len(place.shape) != 3 or not is_bilinear(place.node):
         return None
     one, other = place.saved("i1"), place.saved("i3")
     if one.dim() != 2 or other.dim() != 2 or is_complex(one):

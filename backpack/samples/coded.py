@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import call, count_outputs
+from backpack.graph import call, count_outputs, kind
 from backpack.samples.layouts import AnyLayout, found_layout
 
 MIXED = -2
+
+NOT_LINEAR = frozenset(("Logcumsumexp",))
+"""Kinds of nodes that take logarithms of cotangents, so that zeros prove nothing."""
 
 
 def coded(
@@ -34,6 +37,8 @@ def coded(
 
     ``layouts``: of its outputs; ``None``: not reached; ``exactly``: tell entries of none from those of a sample.
     """
+    if kind(node) in NOT_LINEAR:
+        return [None] * len(node.next_functions)
     n = next(layout.n for layout in layouts if layout is not None)
     seeds, owners = _seeds(node, layouts, generator)
     codes, sample = codes_of(n)

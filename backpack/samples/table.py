@@ -311,10 +311,17 @@ def product_with_vector(at: At) -> list[AnyLayout | None]:
     return [at.layout.moved([0, None]), None]
 
 
+def is_bilinear(node: Node) -> bool:
+    """Whether a node is that of ``F.bilinear``, rather than of one of its derivatives."""
+    saved = ([1, 3], [0], [1, 2], [2, 3])
+    names = ("expand1", "expand2", "expand3", "sumdim")
+    return all(list(getattr(node, f"_saved_{name}")) == axes for name, axes in zip(names, saved, strict=True))
+
+
 @rule("Trilinear")
 def trilinear(at: At) -> list[AnyLayout | None]:
     """The first axis of the output is a sample's in the first and the last input, as ``bilinear`` has it."""
-    if at.layout.axes != [0]:
+    if at.layout.axes != [0] or not is_bilinear(at.node):
         raise Unknown
     return [
         None if at.edges[0][0] is None else at.layout.moved([0, *[None] * (len(at.given(0)) - 1)]),
