@@ -108,3 +108,27 @@ def test_a_model_may_be_given_arrays_beside_tensors():
     for n in range(5):
         (truth,) = torch.autograd.grad(lossfunc(model(X[n : n + 1], weights), y[n : n + 1]), model.weight)
         assert close(model.weight.grad_batch[n], truth)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["", "states"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"num_layers": 2, "bias": False}, {"num_layers": 2, "batch_first": True}],
+    ids=str,
+)
+def test_fused_recurrent_layers_in_single_precision_are_right(options, both):
+    torch.manual_seed(0)
+    layer, axis = nn.LSTM(3, 4, **options), 0 if options.get("batch_first") else 1
+    x = torch.randn(5, 6, 3)
+
+    def value(x):
+        out, (_, cell) = layer(x)
+        return out.square().sum() + (cell.sin().sum() if both else 0)
+
+    parameters = list(extend(layer).parameters())
+    expected = [torch.autograd.grad(value(x.narrow(axis, n, 1)), parameters) for n in range(x.shape[axis])]
+    with backpack(BatchGrad(), Variance(subsampling=[2, 0])):
+        value(x).backward()
+    for p, rows in zip(parameters, map(torch.stack, zip(*expected, strict=True)), strict=True):
+        assert close(p.grad_batch, rows, rtol=1e-5)
+        assert close(p.variance, rows[[2, 0]].var(0, correction=0), rows.square().max(), rtol=1e-5)

@@ -578,7 +578,7 @@ def edges_of(graph):
 
 
 def contributions(out, layout, edges, samples):
-    """For each edge, which of its entries come from which of some samples: ``[sample, *edge]``."""
+    """For each edge, how much of its entries comes from each of some samples: ``[sample, *edge]``."""
     seed = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
     inputs = [variable_of(node) if node.name() == LEAF else GradientEdge(node, number) for node, number in edges]
     found = {edge: [] for edge in edges}
@@ -589,8 +589,8 @@ def contributions(out, layout, edges, samples):
             edges, torch.autograd.grad(out, inputs, own, retain_graph=True, allow_unused=True), strict=True
         ):
             if grad is not None:
-                found[edge].append((grad != 0) & grad.isfinite())
-    return {edge: torch.stack(comes_from) for edge, comes_from in found.items() if comes_from}
+                found[edge].append(grad.abs().where(grad.isfinite(), 0))
+    return {edge: torch.stack(parts) for edge, parts in found.items() if parts}
 
 
 def check(net, precision=torch.float64, axis=0, samples=None):
@@ -600,8 +600,9 @@ def check(net, precision=torch.float64, axis=0, samples=None):
     samples = torch.arange(layout.n) if samples is None else samples
     assert not owners.mixed & owners.owned.keys()
     counts = Counter()
-    for edge, comes_from in contributions(out, layout, edges_of(graph), samples.tolist()).items():
+    for edge, parts in contributions(out, layout, edges_of(graph), samples.tolist()).items():
         node, number = edge
+        comes_from, rounding = parts > 0, torch.finfo(parts.dtype).eps * parts.max()
         consumers = [consumer for consumer, _, output in graph.incoming[node] if output == number]
         is_below_mixed = any((consumer, -1) in owners.mixed for consumer in consumers)
         if not comes_from.any():
@@ -611,8 +612,9 @@ def check(net, precision=torch.float64, axis=0, samples=None):
             counts["owned"] += 1
             assert not is_below_mixed, f"{node.name()} is owned, below what is mixed"
             owner = owners.owned[edge].owners(comes_from.shape[1:], torch.device("cpu"))
-            others = samples.reshape(-1, *[1] * owner.dim()) != owner
+            others = (samples.reshape(-1, *[1] * owner.dim()) != owner) & (owner >= 0)
             assert not (comes_from & others).any(), f"{node.name()} is owned, and comes from others as well"
+            assert not ((parts > rounding) & (owner < 0)).any(), f"{node.name()} is said to be nobody's"
         elif node.name() != LEAF and not is_below_mixed:
             counts["mixed"] += 1
             counts["false alarm"] += int(comes_from.sum(0).max() < 2)

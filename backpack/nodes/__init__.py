@@ -5,6 +5,7 @@ from backpack.nodes import elementwise as elementwise
 from backpack.nodes import lookup as lookup
 from backpack.nodes import normalization as normalization
 from backpack.nodes import products as products
+from backpack.nodes import recurrent as recurrent
 from backpack.nodes.general import GeneralUse, PlacedUse
 from backpack.nodes.registry import FORMS, Place, use_of
 

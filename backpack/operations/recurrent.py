@@ -73,6 +73,13 @@ def _direction(
     return torch.stack(outputs[::-1] if back else outputs, 1), state
 
 
+def lstm_direction(
+    linear: Linear, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, back: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer of an LSTM in one direction over ``x[n, t, i]``: its outputs ``[n, t, h]`` and last state."""
+    return _direction(_lstm_step, linear, x, state, weights, biased, back)
+
+
 def _layers(step: Step, options: dict[str, Any], weights: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     directions = 2 if options["bidirectional"] else 1
     each = len(weights) // (options["num_layers"] * directions)

@@ -30,11 +30,11 @@ def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
     """The layouts that an output may have, the one along axis 0 first."""
     first = note.axis if len(shape) > note.axis else 0
     sizes = note.sizes
-    if shape[first] == 1:
-        return [Layout(1, first)]
     several = [n for n in sizes if n > 1]
-    found = [Layout(shape[first], first)]
-    found += [Layout(n, axis) for n in several for axis in range(len(shape)) if axis != first and shape[axis] == n]
+    found = [Layout(n, axis) for n in several for axis in range(len(shape)) if axis != first and shape[axis] == n]
+    if shape[first] == 1:
+        return found if found and 1 not in sizes else [Layout(1, first)]
+    found.insert(0, Layout(shape[first], first))
     if shape[first] not in sizes:
         blocks = [n for n in sizes if 0 < n < shape[0] and shape[0] % n == 0 and (n > 1 or sizes == [1])]
         found += [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
@@ -229,6 +229,7 @@ SAVED = {
     "NativeGroupNorm": {0: "input"},
     "NativeBatchNorm": {0: "input"},
     "Embedding": {0: "indices"},
+    "MkldnnRnnLayer": {0: "input"},
 }
 """Under which names kinds of nodes save their inputs."""
 

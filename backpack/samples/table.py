@@ -433,6 +433,19 @@ def attention(at: At) -> list[AnyLayout | None]:
     return [layout, layout, layout, *rest[3:]]
 
 
+@rule("MkldnnRnnLayer")
+def recurrent(at: At) -> list[AnyLayout | None]:
+    """One direction of a layer, ``[t, n, ...]``: input, weights, and states ``[..., n, h]``."""
+    if at.number != 0 or at.layout.axes != [1]:
+        raise Unknown
+    states = [
+        None if other is None else at.layout.moved([None, 1, None][3 - len(at.given(k)) :])
+        for k, (other, _) in enumerate(at.edges)
+        if k > 4
+    ]
+    return [at.layout, None, None, None, None, *states]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Losses
 
