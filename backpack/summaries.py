@@ -118,14 +118,17 @@ def _lines(call: Call, out: Tensor, extensions: Sequence[BackpropExtension]) -> 
             continue
         positions = max(1, out.numel() // max(1, call.n * out.shape[-1])) if isinstance(use, DenseUse) else 1
         refused = None if call.problem is None else f"{call.name} {call.problem}"
+        by_sample = "each sample by itself" if refused is not None else None
+        if not any(extension.seeds is not None or extension.bounds_influence for extension in extensions):
+            refused = None  # first order reads the graph, and needs nothing of a call
         kind = KINDS.get(type(use), "recurrent maps")
         if isinstance(use, ElementwiseUse):
             kind = "shift" if use.x is None else "scale"
-        how = (
-            {}
-            if refused is not None
-            else {type(e).__name__: _way(call, use, out, e, source.tensor) for e in extensions}
-        )
+        how = {
+            type(e).__name__: by_sample or _way(call, use, out, e, source.tensor)
+            for e in extensions
+            if refused is None or not (e.seeds is not None or e.bounds_influence)
+        }
         lines.append(Line(source.name, tuple(source.tensor.shape), function, kind, positions, how, refused))
     return lines
 

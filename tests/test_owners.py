@@ -17,7 +17,7 @@ from truth import through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
-from backpack.graph import LEAF, read, variable_of
+from backpack.graph import LEAF, count_outputs, read, variable_of
 from backpack.samples import Layout, same
 from backpack.samples.owners import find_owners
 
@@ -600,9 +600,14 @@ def check(net, precision=torch.float64, axis=0, samples=None):
     samples = torch.arange(layout.n) if samples is None else samples
     assert not owners.mixed & owners.owned.keys()
     counts = Counter()
-    for edge, parts in contributions(out, layout, edges_of(graph), samples.tolist()).items():
+    found = contributions(out, layout, edges_of(graph), samples.tolist())
+    largest = {}  # of the cotangents of a node and of those above it
+    for node in graph.order:
+        own = [float(found[node, k].max()) for k in range(count_outputs(node)) if (node, k) in found]
+        largest[node] = max(own + [largest[consumer] for consumer, _, _ in graph.incoming[node]], default=0.0)
+    for edge, parts in found.items():
         node, number = edge
-        comes_from, rounding = parts > 0, torch.finfo(parts.dtype).eps * parts.max()
+        comes_from = parts > 0
         consumers = [consumer for consumer, _, output in graph.incoming[node] if output == number]
         is_below_mixed = any((consumer, -1) in owners.mixed for consumer in consumers)
         if not comes_from.any():
@@ -614,7 +619,8 @@ def check(net, precision=torch.float64, axis=0, samples=None):
             owner = owners.owned[edge].owners(comes_from.shape[1:], torch.device("cpu"))
             others = (samples.reshape(-1, *[1] * owner.dim()) != owner) & (owner >= 0)
             assert not (comes_from & others).any(), f"{node.name()} is owned, and comes from others as well"
-            assert not ((parts > rounding) & (owner < 0)).any(), f"{node.name()} is said to be nobody's"
+            rounding = 100 * torch.finfo(parts.dtype).eps * largest[node]
+            assert not ((parts > rounding) & (owner < 0)).any(), f"entries of {node.name()} are said to be nobody's"
         elif node.name() != LEAF and not is_below_mixed:
             counts["mixed"] += 1
             counts["false alarm"] += int(comes_from.sum(0).max() < 2)

@@ -199,7 +199,8 @@ def test_a_summary_tells_uses_ways_and_refusals(capsys):
     model, _, X, _ = problem(training=True)
     model[0].weight.requires_grad_(False)
     model.append(nn.Linear(3, 3))
-    found = str(summary(model, X, BatchGrad()))
+    assert "refused" not in str(summary(model, X, BatchGrad())).lower()
+    found = str(summary(model, X, BatchGrad(), DiagGGNMC()))
     assert "Will be refused: batch_norm of parameter 1.weight and 1.bias normalizes with statistics" in found
     assert "frozen" in found and found in capsys.readouterr().out
     assert not any(m._forward_hooks for m in model.modules())
