@@ -50,7 +50,9 @@ def product(place: Place) -> Use | None:
 @form("Addmm")
 def sum_with_product(place: Place) -> Use | None:
     if place.k == 0:
-        own = place.aligned()
+        shape = place.shape
+        simple = len(shape) == 1 and place.layout.axes == [0]  # as a linear layer has it
+        own = (1, shape[0]) if simple else place.aligned()
         return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
     return _factors(place, 1, "mat1", "mat2") if place.saved("alpha") == 1 else None
 
