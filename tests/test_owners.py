@@ -18,7 +18,8 @@ from truth import through_rows
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from backpack.graph import LEAF, count_outputs, read, variable_of
-from backpack.samples import Layout, same
+from backpack.samples import Layout, same, table
+from backpack.samples.coded import coded
 from backpack.samples.owners import find_owners
 
 MOST = 2400
@@ -603,7 +604,8 @@ def check(net, precision=torch.float64, axis=0, samples=None):
     found = contributions(out, layout, edges_of(graph), samples.tolist())
     largest = {}  # of the cotangents of a node and of those above it
     for node in graph.order:
-        own = [float(found[node, k].max()) for k in range(count_outputs(node)) if (node, k) in found]
+        parts = [found[node, k] for k in range(count_outputs(node)) if (node, k) in found]
+        own = [float(part.max()) for part in parts if part.numel()]
         largest[node] = max(own + [largest[consumer] for consumer, _, _ in graph.incoming[node]], default=0.0)
     for edge, parts in found.items():
         node, number = edge
@@ -669,6 +671,14 @@ def test_owned_entries_come_from_their_sample_alone_in_large_batches(sizes):
         net = Composition(seed, length=6, sizes=sizes)
         chosen = torch.randperm(sizes[0])[:10]
         assert check(net, torch.float32, samples=chosen)["owned"]
+
+
+@pytest.mark.parametrize("name", ["Cumsum", "Flip", "Roll", "Softmax", "Sort"])
+def test_a_wrong_rule_is_noticed(monkeypatch, name):
+    monkeypatch.setattr(table, "SAME", table.SAME | {name})
+    with pytest.raises(AssertionError) as caught:
+        check_all(range(300), torch.float64)
+    assert "comes from others as well" in str(caught.value.__cause__)
 
 
 def test_what_else_reaches_an_edge_changes_no_owner():
@@ -870,3 +880,173 @@ def test_a_sample_far_smaller_than_another_keeps_its_gradient(precision):
     with backpack(BatchGrad()):
         model(x).sum().backward()
     assert torch.equal(model.weight.grad_batch, x[:, None].expand(2, 4, 3))
+
+
+def put(h, places, count=None):
+    """Rows of zeros to which those of ``h`` are added."""
+    return h.new_zeros(count or len(h), *h.shape[1:]).index_add(0, torch.tensor(places, dtype=torch.int64), h)
+
+
+def experts(m, h, chosen):
+    """Rows go through different scalings; none goes through the last one."""
+    out = torch.zeros_like(h)
+    for k in range(3):
+        where = (torch.tensor(chosen) == k).nonzero().flatten()
+        out = out.index_add(0, where, h[where] * m.v * (k + 1))
+    return out
+
+
+SPECIAL = {
+    "an expert without rows": (5, lambda m, h: experts(m, h, [0, 1, 1, 0, 1])),
+    "one sample, and an expert without rows": (1, lambda m, h: experts(m, h, [0])),
+    "a mask that selects nothing": (5, lambda m, h: h + (h * m.v)[h.detach() > 99].sum()),
+    "samples without rows": (5, lambda m, h: put(h[[0, 0, 3]] * m.v, [0, 0, 3], 5)),
+    "no sample of its own": (5, lambda m, h: (m.w * m.v).expand(5, 4) + 0 * h),
+    "a scalar of each sample": (3, lambda m, h: torch.stack([h[k, 0] * m.w for k in range(3)]).unsqueeze(1)),
+    "a scalar, expanded": (3, lambda m, h: torch.cat([(h[k, 1] * m.w).view(1).expand(2)[None] for k in range(3)])),
+    "rows written one by one": (5, lambda m, h: torch.stack([(h * m.v)[4 - k].cumsum(0) for k in range(5)])),
+    "spectra, permuted": (5, lambda m, h: torch.fft.fft(h * m.v)[[3, 2, 1, 0, 4]].abs()),
+    "conjugates": (5, lambda m, h: (torch.complex(h, h.sin()).conj()[[3, 2, 1, 0, 4]] * m.v).real),
+    "hfft": (5, lambda m, h: torch.fft.hfft(h * m.v)[[3, 0, 1, 2, 4]]),
+    "best rows only": (
+        6,
+        lambda m, h: h.index_copy(0, torch.arange(3), h[h.sum(1).topk(3).indices] * m.v),
+    ),
+    "renorm along rows": (6, lambda m, h: torch.renorm(h * m.v, 2, 0, 1.0)),
+    "renorm along columns": (6, lambda m, h: torch.renorm(h * m.v, 2, 1, 1.0)),
+    "clamped by parameters": (6, lambda m, h: torch.clamp(h, -m.v.abs(), m.v.abs())),
+    "clamped by others": (6, lambda m, h: torch.clamp(h, max=h.mean(0))),
+    "distances of all pairs": (6, lambda m, h: torch.cdist(h * m.v, h)[:, :5]),
+    "diagonal of a Gram matrix": (6, lambda m, h: torch.diagonal((h * m.v) @ h.T)[:, None]),
+    "pairs of columns": (3, lambda m, h: torch.einsum("ni,nj->nij", h, h * m.v)),
+    "windows over rows": (6, lambda m, h: put((h * m.v).unfold(0, 2, 1).flatten(1), range(5), 6)),
+    "strided rows": (6, lambda m, h: (h * m.v).as_strided((6, 2), (4, 2))),
+    "bags": (
+        5,
+        lambda m, h: m.v * F.embedding_bag(torch.tensor([0, 1, 1, 2, 3]), h, torch.arange(5), mode="sum"),
+    ),
+    "some rows replaced by a parameter": (5, lambda m, h: torch.where((torch.arange(5) > 2)[:, None], m.v, h)),
+    "pooling over the batch": (6, lambda m, h: F.max_pool2d((h * m.v)[None], (2, 1))[0].repeat(2, 1)),
+    "flip of one factor": (6, lambda m, h: (h * m.v).reshape(2, 3, 4).flip(1).reshape(6, 4)),
+    "groups of rows, normalized": (6, lambda m, h: F.group_norm((h * m.v)[None], 2)[0]),
+    "rows as channels, normalized by instance": (6, lambda m, h: F.instance_norm((h * m.v)[None])[0]),
+    "rows as channels, normalized by the batch": (
+        6,
+        lambda m, h: F.batch_norm((h * m.v)[None], None, None, training=True)[0],
+    ),
+    "all normalized": (6, lambda m, h: F.layer_norm(h * m.v, h.shape)),
+    "attention over rows": (6, lambda m, h: F.scaled_dot_product_attention(*([(h * m.v)[None, None]] * 3))[0, 0]),
+    "running sum of all entries": (6, lambda m, h: (h * m.v).flatten().cumsum(0).reshape(6, 4)),
+    "all entries rolled by a row": (6, lambda m, h: (h * m.v).roll(4)),
+    "all entries rolled by less than a row": (6, lambda m, h: (h * m.v).roll(3)),
+    "pixels shuffled": (6, lambda m, h: F.pixel_shuffle((h * m.v)[:, :, None, None], 2).flatten(1)),
+    "columns sorted": (6, lambda m, h: (h * m.v).gather(1, h.argsort(1))),
+    "rows sorted, column by column": (6, lambda m, h: (h * m.v).take_along_dim(h.argsort(0), 0)),
+    "all entries taken backwards": (6, lambda m, h: (h * m.v).take(torch.arange(24).flip(0)).reshape(6, 4)),
+    "grid sampling": (
+        2,
+        lambda m, h: F.grid_sample((h * m.v).reshape(2, 1, 2, 2), h.reshape(2, 1, 2, 2).tanh(), align_corners=True)[
+            :, 0, 0
+        ],
+    ),
+    "means of groups": (6, lambda m, h: torch.zeros(6, 4).index_reduce(0, torch.arange(6) // 2, h * m.v, "mean")),
+    "maxima of groups": (
+        6,
+        lambda m, h: torch.zeros(6, 4).scatter_reduce(0, (torch.arange(6) // 2)[:, None].expand(6, 4), h * m.v, "amax"),
+    ),
+    "block diagonal": (2, lambda m, h: torch.block_diag(h[:1] * m.v, h[1:])),
+    "gradients by vmap": (5, lambda m, h: torch.vmap(torch.func.grad(lambda row: (row * m.v).sin().prod()))(h)),
+    "Jacobians by vmap": (5, lambda m, h: torch.vmap(torch.func.jacrev(lambda row: (row * m.v).tanh()))(h).flatten(1)),
+}
+"""Functions of a linear layer's output ``h``, ``[n, 4]``: what was wrong once, or could be."""
+
+
+def special(formula, n):
+    """A linear layer, a function of its output, and a batch, in float64."""
+    torch.manual_seed(0)
+    layer, v, w = nn.Linear(3, 4), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(()))
+    model = Formula(lambda m, x: formula(m, m.l(x)), l=layer, v=v, w=w).double()
+    return model, torch.randn(n, 3, dtype=torch.float64)
+
+
+def check_what_flows_through_rows(model, x, tolerance=1e-12):
+    extend(model)
+    out = model(x)
+    loss = (out.tanh() * torch.randn_like(out)).sum()
+    parameters = list(model.parameters())
+    truth = through_rows(out, loss, parameters)
+    with backpack(BatchGrad()):
+        loss.backward()
+    for parameter, gradients in zip(parameters, truth, strict=True):
+        found = getattr(parameter, "grad_batch", torch.zeros_like(gradients))
+        torch.testing.assert_close(
+            found, gradients, rtol=tolerance, atol=tolerance * max(1, float(gradients.abs().max()))
+        )
+
+
+@pytest.fixture
+def in_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.filterwarnings("ignore:Samples are mixed by", "ignore:index_reduce.. is in beta")
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_flows_through_rows_is_right_for(name):
+    n, formula = SPECIAL[name]
+    check_what_flows_through_rows(*special(formula, n))
+
+
+@pytest.mark.filterwarnings("ignore:Samples are mixed by")
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    "places",
+    [
+        [0, 1, 2, 3],
+        [3, 2, 1, 0],
+        [0, 0, 3, 3],
+        [1, 1, 2, 2],
+        [3, 0, 1, 1],
+    ],
+    ids=str,
+)
+def test_rows_that_move_or_get_nothing_do_not_turn_a_square_output(places):
+    """Its rows are the samples, also where the input's rows went elsewhere."""
+    check_what_flows_through_rows(*special(lambda m, h: put(h * m.v, places), 4))
+
+
+@pytest.mark.parametrize("n", [3, 4, 6, 40])
+def test_two_samples_that_cancel_by_accident_are_seen_as_mixed(n):
+    """In low precision, random contributions of two samples to one entry add up to zero now and then."""
+    generator = torch.Generator()
+    index = torch.arange(n)
+    index[1] = 0
+    node = torch.zeros(n, 1, dtype=torch.bfloat16, requires_grad=True)[index].grad_fn
+    assert not any(coded(node, [Layout(n)], generator)[0] for _ in range(2000))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [torch.float64, torch.float32, torch.bfloat16],
+    ids=str,
+)
+def test_entries_that_cancel_by_accident_keep_their_sample(precision):
+    """A row is taken twice, and its two random contributions add up to zero now and then. Owners are found exactly."""
+
+    def formula(m, x):
+        h = m.l(x)
+        h = h[torch.arange(len(x)).repeat_interleave(2)].unflatten(0, (-1, 2)).sum(1)
+        out = torch.zeros_like(h)
+        for row in range(len(x)):
+            out[row] = h[row]
+        return out
+
+    torch.manual_seed(0)
+    model, x = Formula(formula, l=nn.Linear(3, 400, bias=False)).to(precision), torch.ones(64, 3, dtype=precision)
+    extend(model)
+    with backpack(BatchGrad()):
+        model(x).sum().backward()
+    assert (model.l.weight.grad_batch == 2).all()

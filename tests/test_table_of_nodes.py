@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_operators import outputs
 from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.common_methods_invocations import op_db
@@ -24,6 +25,9 @@ BESIDE = {
     "complex": lambda x: torch.complex(x, x.sin()).abs(),
     "polar": lambda x: torch.polar(x, x.sin()).real,
     "imag": lambda x: torch.view_as_complex(x[..., None] * x.new_ones(2)).imag,
+    "binary_cross_entropy_with_logits": lambda x: F.binary_cross_entropy_with_logits(x, x.detach(), reduction="none"),
+    "conj_physical": lambda x: torch.complex(x, x.sin()).conj_physical().imag,
+    "unsafe_split_with_sizes": lambda x: torch.unsafe_split_with_sizes(x, [1, 3])[1],
     "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
     "adjoint": lambda x: x.adjoint(),
     "mT": lambda x: x.mT,
@@ -31,7 +35,23 @@ BESIDE = {
 }
 """Functions that the database lacks, of a tensor ``[4, 6]``."""
 
-UNSEEN = {}
+_ELSEWHERE = """
+CudnnBatchNorm FusedRmsNorm MiopenBatchNorm ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
+ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable MaxPool2D
+"""
+_NO_NODES = """
+AdaptiveAvgPool1D AdaptiveMaxPool1D Adjoint AvgPool1D BernoulliDropout Detach Flatten FloorDivide HardsigmoidBackward
+Heaviside Imag KlDiv L1Loss MaxPool1DWithIndices Mh MishBackward MkldnnMaxpool1D MkldnnMaxpool2D MkldnnMaxpool3D Mt
+Positive Real Reshape ResolveConj ResolveNeg Selu SiluBackward Special_Xlog1Py Square Swapaxes Swapdims Unflatten
+UpsampleBicubic1D UpsampleBicubic3D UpsampleBilinear1D UpsampleBilinear3D UpsampleLinear2D UpsampleLinear3D
+UpsampleTrilinear1D UpsampleTrilinear2D
+"""
+UNSEEN = {
+    **dict.fromkeys(_ELSEWHERE.split(), "of other devices than CPUs"),
+    **dict.fromkeys(_NO_NODES.split(), "no function of PyTorch 2.13 has a node of this name"),
+    "Alias": "of the sweep's views only copies have it, whose nodes have other names",
+    "MkldnnRnnLayer": "of float32 LSTMs",
+}
 """Kinds in the table that no graph of the sweep has, and why."""
 
 EXPENSIVE = {
@@ -48,9 +68,6 @@ NO_DERIVATIVE = {
 
 NOISE = 1e-12
 """Results smaller than this vanish but for rounding, if cotangents are of size 1."""
-
-MOST = 3
-"""Nodes of a kind and of the same shapes that are looked at, for each operator."""
 
 
 def ways_to_lie(shape, generator):
@@ -112,13 +129,14 @@ def types_of(node):
 
 @dataclass
 class Sweep:
-    """What was found.
+    """What was found where ``most`` nodes of a kind and of the same shapes are looked at in each graph.
 
     ``wrong``: by operator, kind of node and what is wrong, an example; ``seen``: layouts that the table was asked for,
     by kind; ``unknown``: those that it left to a coded pass; ``alarms``: what was called mixed and is not, by kind;
     ``claims``: how often the table said that an input is owned, or mixed.
     """
 
+    most: int
     wrong: dict = field(default_factory=dict)
     seen: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
@@ -139,10 +157,10 @@ class Sweep:
             given = [None if other is None else shape_of(other, number) for other, number in node.next_functions]
             key = kind(node), *(shape_of(node, k) for k in range(count_outputs(node))), *given
             shapes[key] += 1
-            if shapes[key] > MOST:
+            if shapes[key] > self.most:
                 continue
             numbers = [k for k, dtype in enumerate(types_of(node)) if is_differentiable(node, k, dtype)]
-            for number in numbers[:MOST]:
+            for number in numbers[: self.most]:
                 for layout in ways_to_lie(shape_of(node, number), generator):
                     self.judge(name, node, {number: layout}, generator)
             if len({shape_of(node, number) for number in numbers}) == 1 and len(numbers) > 1:
@@ -209,7 +227,7 @@ def derivatives(out, inputs):
 
 def sweep(most, operators=op_db):
     """``most``: sample inputs of each operator."""
-    found = Sweep()
+    found = Sweep(most=1 if most == 1 else 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated operators and beta features
         for op in operators:
@@ -234,19 +252,19 @@ def test_claims_are_true_for_one_sample_input_of_each_operator():
 
 @pytest.fixture(scope="module")
 def everything():
-    return sweep(most=10**6)
+    return sweep(most=12)
 
 
 @pytest.mark.slow
-def test_claims_are_true_for_all_sample_inputs_of_each_operator(everything):
+def test_claims_are_true_for_many_sample_inputs_of_each_operator(everything):
     assert not everything.wrong
-    assert everything.graphs > 15_000
+    assert everything.graphs > 6000 and everything.claims > 150_000
     assert everything.alarms.total() < everything.claims / 50
 
 
 @pytest.mark.slow
 def test_each_kind_in_the_table_is_swept(everything):
-    assert (RULES.keys() | SAME) - everything.seen.keys() == UNSEEN.keys()
+    assert (RULES.keys() | SAME) - everything.seen.keys() <= UNSEEN.keys()
 
 
 WRONG = {
@@ -268,3 +286,9 @@ def test_a_wrong_rule_is_noticed(monkeypatch, name):
     assert not sweep(5, operators).wrong
     monkeypatch.setattr(table, "SAME", SAME | {name})
     assert sweep(5, operators).wrong
+
+
+def test_a_wrong_coded_pass_is_noticed(monkeypatch):
+    operators = [op for op in op_db if op.name in ("flip", "index_select", "mm")]
+    monkeypatch.setitem(globals(), "coded", lambda node, layouts, *_, **__: [layouts[0]] * len(node.next_functions))
+    assert {name for name, *_ in sweep(5, operators).wrong} >= {"flip", "index_select", "mm"}

@@ -298,9 +298,10 @@ def _follows_rows(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> boo
     of_entry = torch.full((size,), -1).index_put((entries,), owner)
     if bool((of_entry[entries] != owner).any()):
         return None
-    row = rows[entries]
-    of_row = torch.full((tensor.shape[axis],), -1).index_put((row.clamp(min=0),), owner)
-    return bool((of_row[row.clamp(min=0)] == owner).all()) and len(of_row.unique()) == len(row.unique())
+    there = owner >= 0
+    row, owner = rows[entries][there].clamp(min=0), owner[there]
+    of_row = torch.full((tensor.shape[axis],), -1).index_put((row,), owner)
+    return bool((of_row[row] == owner).all()) and len(owner.unique()) > 1
 
 
 def _of_saved(

@@ -93,10 +93,10 @@ class Layout:
 
     def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | Scattered | None:
         """The layout after ``reshape``; ``None``: unknown."""
-        if self.n == 1:
-            return Layout(1, inner=after[0]) if after else Scattered(1, torch.zeros((), dtype=torch.int64))
         if 0 in after:
             return Scattered(self.n, torch.full([1] * len(after), -1))
+        if self.n == 1:
+            return Layout(1, inner=after[0]) if after else Scattered(1, torch.zeros((), dtype=torch.int64))
         below = self.inner * prod(before[self.axis + 1 :])
         right = 1
         for axis in range(len(after) - 1, -1, -1):
@@ -173,7 +173,7 @@ class Scattered:
         kept = [1 if source is None else self.owner.shape[source] for source in sources]
         order = [source for source in sources if source is not None]
         lost = [axis for axis in range(self.owner.dim()) if axis not in order]
-        return Scattered(self.n, self.owner.permute(*order, *lost).reshape(kept))
+        return Scattered(self.n, self.owner.permute([*order, *lost]).reshape(kept))
 
     def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | Scattered | None:
         """The layout after ``reshape``."""
@@ -202,10 +202,10 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
     As few axes as can be tell the samples apart, and regular owners are seen as such. ``exactly``: entries of none stay
     told from those of a sample.
     """
-    if n == 1:
-        return Layout(1, inner=owner.shape[0]) if owner.dim() else Scattered(1, owner)
     if owner.numel() == 0:
         return Scattered(n, torch.full([1] * owner.dim(), -1))
+    if n == 1:
+        return Layout(1, inner=owner.shape[0]) if owner.dim() else Scattered(1, owner)
     for lenient in (False,) if exactly else (False, True):
         for axis in range(owner.dim() - 1, -1, -1):
             wide = sum(size != 1 for size in owner.shape)
