@@ -653,8 +653,8 @@ def test_owned_entries_come_from_their_sample_alone(precision):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_owned_entries_come_from_their_sample_alone_in_thousands_of_graphs(precision):
-    check_all(range(10_000, 14_000), precision)
-    check_all(range(20_000, 22_000), precision, length=20)
+    check_all(range(10_000, 12_000), precision)
+    check_all(range(20_000, 20_500), precision, length=20)
 
 
 def test_hardly_an_edge_is_called_mixed_that_is_not():
@@ -852,9 +852,9 @@ def test_individual_gradients_of_random_compositions_are_what_flows_through_thei
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Samples are mixed by")
 def test_individual_gradients_of_thousands_of_compositions_are_what_flows_through_their_rows():
-    check_all_individual_gradients(range(10_000, 13_000), length=6)
-    check_all_individual_gradients(range(20_000, 20_500), length=15)
-    check_all_individual_gradients(range(30_000, 30_100), length=5, sizes=(300, 2, 2))
+    check_all_individual_gradients(range(10_000, 12_000), length=6)
+    check_all_individual_gradients(range(20_000, 20_300), length=15)
+    check_all_individual_gradients(range(30_000, 30_030), length=5, sizes=(40, 2, 2))
 
 
 class Product(torch.autograd.Function):
