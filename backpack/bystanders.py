@@ -1,8 +1,8 @@
 """What users observe of a backward pass, tensor hooks and retained gradients, shows nothing of passes of our own.
 
 PyTorch runs the hooks of a tensor, and ``retain_grad()``, in every pass through its node. A pass of seeds is no
-gradient of the user's. Known are tensors that are computed while an extended module runs, its parameters, and inputs of
-extended losses; not what is computed between a model and its loss.
+gradient of the user's. Known are what came in and out of modules without children, inputs of extended losses, and in
+forward passes inside of a block all tensors.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
-
-from backpack.compat import is_active
 
 
 class _Thread(threading.local):
@@ -69,22 +68,50 @@ def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return guard
 
 
-class Guarding(TorchFunctionMode):
-    """Hooks that are registered inside do not run in passes of our own."""
+PASSED = "backpack passages"
+"""At the node that computed a module's outputs: what came in and out, for each of its calls."""
 
-    def __exit__(self, *exception: Any) -> None:
-        if is_active(self):
-            super().__exit__(*exception)
+RETAINED = "backpack retained"
+
+
+def note_retained(tensor: Tensor) -> None:
+    """Note at its node that a tensor retains its gradient."""
+    if tensor.grad_fn is not None:
+        metadata: Any = tensor.grad_fn.metadata
+        metadata.setdefault(RETAINED, []).append(ref(tensor))
+
+
+def observed(nodes: Iterable[Node]) -> Iterator[ref[Tensor] | Tensor]:
+    """The tensors that nodes know of."""
+    for node in nodes:
+        metadata: Any = node.metadata
+        for _, inputs, output, *_ in metadata.get(PASSED, ()):
+            for note in (*inputs, output):
+                for leaf in note[0] if type(note) is tuple else [note]:
+                    held = getattr(leaf, "held", None)
+                    if held is not None:
+                        yield held
+        yield from metadata.get(RETAINED, ())
+
+
+class Guarding(TorchFunctionMode):
+    """Nobody looks at what is computed inside: hooks that are registered do not run, no gradient is retained."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.register_hook:
-            args = (args[0], guarded(args[1]))
+            args = (args[0], _nothing)
+        elif func is Tensor.retain_grad:
+            return None
         return func(*args, **(kwargs or {}))
+
+
+def _nothing(grad: Tensor) -> None:
+    """A hook that does nothing."""
 
 
 def _is_ours(hook: Any) -> bool:
     """Also PyTorch's own: those of a fully sharded module gather its parameters."""
     name = getattr(hook, "__module__", None) or ""
-    return name in (__name__, "backpack.hooks") or name.startswith("torch.")
+    return name == __name__ or name.startswith("torch.")

@@ -8,11 +8,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 from weakref import ref
 
+from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import Module, RNNBase
 from torch.overrides import TorchFunctionMode
 
 from backpack.backward import STARTS, differentiate
+from backpack.bystanders import guarded, note_retained
 from backpack.compat import is_active
 from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
@@ -56,7 +58,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         if debug:
             print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
         attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
-    watch(module, EXTENDED[module])
+    watch(module)
     return module
 
 
@@ -77,7 +79,7 @@ class backpack:
         extension_hook: Called with each extended module without children once all results for it are stored,
             while the backward pass is still under way.
         debug: Print what is computed.
-        retain_graph: Keep what is recorded, for a further backward pass through the same graph.
+        retain_graph: Let ``module.input0`` and ``module.output`` stay readable after the backward pass.
 
     Raises:
         ValueError: An argument is no instance of an extension.
@@ -105,7 +107,7 @@ class backpack:
     def __enter__(self) -> None:
         drop_interrupted()
         block, blocks = Block(*self._arguments), HERE.blocks
-        self._starts = Starts(block) if block.first_order else None
+        self._starts = Starts(block)
 
         def abandon(_: Any) -> None:
             """Nothing is left that could call ``__exit__``: an interrupt came when it was entered."""
@@ -115,20 +117,18 @@ class backpack:
 
         block.manager = ref(self, abandon)
         blocks.append(block)
-        if self._starts is not None:
-            self._starts.__enter__()
+        self._starts.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._starts is not None:
-            self._starts.__exit__(kind, value, trace)
+        self._starts.__exit__(kind, value, trace)
         block = HERE.blocks.pop()
         block.manager = None
         block.clear()
         if HERE.blocks:
-            HERE.blocks[-1].task = max(HERE.blocks[-1].task, block.task)
-        if kind is None and block.extensions and block.task == -1:
+            HERE.blocks[-1].ran |= block.ran
+        if kind is None and block.extensions and not block.ran:
             warnings.warn(
                 "No backward pass of an extended module ran inside this backpack(...) block, so nothing was computed. "
                 "Call extend(model) before the forward pass, and loss.backward() inside the block.",
@@ -137,7 +137,7 @@ class backpack:
 
 
 class Starts(TorchFunctionMode):
-    """Sees backward passes begin inside of a block."""
+    """Sees backward passes begin inside of a block, and hooks being put on tensors."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -150,11 +150,15 @@ class Starts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in STARTS and HERE.blocks and HERE.blocks[-1] is self._block and not HERE.muted:
             return differentiate(self._block, func, args, kwargs or {})
+        if func is Tensor.register_hook:
+            args = (args[0], guarded(args[1]))
+        elif func is Tensor.retain_grad:
+            note_retained(args[0])
         return func(*args, **(kwargs or {}))
 
 
 class disable:
-    """Context in which forward passes record nothing."""
+    """Context in which forward passes leave no notes."""
 
     def __enter__(self) -> None:
         HERE.disabled += 1
@@ -164,7 +168,7 @@ class disable:
 
     @staticmethod
     def should_store_io() -> bool:
-        """Whether forward passes record at present."""
+        """Whether forward passes leave notes at present."""
         return HERE.disabled == 0
 
 

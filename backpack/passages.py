@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager as Context
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Identity, Module
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from backpack.bystanders import undisturbed
-from backpack.looped import nodes
+from backpack.bystanders import PASSED, undisturbed
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
@@ -46,9 +45,6 @@ def forget(module: Module) -> None:
     """Take away what stayed readable."""
     for name in LEFT.pop(module, ()):
         vars(module).pop(name, None)
-
-
-NOTED = "backpack passages"
 
 
 @dataclass(eq=False, slots=True)
@@ -112,30 +108,6 @@ class Passage:
     numbers: list[int]
     edges: list[GradientEdge | None]
     overwritten: list[int]
-
-    @classmethod
-    def of(cls, module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> Passage:
-        """Of a call that has just ended; ``tensors``: outputs that require a gradient; ``keep``: hold what came in."""
-        if len(inputs) == 1 and not keep and output is tensors[0] and isinstance(inputs[0], Tensor):
-            same = [0] if inputs[0] is output and not isinstance(module, Identity) else []
-            return cls(module, [_weakly(inputs[0])], _weakly(output), [output.output_nr], [None], same)
-        node = tensors[0].grad_fn
-        numbers = [tensor.output_nr for tensor in tensors if tensor.grad_fn is node]
-        outputs = list(map(id, tensors))
-        same = [place for place, value in enumerate(inputs) if id(value) in outputs]
-        overwritten = [] if same and isinstance(module, Identity) else same
-        edges: list[GradientEdge | None] = [None] * len(inputs)
-        hold = _weakly
-        if keep:
-
-            def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the hook that holds it
-                return Noted(tensor.detach() if id(tensor) in outputs else tensor, _version(tensor))
-
-            for place, value in enumerate(inputs):
-                if isinstance(value, Tensor) and value.requires_grad and place not in same:
-                    edges[place] = get_gradient_edge(value)
-        notes = [hold(value) if isinstance(value, Tensor) else _note(value, hold) for value in inputs]
-        return cls(module, notes, _note(output, hold), numbers, edges, overwritten)
 
     def readable(self) -> dict[str, Any]:
         """The attributes that can be served, but those that the module has of its own."""
@@ -201,18 +173,52 @@ class Passage:
         return InputGradients(self, node, g_out)
 
 
-def rest(passage: Passage, node: Node) -> None:
-    """Leave a passage at the node that computed its outputs, until a backward pass comes that wants it."""
+def leave_passage(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
+    """Leave at the node that computed a module's outputs what came in and out; ``keep``: hold it."""
+    keep = keep or is_ruled(module)
+    if type(output) is Tensor and len(args) == 1 and not (keep or kwargs):
+        x, node = args[0], output.grad_fn
+        if node is not None and isinstance(x, Tensor):
+            same = [0] if x is output and not isinstance(module, Identity) else []
+            left = (ref(module), [_weakly(x)], _weakly(output), [output.output_nr], [None], same)
+            metadata: Any = node.metadata
+            metadata.setdefault(PASSED, []).append(left)
+            return
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if tensors:
+        _leave(module, (*args, *kwargs.values()), output, tensors, keep)
+
+
+def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> None:
+    edges: list[GradientEdge | None] = [None] * len(inputs)
+    node = get_gradient_edge(tensors[0]).node
+    numbers = [edge.output_nr for tensor in tensors if (edge := get_gradient_edge(tensor)).node is node]
+    outputs = list(map(id, tensors))
+    same = [place for place, value in enumerate(inputs) if id(value) in outputs]
+    overwritten = [] if same and isinstance(module, Identity) else same
+    hold = _weakly
+    if keep:
+
+        def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the node that holds it
+            return Noted(tensor.detach() if id(tensor) in outputs else tensor, _version(tensor))
+
+        for place, value in enumerate(inputs):
+            if isinstance(value, Tensor) and value.requires_grad and place not in same:
+                edges[place] = get_gradient_edge(value)
+    notes = [hold(value) if isinstance(value, Tensor) else _note(value, hold) for value in inputs]
     metadata: Any = node.metadata
-    metadata.setdefault(NOTED, []).append(passage)
+    metadata.setdefault(PASSED, []).append((ref(module), notes, _note(output, hold), numbers, edges, overwritten))
 
 
-def wake(start: Node) -> Iterator[tuple[Passage, Node]]:
-    """The passages that were left at the nodes of a graph."""
-    for node in nodes(GradientEdge(start, 0)):
+def passed(nodes: Iterable[Node]) -> dict[Node, list[Passage]]:
+    """The calls of modules, by the node that computed their first output."""
+    found: dict[Node, list[Passage]] = {}
+    for node in nodes:
         metadata: Any = node.metadata
-        for passage in metadata.pop(NOTED, ()):
-            yield passage, node
+        for module, *known in metadata.get(PASSED, ()):
+            if (own := module()) is not None:
+                found.setdefault(node, []).append(Passage(own, *known))
+    return found
 
 
 def serve(passage: Passage | None) -> Context[None]:

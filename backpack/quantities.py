@@ -61,6 +61,7 @@ class Curvature(Ruled, Protocol):
     whole: bool
     backprop: str
     semidefinite: bool
+    needs_samples_apart: bool
 
     def compute(self, grads: Individual) -> Any:
         """The result of some seeds for one parameter."""

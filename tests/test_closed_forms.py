@@ -5,15 +5,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from truth import close
 
-from backpack.operations import RULES
-from backpack.operations.convolution import Convolution
-from backpack.operations.windows import Windows
-from backpack.samples import Layout, Rows
-from backpack.uses import Dense, Derived, Explicit, Individual, Lookup, PullbackUse, join
+from backpack.backward.arrivals import Arrival
+from backpack.backward.collector import Collector, Prepared
+from backpack.backward.plan import make_plan
+from backpack.graph import count_outputs, read
+from backpack.nodes import GeneralUse, PlacedUse
+from backpack.nodes.convolution import Convolution
+from backpack.samples import Layout, Subset
+from backpack.samples.owners import find_owners
+from backpack.uses import Cotangents, Dense, Derived, Explicit, Individual, Lookup, join
 from backpack.uses.dense import Transposed
+from backpack.uses.windows import Windows
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 N, T = 5, 3
@@ -73,6 +78,7 @@ def scratch(request, monkeypatch):
     for module in ("base", "dense", "lookup"):
         monkeypatch.setattr(f"backpack.uses.{module}.SCRATCH", request.param)
     monkeypatch.setattr("backpack.uses.dense.SMALL", request.param)
+    monkeypatch.setattr("backpack.nodes.general.ENTRIES", request.param)
 
 
 def randn(*shape):
@@ -111,36 +117,65 @@ CALLS = {
 }
 
 
+class Arrivals(Collector):
+    """What the cotangents of a call's output bring to its parameters, taken from the graph."""
+
+    def completed(self, leaf, contributions):
+        raise AssertionError("Nothing is to be computed.")
+
+    def at(self, out, cotangents, leaf, generic):
+        """Those at a parameter; ``generic``: of the general form."""
+        for node, uses in self.plan.uses.items():
+            own = [planned for planned in uses if planned.leaf is get_gradient_edge(leaf).node]
+            arrived = Cotangents(self.cotangents(out, cotangents, node) if own else {})
+            for planned in own:
+                if generic:
+                    layouts = [self.owners.owned.get((node, number)) for number in range(count_outputs(node))]
+                    yield Arrival(GeneralUse(node, planned.k, layouts), arrived, planned.layout, planned.turned)
+                else:
+                    yield self.arrival(node, planned, arrived)
+
+    def cotangents(self, out, cotangents, node):
+        """At a node below."""
+        places = [number for number in range(count_outputs(node)) if (node, number) in self.owners.owned]
+        edges = [GradientEdge(node, number) for number in places]
+        rows = [torch.autograd.grad(out, edges, seed, retain_graph=True) for seed in cotangents]
+        return {number: torch.stack(found) for number, found in zip(places, zip(*rows, strict=True), strict=True)}
+
+
 def bound(name, seeds, chosen, generic=False):
     """For each parameter of a call: what makes its individual gradients, and the truth by autograd."""
     function, arguments, options, axis = CALLS[name]
-    args = list(arguments())
-    data = {place for place, a in enumerate(args) if isinstance(a, torch.Tensor) and N in a.shape[axis : axis + 1]}
-    for place, argument in enumerate(args):
-        if isinstance(argument, torch.Tensor) and place not in data:
-            args[place] = argument.requires_grad_()
+    args = arguments()
+    leaves = [
+        argument.requires_grad_()
+        for argument in args
+        if isinstance(argument, torch.Tensor) and N not in argument.shape[axis : axis + 1]
+    ]
     out = function(*args, **options)
-    operation, layout = RULES[function](out, *args, **options), Layout(N, axis)
+    edge, layout = get_gradient_edge(out), Layout(N, axis)
+    graph, begin = read([edge]), {(edge.node, edge.output_nr): layout}
+    owners = find_owners(graph, begin, torch.Generator())
+    plan = make_plan(graph, owners, N, {get_gradient_edge(leaf).node for leaf in leaves})
+    assert not plan.entries and len(plan.expected) == len(leaves)
+    arrivals = Arrivals(Prepared(graph, begin, owners, plan))
     cotangents = randn(seeds, *out.shape)
-    rows = Rows(layout, None if chosen is None else torch.tensor(chosen))
-    grad = rows.take(cotangents, leading=1)
-    leaves, spec = pytree.tree_flatten((args, options))
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            uses = [use for tensor, use in operation.uses if tensor is leaf]
-            if generic:
-                uses = [PullbackUse(function, leaves, spec, place, sorted(data), [])]
-            owners = layout.owners(out.shape, out.device)
-            samples = range(N) if chosen is None else chosen
-            truth = [
-                torch.autograd.grad(out, leaf, seed * (owners == n), retain_graph=True)[0].to_dense()
-                for seed in cotangents
-                for n in samples
-            ]
-            yield (
-                lambda uses=uses, shape=leaf.shape: join([use.bind(grad, rows, shape) for use in uses]),
-                torch.stack(truth).unflatten(0, (seeds, len(samples))).detach(),
-            )
+    samples = range(N) if chosen is None else chosen
+    own = layout.owners(out.shape, out.device)
+    for leaf in leaves:
+
+        def make(leaf=leaf):
+            found = list(arrivals.at(out, cotangents, leaf, generic))
+            return join([arrival.individual(Subset(chosen), leaf.shape, leaf.dtype) for arrival in found])
+
+        for arrival in arrivals.at(out, cotangents, leaf, generic):
+            assert isinstance(arrival.use, (GeneralUse, PlacedUse)) == generic, "all of these have closed forms"
+        truth = [
+            torch.autograd.grad(out, leaf, seed * (own == n), retain_graph=True)[0].to_dense()
+            for seed in cotangents
+            for n in samples
+        ]
+        yield make, torch.stack(truth).unflatten(0, (seeds, len(samples))).detach()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -155,7 +190,7 @@ def test_closed_forms_of_each_function_agree_with_autograd(name, chosen, weighte
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_function_without_a_rule_gives_the_same_as_its_rule(name):
+def test_the_general_form_gives_the_same_as_the_normal_form(name, scratch):
     pairs = zip(bound(name, 2, None, generic=True), bound(name, 2, None), strict=True)
     for (make, dense), (other, other_dense) in pairs:
         laws(make, dense, other, other_dense)
@@ -206,7 +241,7 @@ def test_second_moments_of_patches_are_those_of_unfolded_images(small, data):
     out = F.conv2d(x, randn(1, x.shape[1], *kernel), None, stride, padding, dilation).shape[2:]
     windows = Windows(kernel, out, stride, [p for p in reversed(padding) for _ in range(2)], dilation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("backpack.operations.windows.SMALL", small)
+        patch.setattr("backpack.uses.windows.SMALL", small)
         found = windows.moments(x, 0.5)
     assert close(found, torch.einsum("nis,njs->ij", columns, columns) / 2, columns.square().sum(), 1e-12)
 
@@ -241,10 +276,8 @@ def individual(kind, v, n, s, g, r, c):
     if kind == "stored":
         value = randn(v, n, r, c)
         return lambda: Explicit(value), value, value.abs()
-    left, parameter, (inner, *found) = randn(r, r), randn(r, c).requires_grad_(), individual("rows", v, n, s, 1, r, c)
-    with torch.enable_grad():
-        tensor = left @ parameter
-    return lambda: Derived(inner(), tensor, parameter), left.T @ found[0], left.T.abs() @ found[1]
+    left, parameter, (inner, *found) = randn(r, r), randn(r, c), individual("rows", v, n, s, 1, r, c)
+    return lambda: Derived(inner(), parameter, left.T.__matmul__), left.T @ found[0], left.T.abs() @ found[1]
 
 
 @QUICK

@@ -8,10 +8,23 @@ import torch.nn.functional as F
 from hessians import blocks, sample_diagonals
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 from truth import close
 
 from backpack import backpack, extend
-from backpack.extensions import HMP, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, DiagHessianMC
+from backpack.extensions import (
+    EKFAC,
+    HMP,
+    KFAC,
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDiagHessian,
+    BatchGrad,
+    DiagGGNExact,
+    DiagHessian,
+    DiagHessianMC,
+    SqrtGGNExact,
+)
 
 
 def values(*shape):
@@ -297,20 +310,15 @@ def test_of_a_tied_embedding():
     check(TiedWords().double(), torch.randint(0, 5, (2, 3)), nn.CrossEntropyLoss(), torch.tensor([0, 4]))
 
 
-def test_of_parameters_that_enter_nonlinearly_is_exact_and_says_what_it_costs():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*column by column")
-        check(Nonlinear().double(), values(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
-    model, lossfunc = extend(Nonlinear().double()), extend(nn.CrossEntropyLoss())
-    with warnings.catch_warnings(record=True) as caught, backpack(DiagHessian()):
-        warnings.simplefilter("always")
-        lossfunc(model(values(3, 3)), torch.tensor([0, 2, 1])).backward()
-    said = sorted({str(w.message).split("costs ")[1] for w in caught})
-    assert said == [
-        "2 derivatives of second order.",
-        "4 derivatives of second order.",
-        "6 derivatives of second order.",
-    ]
+def test_of_parameters_that_enter_nonlinearly_is_exact():
+    check(Nonlinear().double(), values(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
+
+
+def test_what_many_entries_of_parameters_that_enter_nonlinearly_cost_is_said():
+    model = extend(nn.utils.parametrizations.weight_norm(nn.Linear(40, 30)).double())
+    lossfunc = extend(nn.CrossEntropyLoss())
+    with pytest.warns(UserWarning, match="costs 1230 derivatives of second order"), backpack(DiagHessian()):
+        lossfunc(model(values(3, 40)), torch.tensor([0, 2, 1])).backward()
 
 
 def test_samples_without_a_gradient_have_no_residual_at_all():
@@ -405,18 +413,90 @@ def test_a_piecewise_linear_network_has_the_diagonal_of_the_ggn():
     assert all(close(p.diag_h, p.diag_ggn_exact) for p in model.parameters())
 
 
-def test_samples_that_are_mixed_are_an_error():
-    class Centered(nn.Module):
-        def forward(self, x):
-            h = x.T.tanh().T
-            return h - h.mean(0, keepdim=True)
+class Centered(nn.Module):
+    def forward(self, x):
+        h = x.T.tanh().T
+        return h - h.mean(0, keepdim=True)
 
-    model, lossfunc = (
-        nn.Sequential(nn.Linear(3, 3), Centered(), nn.Linear(3, 3)).double(),
-        extend(nn.CrossEntropyLoss()),
-    )
-    with pytest.raises(RuntimeError, match="samples are mixed"), backpack(DiagHessian()):
-        lossfunc(extend(model)(values(3, 3)), torch.tensor([0, 2, 1])).backward()
+
+MIXING = {
+    "centered": (lambda: nn.Sequential(nn.Linear(3, 3), Centered(), nn.Linear(3, 3)), (3, 3)),
+    "batch_norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)),
+        (4, 3),
+    ),
+    "branch": (
+        lambda: Net(
+            lambda m, x: m.out(m.a(x) + m.norm(m.b(x)).tanh()),
+            a=nn.Linear(3, 4), b=nn.Linear(3, 4), norm=nn.BatchNorm1d(4), out=nn.Linear(4, 3),
+        ),
+        (4, 3),
+    ),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, 3)
+        ),
+        (3, 1, 4, 4),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Samples are mixed by")
+@pytest.mark.parametrize("subsampling", [None, [2, 0, 2]])
+@pytest.mark.parametrize("name", list(MIXING))
+def test_where_samples_are_mixed_curvature_is_that_of_their_terms(name, subsampling):
+    """The Hessian of each term of the loss, and its Gauss-Newton matrix, by the Jacobian of its row."""
+    build, shape = MIXING[name]
+    model, X = build().double(), values(*shape)
+    y = torch.arange(len(X)) % 3
+    chosen = list(range(len(X))) if subsampling is None else subsampling
+    parameters = list(model.parameters())
+    hessians, ggns = [], []
+    for n in chosen:
+        out = model(X)[n]
+        term = cross_entropy(out[None], y[n : n + 1]) / len(X)
+        grads = torch.autograd.grad(term, parameters, create_graph=True)
+        own = [
+            torch.stack([torch.autograd.grad(e, p, retain_graph=True)[0].flatten()[k] for k, e in enumerate(g.flatten())])
+            for p, g in zip(parameters, grads, strict=True)
+        ]
+        hessians.append([diagonal.reshape(p.shape) for p, diagonal in zip(parameters, own, strict=True)])
+        probability = out.detach().softmax(0)
+        middle = (torch.diag(probability) - torch.outer(probability, probability)) / len(X)
+        rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in out]
+        jacobians = [torch.stack(own) for own in zip(*rows, strict=True)]
+        ggns.append([torch.einsum("c...,cd,d...->...", j, middle, j) for j in jacobians])
+    extend(model)
+    lossfunc = extend(nn.CrossEntropyLoss())
+    s = {"subsampling": subsampling}
+    with backpack(
+        DiagHessian(**s), BatchDiagHessian(**s), DiagGGNExact(**s), BatchDiagGGNExact(**s), SqrtGGNExact(**s)
+    ):
+        lossfunc(model(X), y).backward()
+    for k, p in enumerate(parameters):
+        hessian, ggn = (torch.stack([own[k] for own in terms]) for terms in (hessians, ggns))
+        assert close(p.diag_h_batch, hessian, rtol=1e-8) and close(p.diag_h, hessian.sum(0), rtol=1e-8)
+        assert close(p.diag_ggn_exact_batch, ggn, rtol=1e-8) and close(p.diag_ggn_exact, ggn.sum(0), rtol=1e-8)
+        assert close(p.sqrt_ggn_exact.square().sum(0), ggn, rtol=1e-8)
+
+
+@pytest.mark.parametrize("extension", [KFAC, KFLR, EKFAC])
+def test_kronecker_factors_below_what_mixes_samples_are_an_error_and_those_above_are_right(extension):
+    model, X, y = MIXING["batch_norm"][0]().double(), values(4, 3), torch.tensor([0, 2, 1, 0])
+    extend(model)
+    lossfunc = extend(nn.CrossEntropyLoss())
+    with pytest.raises(RuntimeError, match=r"mixed by NativeBatchNorm.*0\.weight, 0\.bias, Kronecker"):
+        with backpack(extension()):
+            lossfunc(model(X), y).backward()
+    assert not any(p.grad is not None for p in model.parameters())
+    model[0].requires_grad_(False)
+    with backpack(KFLR()):
+        lossfunc(model(X), y).backward()
+    head = extend(nn.Linear(4, 3).double())
+    head.load_state_dict(model[3].state_dict())
+    with backpack(KFLR()):
+        lossfunc(head(model[:3](X).detach()), y).backward()
+    assert all(close(a, b) for a, b in zip(model[3].weight.kflr, head.weight.kflr, strict=True))
 
 
 def test_a_function_without_second_derivatives_is_an_error_that_names_it():
@@ -525,26 +605,26 @@ def test_the_estimate_with_create_graph_is_unbiased_and_differentiable():
 
 
 class Dropping(nn.Module):
-    """Dropout before a recurrent layer, and a buffer that counts forward passes."""
+    """Dropout before a fused layer, and a buffer that counts forward passes."""
 
     def __init__(self):
         super().__init__()
-        self.drop, self.layer = nn.Dropout(0.5), nn.GRU(3, 3, batch_first=True)
+        self.drop, self.layer = nn.Dropout(0.5), nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0, batch_first=True)
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):
         self.count += 1
-        return self.layer(self.drop(x))[0]
+        return self.layer(self.drop(x))
 
 
-def test_dropout_before_a_recurrent_layer_asks_for_a_forward_pass_inside_the_block():
+def test_dropout_before_a_fused_layer_asks_for_a_forward_pass_inside_the_block():
     model, lossfunc, X, y = Dropping().double(), nn.MSELoss(), values(2, 3, 3), values(2, 3, 3)
     torch.manual_seed(1)
     dropped = model.drop(X)
     torch.manual_seed(1)
     plain = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()))
     state = torch.get_rng_state()
-    truth = sample_diagonals(model.layer, dropped, lambda out, y: lossfunc(out[0], y), y)
+    truth = sample_diagonals(model.layer, dropped, lossfunc, y)
     extend(model), extend(lossfunc)
     loss = lossfunc(model(X), y)
     with pytest.raises(RuntimeError, match="forward pass inside the backpack"), backpack(DiagHessian()):
@@ -588,9 +668,18 @@ def test_samples_of_a_model_with_a_state_of_all_are_selected_in_the_graph_of_all
     with backpack(DiagGGNExact(subsampling=[2, 0])):
         lossfunc(model(X), y).backward()
     assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
-    for extension in (DiagHessian(subsampling=[0]), HMP(subsampling=[0])):
-        with pytest.raises(RuntimeError, match="from call to call"), backpack(extension):
-            lossfunc(model(X), y).backward()
+    model.state = state
+    term = (model(X)[0] - y[0]).square().sum() / size
+    with backpack(DiagHessian(subsampling=[0])):
+        model.state = state
+        lossfunc(model(X), y).backward()
+    for p, grad in zip(
+        model.parameters(), torch.autograd.grad(term, list(model.parameters()), create_graph=True), strict=True
+    ):
+        rows = [torch.autograd.grad(e, p, retain_graph=True)[0].flatten()[k] for k, e in enumerate(grad.flatten())]
+        assert close(p.diag_h.flatten(), torch.stack(rows))
+    with pytest.raises(RuntimeError, match="from call to call"), backpack(HMP(subsampling=[0])):
+        lossfunc(model(X), y).backward()
 
 
 class Two(nn.Module):

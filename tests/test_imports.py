@@ -38,11 +38,20 @@ def test_imports_go_in_no_circle():
     TopologicalSorter({name: set(imported(name)) - {name} for name in FILES}).prepare()
 
 
-def test_what_computes_knows_no_quantity_operation_nor_loss():
-    passes = {f"backpack.{name}" for name in ("engine", "recorder", "delivery", "seeds", "hessian", "samples")}
+def files(*names):
+    """Those of the package with these names, and all below them."""
+    own = tuple(f"backpack.{name}" for name in names)
+    return [file for file in FILES if file in own or file.startswith(tuple(f"{name}." for name in own))]
+
+
+def test_what_computes_knows_no_quantity_node_nor_loss():
+    passes = files("engine", "backward", "curvature", "nodes", "graph", "samples", "uses", "twice")
+    needed = ("engine", "backward.collector", "curvature.seeds", "curvature.hessian")
+    assert {f"backpack.{name}" for name in needed} <= set(passes)
     assert not [one for name in passes for one in imported(name) if one.startswith("backpack.extensions")]
-    passes -= {"backpack.recorder", "backpack.seeds"}  # they know the registries
-    assert not [one for name in passes for one in imported(name) if one.startswith("backpack.operations")]
+    passes = files("engine", "curvature.hessian", "graph", "samples", "uses")  # the others know the registries
+    assert not [one for name in passes for one in imported(name) if one.startswith("backpack.nodes")]
+    passes += files("backward")
     assert not [one for name in passes for one in imported(name) if one.startswith("backpack.losses")]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from truth import through_rows
 
-from backpack import backpack, extend, hooks
+from backpack import backpack, extend
 from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
 
 F64 = torch.float64
@@ -1280,8 +1280,7 @@ def _create_graph(m: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("use", [_plain, _penalty, _create_graph, _residual, _dict, _object])
-def test_nothing_of_a_step_stays(use, monkeypatch):
-    monkeypatch.setattr(hooks, "RECORD", False)  # what is recorded for second order holds the arguments of a call
+def test_nothing_of_a_step_stays(use):
     model = _relu_first()
     kept: list[Any] = []
     hook = model.register_forward_hook(lambda *given: kept.append(weakref.ref(given[2])))

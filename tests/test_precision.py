@@ -21,7 +21,7 @@ from backpack.extensions import (
     SumGradSquared,
     Variance,
 )
-from backpack.operations.convolution import Convolution
+from backpack.nodes.convolution import Convolution
 
 EXTENSIONS = (BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact)
 

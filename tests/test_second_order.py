@@ -24,7 +24,7 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
-from backpack.joined import Joined
+from backpack.curvature.joined import Joined
 
 
 def explicit(model, X, lossfunc, y, n):
@@ -373,7 +373,7 @@ POOLINGS = {
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_seeds_go_through_max_pooling_by_turns(name, monkeypatch):
-    monkeypatch.setattr("backpack.pooling.SMALL", 0)
+    monkeypatch.setattr("backpack.curvature.pooling.SMALL", 0)
     torch.manual_seed(0)
     expected, rectified, *layers = POOLINGS[name]
     model = extend(nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(4)).double())

@@ -59,9 +59,9 @@ def test_averaged_and_positive_curvature_are_verified(subsampling):
 @pytest.mark.parametrize(
     ("place", "extension"),
     [
-        ("backpack.averaged.second_moment", KFRA()),
-        ("backpack.averaged_hessian.AveragedHessianPass._modified", HBP("hessian", "sum", "average", "E[J^T E(H) J]")),
-        ("backpack.residuals.residual.Blocks._to_blocks", PCHMP()),
+        ("backpack.curvature.averaged.second_moment", KFRA()),
+        ("backpack.curvature.averaged_hessian.AveragedHessianPass._modified", HBP("hessian", "sum", "average", "E[J^T E(H) J]")),
+        ("backpack.curvature.residuals.residual.Blocks._to_blocks", PCHMP()),
     ],
 )
 def test_broken_curvature_is_found_wrong(place, extension, monkeypatch):

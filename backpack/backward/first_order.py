@@ -6,8 +6,7 @@ runs, while its saved tensors are still there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,42 +15,34 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
-from backpack.backward.plan import Plan, PlannedUse
+from backpack.backward.collector import Collector, Prepared
+from backpack.backward.plan import PlannedUse
 from backpack.backward.region import pull_through
-from backpack.bystanders import undisturbed
+from backpack.bystanders import observed, undisturbed
 from backpack.compat import pull_back
 from backpack.engine import HERE, Block, without_autocast
-from backpack.graph import Graph, count_outputs, kind, variable_of
-from backpack.landmarks import MARK
-from backpack.nodes import FORMS, GeneralUse, Place, PlacedUse, use_of
+from backpack.graph import count_outputs, kind, variable_of
+from backpack.nodes import FORMS, GeneralUse, PlacedUse
 from backpack.quantities import Quantity
 from backpack.samples import Subset
-from backpack.samples.owners import Edge, Owners
-from backpack.uses import Cotangents, Explicit, Use
+from backpack.samples.owners import Edge
+from backpack.uses import Cotangents, Explicit
 from backpack.watched import watched, without_rules
 
 
-class FirstOrderPass:
-    """What has arrived in one backward pass.
-
-    Args:
-        block: Whose extensions are computed.
-        graph: All that the pass may visit.
-        owners: Whose rows the cotangents are.
-        plan: The uses of parameters.
+class FirstOrderPass(Collector):
+    """What has arrived in one backward pass, for the extensions of a block.
 
     A pass ``is_partial`` that ends before some leaves. A node that runs by itself inside of one gives only what the
     pass needs: such calls are ``deferred`` to its end, and the graph has to be kept until then.
     """
 
-    def __init__(self, block: Block, graph: Graph, owners: Owners, plan: Plan) -> None:
-        self.block, self.graph, self.owners, self.plan = block, graph, owners, plan
-        self.found: dict[Node, Contributions] = {}
+    def __init__(self, block: Block, prepared: Prepared) -> None:
+        super().__init__(prepared)
+        self.block = block
         self.complete: set[Node] = set()
-        self.entering: dict[Node, dict[int, Contributions]] = {}
         self.postponed: list[tuple[Quantity, Contributions, Tensor]] = []
         self.handles: list[Any] = []
-        self.places: dict[Node, int] = {}
         self.is_partial = False
         self.deferred: list[tuple[PlannedUse, Arrival]] = []
         extensions = block.first_order
@@ -59,7 +50,7 @@ class FirstOrderPass:
             block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions)
         )
         self.groups = [(group[0].subset, [name for e in group for name in e.reads], group) for group in block.groups]
-        devices = {variable_of(leaf).device.type for leaf in plan.expected}
+        devices = {variable_of(leaf).device.type for leaf in self.plan.expected}
         self.under_autocast = any(map(torch.is_autocast_enabled, devices))
 
     @property
@@ -85,7 +76,6 @@ class FirstOrderPass:
         """The cotangents of a node's outputs are complete."""
         if HERE.muted or HERE.inner is not None:
             return
-        self.block.enter_pass()
         cotangents = Cotangents({number: grad[None] for number, grad in enumerate(grads) if grad is not None})
         if not cotangents:
             return
@@ -99,7 +89,7 @@ class FirstOrderPass:
         """Take the cotangents of a node's outputs to all that the node uses."""
         simple = self.is_simple and not self.is_partial
         for planned in self.plan.uses[node]:
-            arrival = self._arrival(node, planned, cotangents)
+            arrival = self.arrival(node, planned, cotangents)
             if simple and planned.is_alone and not arrival.turned:
                 self._compute_alone(planned.leaf, arrival)  # type: ignore[arg-type]
             elif self.is_partial and isinstance(arrival.use, (GeneralUse, PlacedUse)):
@@ -123,31 +113,20 @@ class FirstOrderPass:
         block.finished.add(id(parameter))
         block.owners_done(parameter, block.finished)
 
-    def _of(self, leaf: Node) -> Contributions:
-        """What has arrived at a parameter."""
-        if leaf not in self.found:
-            parameter = variable_of(leaf)
-            self.found[leaf] = Contributions(parameter.shape, parameter.dtype, parameter.device, parameter)
-        return self.found[leaf]
-
     def _take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
         if planned.leaf is not None:
-            contributions = self._of(planned.leaf)
+            contributions = self.contributions(planned.leaf)
             self.block.seen.add(id(contributions.tensor))
             self._note(contributions, arrival, self._is_last(planned.leaf))
-            self._count(planned.leaf)
+            self.count(planned.leaf)
             return
         assert planned.entry is not None
-        entry, number = planned.entry
-        entered = self.entering.setdefault(entry, {})
-        if number not in entered:
-            entered[number] = Contributions(*form_of(entry, number))
-        self._note(entered[number], arrival, at_once=False)
+        self._note(self.contributions_at(planned.entry), arrival, at_once=False)
 
     def _is_last(self, leaf: Node) -> bool:
         """Whether one more arrival completes a parameter whose results are computed at once."""
         postponed = any(extension.needs_all_parameters for extension in self.block.first_order)
-        return self._of(leaf).count + 1 == self.plan.expected[leaf] and not postponed
+        return self.contributions(leaf).count + 1 == self.plan.expected[leaf] and not postponed
 
     def _note(self, contributions: Contributions, arrival: Arrival, at_once: bool) -> None:
         """Note an arrival; of what can't be computed any more when the node has run, the individual gradients."""
@@ -157,19 +136,6 @@ class FirstOrderPass:
         for key, subset in self.subsets.items():
             pulled = Explicit(arrival.individual(subset, contributions.shape, contributions.dtype).dense())
             contributions.pulled.setdefault(key, []).append(pulled)
-
-    def _arrival(self, node: Node, planned: PlannedUse, cotangents: Cotangents) -> Arrival:
-        if planned.sent is not None:
-            use: Use | None = PlacedUse(node, planned.k, planned.sent, count_outputs(node))
-            return Arrival(use, cotangents, planned.sent, planned.turned)  # type: ignore[arg-type]
-        use = None
-        if planned.number == 0 and len(cotangents) == 1 and 0 in cotangents:
-            use = use_of(Place(node, planned.k, 0, planned.layout))
-        if use is None:
-            layouts = [self.owners.owned.get((node, number)) for number in range(count_outputs(node))]
-            is_mixed = planned.entry is not None and planned.entry[0] in self.plan.mixed
-            use = GeneralUse(node, planned.k, layouts, is_mixed)
-        return Arrival(use, cotangents, planned.layout, planned.turned)
 
     @property
     def subsets(self) -> dict[Any, Subset]:
@@ -183,8 +149,6 @@ class FirstOrderPass:
 
     def enter(self, node: Node) -> None:
         """Pull what entered a region through a node on to the parameters behind it."""
-        if not self.places:
-            self.places.update({node: place for place, node in enumerate(self.graph.order)})
         entered = self.entering.pop(node)
         with without_autocast(next(iter(entered.values())).device):
             for key, subset in self.subsets.items():
@@ -192,24 +156,16 @@ class FirstOrderPass:
                 one_by_one = node in self.plan.mixed
                 for leaf, grad in pull_through(self.graph, self.places, node, grads, one_by_one).items():
                     if leaf in self.plan.expected:
-                        self._of(leaf).pulled.setdefault(key, []).append(Explicit(grad[None]))
+                        self.contributions(leaf).pulled.setdefault(key, []).append(Explicit(grad[None]))
             for leaf in self.plan.entries[node]:
                 self.block.seen.add(id(variable_of(leaf)))
-                self._count(leaf)
+                self.count(leaf)
 
-    def _count(self, leaf: Node) -> None:
-        contributions = self._of(leaf)
-        contributions.count += 1
-        if contributions.count == self.plan.expected[leaf]:
-            self.complete.add(leaf)
-            self._complete(contributions)
-            if not any(extension.needs_all_parameters for extension in self.block.first_order):
-                contributions.arrivals, contributions.pulled = [], {}
-
-    def _complete(self, contributions: Contributions) -> None:
-        """All uses have contributed: compute the results."""
+    def completed(self, leaf: Node, contributions: Contributions) -> None:
+        """Compute the results of a parameter."""
         block, parameter = self.block, contributions.tensor
         assert parameter is not None
+        self.complete.add(leaf)
         name = name_of(parameter)
         if contributions.arrivals or contributions.pulled:
             for group in block.groups:
@@ -218,6 +174,8 @@ class FirstOrderPass:
                     self._compute(contributions, name, extensions)
         block.finished.add(id(parameter))
         block.owners_done(parameter, block.finished)
+        if not any(extension.needs_all_parameters for extension in block.first_order):
+            contributions.arrivals, contributions.pulled = [], {}
 
     def _compute(self, contributions: Contributions, name: str, extensions: list[Quantity]) -> None:
         block, parameter = self.block, contributions.tensor
@@ -233,15 +191,6 @@ class FirstOrderPass:
             else:
                 block.store(parameter, extension.savefield, extension.compute(grads))
 
-    @contextmanager
-    def continued(self) -> Iterator[None]:
-        """Cotangents that arrive inside belong to the pass that has just ended."""
-        self.block.is_continued = True
-        try:
-            yield
-        finally:
-            self.block.is_continued = False
-
     def take(self, targets: Sequence[GradientEdge], found: Sequence[Tensor | None]) -> None:
         """Cotangents that reached outputs of nodes which do not run."""
         arrived: dict[Node, list[Tensor | None]] = {}
@@ -253,54 +202,19 @@ class FirstOrderPass:
 
     def pull_on(self, ends: dict[Edge, Tensor]) -> None:
         """Send cotangents on to the uses below edges at which the pass has ended, without gradients of parameters."""
-        targets = self.outputs_of(self.lowest_uses([node for node, _ in ends]))
+        targets = self.outputs_of(self.lowest([node for node, _ in ends], self.plan.uses))
         if not targets:
             return
         edges = [GradientEdge(node, number) for node, number in ends]
-        tensors: list[Any] = []
-        for node, number in ends:
-            metadata: Any = node.metadata
-            tensors += metadata[MARK, number].tensors if (MARK, number) in metadata else []
-        with undisturbed(tensors):
+        with undisturbed(observed(self.graph.order)):
             self.take(targets, pull_back(edges, targets, list(ends.values()), torch.is_grad_enabled()))
-
-    def outputs_of(self, nodes: Sequence[Node]) -> list[GradientEdge]:
-        """The outputs of nodes' functions that belong to samples."""
-        counts = [(node, range(count_outputs(node))) for node in nodes]
-        owned = self.owners.owned
-        return [GradientEdge(node, number) for node, count in counts for number in count if (node, number) in owned]
-
-    def lowest_uses(self, starts: Sequence[Node], among: set[Node] | None = None) -> list[Node]:
-        """From these nodes on, those that use parameters and have no other such node below them.
-
-        ``among``: those that count.
-        """
-        below: set[Node] = set()
-        seen = set(starts)
-        pending = list(starts)
-        while pending:
-            for other, _ in self.graph.edges[pending.pop()]:
-                if other is not None and other not in seen:
-                    seen.add(other)
-                    pending.append(other)
-        lowest = []
-        for node in reversed(self.graph.order):
-            if node not in seen:
-                continue
-            if any(other in below for other, _ in self.graph.edges[node] if other is not None):
-                below.add(node)
-            elif node in (self.plan.uses if among is None else among):
-                below.add(node)
-                lowest.append(node)
-        return lowest
 
     def finish(self) -> None:
         """What had to wait for the end of the pass, regions that it did not run, and what needs all parameters."""
         deferred, self.deferred, self.is_partial = self.deferred, [], False
         for planned, arrival in deferred:
             self._take_in(planned, arrival)
-        order = {node: place for place, node in enumerate(self.graph.order)} if self.entering else {}
-        for node in sorted(self.entering, key=order.__getitem__):
+        for node in sorted(self.entering, key=self.places.__getitem__) if self.entering else ():
             self.enter(node)
         for extension in self.block.first_order:
             own = [(found, measure) for other, found, measure in self.postponed if other is extension]
@@ -316,12 +230,6 @@ class FirstOrderPass:
     def missed(self) -> list[Tensor]:
         """Parameters of which not all uses were reached."""
         return [variable_of(leaf) for leaf in self.plan.expected if leaf not in self.complete]
-
-
-def form_of(node: Node, number: int) -> tuple[torch.Size, torch.dtype, torch.device]:
-    """Shape, data type and device of an output of a node's function."""
-    metadata = node._input_metadata[number]
-    return torch.Size(metadata.shape), metadata.dtype, metadata.device
 
 
 def name_of(parameter: Tensor) -> str:

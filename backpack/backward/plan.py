@@ -68,7 +68,9 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
             if leaf is None:
                 if edge not in mixed:
                     continue
-                leaf, turned = _parameter_behind(other, behind_it, graph.edges)
+                edge, turned = _behind_transpositions(other, behind_it, graph.edges)
+                other = edge[0]
+                leaf = other if other.name() == LEAF else None
             if layout is None:
                 number, layout = next((nr, own) for nr in range(99) if (own := owned.get((node, nr))) is not None)
             if leaf is not None:
@@ -80,14 +82,16 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
                 leaves = _reached(other, graph, wanted, behind)
                 if not leaves:
                     continue
-                found = PlannedUse(k, number, layout, sent[k], entry=edge)
+                found = PlannedUse(k, number, layout, sent[k], None, turned, edge)
                 if other not in plan.entries:
                     plan.entries[other] = list(leaves)
                     for leaf in leaves:
                         plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
             plan.uses.setdefault(node, []).append(found)
     for edge, layout in owners.joined.items():
-        leaf, turned = _parameter_behind(*edge, graph.edges)
+        behind_it, turned = _behind_transpositions(*edge, graph.edges)
+        leaf = behind_it[0] if behind_it[0].name() == LEAF else None
+        turned = turned and leaf is not None
         leaves = [leaf] if leaf is not None else _reached(edge[0], graph, wanted, behind)
         for node, k, number in graph.incoming[edge[0]]:
             if not leaves or number != edge[1] or node in owners.sends or (node, -1) in mixed:
@@ -114,20 +118,25 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
     return plan
 
 
-def _parameter_behind(node: Node, number: int, edges: dict[Node, Any]) -> tuple[Node | None, bool]:
-    """The parameter that an edge leads to by transpositions and casts alone, and whether it is transposed."""
+def _behind_transpositions(node: Node, number: int, edges: dict[Node, Any]) -> tuple[Edge, bool]:
+    """What an edge leads to by transpositions and casts alone, and whether it is transposed.
+
+    It stays as it is where only data are behind.
+    """
     turned = False
     while node.name() != LEAF:
         name = kind(node)
         if name == "T" or (name == "Transpose" and len(shape_of(node, number)) == 2):
-            turned = not turned
-        elif name != "ToCopy":
-            return None, False
+            following_turned = not turned
+        elif name == "ToCopy":
+            following_turned = turned
+        else:
+            break
         (following,) = edges[node]
-        node, number = following
-        if node is None:
-            return None, False
-    return node, turned
+        if following[0] is None:
+            break
+        (node, number), turned = following, following_turned
+    return (node, number), turned
 
 
 def _reached(start: Node, graph: Graph, wanted: set[Node], behind: dict[Node, list[Node]]) -> Sequence[Node]:

@@ -41,6 +41,8 @@ class BackpropExtension:
     """``None``: of first order. Otherwise which columns of the loss Hessian's root are pulled back."""
     needs_all_parameters = False
     bounds_influence = False
+    needs_samples_apart = False
+    """Whether it is not defined for parameters below what mixes samples."""
     reads: tuple[str, ...] = ()
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
     batches: Merging | Joined | None = None

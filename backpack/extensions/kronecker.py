@@ -64,6 +64,7 @@ class KroneckerExtension(CurvatureExtension):
             than 32,768 rows (4 GiB in ``float32``).
     """
 
+    needs_samples_apart = True
     separated = False
     """Whether output and input factors that are summed in one factor are kept apart, since they scale differently."""
 

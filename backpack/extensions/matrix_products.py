@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
-from backpack.products import CurvatureBlocks, Product
+from backpack.curvature.products import CurvatureBlocks, Product
 
 
 class MatrixProduct(CurvatureExtension):

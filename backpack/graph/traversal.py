@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,21 @@ class Graph:
     incoming: dict[Node, list[Incoming]]
 
 
-def read(roots: Iterable[GradientEdge]) -> Graph:
-    """Go through a graph, without recursion."""
-    roots = list(roots)
+def read(roots: Iterable[GradientEdge], instead: Mapping[tuple[Node, int], tuple[Node, int]] | None = None) -> Graph:
+    """Go through a graph, without recursion.
+
+    ``instead``: edges, as node and number, that others take the place of.
+    """
+    roots = [root if not instead else GradientEdge(*instead.get(root[:2], root[:2])) for root in roots]
     edges: dict[Node, Any] = {}
     incoming: dict[Node, list[Incoming]] = {root.node: [] for root in roots}
     pending = list(incoming)
     while pending:
         node = pending.pop()
-        edges[node] = following = node.next_functions
+        following = node.next_functions
+        if instead:
+            following = tuple(instead.get(edge, edge) for edge in following)
+        edges[node] = following
         for k, (other, number) in enumerate(following):
             if other is None:
                 continue

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from backpack.graph import call
-from backpack.looped import must_loop
+from backpack.graph.looped import must_loop
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, Explicit, Individual, Use
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.nodes.registry import Place, form
-from backpack.operations.recurrent import lstm_direction
+from backpack.twice.recurrent import lstm_direction
 from backpack.samples import Layout, Rows
 from backpack.uses import Cotangents, Individual, Use, join
 from backpack.uses.replay import Linear, Replay

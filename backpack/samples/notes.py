@@ -46,6 +46,23 @@ class Note:
     place: int
     is_packed: bool = False
     """Whether the output is a packed sequence, whose rows are no samples."""
+    is_of_base: bool = False
+    """Whether it is not left at the output itself, but at what this is a view of."""
+    output: tuple[ref[Tensor], int] | None = None
+    """Weakly, with its version."""
+    attached: tuple[Any, Any] | None = None
+    """The arguments with their graph, if a gradient flows on to them."""
+    random: list[Tensor] | None = None
+    """The state of the generators when the call began, if that was asked for."""
+
+    @property
+    def value(self) -> Tensor | None:
+        """The output, if it is still there as it was."""
+        tensor = None if self.output is None else self.output[0]()
+        if tensor is None or self.output is None:
+            return None
+        tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
+        return tensor if tensor._version == self.output[1] else None
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -86,44 +103,65 @@ def leaves_of(value: Any) -> list[Any]:
     )
 
 
-def leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int) -> None:
+def leave_note(
+    module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None = None
+) -> None:
     """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such."""
-    missing: list[Any] = []
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value if value.is_inference() or not value.requires_grad else value.detach()
-        if type(value) in (tuple, list):
-            return type(value)([cut(entry) for entry in value])
-        if type(value) is dict:
-            return {key: cut(entry) for key, entry in value.items()}
-        if isinstance(value, PLAIN):
-            return value
-        found = [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        missing.append(value)  # it may get to hold an output
-        return found
-
-    arguments = cut((args, kwargs))
+    copied = _Copy()
+    arguments = copied((args, kwargs))
     inputs = {}
     for tensor in leaves_of((args, kwargs)):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             edge = get_gradient_edge(tensor)
             inputs[edge.node, edge.output_nr] = tensor
+    attached = _Copy(attached=True)((args, kwargs)) if inputs and copied.is_complete else None
     packed = any(isinstance(part, PackedSequence) for part in (output, *(output if type(output) is tuple else ())))
     note: Note | None = None
+    cut: Note | None = None
     for place, tensor in enumerate(leaves_of(output)):
         if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
             continue
-        note = Note(ref(module), arguments, not missing, axis, place, packed)
-        for value in (tensor, tensor._base):
+        note = Note(ref(module), arguments, copied.is_complete, axis, place, packed)
+        note.output, note.attached, note.random = _weakly(tensor), attached, random
+        for value in (tensor, tensor._base):  # of a view, which an operation in place takes its own node from
             node = None if value is None else value.grad_fn
-            if value is None or node is None or (node, value.output_nr) in inputs:  # handed through
+            if value is None or node is None:
                 continue
             metadata: Any = node.metadata
-            metadata.setdefault(OUTPUT, {})[value.output_nr] = note
-    for node, _ in inputs if note is not None else ():
-        metadata = node.metadata
-        metadata[INPUT] = note
+            if (node, value.output_nr) in inputs:  # handed through, or overwritten: a node must not hold itself
+                cut = cut or dataclasses.replace(note, attached=None)
+                metadata.setdefault(OUTPUT, {}).setdefault(value.output_nr, cut)
+            else:
+                own = note if value is tensor else dataclasses.replace(note, is_of_base=True)
+                metadata.setdefault(OUTPUT, {})[value.output_nr] = own
+    if note is not None and inputs:
+        cut = cut or dataclasses.replace(note, attached=None)
+        for node, _ in inputs:
+            metadata = node.metadata
+            metadata[INPUT] = cut
+
+
+class _Copy:
+    """Copies the containers of arguments, which may get to hold an output, and cuts tensors off from the graph."""
+
+    def __init__(self, attached: bool = False) -> None:
+        self.attached, self.is_complete = attached, True
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if self.attached or value.is_inference() or not value.requires_grad else value.detach()
+        if type(value) in (tuple, list):
+            return type(value)([self(entry) for entry in value])
+        if type(value) is dict:
+            return {key: self(entry) for key, entry in value.items()}
+        if isinstance(value, PLAIN):
+            return value
+        self.is_complete = False
+        return [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _weakly(tensor: Tensor) -> tuple[ref[Tensor], int]:
+    return ref(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:

@@ -6,7 +6,6 @@ from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
 from backpack.uses.joint import Joint, join
 from backpack.uses.lookup import Lookup, LookupUse
-from backpack.uses.pullback import Pullback, PullbackUse
 
 __all__ = [
     "Cotangents",
@@ -19,8 +18,6 @@ __all__ = [
     "Joint",
     "Lookup",
     "LookupUse",
-    "Pullback",
-    "PullbackUse",
     "Use",
     "join",
 ]

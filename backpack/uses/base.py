@@ -203,10 +203,6 @@ class Cotangents(dict[int, Tensor]):
 class Use(ABC):
     """One place at which a parameter, or a tensor computed from parameters alone, enters a forward pass."""
 
-    def recorded(self) -> tuple[Tensor, ...]:
-        """The tensors of the forward pass that ``bind`` reads."""
-        return ()
-
     def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
         found = self.bind(rows.take(cotangents[0], leading=1).to(dtype), rows, shape)
@@ -228,24 +224,6 @@ class Use(ABC):
         """Where the output is linear in the parameter: the map from a change of it to that of the output ``[*shape]``.
 
         It takes one vector at a time, but may run inside of ``torch.vmap``. ``None``: not known.
-        """
-        return None
-
-    def data(self) -> tuple[Tensor, ...]:
-        """The recorded tensors that the individual gradients vary with, other than the parameter."""
-        return ()
-
-    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Individual:
-        """The derivative of what ``bind`` gives as ``data()[place]`` moves along ``direction``, ``[v, n, ...]``.
-
-        ``grad`` is ``[1, n, ...]``.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not vary with data.")
-
-    def curvature(self, grad: Tensor, rows: Rows, directions: Callable[[], Tensor]) -> Tensor | None:
-        """``u^T H_n u`` for ``directions()``, ``[k, *p]``: ``[n, k]``. ``None``: the output is linear in the parameter.
-
-        ``H_n`` is the Hessian of ``<grad_n, output_n>`` with respect to the parameter; ``grad`` is ``[1, n, ...]``.
         """
         return None
 
@@ -300,10 +278,3 @@ class SampleSum:
         """The sum, ``[..., o]``."""
         sums = [total.sum(0) for (total,) in self._terms.values()]
         return sum(sums[1:], start=sums[0])
-
-
-def push_forward(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
-    """``J d`` by two reverse passes: forward mode has no rule for some functions, and compiles its rules at first."""
-    pulled = torch.func.vjp(function, x)
-    zero = torch.zeros_like(pulled[0])
-    return torch.func.vjp(lambda cotangent: pulled[1](cotangent)[0], zero)[1](direction)[0]

@@ -405,9 +405,6 @@ class DenseUse(Use):
     direct: Callable[..., Tensor] | None = None
     apply: Callable[[Tensor], Tensor] | None = None
 
-    def recorded(self) -> tuple[Tensor, ...]:
-        return self.inputs
-
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
         inputs = tuple([rows.take(tensor).to(grad.dtype) for tensor in self.inputs])
         other: Callable[[], Dense] | None = None
@@ -426,16 +423,3 @@ class DenseUse(Use):
     def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
         apply = self.apply
         return None if apply is None else lambda matrix, shape: apply(matrix).reshape(shape)
-
-    def data(self) -> tuple[Tensor, ...]:
-        return self.inputs
-
-    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Explicit:
-        v, n = direction.shape[:2]
-        taken = [rows.take(tensor).to(grad.dtype) for tensor in self.inputs]
-        inputs = [tensor.expand(v, *tensor.shape) for tensor in taken]
-        inputs[place] = direction
-        folded = tuple(tensor.flatten(0, 1) for tensor in inputs)
-        grads = self.fold(grad)
-        grads = grads.expand(v, *grads.shape[1:]).reshape(1, v * n, *grads.shape[2:])
-        return Explicit(Dense(folded, grads, shape, self.flipped, self.unfold).dense().reshape(v, n, *shape))

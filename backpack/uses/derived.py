@@ -1,10 +1,9 @@
-"""A parameter behind a tensor that is computed from parameters alone: a parametrization, a sum of adapters."""
+"""A parameter behind nodes that belong to no sample: a parametrization, a sum of adapters, a part of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +11,21 @@ from torch import Tensor
 from backpack.uses.base import Individual
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup
-from backpack.uses.pullback import map_samples
 
 
 @dataclass(eq=False)
 class Derived(Individual):
-    """Individual gradients of ``parameter``, pulled through the graph of ``tensor`` from those of ``tensor``."""
+    """Individual gradients of ``parameter``, which ``pull`` gives for those, ``[r, ...]``, of what is made of it.
+
+    ``index``: the rows of the parameter that this consists of, for all samples alike, if they are known; ``mask``: of
+    these, those that are looked up indeed.
+    """
 
     inner: Individual
-    tensor: Tensor
     parameter: Tensor
+    pull: Callable[[Tensor], Tensor]
+    index: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -38,45 +42,68 @@ class Derived(Individual):
         return replace(self, inner=self.inner.scaled(factor))
 
     def _dense(self) -> Tensor:
-        create = torch.is_grad_enabled()
-
-        def pull(cotangent: Tensor) -> Tensor:
-            found = torch.autograd.grad(self.tensor, self.parameter, cotangent, retain_graph=True, create_graph=create)
-            return found[0]
-
-        return map_samples(pull, self.inner.dense(), ())
+        return self.pull(self.inner.dense().flatten(0, 1)).unflatten(0, self.size)
 
     def maps(self) -> Sequence[LinearMap]:
         """Those of a transposed parameter, of some of its rows, and of rows looked up for all samples alike."""
-        tensor, parameter = self.tensor, self.parameter
-        if self._is_looked_up():
-            return [self._lookup()]
-        own = self.inner.maps()
-        if tensor._base is not parameter or tensor.dim() < 2:
+        own, shape = self.inner.shape, self.shape
+        if self.index is not None and self.mask is not None:
+            return [self._lookup(self.index, self.mask)]
+        found = self._entries() if len(shape) > 1 and len(own) > 1 else None
+        if found is None:
             return []
-        if tensor.dim() == 2 and tensor.shape == parameter.shape[::-1] and tensor.stride() == parameter.stride()[::-1]:
-            found = [a.transposed() for a in own]
-            return [] if None in found else [a for a in found if a is not None]
-        if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
-            return []
-        start = (tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-        if any(a.inputs_first or a.matrix[0] != len(tensor) for a in own):
-            return []
-        return [Rows(a, range(start, start + len(tensor)), len(parameter)) for a in own]
+        row, column = found
+        if len(own) == 2 and own == shape[::-1] and _is_count(row, 1) and _is_count(column, 0):
+            turned = [a.transposed() for a in self.inner.maps()]
+            return [] if None in turned else [a for a in turned if a is not None]
+        used = (row >= 0).any(1).nonzero().flatten()
+        row, column = row[used], column[used]
+        if own[-1:] != shape[-1:] or not bool((row == row[:, :1]).all()) or not _is_count(column, 1):
+            return []  # rows are not rows there
+        start = int(used[0])
+        if own[1:] == shape[1:] and torch.equal(row[:, 0] + start, used) and len(used) == own[0]:
+            maps = self.inner.maps()
+            if maps and not any(a.inputs_first or a.matrix[0] != own[0] for a in maps):
+                return [Rows(a, range(start, start + own[0]), shape[0]) for a in maps]
+        if len(shape) == 2 and len(used) == own[:-1].numel():
+            index = used[row[:, 0].argsort()]
+            return [self._lookup(index, torch.ones_like(index, dtype=torch.bool))]
+        return []
 
-    def _is_looked_up(self) -> bool:
-        node: Any = self.tensor.grad_fn
-        if node is None or node.name() != "EmbeddingBackward0" or node._saved_scale_grad_by_freq:
-            return False
-        return getattr(node.next_functions[0][0], "variable", None) is self.parameter
+    def _entries(self) -> tuple[Tensor, Tensor] | None:
+        """For each entry of the parameter the row and the column of what is made of it where it is found, ``[r, c]``.
 
-    def _lookup(self) -> Lookup:
-        node: Any = self.tensor.grad_fn
+        ``-1``: nowhere; ``None``: what is made of it are not entries of the parameter, each in one place. Told by what
+        is pulled back of numbers, in two digits that are exact in 16 bits as well.
+        """
+        own, digit = self.inner.shape, 256
+        width = own[1:].numel()
+        row = torch.arange(own[0], device=self.parameter.device).reshape(-1, *[1] * (len(own) - 1)).expand(own)
+        column = torch.arange(width, device=self.parameter.device).reshape(1, *own[1:]).expand(own)
+        numbers = [torch.ones_like(row), row % digit, row // digit, column % digit, column // digit]
+        if self.parameter.element_size() < 4 and max(own[0], width) > digit**2:
+            return None
+        with torch.no_grad():
+            found = self.pull(torch.stack(numbers).to(self.parameter.dtype)).flatten(2)
+        ones, *digits = found
+        if not bool(((ones == 0) | (ones == 1)).all()):
+            return None
+        low, high, first, second = (torch.where(ones == 1, value.long(), -1) for value in digits)
+        place = torch.where(low < 0, -1, low + digit * high), torch.where(first < 0, -1, first + digit * second)
+        taken = (place[0] * width + place[1])[place[0] >= 0]
+        return place if len(taken.unique()) == len(taken) else None
+
+    def _lookup(self, index: Tensor, mask: Tensor) -> Lookup:
         v, n = self.size
-        index = node._saved_indices.reshape(1, -1).expand(n, -1)
-        mask = index != node._saved_padding_idx  # -1: there is none
+        index, mask = (value.reshape(1, -1).expand(n, -1) for value in (index, mask))
         grad = self.inner.dense().reshape(v, n, -1, self.shape[1])
         return Lookup(index, grad.masked_fill(~mask.unsqueeze(-1), 0), self.shape, mask)
+
+
+def _is_count(numbers: Tensor, axis: int) -> bool:
+    """Whether numbers count the entries along an axis of a matrix."""
+    shape = [-1 if a == axis else 1 for a in range(2)]
+    return bool((numbers == torch.arange(numbers.shape[axis], device=numbers.device).reshape(shape)).all())
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows
-from backpack.uses.base import Individual, Use, flat, push_forward
+from backpack.uses.base import Individual, Use, flat
 
 
 @dataclass(eq=False)
@@ -63,14 +63,11 @@ class ElementwiseUse(Use):
     sign: int = 1
     more: tuple[Tensor, ...] = ()
 
-    def recorded(self) -> tuple[Tensor, ...]:
-        return () if self.x is None else (self.x,)
-
     def forward(self) -> Callable[[Tensor, torch.Size], Tensor]:
         def change(vector: Tensor, shape: torch.Size) -> Tensor:
             vector = vector.reshape(self.padded)
             if self.x is not None:
-                vector = vector * (self.x if self.factor is None else self.factor(self.x))
+                vector = vector * (self.x if self.factor is None else self.factor(self.x, *self.more))
             return (vector if self.sign > 0 else -vector).expand(shape)
 
         return change
@@ -86,18 +83,9 @@ class ElementwiseUse(Use):
         """The sum of squares ``[n, *p]`` over cotangents of single entries, of their own: ``total[1, n, ...]``."""
         if self.x is not None:
             x = rows.take(self.x).to(total.dtype)
-            total = total * (x if self.factor is None else self.factor(x)).square()
+            more = [rows.take(tensor).to(total.dtype) for tensor in self.more]
+            total = total * (x if self.factor is None else self.factor(x, *more)).square()
         return replace(self, sign=1)._reduce(total, rows, shape).value[0]
-
-    def data(self) -> tuple[Tensor, ...]:
-        return self.recorded()
-
-    def varied(self, grad: Tensor, rows: Rows, shape: torch.Size, place: int, direction: Tensor) -> Explicit:
-        assert self.x is not None
-        if self.factor is not None:
-            x, factor = rows.take(self.x).to(grad.dtype), self.factor
-            direction = torch.vmap(lambda one: push_forward(factor, x, one))(direction)
-        return self._reduce(grad * direction, rows, shape)
 
     def _reduce(self, grad: Tensor, rows: Rows, shape: torch.Size, summed: bool = False) -> Explicit:
         own = rows.layout.split_sizes(self.padded)

@@ -165,9 +165,6 @@ class LookupUse(Use):
     weight: Tensor | None = None
     bag: bool = False
 
-    def recorded(self) -> tuple[Tensor, ...]:
-        return (self.index,)
-
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Lookup:
         index = rows.take(self.index)
         mask = torch.ones_like(index, dtype=torch.bool)

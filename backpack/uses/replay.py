@@ -85,20 +85,3 @@ class Replay:
             if bias is not None:
                 found.setdefault(id(bias), []).append(Explicit(grad.reshape(v, n, -1, grad.shape[-1]).sum(2)))
         return found
-
-
-@dataclass(eq=False)
-class ReplayUse(Use):
-    """One parameter of a replayed call."""
-
-    replay: Replay
-    parameter: Tensor
-
-    def recorded(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor, _ in self.replay.inputs)
-
-    def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        return join(self.replay.individuals(cotangents, rows, dtype)[id(self.parameter)])
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("A replayed call is bound to the cotangents of all its outputs.")

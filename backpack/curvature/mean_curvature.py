@@ -21,9 +21,9 @@ from torch.nn import Module
 
 from backpack.engine import muted
 from backpack.memory import empty
-from backpack.operations.windows import each
-from backpack.rerun import is_observed, run_again
-from backpack.seeds import WIDEST
+from backpack.uses.windows import each
+from backpack.curvature.rerun import is_observed, run_again
+from backpack.curvature.seeds import WIDEST
 from backpack.uses.base import accumulate
 from backpack.uses.linear_map import scaled_product, second_moment, symmetric_product
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.compat import pull_back, shape_at
-from backpack.hessian_graph import Graph
-from backpack.residuals.nodes import ELEMENTWISE, base_name
-from backpack.residuals.residual import Blocks, Residual
+from backpack.curvature.residual_graph import ResidualGraph
+from backpack.curvature.residuals.nodes import ELEMENTWISE, base_name
+from backpack.curvature.residuals.residual import Blocks, Residual
 from backpack.samples import Layout
 
 _LINEAR_BY_ENTRIES = (
@@ -27,15 +27,15 @@ SELECTING = {f"{name}Backward" for name in _SELECTING.split()}
 """Each output is one of the inputs."""
 
 
-def squares(graph: Graph, residual: Residual) -> list[tuple[GradientEdge, Tensor, bool]] | None:
+def squares(graph: ResidualGraph, residual: Residual) -> list[tuple[GradientEdge, Tensor, bool]] | None:
     """For each edge from the residual to the first parameter the sum of the columns' squares, weighed, ``[n, ...]``.
 
     Last: whether the columns are more than multiples of unit vectors there; they are ``[n, d]`` then. ``None``: the
     way is not that simple.
     """
-    if not isinstance(residual, Blocks) or residual.width > 1 or residual.layouts[0] != Layout(graph.layout.n):
+    if not isinstance(residual, Blocks) or residual.width > 1 or residual.layouts[0] != Layout(graph.n):
         return None
-    edge, mixed = residual.edges[0], False
+    edge, mixed = graph.joined.now(residual.edges[0]), False
     total = residual.values[..., 0].reshape(residual.shapes[0])
     found = [(edge, total, mixed)]
     while live := graph.live(edge.node):

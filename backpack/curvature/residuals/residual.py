@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Size, Tensor
 
-from backpack.residuals.local import LocalHessian
-from backpack.residuals.nodes import positions_of
+from backpack.curvature.residuals.local import LocalHessian
+from backpack.curvature.residuals.nodes import positions_of
 from backpack.samples import Layout
 
 WIDEST = 512
@@ -59,11 +59,9 @@ class Residual(ABC):
         return self.layouts[place].join(tensor.reshape(*tensor.shape[:2], *rest), 1)
 
 
-def _split_shape(shape: Size, layout: Layout) -> list[int]:
+def _split_shape(shape: Size, layout: Layout) -> Sequence[int]:
     """Sizes of the axes behind the sample axis."""
-    if layout.factor > 1:
-        return [layout.factor, *shape[1:]]
-    return [size for axis, size in enumerate(shape) if axis != layout.axis]
+    return layout.split(torch.empty(shape, device="meta")).shape[1:]
 
 
 class Blocks(Residual):

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.compat import pull_back
-from backpack.looped import edges_from, must_loop, nodes
-from backpack.pooling import Pooling, poolings
-from backpack.residuals import Severed
+from backpack.graph.looped import edges_from, must_loop, nodes
+from backpack.curvature.pooling import Pooling, poolings
+from backpack.curvature.residuals import Severed
 
 
 def place_of(edge: GradientEdge) -> GradientEdge:
@@ -40,6 +40,11 @@ class Joined:
     def instead(self) -> dict[GradientEdge, GradientEdge]:
         """All replaced edges."""
         return {old: new for part in self.parts for old, new in part.items()}
+
+    @property
+    def replaced(self) -> dict[tuple[Node, int], tuple[Node, int]]:
+        """The same, as nodes and numbers."""
+        return {(old.node, old.output_nr): (new.node, new.output_nr) for old, new in self.instead.items()}
 
     @cached_property
     def nodes(self) -> list[Node]:

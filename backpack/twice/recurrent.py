@@ -1,4 +1,4 @@
-"""Recurrent layers and cells: fused calls, replayed step by step as linear maps."""
+"""Recurrent layers and cells, step by step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.operations.registry import REPLACED, Operation, rule
-from backpack.uses.replay import Linear, Replay, ReplayUse
+from backpack.twice.registry import REPLACED
+from backpack.uses.replay import Linear
 
 Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 """Gates of the input, gates of the state, and the state, to the new state; its first tensor is the output."""
 
 
-def _lstm_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...], detached: bool = False) -> tuple[Tensor, ...]:
+def _lstm_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     i, f, g, o = (x + h).chunk(4, -1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * (c.detach() if detached else c).tanh(), c
+    return o.sigmoid() * c.tanh(), c
 
 
 def _gru_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -103,28 +103,12 @@ def _layers(step: Step, options: dict[str, Any], weights: Sequence[Tensor]) -> C
     return function
 
 
-def _whole(step: Step) -> Callable[..., Operation]:
-    def layer(out: Any, input: Tensor, hx: Any, params: Any, has_biases: Any, *rest: Any) -> Operation:
-        given = _options(has_biases, *rest)
-        if isinstance(given, str):
-            return Operation((0,), [], given)
-        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        axis = 0 if given["batch_first"] else 1
-        inputs = [(input, axis), *((state, 1) for state in states)]
-        replay = Replay(_layers(step, given, params), inputs, [axis] + [1] * len(states))
-        return Operation((axis,), [(weight, ReplayUse(replay, weight)) for weight in params])
-
-    return layer
-
-
 def _options(
     has_biases: Any, num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: Any = None
-) -> dict[str, Any] | str:
-    """What the steps depend on, or why they cannot be replayed."""
-    if batch_first is None or not isinstance(has_biases, bool):
-        return "takes a packed sequence, which is not supported: pad the sequences instead"
-    if dropout > 0 and train and num_layers > 1:
-        return "drops out between its layers, with masks that cannot be seen. Stack layers with torch.nn.Dropout"
+) -> dict[str, Any] | None:
+    """What the steps depend on; ``None``: they are not written out for packed sequences, and unseen dropout."""
+    if batch_first is None or not isinstance(has_biases, bool) or (dropout > 0 and train and num_layers > 1):
+        return None
     options = {"num_layers": num_layers, "bidirectional": bidirectional}
     return options | {"has_biases": has_biases, "batch_first": batch_first}
 
@@ -132,7 +116,7 @@ def _options(
 def _whole_replaced(step: Step) -> Callable[..., Any]:
     def layer(input: Tensor, hx: Any, params: Any, has_biases: Any, *rest: Any) -> Any:
         given = _options(has_biases, *rest)
-        if isinstance(given, str):
+        if given is None:
             return NotImplemented
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         return tuple(_layers(step, given, params)(F.linear, input, *states))
@@ -149,35 +133,8 @@ def _cell_replaced(step: Step) -> Callable[..., Any]:
     return cell
 
 
-def _cell(step: Step) -> Callable[..., Operation]:
-    def cell(
-        out: Any,
-        input: Tensor,
-        hx: Any,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> Operation:
-        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        # Not fused, an LSTM's output is computed from its new state, whose cotangent then holds the output's too.
-        chained = len(states) > 1 and out[0].grad_fn.name() != out[1].grad_fn.name()
-
-        def function(linear: Linear, x: Tensor, *state: Tensor) -> Sequence[Tensor]:
-            gates = linear(x, w_ih, b_ih), linear(state[0], w_hh, b_hh)
-            return _lstm_step(*gates, state, chained) if len(state) > 1 else step(*gates, state)
-
-        replay = Replay(function, [(tensor, 0) for tensor in (input, *states)], [0] * len(states))
-        weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-        return Operation((0,), [(weight, ReplayUse(replay, weight)) for weight in weights])
-
-    return cell
-
-
 for _function, _step in STEPS.items():
     if _function.__name__.endswith("_cell"):
-        rule(_function)(_cell(_step))
         REPLACED[_function] = _cell_replaced(_step)
     else:
-        rule(_function)(_whole(_step))
         REPLACED[_function] = _whole_replaced(_step)

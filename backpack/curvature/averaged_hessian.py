@@ -8,20 +8,18 @@ takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsie
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.averaged import AveragedPass
-from backpack.engine import HERE
-from backpack.loss_call import PASSES
-from backpack.mean_curvature import AFFINE, ELEMENTWISE, SAME, Mean, is_one_of
-from backpack.rerun import run_again
+from backpack.curvature.averaged import AveragedPass
+from backpack.engine import muted
+from backpack.curvature.loss_call import PASSES
+from backpack.curvature.mean_curvature import AFFINE, ELEMENTWISE, SAME, Mean, is_one_of
+from backpack.curvature.rerun import run_again
 
 
-@dataclass(eq=False)
 class AveragedHessianPass(AveragedPass):
     """As ``AveragedPass``, for a curvature that need not be positive semidefinite."""
 
@@ -51,15 +49,11 @@ class AveragedHessianPass(AveragedPass):
             rows = self.extensions[0].subset.rows(self.layout.n, grad.device)
             self.grad = grad if rows is None else grad[rows]
         x = x.detach().requires_grad_()
-        HERE.inner, HERE.muted = None, True
-        try:
-            with torch.enable_grad(), run_again(module):
-                out = module(x.clone())  # it may work in place
-                (grad,) = torch.autograd.grad(out, x, self.grad.reshape(out.shape), create_graph=True)
-                self.grad = grad.detach().flatten(1)
-                found = None if is_one_of(module, (*AFFINE, *SAME)) else self._derivative(module, grad.flatten(1), x)
-        finally:
-            HERE.inner, HERE.muted = self, False
+        with torch.enable_grad(), muted(), run_again(module):
+            out = module(x.clone())  # it may work in place
+            (grad,) = torch.autograd.grad(out, x, self.grad.reshape(out.shape), create_graph=True)
+            self.grad = grad.detach().flatten(1)
+            found = None if is_one_of(module, (*AFFINE, *SAME)) else self._derivative(module, grad.flatten(1), x)
         return None if found is None or not found.any() else self._modified(found)
 
     def _derivative(self, module: Module, grad: Tensor, x: Tensor) -> Tensor | None:

@@ -15,20 +15,19 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 
-from backpack.bystanders import forget_retained, undisturbed
-from backpack.compat import dtype_at, graph_is_kept, shape_at
+from backpack.backward.collector import Prepared
+from backpack.bystanders import forget_retained, observed, undisturbed
+from backpack.compat import shape_at
+from backpack.curvature.joined import Joined
+from backpack.curvature.loss_call import PASSES
+from backpack.curvature.residual_graph import ResidualGraph, has_autocast
+from backpack.curvature.twice import LossGradient, TwicePass
 from backpack.engine import muted
-from backpack.hessian import HessianPass
-from backpack.hessian_graph import Graph, has_autocast
-from backpack.joined import Joined, place_of
-from backpack.landmarks import Origin, bystanders, landmarks
-from backpack.looped import edges_from
-from backpack.loss_call import PASSES, LossCall
-from backpack.recorder import call_at, tensors_in
-from backpack.samples import Layout
+from backpack.graph import count_outputs, shape_of, variable_of
+from backpack.nodes import Place, use_of
 
 Product = Callable[[Tensor], Tensor]
 
@@ -67,102 +66,50 @@ class BlockProduct:
         return HELD[owner][self._handle][self._place](vector)
 
 
-@dataclass(eq=False)
-class LossGradient:
-    """The gradient of a loss with respect to its input, as a function of this, of all samples or the ``chosen`` ones.
+class ProductPass(TwicePass):
+    """Leaves functions on the parameters, for extensions that share a subset, with a graph that outlives the pass."""
 
-    ``layout``: where these samples lie.
-    """
-
-    loss: LossCall
-    outer: Tensor
-    layout: Layout
-    chosen: Tensor | None
-
-    def __call__(self, weights: Tensor | None, point: Tensor) -> Tensor:
-        """With the terms of the samples weighed by ``weights[n]``."""
-        loss, axis = self.loss, self.layout.axis
-        with torch.enable_grad():
-            whole = point.to(loss.input.dtype).view_as(point)  # behind the hooks of the model's output
-            if self.chosen is not None:
-                whole = loss.input.detach().index_copy(axis, self.chosen, whole)
-            value = loss.loss.forward(whole, *loss.args, **loss.kwargs)
-            (found,) = torch.autograd.grad(value, whole, self.outer if value.dim() else None, create_graph=True)
-            found = found if self.chosen is None else found.index_select(axis, self.chosen)
-            if weights is not None:
-                found = found * weights[self.layout.owners(found.shape, weights.device)]
-            return found.to(point.dtype)
-
-
-@dataclass(eq=False)
-class LastingPass(HessianPass):
-    """Differentiates the gradient of the loss, from a graph that outlives the backward pass."""
-
-    again_outputs: dict[GradientEdge, Tensor] = field(default_factory=dict)
-    """Of modules that ran again."""
-
-    def _prepare(self) -> tuple[LossGradient, Tensor, Tensor | None]:
-        """The gradient of the loss, where the graph starts, and how often each sample there is selected, ``[n]``."""
+    def run(self) -> None:
+        """Store the functions; nothing is multiplied yet."""
         self._refuse_rules()
-        given = self.extensions[0].subset.rows(self.layout.n, self.loss.input.device)
+        given = self.subset.rows(self.layout.n, self.loss.input.device)
         rows, counts = (None, None) if given is None else given.unique(return_counts=True)
         chosen = rows if self._take_lasting(rows) else None
-        layout = self.layout if chosen is None else Layout(len(chosen), self.layout.axis)
+        layout = self.prepared.begin[self.joined.start.node, self.joined.start.output_nr]
         weights = None if counts is None else counts.to(self.loss.input.dtype)
         if weights is not None and rows is not None and chosen is None:
             weights = weights.new_zeros(layout.n).index_copy(0, rows, weights)
-        start = self.again_outputs.get(place_of(self.joined.start), self.loss.input)
-        return LossGradient(self.loss, self.outer, layout, chosen), start, weights
-
-    def _parameters(self) -> list[Tensor]:
-        """Those that the loss's input may depend on."""
-        return list({id(p): p for call in self._calls() for source in call.sources for p in source.parameters}.values())
-
-    def _run_again(self, origin: Origin, rows: Tensor | None) -> list[Any] | None:
-        outputs = super()._run_again(origin, rows)
-        for output in tensors_in(outputs):
-            if output.requires_grad:
-                self.again_outputs[place_of(get_gradient_edge(output))] = output
-        return outputs
+        gradient = LossGradient(self.loss, self.outer, layout, chosen)
+        tensors: list[ref[Tensor] | Tensor] = [ref(self.start_tensor), *observed(self.prepared.graph.order)]
+        curvature = CurvatureBlocks(
+            self.joined, self.prepared, self.start_tensor, partial(gradient, weights), tensors
+        )
+        module = next((module for note in self.notes.values() if (module := note.module()) is not None), None)
+        owner, handle, products = self.loss.loss if module is None else module, Handle(), list[Product]()
+        HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
+        for leaf in self.prepared.plan.expected:
+            parameter = variable_of(leaf)
+            self.block.seen.add(id(parameter))
+            for extension in self.extensions:
+                self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
+                products.append(extension.product(curvature, parameter))
 
     def _take_lasting(self, rows: Tensor | None) -> bool:
         """Go over to a graph that outlives the backward pass; returns whether it is of these samples alone."""
-        rounded = has_autocast(self.loss.edge)
-        edge = None if rows is None else self._rerun(rows, rounded)
-        if edge is not None and not (rounded and has_autocast(edge)):
-            self.joined, (self.found, self.ends) = Joined(edge), landmarks(edge)
+        rounded = has_autocast(self.joined.nodes)
+        if self._take_selected(rows, rounded):
             return True
-        if graph_is_kept() and not rounded and not self._has_fused():
+        if self.origin.keeps_graph and not rounded and not self._has_fused():
             return False
-        alone = len({id(origin.calls) for _, origin in self.found}) == 1 and self.loss.edge == self.found[0][0]
-        if (alone or graph_is_kept()) and self._join(rounded):
+        alone = len({id(note.arguments) for note in self.notes.values()}) == 1 and self.loss.edge[:2] in self.notes
+        if (alone or self.origin.keeps_graph) and self._join(rounded):
             return False
         raise RuntimeError(
-            f"{type(self.extensions[0]).__name__} needs a graph that outlives the backward pass, and running the model "
+            f"{self._name} needs a graph that outlives the backward pass, and running the model "
             f"again does not give the input of the loss (as with dropout in training mode, a state that is kept from "
             f"call to call, an output that is reshaped before the loss, or autocast in the model). Run the forward "
             f"pass inside the backpack(...) block and without autocast, and call backward(retain_graph=True)."
         )
-
-
-@dataclass(eq=False)
-class ProductPass(LastingPass):
-    """Leaves functions on the parameters, for extensions that share a subset."""
-
-    extensions: list[Any]
-
-    def run(self) -> None:
-        """Store the functions; nothing is multiplied yet."""
-        gradient, start, weights = self._prepare()
-        tensors: list[ref[Tensor] | Tensor] = [start, *bystanders(self.found)]
-        curvature = CurvatureBlocks(self.joined, gradient.layout, start, partial(gradient, weights), tensors)
-        module = self.found[0][1].root()
-        owner, handle, products = self.loss.loss if module is None else module, Handle(), list[Product]()
-        HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
-        for parameter in self._parameters():
-            for extension in self.extensions:
-                self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
-                products.append(extension.product(curvature, parameter))
 
 
 @dataclass(eq=False)
@@ -192,7 +139,7 @@ class CurvatureBlocks:
     """
 
     joined: Joined
-    layout: Layout
+    prepared: Prepared
     start: Tensor
     gradient: Product
     tensors: list[ref[Tensor] | Tensor]
@@ -234,7 +181,7 @@ class CurvatureBlocks:
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
-            graph = Graph(self.joined, landmarks(self.edge, self.joined.instead)[1], self.layout)
+            graph = ResidualGraph(self.joined, self.prepared, self.prepared.plan)
             with muted():
                 found = [(r.edges, r.modified(modify)) for r in graph.residuals(self._of_ggn[1].detach())]
             edges = [edge for own, _ in found for edge in own]
@@ -290,37 +237,28 @@ class CurvatureBlocks:
         """Of parameters: the output that all of the loss depends on them through, linear in them."""
         if len(self.joined.parts) > 1 or any(self.edge not in part.values() for part in self.joined.parts):
             return  # what functions have kept leads to graphs that others have taken the place of
-        edges = list(map(place_of, edges_from(self.edge)))
-        numbers: dict[Node, set[int]] = {}
-        for edge in edges:
-            numbers.setdefault(edge.node, set()).add(edge.output_nr)
-        before: dict[Node, list[Node]] = {}
-        for node in numbers:
-            for after, _ in node.next_functions:
-                if after is not None:
-                    before.setdefault(after, []).append(node)
-        for edge in edges:
-            call = call_at(edge)
-            if call is None or call.outputs > 1 or len(numbers[edge.node]) > 1:
-                continue
-            for source, use in call.uses:
-                parameter, forward = source.tensor, use.forward()
-                node = get_gradient_edge(parameter).node
-                while node != edge.node and len(before.get(node, ())) == 1:
-                    (node,) = before[node]
-                if (
-                    forward is not None
-                    and node == edge.node
-                    and dtype_at(edge) == parameter.dtype
-                    and parameter.is_leaf
-                ):
-                    yield id(parameter), Entrance(edge, partial(_change, forward, call.shape, shape_at(edge)))
+        plan, graph = self.prepared.plan, self.prepared.graph
+        for node, uses in plan.uses.items():
+            for planned in uses:
+                if planned.leaf is None or not planned.is_alone or planned.number or planned.sent is not None:
+                    continue
+                if len({number for _, _, number in graph.incoming[node]}) > 1 or count_outputs(node) > 1:
+                    continue
+                leaf, parameter = planned.leaf, variable_of(planned.leaf)
+                if len(graph.incoming[leaf]) > 1 or node._input_metadata[0].dtype != parameter.dtype:
+                    continue
+                use = use_of(Place(node, planned.k, 0, planned.layout))
+                forward = None if use is None else use.forward()
+                if forward is not None:
+                    shape = torch.Size(shape_of(node, 0))
+                    change = partial(_change, forward, shape, planned.turned)
+                    yield id(parameter), Entrance(GradientEdge(node, 0), change)
 
 
-def _change(forward: Callable[[Tensor, Size], Tensor], output: Size, shape: Size, vector: Tensor) -> Tensor:
-    """That of a call's output ``[*output]``, in the shape of what it is a view of."""
+def _change(forward: Callable[[Tensor, Size], Tensor], output: Size, turned: bool, vector: Tensor) -> Tensor:
+    """That of a node's output ``[*output]``, as its parameter, perhaps transposed, moves along a vector."""
     with torch.no_grad():
-        return forward(vector, output).reshape(shape)
+        return forward(vector.T if turned else vector, output)
 
 
 def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> Sequence[Tensor | None]:

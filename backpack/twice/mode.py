@@ -6,8 +6,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from backpack.operations import EXPANDED, REPLACED
-from backpack.recorder import looked_into
+from backpack.twice.registry import EXPANDED, REPLACED, looked_into
 
 
 class TwiceDifferentiable(TorchFunctionMode):

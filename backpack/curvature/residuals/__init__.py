@@ -1,8 +1,8 @@
 """Second derivatives of single nodes of a recorded graph: what the Gauss-Newton matrix leaves out of the Hessian."""
 
-from backpack.residuals.local import LocalHessian, Severed
-from backpack.residuals.nodes import WRONG_THIRD, base_name, is_bilinear, is_flat, is_fused_node
-from backpack.residuals.residual import Blocks, Pairs, Residual, residual_of
+from backpack.curvature.residuals.local import LocalHessian, Severed
+from backpack.curvature.residuals.nodes import WRONG_THIRD, base_name, is_batch_norm, is_bilinear, is_flat, is_fused_node
+from backpack.curvature.residuals.residual import Blocks, Pairs, Residual, residual_of
 
 __all__ = [
     "WRONG_THIRD",
@@ -12,6 +12,7 @@ __all__ = [
     "Residual",
     "Severed",
     "base_name",
+    "is_batch_norm",
     "is_bilinear",
     "is_flat",
     "is_fused_node",

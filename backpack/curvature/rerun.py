@@ -7,17 +7,18 @@ draw. What comes out counts only where it agrees with what the forward pass of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from backpack.bystanders import Guarding
-from backpack.compat import is_fully_sharded
-from backpack.landmarks import Origin
+from backpack.compat import is_fully_sharded, uncompiled
+from backpack.samples.notes import Note, leaves_of
+from backpack.twice import TwiceDifferentiable
 
 
 @contextmanager
@@ -65,28 +66,35 @@ def is_observed(module: Module) -> bool:
     return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 
-def outputs_again(origin: Origin, rows: Tensor | None) -> list[Any] | None:
-    """All outputs of a module, of the selected samples alone, if it can run again."""
-    root = origin.root()
-    if root is None or origin.arguments is None:
+def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[Any] | None:
+    """All outputs of a module, of the selected samples alone, if it can run again.
+
+    ``twice``: with functions that have second derivatives.
+    """
+    root = note.module()
+    if root is None or not note.is_complete:
         return None
     if any(map(is_fully_sharded, root.modules())):
         return None  # processes would not gather parameters in step
-    if rows is not None and (origin.grouped or any(map(is_observed, root.modules()))):
-        return None  # samples can't be selected, or what a hook has kept would be replaced
+    if rows is not None and any(map(is_observed, root.modules())):
+        return None  # what a hook has kept would be replaced
 
     def select(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        for axis in (origin.input_axis, 0):
-            if rows is not None and value.dim() > axis and value.shape[axis] == origin.n:
+        for axis in (note.axis, 0):
+            if rows is not None and value.dim() > axis and value.shape[axis] == n:
                 return value.index_select(axis, rows)
         return value
 
-    args, kwargs = tree_map(select, origin.arguments)
-    with torch.enable_grad(), drawing_again(origin.random), run_again(root):
+    args, kwargs = tree_map(select, note.attached or note.arguments)
+    with torch.enable_grad(), drawing_again(note.random), run_again(root), ExitStack() as contexts:
+        if (stance := uncompiled()) is not None:
+            contexts.enter_context(stance)
+        if twice:
+            contexts.enter_context(TwiceDifferentiable())
         try:
-            return tree_leaves(root(*args, **kwargs))
+            return leaves_of(root(*args, **kwargs))
         except (RuntimeError, ValueError):  # shapes: of a state of all samples, of what counts on all
             return None
 

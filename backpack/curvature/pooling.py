@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.compat import inside_vmap, is_mapped, is_packed, outside_vmap
-from backpack.looped import Instead
+from backpack.graph.looped import Instead
 from backpack.memory import empty
-from backpack.recorder import call_at, is_start
 
 NAME = "MaxPool2DWithIndicesBackward0"
 """Of what pools in one dimension as well."""
@@ -51,7 +50,7 @@ class Pooling:
         node, grad = self.node, grads[0]
         if grad is None or not is_mapped(grad):
             return None
-        with outside_vmap(grad, count) as seeds:
+        with outside_vmap([grad], count) as (seeds,):
             x, places = node._saved_self, node._saved_result1
             sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
             zero = seeds.new_zeros(()).expand(seeds.shape[1:])
@@ -106,7 +105,7 @@ def _below(node: Node, arriving: Counter[Any], instead: Instead) -> list[Gradien
         if following is None or arriving[following, number] > 1:
             return []
         edge = GradientEdge(following, number)
-        if is_start(edge) or call_at(edge) is not None or edge in instead:
+        if edge in instead:
             return []
         found.append(edge)
         node = following

@@ -63,8 +63,13 @@ BATCH_NORM = ("NativeBatchNormBackward", "CudnnBatchNormBackward")
 
 
 def is_fused_node(node: Node) -> bool:
-    """Whether there is a replacement for the function, which has no second derivatives by samples."""
-    return node.name().startswith(FUSED) or (base_name(node) in BATCH_NORM and node._saved_training)  # type: ignore[attr-defined]
+    """Whether there is a replacement for the function, which has no second derivatives."""
+    return node.name().startswith(FUSED)
+
+
+def is_batch_norm(node: Node) -> bool:
+    """Whether a node normalizes by statistics of its input: of a batch, or of a sample, as instance normalization."""
+    return base_name(node) in BATCH_NORM and bool(node._saved_training)  # type: ignore[attr-defined]
 
 
 def is_flat(node: Node, live: Sequence[GradientEdge]) -> bool:

@@ -8,27 +8,35 @@ rows of a root of ``H`` for each sample, and so do parameters other than those o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Sequential
 
 from backpack.bystanders import forget_retained
 from backpack.compat import pull_back
-from backpack.engine import HERE, muted
-from backpack.landmarks import count_uses, landmarks
-from backpack.looped import edges_from, must_loop, nodes
-from backpack.loss_call import PASSES
-from backpack.mean_curvature import AFFINE, CONVOLUTIONS, ELEMENTWISE, MAPS, SAME, Mean, in_closed_form, is_one_of
+from backpack.curvature.joined import Joined
+from backpack.curvature.loss_call import PASSES
+from backpack.curvature.mean_curvature import (
+    AFFINE,
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    MAPS,
+    SAME,
+    Mean,
+    in_closed_form,
+    is_one_of,
+)
+from backpack.curvature.rerun import agree, is_observed, run_again
+from backpack.curvature.seeds import WIDEST, Columns, SeedPass
+from backpack.engine import muted
+from backpack.graph import is_recomputed, shape_of, variable_of
+from backpack.nodes import Place, use_of
 from backpack.quantities import Curvature
-from backpack.recorder import Call, call_at
-from backpack.rerun import agree, is_observed, run_again
 from backpack.samples import Layout, Subset
-from backpack.seeds import WIDEST, SeedPass
-from backpack.uses import Individual
+from backpack.uses import Cotangents, DenseUse, Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors
 from backpack.uses.linear_map import second_moment
@@ -37,7 +45,6 @@ LARGEST = 2**14
 """Entries of one sample's output up to which the curvature in it is formed."""
 
 
-@dataclass(eq=False)
 class AveragedPass(SeedPass):
     """For extensions whose curvature is averaged over the batch after each module.
 
@@ -45,18 +52,21 @@ class AveragedPass(SeedPass):
     ``curvature``: that in the output of a linear map, ``[p, c, q, p, c, q]`` with its channels ``c``, if there is one.
     """
 
-    wanted: bool = True
-    sign: int = 1
+    wanted = True
+    sign = 1
     curvature: Tensor | None = None
-    modules: list[Module] = field(default_factory=list)
-    learn: list[bool] = field(default_factory=list)
-    """Which of them have trainable parameters."""
-    maps: list[Call | None] = field(default_factory=list)
-    """The calls of those whose parameters are those of a linear map."""
-    inputs: list[Tensor] = field(default_factory=list)
-    """Of the modules, where the model had to run again."""
-    between: dict[int, tuple[Tensor, GradientEdge]] | None = None
-    """Otherwise, what each elementwise function returned, and where its graph ends."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.modules: list[Module] = []
+        self.learn: list[bool] = []
+        """Which of them have trainable parameters."""
+        self.maps: list[Node | None] = []
+        """The nodes of those whose parameters are those of a linear map."""
+        self.inputs: list[Tensor] = []
+        """Of the modules, where the model had to run again."""
+        self.between: dict[int, tuple[Tensor, GradientEdge]] | None = None
+        """Otherwise, what each elementwise function returned, and where its graph ends."""
 
     def run(self) -> None:
         """Pull back the mean curvature and store the results.
@@ -76,32 +86,27 @@ class AveragedPass(SeedPass):
         seeds = self._seeds(0, self.columns)
         mean = Mean((seeds if rows is None else seeds[:, rows]).flatten(0, 1), True)
         mean = mean if len(mean.given) <= mean.given.shape[1] else Mean(mean.matrix)
-        HERE.inner = self
         try:
             for place in reversed(range(first, len(self.modules))):
                 self.wanted = place > first
                 mean = self._step(place, mean)
         finally:
-            HERE.inner = None
             self._clear()
 
     def _chain(self) -> list[Module]:
         """The modules of the model."""
         name = type(self.extensions[0]).__name__
-        edge, origin = self.found[0]
-        root = origin.root()
-        args, kwargs = origin.arguments or (None, None)
-        alone = edge == self.loss.edge and len(self.found) == 1
+        note = self.notes.get((self.loss.edge.node, self.loss.edge.output_nr))
+        root = None if note is None or len(self.notes) > 1 or not note.is_complete else note.module()
+        args, kwargs = ((), {}) if note is None else note.arguments
         if (
             root is None
-            or not alone
-            or args is None
             or len(args) != 1
             or kwargs
             or (root._modules and not _is_sequential(root))
         ):
             raise RuntimeError(
-                f"{name} averages the curvature after each module of a chain, but the model, a {type(root).__name__}, "
+                f"{name} averages the curvature after each module of a chain, but the model, a {self._model_name}, "
                 f"is no torch.nn.Sequential of one input whose output is that of the loss. Write it as a Sequential, "
                 f"of any modules, or use KFLR."
             )
@@ -113,36 +118,57 @@ class AveragedPass(SeedPass):
             raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
         return modules
 
+    @property
+    def _model_name(self) -> str:
+        modules = [type(module).__name__ for note in self.notes.values() if (module := note.module()) is not None]
+        return " after a ".join(dict.fromkeys(modules))
+
     def _between(self, first: int) -> dict[int, tuple[Tensor, GradientEdge]] | None:
         """What is known of elementwise functions without running the model again; ``None``: it has to run.
 
         It has not where, from the first module with parameters on, linear layers follow each other, with one
         elementwise function between two of them: its slopes are what the graph makes of ones.
         """
-        root = self.found[0][1].root()
-        if root is None or any(is_observed(module) or "forward" in vars(module) for module in root.modules()):
+        root = self._root_module
+        if any(is_observed(module) or "forward" in vars(module) for module in root.modules()):
             return None
-        edges = {id(call): edge for edge in edges_from(self.loss.edge) if (call := call_at(edge)) is not None}
         found: dict[int, tuple[Tensor, GradientEdge]] = {}
         function, x = -1, None
         for place in reversed(range(first, len(self.modules))):
             module = self.modules[place]
-            call = self.maps[place] if place == first or is_one_of(module, (nn.Linear,)) else None
-            if call is not None and id(call) in edges and call.layout == Layout(self.layout.n):
-                edge = edges[id(call)]
-                if x is None and edge[:2] != self.loss.edge[:2]:
+            node = self.maps[place] if place == first or is_one_of(module, (nn.Linear,)) else None
+            if node is not None and self.prepared.owners.owned[node, 0] == Layout(self.layout.n):
+                shape = torch.Size(shape_of(node, 0))
+                if x is None and node is not self.loss.edge.node:
                     return None
-                if x is not None and (len(x) != call.shape[0] or x.numel() != call.shape.numel()):
+                if x is not None and (len(x) != shape[0] or x.numel() != shape.numel()):
                     return None
                 if x is not None and function >= 0:
-                    found[function] = x, edge
-                function, x = -1, next(tensor for _, use in call.uses for tensor in use.recorded())
-                self._check_size(module, call.shape)
+                    found[function] = x, GradientEdge(node, 0)
+                own = self._input_of(node)
+                if own is None:
+                    return None
+                function, x = -1, own
+                self._check_size(module, shape)
             elif x is not None and function < 0 and x.requires_grad and is_one_of(module, ELEMENTWISE):
                 function = place
             elif x is None or not is_one_of(module, SAME):
                 return None
         return found
+
+    def _input_of(self, node: Node) -> Tensor | None:
+        """What a linear map is applied to."""
+        for planned in self.prepared.plan.uses[node]:
+            use = use_of(Place(node, planned.k, planned.number, planned.layout))
+            if isinstance(use, DenseUse):
+                return use.inputs[0]
+        return None
+
+    @property
+    def _root_module(self) -> Module:
+        module = self.notes[self.loss.edge.node, self.loss.edge.output_nr].module()
+        assert module is not None
+        return module
 
     def _check_size(self, module: Module, shape: torch.Size) -> None:
         size = shape[1:].numel()
@@ -154,9 +180,8 @@ class AveragedPass(SeedPass):
 
     def _forward(self, first: int, rows: Tensor | None) -> None:
         """Run the model again, of the selected samples, and note the inputs of its modules."""
-        name, origin = type(self.extensions[0]).__name__, self.found[0][1]
-        root, args = origin.root(), origin.arguments
-        assert root is not None and args is not None
+        name, root = type(self.extensions[0]).__name__, self._root_module
+        args = self.notes[self.loss.edge.node, self.loss.edge.output_nr].arguments
         if any(module.training and module._buffers for module in root.modules()):
             raise RuntimeError(f"{name} runs the model once more, which would update running statistics: call eval().")
         x = args[0][0] if rows is None else args[0][0].index_select(0, rows)
@@ -183,10 +208,10 @@ class AveragedPass(SeedPass):
         """The curvature in a module's output to that in its input; parameters on the way."""
         module = self.modules[place]
         if self.learn[place]:
-            call = self.maps[place]
-            if call is None:
+            node = self.maps[place]
+            if node is None:
                 return self._root(module, self.inputs[place], mean)
-            self._factors(module, call, mean)
+            self._factors(module, node, mean)
         return self._through(place, mean) if self.wanted else mean
 
     def _through(self, place: int, mean: Mean) -> Mean:
@@ -214,23 +239,33 @@ class AveragedPass(SeedPass):
             (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
         return slope.flatten(1)
 
-    def _map(self, module: Module) -> Call | None:
-        """The call that used a module's parameters, if these are those of one linear map."""
+    def _map(self, module: Module) -> Node | None:
+        """The node that used a module's parameters, if these are those of one linear map."""
         if not is_one_of(module, MAPS) or getattr(module, "padding_idx", None) is not None:
             return None
+        plan = self.prepared.plan
         own = {id(p) for p in module._parameters.values() if p is not None and p.requires_grad}
-        calls = [call for call in self.found[0][1].alive() if any(id(s.tensor) in own for s in call.sources)]
-        found = {id(source.tensor) for call in calls for source, _ in call.uses}
-        return calls[0] if len(calls) == 1 and found == own and not calls[0].recomputed else None
+        nodes = {
+            node: [planned.leaf for planned in uses]
+            for node, uses in plan.uses.items()
+            if any(planned.leaf is not None and id(variable_of(planned.leaf)) in own for planned in uses)
+        }
+        if len(nodes) != 1:
+            return None
+        (node, leaves), *_ = nodes.items()
+        found = {id(variable_of(leaf)) for leaf in leaves if leaf is not None}
+        return node if found == own and None not in leaves and not is_recomputed(node) else None
 
-    def _factors(self, module: Module, call: Call, mean: Mean) -> None:
+    def _factors(self, module: Module, node: Node, mean: Mean) -> None:
         """Those of a linear map, from the curvature itself; of its cotangents, no values are needed."""
-        size, last = len(mean.matrix), not is_one_of(module, CONVOLUTIONS)
-        channels = call.shape[-1 if last else 1]
+        size, last, shape = len(mean.matrix), not is_one_of(module, CONVOLUTIONS), shape_of(node, 0)
+        channels = shape[-1 if last else 1]
         axes = (size // channels, channels, 1) if last else (1, channels, size // channels)
         self.curvature, self.subset = mean.matrix.reshape(*axes, *axes), self.extensions[0].subset
-        self.uses, self.final = count_uses(self.found), True
-        self.receive(call, 0, mean.given.new_zeros(()).expand(1, *call.shape))
+        self.final = True
+        columns, cotangents = Columns(self, self.joined), Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
+        for planned in self.prepared.plan.uses[node]:
+            columns.note(planned, columns.arrival(node, planned, cotangents))
         self.curvature = None
 
     def _value(self, extension: Curvature, grads: Individual) -> Any:
@@ -264,16 +299,20 @@ class AveragedPass(SeedPass):
         if not out.requires_grad:
             return seeds.new_zeros(len(seeds), *x.shape)
         edge = get_gradient_edge(out)
-        outputs, ends = landmarks(edge)
-        self.subset, self.uses = Subset(), count_uses(outputs)
-        ends += [get_gradient_edge(x)] if x.requires_grad else []
-        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if must_loop(nodes(edge)) else len(seeds))
+        prepared, joined = self.prepared, self.joined
+        self.subset = Subset()
+        self._go_over(Joined(edge), Layout(len(out)))
+        ends = [get_gradient_edge(x)] if x.requires_grad else []
+        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.joined.must_loop(edge) else len(seeds))
         found = []
         for number, piece in enumerate(pieces, start=1):
             self.final = final and number == len(pieces)
-            grads = self._pull([edge], ends, [piece])
-            found.append(grads if x.requires_grad and grads.dim() > 1 else seeds.new_zeros(len(piece), *x.shape))
-            self._finish()
+            columns = Columns(self, self.joined, ends)
+            columns.pull([edge], [piece])
+            grads = columns.reached
+            found.append(grads[0] if ends and grads[0] is not None else seeds.new_zeros(len(piece), *x.shape))
+            columns.finish()
+        self.prepared, self.joined = prepared, joined
         return torch.cat(found)
 
 

@@ -1,0 +1,127 @@
+"""Takes cotangents to the uses of parameters that they reach, in a backward pass of PyTorch's or one of our own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.plan import Plan, PlannedUse
+from backpack.graph import Graph, count_outputs, variable_of
+from backpack.nodes import GeneralUse, Place, PlacedUse, use_of
+from backpack.samples import AnyLayout
+from backpack.samples.owners import Edge, Owners
+from backpack.uses import Cotangents, Use
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What is known of a graph before a pass through it.
+
+    ``begin``: where the samples begin, ``n`` of them; ``owners``: whose rows the cotangents are; ``plan``: the uses of
+    parameters.
+    """
+
+    graph: Graph
+    begin: Mapping[Edge, AnyLayout]
+    owners: Owners
+    plan: Plan
+
+    @property
+    def n(self) -> int:
+        """How many samples there are."""
+        return self.plan.n
+
+
+class Collector(ABC):
+    """What has arrived at the parameters in one pass."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.graph, self.owners, self.plan = prepared.graph, prepared.owners, prepared.plan
+        self.found: dict[Node, Contributions] = {}
+        self.entering: dict[Node, dict[int, Contributions]] = {}
+        self._places: dict[Node, int] = {}
+
+    @property
+    def places(self) -> dict[Node, int]:
+        """Of the nodes in the order of the graph."""
+        if not self._places:
+            self._places.update({node: place for place, node in enumerate(self.graph.order)})
+        return self._places
+
+    def contributions(self, leaf: Node) -> Contributions:
+        """What has arrived at a parameter."""
+        if leaf not in self.found:
+            parameter = variable_of(leaf)
+            self.found[leaf] = Contributions(parameter.shape, parameter.dtype, parameter.device, parameter)
+        return self.found[leaf]
+
+    def contributions_at(self, edge: Edge) -> Contributions:
+        """What has arrived at an edge into a region that belongs to no sample."""
+        node, number = edge
+        entered = self.entering.setdefault(node, {})
+        if number not in entered:
+            metadata = node._input_metadata[number]
+            entered[number] = Contributions(torch.Size(metadata.shape), metadata.dtype, metadata.device)
+        return entered[number]
+
+    def arrival(self, node: Node, planned: PlannedUse, cotangents: Cotangents) -> Arrival:
+        """Cotangents of a node's outputs, and the use that they reach."""
+        if planned.sent is not None:
+            use: Use | None = PlacedUse(node, planned.k, planned.sent, count_outputs(node))
+            return Arrival(use, cotangents, planned.sent, planned.turned)  # type: ignore[arg-type]
+        use = None
+        if planned.number == 0 and len(cotangents) == 1 and 0 in cotangents:
+            use = use_of(Place(node, planned.k, 0, planned.layout))
+        if use is None:
+            layouts = [self.owners.owned.get((node, number)) for number in range(count_outputs(node))]
+            use = GeneralUse(node, planned.k, layouts, self.is_mixed(planned))
+        return Arrival(use, cotangents, planned.layout, planned.turned)
+
+    def is_mixed(self, planned: PlannedUse) -> bool:
+        """Whether what is sent along an edge goes where samples are mixed."""
+        return planned.entry is not None and planned.entry[0] in self.plan.mixed
+
+    def count(self, leaf: Node) -> None:
+        """Something has arrived at a parameter; if that was all, compute the results."""
+        contributions = self.contributions(leaf)
+        contributions.count += 1
+        if contributions.count == self.plan.expected[leaf]:
+            self.completed(leaf, contributions)
+
+    @abstractmethod
+    def completed(self, leaf: Node, contributions: Contributions) -> None:
+        """All uses of a parameter have contributed."""
+
+    def outputs_of(self, nodes: Iterable[Node]) -> list[GradientEdge]:
+        """The outputs of nodes' functions that belong to samples."""
+        counts = [(node, range(count_outputs(node))) for node in nodes]
+        owned = self.owners.owned
+        return [GradientEdge(node, number) for node, count in counts for number in count if (node, number) in owned]
+
+    def lowest(self, starts: Sequence[Node], among: Iterable[Node]) -> list[Node]:
+        """Those nodes that have no other such node below them, from the starts on."""
+        among = set(among)
+        below: set[Node] = set()
+        seen = set(starts)
+        pending = list(starts)
+        while pending:
+            for other, _ in self.graph.edges[pending.pop()]:
+                if other is not None and other not in seen:
+                    seen.add(other)
+                    pending.append(other)
+        lowest = []
+        for node in reversed(self.graph.order):
+            if node not in seen:
+                continue
+            if any(other in below for other, _ in self.graph.edges[node] if other is not None):
+                below.add(node)
+            elif node in among:
+                below.add(node)
+                lowest.append(node)
+        return lowest

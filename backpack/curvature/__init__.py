@@ -1,0 +1,1 @@
+"""Second order: columns of the loss Hessian, and what is pulled back of them."""

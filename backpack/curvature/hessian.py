@@ -1,0 +1,318 @@
+"""The diagonal of the Hessian: seeds at the loss, and at every node of the graph that is not linear.
+
+The Hessian of the loss with respect to a parameter is, by the chain rule, the sum over the nodes of the recorded graph
+of ``J^T R J``, with ``J`` the Jacobian of a node's inputs and ``R`` the node's second derivatives weighed by the
+gradient that arrives there. The loss itself contributes the Gauss-Newton matrix. Columns of all ``R`` are pulled back
+like those of the loss's Hessian (Dangel, Harmeling & Hennig, 2020, for elementwise functions in a chain).
+
+That is for parameters that enter the graph once, linearly, by samples. Those of others are taken entry by entry.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.first_order import name_of
+from backpack.backward.plan import Plan, PlannedUse, make_plan
+from backpack.compat import dtype_at
+from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
+from backpack.curvature.loss_call import PASSES
+from backpack.curvature.residual_graph import ResidualGraph, has_autocast, is_linear
+from backpack.curvature.seeds import Columns
+from backpack.curvature.shortcuts import squares
+from backpack.curvature.twice import LossGradient, TwicePass
+from backpack.engine import HERE, muted
+from backpack.graph import is_recomputed, shape_of, variable_of
+from backpack.quantities import Curvature
+from backpack.samples import Layout, Rows
+from backpack.uses import Cotangents, Dense, DenseUse, ElementwiseUse, Explicit, Individual
+
+FEW = 1000
+"""Derivatives of second order up to which nothing is said of what they cost."""
+
+
+class HessianPass(TwicePass):
+    """The Hessian's diagonal for extensions that share a subset."""
+
+    def run(self) -> None:
+        """Pull back all columns and store the results."""
+        self._refuse_rules()
+        self.parameters: dict[int, Tensor] = {}
+        self.totals: dict[int, tuple[Tensor, Dense, Tensor]] = {}
+        rows = self.subset.rows(self.layout.n, self.loss.input.device)
+        self._take_twice_differentiable(rows)
+        create = torch.is_grad_enabled()
+        if create:
+            refuse_wrong_third(self.joined.nodes, self._name)
+        alone = set() if create else self._alone()
+        others = [leaf for leaf in self.prepared.plan.expected if leaf not in alone]
+        try:
+            with muted():
+                if alone:
+                    self._by_columns(alone, rows)
+                if others:
+                    self._by_entries(others)
+            for extension in self.extensions:
+                for key, parameter in self.parameters.items():
+                    self.block.store(parameter, extension.savefield, self.results[id(extension), key][0])
+        finally:
+            self.totals.clear()
+            self._clear()
+
+    def _take_twice_differentiable(self, rows: Tensor | None) -> None:
+        """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        rounded = has_autocast(self.joined.nodes)
+        if self._take_selected(rows, rounded):
+            return
+        if (self._has_fused() or rounded) and not self._join(rounded):
+            raise RuntimeError(
+                f"{self._name}: the model has a fused attention or recurrent layer, or was run "
+                f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
+                f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
+                f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
+                f"autocast, put the model into evaluation mode, or give it its state as an argument."
+            )
+
+    def _alone(self) -> set[Node]:
+        """The nodes of parameters that enter the graph once, linearly, and by samples."""
+        plan, found = self.prepared.plan, set()
+        for node, uses in self.prepared.plan.uses.items():
+            for planned in uses:
+                if not is_linear(node, planned.k):
+                    continue
+                leaves = [planned.leaf] if planned.leaf is not None else self._behind_linear(planned)
+                found.update(leaf for leaf in leaves if plan.expected.get(leaf) == 1)
+        return found
+
+    def _behind_linear(self, planned: PlannedUse) -> list[Node]:
+        """The parameters behind an edge on whom what it leads to depends linearly, in one way."""
+        assert planned.entry is not None
+        plan, (entry, _), graph = self.prepared.plan, planned.entry, self.prepared.graph
+        users = sum(other.entry is not None and other.entry[0] is entry for uses in plan.uses.values() for other in uses)
+        if entry in plan.mixed or planned.sent is not None or users > 1:
+            return []
+        found: list[Node] = []
+        for leaf in plan.entries[entry]:
+            node = entry
+            while node is not leaf:
+                leading = [k for k, (other, _) in enumerate(graph.edges[node]) if other is not None]
+                if len(leading) != 1 or not is_linear(node, leading[0]):
+                    break
+                node = graph.edges[node][leading[0]][0]
+            else:
+                found.append(leaf)
+        return found
+
+    def _by_columns(self, alone: set[Node], rows: Tensor | None) -> None:
+        prepared = self.prepared
+        plan = make_plan(prepared.graph, prepared.owners, prepared.n, alone)
+        self.prepared = replace(prepared, plan=plan)
+        self.running = Columns(self, self.joined)
+        graph = ResidualGraph(self.joined, self.prepared, plan)
+        select = self.chosen
+        seeds = self.loss.grad(self.layout, self.outer)[None]
+        grad = self._place(seeds, rows, select)[0].to(dtype_at(self.joined.start))
+        for edges, columns, self.weights in self._columns(graph, plan, grad, rows, select):
+            HERE.muted = False
+            try:
+                self.running.pull(edges, columns)
+            finally:
+                HERE.muted = True
+            self.running.finish()
+        self.weights = None
+        for parameter, dense, total in self.totals.values():
+            self._add_total(parameter, dense, total)
+        self.prepared = prepared
+
+    def _by_entries(self, leaves: Sequence[Node]) -> None:
+        layout = self.prepared.begin[self.joined.start.node, self.joined.start.output_nr]
+        rows = self.subset.rows(layout.n, self.loss.input.device)
+        counts = None if rows is None else torch.bincount(rows, minlength=layout.n).to(self.loss.input.dtype)
+        start = self.start_tensor
+        gradient = LossGradient(self.loss, self.outer, layout, self.chosen)
+        parameters = [variable_of(leaf) for leaf in leaves]
+        create = torch.is_grad_enabled()
+
+        def gradients(weights: Tensor | None) -> Sequence[Tensor | None]:
+            own = counts if weights is None else weights
+            return self.joined.grad([self.joined.start], parameters, [gradient(own, start)], create_graph=True)
+
+        self._warn(parameters)
+        entries = Entries(gradients, layout, parameters, create)
+        with torch.enable_grad():
+            found = entries.drawn(self._count, self._each) if self.sampled else entries.exact(self._each)
+        for parameter, diagonal in zip(parameters, found, strict=True):
+            if diagonal is None:
+                continue
+            if self._each and rows is not None:
+                diagonal = diagonal[rows]
+            self._add_diagonal(parameter, diagonal if self._each else diagonal[None])
+
+    def _warn(self, parameters: list[Tensor]) -> None:
+        count = sum(parameter.numel() for parameter in parameters)
+        names = " and ".join(type(extension).__name__ for extension in self.extensions)
+        if self.sampled or (count <= FEW and not torch.is_grad_enabled()):
+            return
+        few = ", ".join(name_of(parameter) for parameter in parameters[:3])
+        which, keeps = f"that of {few}{', ...' if len(parameters) > 3 else ''}, which enter the graph in several places, not linearly or below what mixes samples, is", ""
+        if torch.is_grad_enabled():
+            which, keeps = "under backward(create_graph=True), the diagonal is", " and keeps the graphs of all"
+        warnings.warn(
+            f"{names}: {which} taken entry by entry, which costs {count} derivatives of second order{keeps}. "
+            f"DiagHessianMC needs as many as it draws samples, for each parameter.",
+            stacklevel=2,
+        )
+
+    @cached_property
+    def _count(self) -> int:
+        return self.extensions[0].mc_samples
+
+    def compute(self, contributions: Contributions) -> None:
+        """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
+        parameter = contributions.tensor
+        self.block.seen.add(id(parameter))
+        grads = self._weighed(contributions.individual(self.subset))
+        if type(grads) is not Dense or grads.grad.shape[3] > 1:
+            self._add(parameter, grads, self.extensions)
+            return
+        total = grads.grad.square()
+        total = total.sum(0) if grads.weights is None else torch.einsum("vngso,vn->ngso", total, grads.weights)
+        self._note_total(parameter, grads, total)
+
+    def _note_total(self, parameter: Tensor, grads: Dense, total: Tensor) -> None:
+        """Add up squared cotangents ``[n, g, s, o]``, by themselves at each position."""
+        if id(parameter) in self.totals:
+            total = total + self.totals[id(parameter)][2]
+        self.totals[id(parameter)] = (parameter, grads, total)
+
+    def _add_total(self, parameter: Tensor, dense: Dense, total: Tensor) -> None:
+        self._begin(parameter)
+        unfold = dense.unfold
+        assert unfold is not None
+        squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
+        self._add_diagonal(parameter, squares.dense()[0] if self._each else squares.total()[None])
+
+    @property
+    def _each(self) -> bool:
+        """Whether diagonals are wanted for each sample."""
+        return any("sample_squares" in extension.reads for extension in self.extensions)
+
+    def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
+        """Add ``[n, *p]``, memory that nothing else uses; one row will do where only the sum over samples is wanted."""
+        found = Explicit(diagonal[None])
+        if self._each:
+            found.know(sample_squares=diagonal)
+        if any("sum_squares" in extension.reads for extension in self.extensions):
+            found.know(sum_squares=diagonal.sum(0) if self._each or len(diagonal) > 1 else diagonal[0])
+        self._add(parameter, found, self.extensions)
+
+    def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
+        self._begin(parameter)
+        self.final = False
+        super()._add(parameter, grads, extensions)
+
+    def _begin(self, parameter: Tensor) -> None:
+        """Drop the results of an earlier pass: their memory is needed for the new ones."""
+        if id(parameter) not in self.parameters:
+            for extension in self.extensions:
+                vars(parameter).pop(extension.savefield, None)
+        self.parameters[id(parameter)] = parameter
+
+    def _columns(
+        self, graph: ResidualGraph, plan: Plan, grad: Tensor, rows: Tensor | None, select: Tensor | None
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None]]:
+        """Where to start, columns, and their weights: of the loss, then of each node."""
+        start = 0
+        for stop, seeds in self._chunks(graph.edge):
+            signs = self.root.signs if not self.sampled else None
+            if signs is not None:
+                signs = signs[start:stop] if select is None else signs[start:stop, select]
+            yield [graph.edge], [self._place(seeds, rows, select)], signs
+            start = stop
+        chunk = self._chunk(graph.edge)
+        if self.sampled:
+            yield from self._drawn_columns(graph, grad, chunk)
+            return
+        recomputed = any(map(is_recomputed, graph.joined.nodes))  # it is read only once
+        for residual in graph.residuals(grad):
+            known = None if recomputed else squares(graph, residual)
+            if known is not None and self._add_squares(plan, known):
+                continue
+            for start in range(0, residual.columns, chunk):
+                columns, weights = residual.exact(start, start + chunk)
+                yield residual.edges, columns, weights.expand(-1, graph.n)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether columns are drawn."""
+        return self.extensions[0].seeds == "sampled"
+
+    def _drawn_columns(
+        self, graph: ResidualGraph, grad: Tensor, chunk: int
+    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor]]:
+        """``r`` and ``R r`` for random signs ``r`` at all nodes at a time, as a sum and a difference.
+
+        The expectation of ``(J^T r) * (J^T R r)`` is the diagonal of ``J^T R J``, and signs of different nodes are
+        independent.
+        """
+        residuals = list(graph.residuals(grad))
+        edges = [edge for residual in residuals for edge in residual.edges]
+        count = self.extensions[0].mc_samples
+        for start in range(0, count if residuals else 0, chunk):
+            drawn = min(chunk, count - start)
+            parts: list[Tensor] = []
+            for residual in residuals:
+                signs = [signs_like(residual.like, (drawn, *shape)) for shape in residual.shapes]
+                products = residual.local.products(signs)
+                size = sum(product.square().sum() for product in products)
+                scale = (size / max(1, sum(product.numel() for product in products))) ** 0.25
+                scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # both factors are of the same size
+                for sign, product in zip(signs, products, strict=True):
+                    parts.append(torch.cat([sign * scale + product / scale, sign * scale - product / scale]))
+            weights = grad.new_ones(2 * drawn, graph.n) / (4 * count)
+            weights[drawn:] *= -1
+            yield edges, parts, weights
+
+    def _add_squares(self, plan: Plan, known: list[tuple[GradientEdge, Tensor, bool]]) -> bool:
+        """Add what the sums of squared columns at edges give for the uses there, if that is all that these need."""
+        found: list[tuple[Tensor, Arrival, Tensor]] = []
+        for edge, total, mixed in known:
+            for planned in plan.uses.get(edge.node, ()):
+                arrival = self.running.arrival(edge.node, planned, Cotangents({0: total[None]}))
+                if not self._needs_squares_only(edge, planned, arrival, mixed):
+                    return False
+                assert planned.leaf is not None
+                found.append((variable_of(planned.leaf), arrival, total))
+        for parameter, arrival, total in found:
+            rows = Rows(arrival.layout, self.subset.rows(arrival.layout.n, total.device))
+            own = rows.take(total[None], leading=1).to(parameter.dtype)
+            shape = parameter.shape[::-1] if arrival.turned else parameter.shape
+            if isinstance(arrival.use, ElementwiseUse):
+                self._add_diagonal(parameter, arrival.use.squares(own, rows, shape).clone())
+            elif isinstance(arrival.use, DenseUse):
+                dense = arrival.use.bind(own, rows, shape)
+                self._note_total(parameter, dense, dense.grad[0])
+        return True
+
+    def _needs_squares_only(self, edge: GradientEdge, planned: PlannedUse, arrival: Arrival, mixed: bool) -> bool:
+        use, layout = arrival.use, arrival.layout
+        if planned.leaf is None or arrival.turned or edge.output_nr or layout != Layout(layout.n):
+            return False
+        if isinstance(use, ElementwiseUse):
+            return not mixed or use.padded == (1, shape_of(edge.node, 0)[1])
+        return isinstance(use, DenseUse)
+
+
+PASSES["hessian"] = HessianPass

@@ -1,0 +1,481 @@
+"""Second order: roots of the loss Hessian are pulled back by autograd through whatever graph it recorded.
+
+Before the ordinary backward pass, columns of a root of the loss's Hessian (*seeds*) are sent through the graph from its
+input on, some at a time. They reach the uses of the parameters as the
+cotangents do in first order, with a further axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.collector import Collector
+from backpack.backward.first_order import name_of
+from backpack.backward.plan import PlannedUse
+from backpack.backward.region import pull_through
+from backpack.bystanders import forget_retained
+from backpack.compat import outside_vmap, vmap
+from backpack.curvature.joined import Joined
+from backpack.curvature.loss_call import PASSES, Origin
+from backpack.curvature.pooling import pooled
+from backpack.curvature.rerun import agree, outputs_again
+from backpack.engine import HERE, Block, muted
+from backpack.graph import count_outputs, kind, saved, shape_of, variable_of
+from backpack.losses import LossRoot
+from backpack.nodes import GeneralUse, PlacedUse
+from backpack.memory import empty
+from backpack.passages import Passage, passed
+from backpack.quantities import Curvature
+from backpack.samples import AnyLayout, Layout, Subset
+from backpack.samples.notes import Note
+from backpack.uses import Cotangents, Derived, Individual
+from backpack.watched import trainable, without_rules
+
+WIDEST = 2**23
+"""Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
+
+
+class Columns(Collector):
+    """What reaches the parameters of the columns that are pulled back at a time.
+
+    ``keep``: they stay until all columns have been.
+    """
+
+    def __init__(self, running: SeedPass, joined: Joined, further: Sequence[GradientEdge] = ()) -> None:
+        super().__init__(running.prepared)
+        self.running, self.joined, self.further = running, joined, list(further)
+        self.ruled, self.told = running.ruled, running.told
+        self.reached: list[Tensor | None] = []
+        """The columns at the ``further`` edges."""
+        self.keep = running.gathered
+        self.count_of_seeds = 1
+        self.batched = False
+        self.raw: dict[Node, dict[int, list[Tensor]]] = {}
+        self._deferred: list[tuple[PlannedUse, Arrival]] = []
+        """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
+        tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
+        self.captured = set(self.lowest([joined.start.node], tapped))
+        self.ends = [
+            GradientEdge(node, number) for node in self.captured for number in self._arriving(node)
+        ]
+        self._hooked = [node for node in tapped if node not in self.captured]
+
+    def _arriving(self, node: Node) -> list[int]:
+        """Which outputs of a node's function something arrives at."""
+        found = {number for _, _, number in self.graph.incoming[node]}
+        found |= {root.output_nr for root in self.graph.roots if root.node is node}
+        return sorted(found)
+
+    def pull(self, edges: Sequence[GradientEdge], seeds: Sequence[Tensor]) -> None:
+        """Send seeds ``[v, ...]``, given at each of the edges, through the graph."""
+        create = torch.is_grad_enabled()
+
+        def pull(*seed: Tensor) -> Tensor:
+            found = self.joined.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
+            self.reached = [self._outside(grad) for grad in found[len(self.ends) :]]
+            arrived: dict[Node, list[Tensor | None]] = {}
+            for end, grad in zip(self.ends, found, strict=False):
+                arrived.setdefault(end.node, [None] * count_outputs(end.node))[end.output_nr] = grad
+            for node in sorted(arrived, key=self.places.__getitem__):
+                self._arrived(node, arrived[node])
+            return seed[0].new_zeros(())
+
+        self.count_of_seeds = len(seeds[0])
+        self.batched = self.count_of_seeds > 1
+        handles = [node.register_prehook(partial(self._arrived, node)) for node in self._hooked]
+        before, HERE.inner = HERE.inner, self
+        try:
+            if not self.batched:
+                pull(*(seed[0] for seed in seeds))
+                return
+            poolings = () if self.running.block.reads_passages else self.joined.poolings
+            with pooled(poolings, self.count_of_seeds, [*edges, *self.ends]):
+                vmap(pull, *seeds)  # recomputed activations may draw dropout again
+        finally:
+            HERE.inner = before
+            for handle in handles:
+                handle.remove()
+            forget_retained()
+
+    def _outside(self, grad: Tensor | None) -> Tensor | None:
+        """A column of each seed, ``[v, ...]``."""
+        if grad is None or not self.batched:
+            return None if grad is None else grad[None]
+        with outside_vmap([grad], self.count_of_seeds) as (columns,):
+            return columns
+
+    def _arrived(self, node: Node, grads: Sequence[Tensor | None]) -> None:
+        if HERE.inner is not self or HERE.muted:
+            return
+        given = {number: grad for number, grad in enumerate(grads) if grad is not None}
+        if not given:
+            return
+        if not self.batched:
+            self._receive(node, {number: grad[None] for number, grad in given.items()})
+            return
+        with outside_vmap(list(given.values()), self.count_of_seeds) as unwrapped:
+            self._receive(node, dict(zip(given, unwrapped, strict=True)))
+
+    def _receive(self, node: Node, grads: dict[int, Tensor]) -> None:
+        with muted():
+            if node in self.ruled:
+                self.running.keep_for_rules(self.ruled[node], grads)
+            if self.running.final:
+                for passage in self.told.get(node, ()):
+                    self.running.tell(passage)
+            if node not in self.plan.uses:
+                return
+            if self.keep:
+                known = self.raw.setdefault(node, {})
+                for number, grad in grads.items():
+                    known.setdefault(number, []).append(grad)
+            else:
+                self._take_in(node, Cotangents(grads))
+
+    def _take_in(self, node: Node, cotangents: Cotangents) -> None:
+        for planned in self.plan.uses[node]:
+            self.running.take_in(self, planned, self.arrival(node, planned, cotangents))
+
+    def note(self, planned: PlannedUse, arrival: Arrival) -> None:
+        """Take a use's cotangents to its parameter, or to where they enter a region."""
+        if HERE.inner is not None and isinstance(arrival.use, (GeneralUse, PlacedUse)):
+            self._deferred.append((planned, arrival))
+        elif planned.leaf is not None:
+            self.contributions(planned.leaf).arrivals.append(arrival)
+            self.count(planned.leaf)
+        else:
+            assert planned.entry is not None
+            self.contributions_at(planned.entry).arrivals.append(arrival)
+
+    def finish(self) -> None:
+        """Take on what has entered regions, and complete what is left."""
+        with muted():
+            for node, grads in self.raw.items():
+                whole = {number: torch.cat(parts) for number, parts in grads.items()}
+                self._take_in(node, Cotangents(whole))
+            self.raw.clear()
+            for planned, arrival in self._deferred:
+                self.note(planned, arrival)
+            self._deferred.clear()
+            for node in sorted(self.entering, key=self.places.__getitem__) if self.entering else ():
+                self._enter(node)
+            self.entering.clear()
+            for leaf in list(self.found):
+                self.completed(leaf, self.found[leaf])
+            self.found.clear()
+
+    def _enter(self, node: Node) -> None:
+        """Pull what entered a region through a node on to the parameters behind it."""
+        subset, entered = self.running.subset, self.entering[node]
+        individual = {number: found.individual(subset) for number, found in entered.items()}
+        for leaf in self.plan.entries[node]:
+            rows = _looked_up(node, leaf)
+            parts = [
+                Derived(own, variable_of(leaf), partial(self._pull_through, node, number, leaf), *rows)
+                for number, own in individual.items()
+            ]
+            self.contributions(leaf).pulled.setdefault(subset.key, []).extend(parts)
+            self.count(leaf)
+
+    def _pull_through(self, node: Node, number: int, leaf: Node, grads: Tensor) -> Tensor:
+        """Cotangents ``[r, ...]`` at an output of a node's function to those of a parameter."""
+        with muted():
+            found = pull_through(self.graph, self.places, node, {number: grads}, node in self.plan.mixed)
+        if leaf in found:
+            return found[leaf]
+        parameter = variable_of(leaf)
+        return torch.zeros(len(grads), *parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+    def completed(self, leaf: Node, contributions: Contributions) -> None:
+        if self.found.pop(leaf, None) is not None and (contributions.arrivals or contributions.pulled):
+            self.running.compute(contributions)
+
+
+def _looked_up(node: Node, leaf: Node) -> tuple[Tensor, Tensor] | tuple[()]:
+    """The rows of a parameter that a node looks up, and which of them count."""
+    if kind(node) != "Embedding" or node.next_functions[0][0] is not leaf or saved(node, "scale_grad_by_freq"):
+        return ()
+    index = saved(node, "indices")
+    return index, index != saved(node, "padding_idx")  # none if that is -1
+
+
+class SeedPass:
+    """Seeds of one kind, for extensions that share them, pulled back chunk by chunk.
+
+    ``outer``: the cotangent of the loss. ``last``: nothing else will be computed for the block, so that modules are
+    done when this pass is through them.
+    """
+
+    twice = False
+    """Whether the model is differentiated twice, so that it is run again where it has fused functions."""
+
+    def __init__(
+        self,
+        block: Block,
+        extensions: list[Any],
+        origin: Origin,
+        make_root: Callable[[], LossRoot],
+        outer: Tensor,
+        last: bool,
+    ) -> None:
+        self.block, self.extensions, self.origin, self.loss = block, extensions, origin, origin.call
+        self.make_root, self.outer, self.last = make_root, outer, last
+        self.prepared, self.notes, self.passed = origin.prepared, origin.notes, origin.passed
+        self.layout = origin.prepared.begin[self.loss.edge[:2]]
+        self.joined = Joined(self.loss.edge)
+        self.start_tensor = self.loss.input
+        """Where the graph starts."""
+        self.results: dict[tuple[int, int], list[Any]] = {}
+        self.first, self.final = True, False
+        self.gathered = self.selected = False
+        self.batchable = True
+        self.start = 0
+        self.weights: Tensor | None = None
+        self.finished: set[int] = set()
+        self.subset: Subset = extensions[0].subset
+
+    @property
+    def ruled(self) -> dict[Node, list[Passage]]:
+        """Calls of modules for which an extension has a rule, by the node that computed their output."""
+        found: dict[Node, list[Passage]] = {}
+        for node, passages in self.passed.items():
+            for passage in passages:
+                if any(extension.rules and extension.rule_for(passage.module) for extension in self.extensions):
+                    found.setdefault(node, []).append(passage)
+        return found
+
+    @property
+    def told(self) -> dict[Node, list[Passage]]:
+        """Calls of modules that a user is told of when this pass is through them."""
+        return self.passed if self.last and self.block.extension_hook is not None else {}
+
+    def tell(self, passage: Passage) -> None:
+        """The last columns have come to a module's output."""
+        known = None if self.selected else passage  # that of the selected samples is not what users expect
+        if not trainable(passage.module):
+            self.block.module_done(passage.module, known)
+        elif known is not None:
+            self.block.passages[id(passage.module)] = known
+
+    def run(self) -> None:
+        """Pull back all seeds and store the results."""
+        edge = self.loss.edge
+        rows, select = self.subset.rows(self.layout.n, self.loss.input.device), None
+        if rows is not None:
+            own = self._rerun(rows)
+            if own is not None:
+                edge, select, self.subset, self.selected = own, rows, Subset(), True
+                self._go_over(Joined(edge), fewer(self.layout, len(rows)))
+
+        def pull() -> None:
+            columns: Columns | None = None
+            for number, seeds in self._chunks(edge):
+                columns = columns or Columns(self, self.joined)
+                self.final = number >= self.columns
+                columns.pull([edge], [self._place(seeds, rows, select)])
+                if self.final or not self.gathered:
+                    columns.finish()
+                    self.first = False
+
+        try:
+            pull()
+        except RuntimeError as error:
+            if not self.batchable or not getattr(error, "in_batch", True):
+                raise
+            self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
+            self.batchable, self.first = False, True
+            pull()
+        finally:
+            self._clear()
+
+    def _go_over(self, joined: Joined, layout: AnyLayout) -> None:
+        """Go on with a graph that was recorded anew."""
+        self.joined = joined
+        self.prepared, self.notes = self.origin.prepare(joined.start, layout, joined.replaced)
+        self.passed = passed(self.prepared.graph.order) if self.passed else {}
+
+    def _clear(self) -> None:
+        for store in (self.results, self.finished):
+            store.clear()
+
+    @property
+    def widest(self) -> int:
+        """Entries of the largest output of a node that uses parameters."""
+        sizes = [torch.Size(shape_of(node, 0)).numel() for node in self.prepared.plan.uses]
+        return max(sizes, default=1)
+
+    def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
+        """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
+        whole = self.extensions[0].whole
+        chunk = 1 if self.columns == 1 and not whole else self._chunk(edge)
+        self.gathered = whole and chunk == 1
+        if whole and not self.gathered:
+            chunk = self.columns
+        passes = -(-self.columns // chunk)
+        chunk = -(-self.columns // max(1, passes))  # equally many in each
+        for start in range(0, self.columns, chunk):
+            self.start, stop = start, min(start + chunk, self.columns)
+            yield stop, self._seeds(start, stop)
+        if self.columns == 0:
+            yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
+
+    def _chunk(self, edge: GradientEdge) -> int:
+        """How many seeds are pulled back from an edge at a time."""
+        if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop(edge):
+            return 1
+        return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
+
+    def _seeds(self, start: int, stop: int) -> Tensor:
+        """Some of the seeds, ``[v, n, d]``."""
+        kind = self.extensions[0].seeds
+        if kind == "gradient":
+            return self.root.weighed(self.loss.grad(self.layout, self.outer))[None]
+        if kind == "sampled":
+            drawn = [self.root.sampled() for _ in range(start, stop)]
+            return torch.stack(drawn) / self.columns**0.5 if self.columns > 1 else drawn[0][None]
+        return getattr(self.root, kind)(start, stop)
+
+    @property
+    def root(self) -> LossRoot:
+        """Of the loss's Hessian."""
+        return self.make_root()
+
+    @cached_property
+    def columns(self) -> int:
+        """The number of seeds."""
+        first = self.extensions[0]
+        if first.seeds in ("sampled", "gradient"):
+            return first.mc_samples if first.seeds == "sampled" else 1
+        return self.root.columns if first.seeds == "exact" else self.root.documented_columns
+
+    def _place(self, seeds: Tensor, rows: Tensor | None, select: Tensor | None) -> Tensor:
+        """``[v, n, d]`` in the form of the loss's input; of the selected samples only."""
+        layout: Any = self.layout
+        shape = layout.split(self.loss.input).shape[1:]
+        if select is not None:
+            seeds, layout = seeds[:, select], fewer(layout, len(select))
+        elif rows is not None:
+            chosen = torch.zeros(layout.n, dtype=seeds.dtype, device=seeds.device)
+            chosen[rows] = 1
+            seeds = seeds * chosen[:, None]
+        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.loss.input.dtype)
+
+    def _rerun(self, rows: Tensor, rounded: bool = False) -> GradientEdge | None:
+        """The graph of the selected samples alone, where running the module on them gives the same output.
+
+        ``rounded``: it was computed in 16 bits before, and is not now.
+        """
+        note = self.notes.get(self.loss.edge[:2])
+        layout = self.layout
+        if note is None or len(self.notes) > 1 or not isinstance(layout, Layout) or layout.factor > 1:
+            return None
+        if note.attached is not None or self.prepared.plan.mixed:
+            return None
+        outputs = self._run_again(note, rows)
+        again = None if outputs is None or note.place >= len(outputs) else outputs[note.place]
+        expected = self.loss.input.index_select(layout.axis, rows)
+        if not isinstance(again, Tensor) or again.grad_fn is None or not agree(again, expected, rounded):
+            return None
+        self.start_tensor = again
+        return GradientEdge(again.grad_fn, again.output_nr)
+
+    def _run_again(self, note: Note, rows: Tensor | None) -> list[Any] | None:
+        return outputs_again(note, rows, self.layout.n, self.twice)
+
+    def keep_for_rules(self, passages: list[Passage], grads: Mapping[int, Tensor]) -> None:
+        """Note the columns ``[v, n, ...]`` at a module's output for a rule."""
+        for passage in passages:
+            for extension in self.extensions:
+                if not (extension.rules and extension.rule_for(passage.module) is not None):
+                    continue
+                if len(passage.numbers) > 1 or passage.numbers[0] not in grads:
+                    raise RuntimeError(
+                        f"{type(passage.module).__name__} has several outputs: {type(extension).__name__} can't take "
+                        f"a rule for it. Do without the rule: none is needed for any module."
+                    )
+                own = grads[passage.numbers[0]]
+                rows = None if self.selected else self.subset.rows(self.layout.n, own.device)
+                own = own if rows is None else own.index_select(1, rows)
+                self.block.pulled.setdefault((id(extension), id(passage.module)), []).append(own)
+
+    def take_in(self, columns: Columns, planned: PlannedUse, arrival: Arrival) -> None:
+        """Cotangents have reached a use."""
+        columns.note(planned, arrival)
+
+    def compute(self, contributions: Contributions) -> None:
+        """All of some columns has arrived at a parameter."""
+        parameter = contributions.tensor
+        self.block.seen.add(id(parameter))
+        extensions = without_rules(self.extensions, parameter, name_of(parameter), last=self.final)
+        if extensions:
+            if self.first:
+                for extension in extensions:
+                    vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
+            grads = self._weighed(contributions.individual(self.subset))
+            rooms = [self._room(extension, parameter, grads) for extension in extensions]
+            grads.room = next((room for room in rooms if room is not None), None)
+            grads.prepare([name for extension in extensions for name in extension.reads])
+            self._add(parameter, grads, extensions)
+        if self.final and self.last:
+            self.finished.add(id(parameter))
+            self.block.owners_done(parameter, self.finished)
+
+    def _weighed(self, grads: Individual) -> Individual:
+        if self.weights is None:
+            return grads
+        rows = self.subset.rows(self.weights.shape[1], self.weights.device)
+        return grads.weighted(self.weights if rows is None else self.weights[:, rows])
+
+    def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
+        """Add what some seeds give to the results of a parameter."""
+        values: list[Any] = []
+        for extension in extensions:
+            value = self._value(extension, grads)
+            room = self._room(extension, parameter, grads)
+            results = self.results.setdefault((id(extension), id(parameter)), [])
+            if room is None:
+                # Results are merged in place: none may be another's.
+                values.append(value.clone() if any(value is other for other in values) else value)
+                results.append(values[-1])
+            elif value is grads.room:
+                grads.room = None  # it is where it belongs; what further extensions keep of it are copies
+            else:
+                room.copy_(value)
+            if len(results) > 1 and extension.additive:
+                results[:] = [extension.merge(results)]
+            if self.final:
+                del self.results[id(extension), id(parameter)]  # whoever takes it may free it
+                merged = extension.merge(results) if len(results) > 1 else results[0]
+                self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
+
+    def _room(self, extension: Curvature, parameter: Tensor, grads: Individual) -> Tensor | None:
+        """Where the columns of these seeds, of more to come, belong in a result that keeps those of all."""
+        if extension.additive or torch.is_grad_enabled():
+            return None
+        seeds, samples = grads.size
+        if seeds >= self.columns:
+            return None
+        results = self.results.setdefault((id(extension), id(parameter)), [])
+        if not results:
+            results.append(empty((self.columns, samples, *parameter.shape), parameter))
+        return results[0][self.start : self.start + seeds]
+
+    def _value(self, extension: Curvature, grads: Individual) -> Any:
+        """What some seeds give to the result of an extension."""
+        return extension.compute(grads)
+
+
+def fewer(layout: AnyLayout, n: int) -> Layout:
+    """The layout of so many of the samples."""
+    assert isinstance(layout, Layout)
+    return Layout(n, layout.axis)
+
+
+PASSES["sqrt"] = SeedPass
