@@ -95,20 +95,16 @@ def observed(nodes: Iterable[Node]) -> Iterator[ref[Tensor] | Tensor]:
 
 
 class Guarding(TorchFunctionMode):
-    """Nobody looks at what is computed inside: hooks that are registered do not run, no gradient is retained."""
+    """Hooks that are registered inside do not run in passes of our own, and no gradient is retained."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.register_hook:
-            args = (args[0], _nothing)
+            args = (args[0], guarded(args[1]))
         elif func is Tensor.retain_grad:
             return None
         return func(*args, **(kwargs or {}))
-
-
-def _nothing(grad: Tensor) -> None:
-    """A hook that does nothing."""
 
 
 def _is_ours(hook: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from backpack import extensions, summary, verify
-from backpack.extensions import GGNMP, HBP, HMP, KFLR, KFRA, PCHMP, BatchGrad, BatchL2Grad, DiagGGNMC, DiagHessian
+from backpack.extensions import GGNMP, HBP, HMP, KFLR, KFRA, PCHMP, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, DiagHessian
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 
@@ -137,8 +137,11 @@ class Largest(BackpropExtension):
 
 
 def test_what_is_refused_or_not_compared_is_said():
-    outcome = verify(*problem(training=True), BatchGrad(), DiagGGNMC(), KFLR())
-    assert not outcome.passed and "refused: batch_norm" in str(outcome)
+    with pytest.warns(UserWarning, match="Samples are mixed by NativeBatchNorm of parameter 1.weight"):
+        outcome = verify(*problem(training=True), BatchGrad(), DiagGGNExact())
+    assert outcome.passed
+    outcome = verify(*problem(training=True), KFLR())
+    assert not outcome.passed and "refused: KFLR: samples are mixed by NativeBatchNorm" in str(outcome)
     model, *rest = problem()
     outcome = verify(model.eval(), *rest, Largest(), HMP(), GGNMP(subsampling=[1]))
     verdicts = {row.quantity: row.verdict for row in outcome.rows if row.parameter.endswith("weight")}
@@ -200,7 +203,9 @@ def test_a_summary_tells_uses_ways_and_refusals(capsys):
     model[0].weight.requires_grad_(False)
     model.append(nn.Linear(3, 3))
     assert "refused" not in str(summary(model, X, BatchGrad())).lower()
-    found = str(summary(model, X, BatchGrad(), DiagGGNMC()))
-    assert "Will be refused: batch_norm of parameter 1.weight and 1.bias normalizes with statistics" in found
+    found = str(summary(model, X, BatchGrad(), DiagGGNMC(), KFLR()))
+    assert "Samples are mixed by NativeBatchNorm of parameter 1.weight" in found
+    assert "Will be refused: KFLR: samples are mixed by NativeBatchNorm of parameter 1.weight" in found
+    assert "DiagGGNMC:" not in found
     assert "frozen" in found and found in capsys.readouterr().out
     assert not any(m._forward_hooks for m in model.modules())

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from backpack.curvature.residuals import WRONG_THIRD, base_name
-from backpack.curvature.twice import derivative
 from backpack.samples import AnyLayout
 
 ENTRIES = 2**22
@@ -36,66 +35,83 @@ class Entries:
     parameters: list[Tensor]
     create_graph: bool
 
-    def exact(self, each: bool) -> list[Tensor | None]:
-        """By unit vectors; ``None``: the loss does not depend on a parameter."""
-        weights = self._ones() if each else None
+    def exact(self, chosen: Sequence[int] | None) -> list[Tensor | None]:
+        """By unit vectors; of each of the ``chosen`` samples, ``None``: of all together.
+
+        A result is ``None`` if the loss does not depend on a parameter.
+        """
+        if chosen is None:
+            return self._by_units(None)
+        try:
+            found = self._by_units(self._ones())
+            return [None if diagonals is None else diagonals[list(chosen)] for diagonals in found]
+        except RuntimeError:  # a function between the model and the loss that has no second derivative by weights
+            if self.create_graph:
+                raise
+        rows = [self._by_units(self._ones(n)) for n in chosen]
+        return [None if own[0] is None else torch.stack(list(own)) for own in zip(*rows, strict=True)]  # type: ignore[arg-type]
+
+    def _by_units(self, weights: Tensor | None) -> list[Tensor | None]:
         grads = self.gradients(weights)
         return [
             None if grad is None else self._exact(parameter, grad, weights)
             for parameter, grad in zip(self.parameters, grads, strict=True)
         ]
 
-    def drawn(self, count: int, each: bool) -> list[Tensor | None]:
+    def drawn(self, count: int) -> list[Tensor | None]:
         """The mean of ``r * H r`` for random signs ``r`` (Hutchinson, 1989)."""
-        weights = self._ones() if each else None
         found: list[Tensor | None] = []
-        for parameter, grad in zip(self.parameters, self.gradients(weights), strict=True):
-            if grad is None:
-                found.append(None)
-                continue
+        for parameter, grad in zip(self.parameters, self.gradients(None), strict=True):
             signs = signs_like(parameter, (count, *parameter.shape))
-            products = [sign * derivative(grad, parameter, sign) for sign in signs]
-            found.append(self._finished(torch.stack(products).mean(0), weights))
+            found.append(None if grad is None else (signs * self._products(parameter, grad, signs)).mean(0))
         return found
 
-    def _ones(self) -> Tensor:
+    def _ones(self, only: int | None = None) -> Tensor:
+        """Weights of the samples; zero but for one, they need no gradient."""
         like = self.parameters[0]
-        return torch.ones(self.layout.n, dtype=like.dtype, device=like.device, requires_grad=True)
+        if only is None:
+            return torch.ones(self.layout.n, dtype=like.dtype, device=like.device, requires_grad=True)
+        weights = torch.zeros(self.layout.n, dtype=like.dtype, device=like.device)
+        weights[only] = 1
+        return weights
 
     def _exact(self, parameter: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
-        if not (grad.requires_grad and parameter.numel()):
-            return parameter.new_zeros(parameter.shape if weights is None else (self.layout.n, *parameter.shape))
+        weights = weights if weights is not None and weights.requires_grad else None
         pieces: list[Tensor] = []
-        step = 1 if self.create_graph else max(1, ENTRIES // parameter.numel())
+        step = max(1, ENTRIES // max(1, parameter.numel()))
         for start in range(0, parameter.numel(), step):
-            pieces.append(self._finished(self._some(parameter, grad, start, step, weights is not None), weights))
+            number = torch.arange(start, min(start + step, parameter.numel()), device=parameter.device)
+            place = torch.arange(len(number), device=parameter.device)
+            units = torch.zeros(len(number), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+            units[place, number] = 1
+            units = units.reshape(len(number), *parameter.shape)
+            rows = self._products(parameter, grad, units, weights is not None).flatten(1)
+            pieces.append(self._finished(rows[place, number], weights))
+        if not pieces:
+            return parameter.new_zeros(parameter.shape if weights is None else (self.layout.n, *parameter.shape))
         found = torch.cat(pieces, -1)
         return found.reshape(*found.shape[:-1], *parameter.shape)
 
-    def _some(self, parameter: Tensor, grad: Tensor, start: int, step: int, with_graph: bool) -> Tensor:
-        """Entries of the diagonal, ``[k]``."""
-        number = torch.arange(start, min(start + step, parameter.numel()), device=parameter.device)
-        units = torch.zeros(len(number), parameter.numel(), dtype=grad.dtype, device=grad.device)
-        units[torch.arange(len(number), device=grad.device), number] = 1
-        units = units.reshape(len(number), *grad.shape)
+    def _products(self, parameter: Tensor, grad: Tensor, vectors: Tensor, with_graph: bool = False) -> Tensor:
+        """The Hessian times several vectors, ``[k, *p]``, at once where PyTorch can."""
+        if not grad.requires_grad:
+            return torch.zeros_like(vectors)
         create = self.create_graph or with_graph
 
-        def multiply(unit: Tensor) -> Tensor:
+        def multiply(vector: Tensor) -> Tensor:
             (found,) = torch.autograd.grad(
-                grad, parameter, unit, create_graph=create, retain_graph=True, allow_unused=True
+                grad, parameter, vector, create_graph=create, retain_graph=True, allow_unused=True
             )
             return torch.zeros_like(parameter) if found is None else found
 
-        if not self.create_graph and len(units) > 1:
+        if not self.create_graph and len(vectors) > 1:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    found = torch.vmap(multiply)(units)
-                return found.flatten(1)[torch.arange(len(number), device=found.device), number]
+                    return torch.vmap(multiply)(vectors)
             except (RuntimeError, UserWarning):  # a derivative that cannot be batched
                 pass
-        rows = [multiply(unit).flatten()[k] for k, unit in zip(number.tolist(), units, strict=True)]
-        return torch.stack(rows)
+        return torch.stack([multiply(vector) for vector in vectors])
 
     def _finished(self, diagonal: Tensor, weights: Tensor | None) -> Tensor:
         """The terms of the samples are the derivatives by their weights."""

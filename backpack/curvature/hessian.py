@@ -152,13 +152,11 @@ class HessianPass(TwicePass):
         self._warn(parameters)
         entries = Entries(gradients, layout, parameters, create)
         with torch.enable_grad():
-            found = entries.drawn(self._count, self._each) if self.sampled else entries.exact(self._each)
+            chosen = None if not self._each else range(layout.n) if rows is None else rows.tolist()
+            found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
         for parameter, diagonal in zip(parameters, found, strict=True):
-            if diagonal is None:
-                continue
-            if self._each and rows is not None:
-                diagonal = diagonal[rows]
-            self._add_diagonal(parameter, diagonal if self._each else diagonal[None])
+            if diagonal is not None:
+                self._add_diagonal(parameter, diagonal if self._each else diagonal[None])
 
     def _warn(self, parameters: list[Tensor]) -> None:
         count = sum(parameter.numel() for parameter in parameters)

@@ -111,11 +111,3 @@ class TwicePass(SeedPass):
             parts.append(part)
         self._go_over(Joined(self.loss.edge, parts), self.layout)
         return not (rounded and has_autocast(self.joined.nodes))
-
-
-def derivative(value: Tensor, input: Tensor, vector: Tensor | None = None) -> Tensor:
-    """With its graph."""
-    if not value.requires_grad:
-        return torch.zeros_like(input)
-    (found,) = torch.autograd.grad(value, input, vector, create_graph=True, allow_unused=True)
-    return torch.zeros_like(input) if found is None else found
