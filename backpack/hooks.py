@@ -155,6 +155,8 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         HERE.depth -= 1
         if HERE.depth == 0:
             _close()
+    if is_fully_sharded(module):
+        _watch_gathered(module)
     extended = EXTENDED.get(module)  # of a copy: none
     if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
         return

@@ -74,7 +74,10 @@ def results(model):
 
 
 def attributes(model):
-    return [(name, sorted(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()]
+    def hooks(module):
+        return len(module._forward_hooks), len(module._forward_pre_hooks)
+
+    return [(name, sorted(vars(module)), hooks(module)) for name, module in model.named_modules()]
 
 
 def as_before(model, lossfunc, before):
@@ -159,7 +162,8 @@ def test_a_fault_in_any_function_of_the_package_leaves_all_as_it_was(calm, start
             raise AssertionError(f"after {error.__name__} in call {k}, {fault.place}") from problem
     assert len(places) > 5
     unextend(model)
-    assert not any(m._forward_hooks for m in model.modules()) and not any(p._backward_hooks for p in model.parameters())
+    assert all(hooks == (0, 0) for _, _, hooks in attributes(model))
+    assert not any(p._backward_hooks for p in model.parameters())
 
 
 @pytest.mark.slow
@@ -233,6 +237,34 @@ def test_a_fault_in_what_users_write_leaves_all_as_it_was(calm, error):
         with pytest.raises(error, match="injected"), backpack(*extensions):
             attempt()
         as_before(model, lossfunc, before)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_graph_that_outlives_a_fault_is_as_it_was(calm, error):
+    """Nothing of ours stays at its nodes."""
+    model, lossfunc, (_, expected) = calm
+
+    class Broken(BatchGrad):
+        def compute(self, grads):
+            raise error("injected")
+
+    def anew():
+        for parameter in model.parameters():
+            vars(parameter).clear()
+            parameter.grad = None
+
+    loss = lossfunc(model(X), Y)
+    with pytest.raises(error, match="injected"), backpack(Broken(), DiagGGNExact()):
+        loss.backward(retain_graph=True)
+    anew()
+    loss.backward(retain_graph=True)
+    assert all(torch.equal(p.grad, expected[name, "grad"]) for name, p in model.named_parameters())
+    assert not any(vars(p).keys() & set(FIELDS[1:]) for p in model.parameters())
+    anew()
+    with backpack(BatchGrad(), DiagGGNExact()):
+        loss.backward()
+    for field in ("grad", "grad_batch", "diag_ggn_exact"):
+        assert all(close(getattr(p, field), expected[name, field]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("k", range(7))
