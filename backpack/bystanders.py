@@ -85,7 +85,11 @@ def observed(nodes: Iterable[Node]) -> Iterator[ref[Tensor] | Tensor]:
     """The tensors that nodes know of."""
     for node in nodes:
         metadata: Any = node.metadata
-        for _, inputs, output, *_ in metadata.get(PASSED, ()):
+        for _, inputs, output, last, *_ in metadata.get(PASSED, ()):
+            if isinstance(inputs, ref):
+                yield inputs
+                yield last
+                continue
             for note in (*inputs, output):
                 for leaf in note[0] if type(note) is tuple else [note]:
                     held = getattr(leaf, "held", None)

@@ -196,10 +196,11 @@ def _region_by_frames() -> Any:
 def interpreted(function: Callable[P, T]) -> Callable[P, T]:
     """The function, which a compiler of PyTorch's that is in use must neither trace nor compile."""
     known: list[Callable[P, T]] = []
+    modules = sys.modules
 
     @wraps(function)
     def hidden(*args: P.args, **kwargs: P.kwargs) -> T:
-        if "torch._dynamo" not in sys.modules:
+        if "torch._dynamo" not in modules:
             return function(*args, **kwargs)
         if not known:
             known.append(torch.compiler.disable(function))

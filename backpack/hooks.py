@@ -25,7 +25,7 @@ from backpack.curvature.loss_call import has_second_derivatives_of_model, leave_
 from backpack.losses import ROOTS
 from backpack.curvature.rerun import random_state
 from backpack.engine import HERE
-from backpack.passages import LEFT, forget, is_ruled, leave_passage
+from backpack.passages import LEFT, RULED, forget, is_ruled, leave_passage
 from backpack.samples.notes import leave_note
 from backpack.watched import SHARDED, WATCHED, Watched, trainable, unwatch
 
@@ -40,6 +40,8 @@ class Extended:
     handles: list[RemovableHandle]
     batch_axis: int = 0
     owned: list[int] = field(default_factory=list)
+    trainable: ref[Tensor] | None = None
+    """A parameter that was trainable when that was asked for."""
 
 
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
@@ -49,6 +51,7 @@ def attach(module: Module, batch_axis: int = 0) -> None:
     """Put the hooks on one module."""
     if module in EXTENDED:
         return
+    _take_off_copies(module)
     handles = [module.register_forward_hook(_leave, with_kwargs=True, always_call=True)]
     if module._modules or is_fully_sharded(module):
         handles.append(module.register_forward_pre_hook(_enter))
@@ -61,9 +64,19 @@ def detach(module: Module) -> None:
     extended = EXTENDED.pop(module, None)
     for handle in extended.handles if extended is not None else ():
         handle.remove()
+    _take_off_copies(module)
     for parameter in module._parameters.values():
         if parameter is not None:
             unwatch(parameter)
+
+
+def _take_off_copies(module: Module) -> None:
+    """Take off the hooks that a copy of an extended module has."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook is _leave or hook is _enter]:
+            del hooks[key]
+            for further in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                further.pop(key, None)
 
 
 def watch(module: Module) -> None:
@@ -106,22 +119,29 @@ def _is_trainable(parameter: Tensor | None) -> TypeGuard[Tensor]:
 def _enter(module: Module, args: Any) -> None:
     """Of modules that have others in them: notice the outermost."""
     drop_interrupted()
-    if module not in EXTENDED:  # a copy
-        return
-    if HERE.root is not None:
-        HERE.depth += module is HERE.root
-    elif not (HERE.disabled or HERE.muted) and torch.is_grad_enabled() and _learns(module):
-        if HERE.blocks and has_second_derivatives_of_model(HERE.blocks[-1]):
-            HERE.random = random_state()  # the module may have to run again
-        HERE.frame, HERE.depth = caller(), 1
-        HERE.root = module
-    if is_fully_sharded(module):
+    here = HERE
+    if here.root is not None:
+        here.depth += module is here.root
+    elif not (here.disabled or here.muted) and torch.is_grad_enabled() and _learns(module):
+        if here.blocks and has_second_derivatives_of_model(here.blocks[-1]):
+            here.random = random_state()  # the module may have to run again
+        here.frame, here.depth = caller(), 1
+        here.root = module
+    if "torch.distributed.fsdp" in sys.modules and is_fully_sharded(module):
         _watch_gathered(module)
 
 
 def _learns(module: Module) -> bool:
-    """Whether a parameter of a module, or of one in it, is trainable."""
-    return any(parameter.requires_grad for parameter in module.parameters())
+    """Whether an extended module, or one in it, has a trainable parameter."""
+    extended = EXTENDED.get(module)
+    if extended is None:  # a copy
+        return False
+    known = None if extended.trainable is None else extended.trainable()
+    if known is not None and known.requires_grad:
+        return True
+    found = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+    extended.trainable = None if found is None else ref(found)
+    return found is not None
 
 
 def _watch_gathered(module: Module) -> None:
@@ -150,33 +170,37 @@ def _close() -> None:
 @interpreted
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """The outermost extended module notes its outputs, those without children their passage."""
-    root, random = HERE.root, HERE.random
+    here = HERE
+    root, random = here.root, here.random
     if module is root:
-        HERE.depth -= 1
-        if HERE.depth == 0:
+        here.depth -= 1
+        if here.depth == 0:
             _close()
-    if is_fully_sharded(module):
-        _watch_gathered(module)
-    extended = EXTENDED.get(module)  # of a copy: none
-    if extended is None or HERE.disabled or HERE.muted or not torch.is_grad_enabled():
+    if here.disabled or here.muted or not torch.is_grad_enabled():
         return
-    if HERE.root is None and (module is root or (root is None and _learns(module))):
-        leave_note(module, args, kwargs, output, extended.batch_axis, random)
-    if module._modules and not is_ruled(module):
+    if "torch.distributed.fsdp" in sys.modules and is_fully_sharded(module):
+        _watch_gathered(module)
+    if here.root is None and (module is root or (root is None and _learns(module))):
+        leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis, random)
+    if module._modules and not (RULED and is_ruled(module)):
         return
     if LEFT:
         forget(module)
-    loss = _is_loss(module, output, root)
-    if loss:
+    if _is_loss(module, output, root):
         leave_loss(module, args, kwargs, output)
-    leave_passage(module, args, kwargs, output, loss or bool(HERE.blocks and HERE.blocks[-1].extension_hook))
+    leave_passage(module, args, kwargs, output, bool(here.blocks and here.blocks[-1].extension_hook))
+
+
+_losses: dict[type[Module], bool] = {}
+"""Which classes are known as losses."""
 
 
 def _is_loss(module: Module, output: Any, root: Module | None) -> bool:
     """Whether a module is a loss: it has no trainable parameter, and PyTorch's are known, others return a scalar."""
-    if not isinstance(output, Tensor) or module._modules:
+    cls = type(module)
+    known = _losses.get(cls)
+    if known is None:
+        known = _losses[cls] = isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(cls.__mro__)
+    if not known and (root is not None or not isinstance(output, Tensor) or output.dim() > 0):
         return False
-    if not isinstance(module, _Loss) and ROOTS.keys().isdisjoint(type(module).__mro__):
-        if root is not None or output.dim() > 0:
-            return False
-    return not trainable(module)
+    return isinstance(output, Tensor) and not module._modules and not trainable(module)

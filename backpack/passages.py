@@ -175,18 +175,17 @@ class Passage:
 
 def leave_passage(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
     """Leave at the node that computed a module's outputs what came in and out; ``keep``: hold it."""
-    keep = keep or is_ruled(module)
-    if type(output) is Tensor and len(args) == 1 and not (keep or kwargs):
-        x, node = args[0], output.grad_fn
-        if node is not None and isinstance(x, Tensor):
-            same = [0] if x is output and not isinstance(module, Identity) else []
-            left = (ref(module), [_weakly(x)], _weakly(output), [output.output_nr], [None], same)
-            metadata: Any = node.metadata
-            metadata.setdefault(PASSED, []).append(left)
-            return
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if tensors:
-        _leave(module, (*args, *kwargs.values()), output, tensors, keep)
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    if keep or kwargs or node is None or len(args) != 1 or type(args[0]) is not Tensor or (RULED and is_ruled(module)):
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if tensors:
+            _leave(module, (*args, *kwargs.values()), output, tensors, keep or is_ruled(module))
+        return
+    x = args[0]
+    version = 0 if x.is_inference() else x._version
+    metadata: Any = node.metadata
+    before = metadata.get(PASSED, ())
+    metadata[PASSED] = *before, (ref(module), ref(x), version, ref(output), output._version, output.output_nr)
 
 
 def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> None:
@@ -207,7 +206,8 @@ def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Ten
                 edges[place] = get_gradient_edge(value)
     notes = [hold(value) if isinstance(value, Tensor) else _note(value, hold) for value in inputs]
     metadata: Any = node.metadata
-    metadata.setdefault(PASSED, []).append((ref(module), notes, _note(output, hold), numbers, edges, overwritten))
+    left = (ref(module), notes, _note(output, hold), numbers, edges, overwritten)
+    metadata[PASSED] = *metadata.get(PASSED, ()), left
 
 
 def passed(nodes: Iterable[Node]) -> dict[Node, list[Passage]]:
@@ -215,10 +215,20 @@ def passed(nodes: Iterable[Node]) -> dict[Node, list[Passage]]:
     found: dict[Node, list[Passage]] = {}
     for node in nodes:
         metadata: Any = node.metadata
-        for module, *known in metadata.get(PASSED, ()):
-            if (own := module()) is not None:
-                found.setdefault(node, []).append(Passage(own, *known))
+        for left in metadata.get(PASSED, ()):
+            module = left[0]()
+            if module is not None:
+                found.setdefault(node, []).append(_passage(module, *left[1:]))
     return found
+
+
+def _passage(module: Module, input: Any, second: Any, third: Any, *rest: Any) -> Passage:
+    """What was left, in full."""
+    if not isinstance(input, ref):
+        return Passage(module, input, second, third, *rest)
+    version, number = rest
+    same = [0] if input is third and not isinstance(module, Identity) else []
+    return Passage(module, [Noted(input, second)], Noted(third, version), [number], [None], same)
 
 
 def serve(passage: Passage | None) -> Context[None]:

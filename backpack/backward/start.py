@@ -24,7 +24,7 @@ from backpack.curvature import hessian as hessian  # as well
 from backpack.curvature import products as products
 from backpack.curvature.loss_call import LossCall, Origin, losses_in
 from backpack.engine import HERE, Block, muted
-from backpack.graph import LEAF, Graph, count_outputs, read, variable_of
+from backpack.graph import LEAF, Graph, count_outputs, forget_recomputed, read, variable_of
 from backpack.hooks import watch
 from backpack.passages import Passage, passed
 from backpack.samples import AnyLayout, Layout, layouts, same
@@ -240,8 +240,11 @@ class _Running:
                 continue
             with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(self.graph.order)):
                 outer = call.cotangent(edge)
-                if outer is not None:
-                    origin.run(self.block, outer, call.keeps_graph)
+                try:
+                    if outer is not None:
+                        origin.run(self.block, outer, call.keeps_graph)
+                finally:
+                    forget_recomputed()
 
     def attach(self) -> None:
         """Put the prehooks on."""

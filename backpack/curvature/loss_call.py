@@ -65,19 +65,20 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
     input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
     if not isinstance(input, Tensor) or not input.requires_grad or output.grad_fn is None:
         return
-    edge = get_gradient_edge(input)
-    if output.grad_fn is edge.node:  # handed through: a node must not hold itself
+    node = input.grad_fn
+    if node is output.grad_fn:  # handed through: a node must not hold itself
         return
+    edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
     metadata: Any = output.grad_fn.metadata
-    metadata.setdefault(LOSS, {})[output.output_nr] = LossCall(loss, input, edge, args, kwargs)
+    metadata[LOSS] = output.output_nr, LossCall(loss, input, edge, args, kwargs)
 
 
 def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:
     """The calls of losses whose outputs are in a graph."""
     for node in graph.order:
         metadata: Any = node.metadata
-        for number, call in metadata.get(LOSS, {}).items():
-            yield node, number, call
+        if LOSS in metadata:
+            yield node, *metadata[LOSS]
 
 
 @dataclass(eq=False)

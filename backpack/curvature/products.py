@@ -26,7 +26,7 @@ from backpack.curvature.loss_call import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, has_autocast
 from backpack.curvature.twice import LossGradient, TwicePass
 from backpack.engine import muted
-from backpack.graph import count_outputs, shape_of, variable_of
+from backpack.graph import count_outputs, forget_recomputed, shape_of, variable_of
 from backpack.nodes import Place, use_of
 
 Product = Callable[[Tensor], Tensor]
@@ -279,17 +279,21 @@ def _of_one_or_several(
                 f"The product takes a vector of the parameter's shape {list(shape)}, or several of them stacked, "
                 f"{['V', *shape]}; got {list(vector.shape)}."
             )
-        with muted(), undisturbed(tensors):
-            prepare()
-            if vector.shape == shape:
-                return product(vector)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    return torch.vmap(product)(vector)
-            except (RuntimeError, UserWarning):  # a derivative that cannot be batched
-                forget_retained()
-                return torch.stack([product(one) for one in vector])
+        try:
+            with muted(), undisturbed(tensors):
+                prepare()
+                return product(vector) if vector.shape == shape else several(vector)
+        finally:
+            forget_recomputed()
+
+    def several(vectors: Tensor) -> Tensor:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                return torch.vmap(product)(vectors)
+        except (RuntimeError, UserWarning):  # a derivative that cannot be batched
+            forget_retained()
+            return torch.stack([product(one) for one in vectors])
 
     return multiply
 

@@ -6,17 +6,20 @@ draw. What comes out counts only where it agrees with what the forward pass of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from backpack.bystanders import Guarding
 from backpack.compat import is_fully_sharded, uncompiled
+from backpack.graph import read, regions
 from backpack.samples.notes import Note, leaves_of
 from backpack.twice import TwiceDifferentiable
 
@@ -94,9 +97,28 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[
         if twice:
             contexts.enter_context(TwiceDifferentiable())
         try:
-            return leaves_of(root(*args, **kwargs))
+            outputs = leaves_of(root(*args, **kwargs))
         except (RuntimeError, ValueError):  # shapes: of a state of all samples, of what counts on all
             return None
+    if twice:
+        _recompute_twice_differentiably(outputs, leaves_of((args, kwargs)))
+    return outputs
+
+
+def _recompute_twice_differentiably(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """Checkpointed regions of a graph are computed again as they were: with functions that have second derivatives."""
+    found, known = (
+        regions(read([get_gradient_edge(t) for t in tensors if isinstance(t, Tensor) and t.requires_grad]).order)
+        for tensors in (outputs, inputs)
+    )
+    for frame in found:
+        if all(frame is not other for other in known):
+            frame.recompute_fn = partial(_in_the_same_way, frame.recompute_fn)
+
+
+def _in_the_same_way(recompute: Callable[..., None], *args: Any) -> None:
+    with TwiceDifferentiable():
+        recompute(*args)
 
 
 def agree(output: Tensor, expected: Tensor, rounded: bool = False) -> bool:

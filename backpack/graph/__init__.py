@@ -1,7 +1,7 @@
 """PyTorch's recorded graph: its traversal, and what is known of its nodes."""
 
 from backpack.graph.nodes import LEAF, call, count_outputs, kind, shape_of, variable_of
-from backpack.graph.saved import is_recomputed, saved, tensor_names
+from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
 from backpack.graph.traversal import Graph, Incoming, read
 
 __all__ = [
@@ -10,9 +10,11 @@ __all__ = [
     "Incoming",
     "call",
     "count_outputs",
+    "forget_recomputed",
     "is_recomputed",
     "kind",
     "read",
+    "regions",
     "saved",
     "shape_of",
     "tensor_names",

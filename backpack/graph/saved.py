@@ -6,10 +6,11 @@ one: what was read before is given back to the region.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -72,10 +73,31 @@ def kept(node: Node) -> Iterator[None]:
             _give_back(raw, value)
 
 
+_regions: WeakSet[Any] = WeakSet()
+"""Those of which something was read."""
+
+
 def _region(raw: Any) -> Any:
     """The checkpointed region that a saved tensor belongs to."""
     hook = getattr(raw, "unpack_hook", None)
-    return None if hook is None else _frame_of(hook)
+    frame = None if hook is None else _frame_of(hook)
+    if frame is not None:
+        _regions.add(frame)
+    return frame
+
+
+def regions(nodes: Iterable[Node]) -> list[Any]:
+    """The checkpointed regions that nodes belong to."""
+    frames = (_region(raw) for node in nodes for raw in _raws(node))
+    return list({id(frame): frame for frame in frames if frame is not None}.values())
+
+
+def forget_recomputed() -> None:
+    """Free what was computed again for passes of our own, and for reads outside of one."""
+    running: Any = torch._C._current_graph_task_id()
+    for frame in list(_regions):
+        for key in [key for key in frame.recomputed if key != running and isinstance(key, int)]:
+            del frame.recomputed[key]
 
 
 @cache

@@ -107,6 +107,22 @@ def leave_note(
     module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None = None
 ) -> None:
     """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such."""
+    if type(output) is Tensor and len(args) == 1 and not kwargs and output._base is None:
+        (x,), node = args, output.grad_fn
+        if node is None:
+            return
+        if type(x) is Tensor and not x.requires_grad:
+            note = Note(ref(module), ((x,), {}), True, axis, 0)
+            note.output, note.random = _weakly(output), random
+            metadata = node.metadata
+            metadata.setdefault(OUTPUT, {})[output.output_nr] = note  # type: ignore[arg-type]
+            return
+    _leave_note(module, args, kwargs, output, axis, random)
+
+
+def _leave_note(
+    module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None
+) -> None:
     copied = _Copy()
     arguments = copied((args, kwargs))
     inputs = {}
