@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from types import FrameType, GeneratorType
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -25,45 +24,12 @@ from torch._C._functorch import (
 )
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.autograd import Variable
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
-from torch.utils.checkpoint import _CheckpointFrame
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-graph_task: Callable[[], int] = torch._C._current_graph_task_id
-"""Identifies the backward pass that runs on this thread (-1: none)."""
-
-graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
-"""Whether the running backward pass was started with ``retain_graph=True``."""
-
-running_node: Callable[[], Node | None] = torch._C._current_autograd_node
-"""The node of the graph whose hooks or function run on this thread."""
-
-
-def ends_at(node: Node | None) -> bool:
-    """Whether the running backward pass goes no further than to this node, although others are behind it."""
-    behind = [other for other, _ in node.next_functions if other is not None] if node is not None else []
-    try:
-        return bool(behind) and not any(map(torch._C._will_engine_execute_node, behind))
-    except RuntimeError:  # one is a leaf whose gradient is asked for
-        return False
-
-
-def hook(tensor: Tensor, function: Callable[[Tensor], Any]) -> None:
-    """As ``tensor.register_hook``, without a handle: in half the time."""
-    if tensor.grad_fn is None:
-        tensor.register_hook(function)
-        return
-    hooks = tensor._backward_hooks
-    if hooks is None:
-        hooks = tensor._backward_hooks = OrderedDict()
-        tensor.grad_fn._register_hook_dict(tensor)
-    hooks[id(function)] = function
 
 
 def pull_back(
@@ -83,11 +49,6 @@ def pull_back(
         allow_unreachable=True,
         accumulate_grad=False,
     )
-
-
-def when_backward_ends(callback: Callable[[], None]) -> None:
-    """Run ``callback`` after the running backward pass has done all its work, unless it fails."""
-    Variable._execution_engine.queue_callback(callback)
 
 
 def is_fully_sharded(module: Module) -> bool:
@@ -167,32 +128,6 @@ def inside_vmap(tensor: Tensor, like: Tensor) -> Tensor:
     return _add_batch_dim(tensor, 0, maybe_get_level(like))
 
 
-def checkpointed_region() -> Any:
-    """What ``torch.utils.checkpoint`` knows of the region that runs its forward pass in it; ``None``: none does."""
-    if _packing is None:
-        return _region_by_frames()
-    hooks = _packing(True)
-    if hooks is None:
-        return None
-    names = getattr(hooks[0], "__closure__", None) or ()
-    found = next((cell.cell_contents for cell in names), None)
-    return found if isinstance(found, _CheckpointFrame) else None
-
-
-_packing = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
-def _region_by_frames() -> Any:
-    """The same where PyTorch does not tell what packs the tensors that are saved, as in version 2.5."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        steps = frame.f_locals.get("gen") if frame.f_code.co_filename == checkpoint.__file__ else None
-        if isinstance(steps, GeneratorType) and steps.gi_frame is not None:
-            return steps.gi_frame.f_locals.get("new_frame")
-        frame = frame.f_back
-    return None
-
-
 def interpreted(function: Callable[P, T]) -> Callable[P, T]:
     """The function, which a compiler of PyTorch's that is in use must neither trace nor compile."""
     known: list[Callable[P, T]] = []
@@ -226,7 +161,3 @@ def uncompiled() -> AbstractContextManager[object] | None:
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return None
     return torch.compiler.set_stance("force_eager")
-
-
-unobserved = torch._C.DisableTorchFunction
-"""Context in which no ``TorchFunctionMode`` sees what is called."""

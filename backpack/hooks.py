@@ -22,9 +22,9 @@ from torch.utils.weak import TensorWeakRef
 
 from backpack.compat import caller, gathered_parameters, interpreted, is_fully_sharded
 from backpack.curvature.loss_call import has_second_derivatives_of_model, leave_loss
-from backpack.losses import ROOTS
 from backpack.curvature.rerun import random_state
 from backpack.engine import HERE
+from backpack.losses import ROOTS
 from backpack.passages import LEFT, RULED, forget, is_ruled, leave_passage
 from backpack.samples.notes import leave_note
 from backpack.watched import SHARDED, WATCHED, Watched, trainable, unwatch

@@ -54,7 +54,7 @@ class Line:
 class Summary:
     """The outcome of ``summary``; prints as a table.
 
-    ``coded``: nodes whose effect on samples PyTorch's graph does not tell, so that random numbers are sent through them.
+    ``coded``: nodes of which the graph does not tell what they do to samples: random numbers are sent through them.
     """
 
     lines: list[Line]
@@ -95,8 +95,8 @@ def summary(model: Module, inputs: Any, *extensions: BackpropExtension) -> Summa
         extensions: What to tell about.
 
     Returns:
-        A line for each use of a parameter: path, shape, kind of node, kind of use, positions within a sample, ways, what
-        mixes samples there, and why extensions would refuse it; and which nodes need a coded pass.
+        A line for each use of a parameter: path, shape, kind of node, kind of use, positions within a sample, ways,
+        what mixes samples there, and why extensions would refuse it; and which nodes need a coded pass.
     """
     args, kwargs = (
         ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
@@ -193,9 +193,7 @@ def _refused(extension: BackpropExtension, mixed: str | None) -> str | None:
     return None
 
 
-def _way(
-    arrival: Arrival, extension: BackpropExtension, form: tuple[torch.Size, torch.dtype], out: Tensor
-) -> str:
+def _way(arrival: Arrival, extension: BackpropExtension, form: tuple[torch.Size, torch.dtype], out: Tensor) -> str:
     """What is done for one extension, tried with a cotangent of ones."""
     if extension.has_rules_only or not extension.reads:
         return "by rule" if extension.rules else "other"

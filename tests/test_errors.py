@@ -9,6 +9,9 @@ from truth import close, through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import (
+    EKFAC,
+    KFAC,
+    KFLR,
     BatchDiagGGNExact,
     BatchGrad,
     BatchL2Grad,
@@ -16,9 +19,6 @@ from backpack.extensions import (
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
-    EKFAC,
-    KFAC,
-    KFLR,
     GGNGram,
     SqrtGGNExact,
     Variance,

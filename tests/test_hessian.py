@@ -428,7 +428,10 @@ MIXING = {
     "branch": (
         lambda: Net(
             lambda m, x: m.out(m.a(x) + m.norm(m.b(x)).tanh()),
-            a=nn.Linear(3, 4), b=nn.Linear(3, 4), norm=nn.BatchNorm1d(4), out=nn.Linear(4, 3),
+            a=nn.Linear(3, 4),
+            b=nn.Linear(3, 4),
+            norm=nn.BatchNorm1d(4),
+            out=nn.Linear(4, 3),
         ),
         (4, 3),
     ),
@@ -457,7 +460,9 @@ def test_where_samples_are_mixed_curvature_is_that_of_their_terms(name, subsampl
         term = cross_entropy(out[None], y[n : n + 1]) / len(X)
         grads = torch.autograd.grad(term, parameters, create_graph=True)
         own = [
-            torch.stack([torch.autograd.grad(e, p, retain_graph=True)[0].flatten()[k] for k, e in enumerate(g.flatten())])
+            torch.stack(
+                [torch.autograd.grad(e, p, retain_graph=True)[0].flatten()[k] for k, e in enumerate(g.flatten())]
+            )
             for p, g in zip(parameters, grads, strict=True)
         ]
         hessians.append([diagonal.reshape(p.shape) for p, diagonal in zip(parameters, own, strict=True)])
@@ -485,9 +490,9 @@ def test_kronecker_factors_below_what_mixes_samples_are_an_error_and_those_above
     model, X, y = MIXING["batch_norm"][0]().double(), values(4, 3), torch.tensor([0, 2, 1, 0])
     extend(model)
     lossfunc = extend(nn.CrossEntropyLoss())
-    with pytest.raises(RuntimeError, match=r"mixed by NativeBatchNorm.*0\.weight, 0\.bias, Kronecker"):
-        with backpack(extension()):
-            lossfunc(model(X), y).backward()
+    words = r"mixed by NativeBatchNorm.*0\.weight, 0\.bias, Kronecker"
+    with pytest.raises(RuntimeError, match=words), backpack(extension()):
+        lossfunc(model(X), y).backward()
     assert not any(p.grad is not None for p in model.parameters())
     model[0].requires_grad_(False)
     with backpack(KFLR()):

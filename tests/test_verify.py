@@ -8,7 +8,19 @@ import torch
 from torch import nn
 
 from backpack import extensions, summary, verify
-from backpack.extensions import GGNMP, HBP, HMP, KFLR, KFRA, PCHMP, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, DiagHessian
+from backpack.extensions import (
+    GGNMP,
+    HBP,
+    HMP,
+    KFLR,
+    KFRA,
+    PCHMP,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+)
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 
@@ -60,7 +72,10 @@ def test_averaged_and_positive_curvature_are_verified(subsampling):
     ("place", "extension"),
     [
         ("backpack.curvature.averaged.second_moment", KFRA()),
-        ("backpack.curvature.averaged_hessian.AveragedHessianPass._modified", HBP("hessian", "sum", "average", "E[J^T E(H) J]")),
+        (
+            "backpack.curvature.averaged_hessian.AveragedHessianPass._modified",
+            HBP("hessian", "sum", "average", "E[J^T E(H) J]"),
+        ),
         ("backpack.curvature.residuals.residual.Blocks._to_blocks", PCHMP()),
     ],
 )

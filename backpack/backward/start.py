@@ -23,7 +23,7 @@ from backpack.curvature import averaged_hessian as averaged_hessian  # it regist
 from backpack.curvature import hessian as hessian  # as well
 from backpack.curvature import products as products
 from backpack.curvature.loss_call import LossCall, Origin, losses_in
-from backpack.engine import HERE, Block, muted
+from backpack.engine import Block, muted
 from backpack.graph import LEAF, Graph, count_outputs, forget_recomputed, read, variable_of
 from backpack.hooks import watch
 from backpack.passages import Passage, passed
@@ -194,7 +194,7 @@ class _Running:
         notes: Mapping[Edge, Note],
         calls: Sequence[Note],
         losses: Sequence[tuple[Node, int, LossCall]],
-        passages: Mapping[Node, list[Passage]],
+        passages: dict[Node, list[Passage]],
     ) -> None:
         self.block, self.passages, self.first = block, passages, None
         self.graph = graph
@@ -264,7 +264,7 @@ class _Running:
 
 
 def origin_of(
-    call: LossCall, prepared: Prepared, notes: Mapping[Edge, Note], passages: Mapping[Node, list[Passage]]
+    call: LossCall, prepared: Prepared, notes: Mapping[Edge, Note], passages: dict[Node, list[Passage]]
 ) -> Origin:
     """Where the samples lie at the input of a loss, and what is known of the graph from there on.
 

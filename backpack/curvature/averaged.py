@@ -99,12 +99,7 @@ class AveragedPass(SeedPass):
         note = self.notes.get((self.loss.edge.node, self.loss.edge.output_nr))
         root = None if note is None or len(self.notes) > 1 or not note.is_complete else note.module()
         args, kwargs = ((), {}) if note is None else note.arguments
-        if (
-            root is None
-            or len(args) != 1
-            or kwargs
-            or (root._modules and not _is_sequential(root))
-        ):
+        if root is None or len(args) != 1 or kwargs or (root._modules and not _is_sequential(root)):
             raise RuntimeError(
                 f"{name} averages the curvature after each module of a chain, but the model, a {self._model_name}, "
                 f"is no torch.nn.Sequential of one input whose output is that of the loss. Write it as a Sequential, "

@@ -49,7 +49,7 @@ class Entries:
             if self.create_graph:
                 raise
         rows = [self._by_units(self._ones(n)) for n in chosen]
-        return [None if own[0] is None else torch.stack(list(own)) for own in zip(*rows, strict=True)]  # type: ignore[arg-type]
+        return [None if own[0] is None else torch.stack(list(own)) for own in zip(*rows, strict=True)]
 
     def _by_units(self, weights: Tensor | None) -> list[Tensor | None]:
         grads = self.gradients(weights)
@@ -121,9 +121,7 @@ class Entries:
             return diagonal.new_zeros(len(weights), *diagonal.shape)
         flat = diagonal.flatten()
         rows = [
-            torch.autograd.grad(
-                entry, weights, create_graph=self.create_graph, retain_graph=True, allow_unused=True
-            )[0]
+            torch.autograd.grad(entry, weights, create_graph=self.create_graph, retain_graph=True, allow_unused=True)[0]
             for entry in flat
         ]
         rows = [torch.zeros_like(weights) if row is None else row for row in rows]

@@ -29,7 +29,7 @@ from backpack.curvature.residual_graph import ResidualGraph, has_autocast, is_li
 from backpack.curvature.seeds import Columns
 from backpack.curvature.shortcuts import squares
 from backpack.curvature.twice import LossGradient, TwicePass
-from backpack.engine import HERE, muted
+from backpack.engine import muted
 from backpack.graph import is_recomputed, shape_of, variable_of
 from backpack.quantities import Curvature
 from backpack.samples import Layout, Rows
@@ -87,7 +87,8 @@ class HessianPass(TwicePass):
 
     def _alone(self) -> set[Node]:
         """The nodes of parameters that enter the graph once, linearly, and by samples."""
-        plan, found = self.prepared.plan, set()
+        plan = self.prepared.plan
+        found: set[Node] = set()
         for node, uses in self.prepared.plan.uses.items():
             for planned in uses:
                 if not is_linear(node, planned.k):
@@ -100,7 +101,9 @@ class HessianPass(TwicePass):
         """The parameters behind an edge on whom what it leads to depends linearly, in one way."""
         assert planned.entry is not None
         plan, (entry, _), graph = self.prepared.plan, planned.entry, self.prepared.graph
-        users = sum(other.entry is not None and other.entry[0] is entry for uses in plan.uses.values() for other in uses)
+        users = sum(
+            other.entry is not None and other.entry[0] is entry for uses in plan.uses.values() for other in uses
+        )
         if entry in plan.mixed or planned.sent is not None or users > 1:
             return []
         found: list[Node] = []
@@ -124,12 +127,9 @@ class HessianPass(TwicePass):
         select = self.chosen
         seeds = self.loss.grad(self.layout, self.outer)[None]
         grad = self._place(seeds, rows, select)[0].to(dtype_at(self.joined.start))
-        for edges, columns, self.weights in self._columns(graph, plan, grad, rows, select):
-            HERE.muted = False
-            try:
-                self.running.pull(edges, columns)
-            finally:
-                HERE.muted = True
+        for edges, columns, weights in self._columns(graph, plan, grad, rows, select):
+            self.weights = weights
+            self.running.pull(edges, columns)
             self.running.finish()
         self.weights = None
         for parameter, dense, total in self.totals.values():
@@ -163,8 +163,11 @@ class HessianPass(TwicePass):
         names = " and ".join(type(extension).__name__ for extension in self.extensions)
         if self.sampled or (count <= FEW and not torch.is_grad_enabled()):
             return
-        few = ", ".join(name_of(parameter) for parameter in parameters[:3])
-        which, keeps = f"that of {few}{', ...' if len(parameters) > 3 else ''}, which enter the graph in several places, not linearly or below what mixes samples, is", ""
+        shown = ", ".join(name_of(parameter) for parameter in parameters[:3]) + ", ..." * (len(parameters) > 3)
+        which = (
+            f"that of {shown}, which enter the graph in several places, not linearly or below what mixes samples, is"
+        )
+        keeps = ""
         if torch.is_grad_enabled():
             which, keeps = "under backward(create_graph=True), the diagonal is", " and keeps the graphs of all"
         warnings.warn(

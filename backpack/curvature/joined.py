@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.compat import pull_back
-from backpack.graph.looped import edges_from, must_loop, nodes
 from backpack.curvature.pooling import Pooling, poolings
 from backpack.curvature.residuals import Severed
+from backpack.graph.looped import edges_from, must_loop, nodes
 
 
 def place_of(edge: GradientEdge) -> GradientEdge:

@@ -24,7 +24,7 @@ from backpack.engine import Block, muted, without_autocast
 from backpack.graph import Graph
 from backpack.graph.looped import counts_backward_passes
 from backpack.losses import LossRoot, loss_root
-from backpack.samples import AnyLayout
+from backpack.samples import AnyLayout, Layout
 from backpack.samples.notes import Note, leaves_of
 
 PASSES: dict[str, Any] = {}
@@ -93,7 +93,7 @@ class Origin:
     prepared: Prepared
     notes: Mapping[tuple[Node, int], Note]
     prepare: Callable[..., tuple[Prepared, Mapping[tuple[Node, int], Note]]]
-    passed: Mapping[Node, list[Any]] = field(default_factory=dict)
+    passed: dict[Node, list[Any]] = field(default_factory=dict)
     """The calls of modules, by the node that computed their output, where a block reads them."""
     keeps_graph = False
     """Whether the graph is still there after the backward pass."""
@@ -114,7 +114,8 @@ class Origin:
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
                 )
-        layout = self.prepared.begin[self.call.edge[:2]]
+        layout = self.prepared.begin[self.call.edge.node, self.call.edge.output_nr]
+        assert isinstance(layout, Layout)
 
         @cache
         def root() -> LossRoot:

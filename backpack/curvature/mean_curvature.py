@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from backpack.engine import muted
-from backpack.memory import empty
-from backpack.uses.windows import each
 from backpack.curvature.rerun import is_observed, run_again
 from backpack.curvature.seeds import WIDEST
+from backpack.engine import muted
+from backpack.memory import empty
 from backpack.uses.base import accumulate
 from backpack.uses.linear_map import scaled_product, second_moment, symmetric_product
+from backpack.uses.windows import each
 
 SHIFT = 1e-13
 """What is added to the diagonal of a curvature, relative to its largest entry, to have a Cholesky decomposition."""

@@ -38,7 +38,11 @@ class ResidualGraph:
         """The inputs of a node that hold samples and lead to a use; one that is given twice, twice."""
         owned = self.prepared.owners.owned
         following = zip(node.next_functions, self.prepared.graph.edges[node], strict=True)
-        return [GradientEdge(*edge) for edge, now in following if now[0] in self._leading and now in owned]
+        return [
+            GradientEdge(node, number)
+            for (node, number), now in following
+            if node is not None and now[0] in self._leading and now in owned
+        ]
 
     def residuals(self, grad: Tensor) -> Iterator[Residual]:
         """Of all nodes, given the gradient of the loss with respect to its input.
@@ -96,7 +100,9 @@ class ResidualGraph:
 
 def is_linear(node: Node, k: int) -> bool:
     """Whether a node's output is linear in its input ``k`` alone."""
-    edge = GradientEdge(*node.next_functions[k])
+    following, number = node.next_functions[k]
+    assert following is not None
+    edge = GradientEdge(following, number)
     if is_flat(node, [edge]) or node.name().startswith(LINEAR_IN_PARAMETERS):
         return True
     zeros = {
@@ -122,7 +128,8 @@ def is_lowered(node: Node) -> bool:
     """Whether a node brings a tensor to 16 bits, as ``torch.autocast`` does."""
     if node.name() != "ToCopyBackward0" or dtype_at(GradientEdge(node, 0)) not in LOW:
         return False
-    return any(dtype_at(GradientEdge(*edge)) not in LOW for edge in node.next_functions if edge[0] is not None)
+    following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
+    return any(dtype_at(edge) not in LOW for edge in following)
 
 
 def has_autocast(nodes: Iterable[Node]) -> bool:

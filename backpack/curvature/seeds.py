@@ -29,13 +29,13 @@ from backpack.curvature.rerun import agree, outputs_again
 from backpack.engine import HERE, Block, muted
 from backpack.graph import count_outputs, kind, saved, shape_of, variable_of
 from backpack.losses import LossRoot
-from backpack.nodes import GeneralUse, PlacedUse
 from backpack.memory import empty
+from backpack.nodes import GeneralUse, PlacedUse
 from backpack.passages import Passage, passed
 from backpack.quantities import Curvature
 from backpack.samples import AnyLayout, Layout, Subset
 from backpack.samples.notes import Note
-from backpack.uses import Cotangents, Derived, Individual
+from backpack.uses import Cotangents, Derived, Explicit, Individual
 from backpack.watched import trainable, without_rules
 
 WIDEST = 2**23
@@ -62,9 +62,7 @@ class Columns(Collector):
         """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
         tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
         self.captured = set(self.lowest([joined.start.node], tapped))
-        self.ends = [
-            GradientEdge(node, number) for node in self.captured for number in self._arriving(node)
-        ]
+        self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
         self._hooked = [node for node in tapped if node not in self.captured]
 
     def _arriving(self, node: Node) -> list[int]:
@@ -90,7 +88,8 @@ class Columns(Collector):
         self.count_of_seeds = len(seeds[0])
         self.batched = self.count_of_seeds > 1
         handles = [node.register_prehook(partial(self._arrived, node)) for node in self._hooked]
-        before, HERE.inner = HERE.inner, self
+        before = HERE.inner, HERE.muted
+        HERE.inner, HERE.muted = self, False
         try:
             if not self.batched:
                 pull(*(seed[0] for seed in seeds))
@@ -99,7 +98,7 @@ class Columns(Collector):
             with pooled(poolings, self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
-            HERE.inner = before
+            HERE.inner, HERE.muted = before
             for handle in handles:
                 handle.remove()
             forget_retained()
@@ -141,7 +140,7 @@ class Columns(Collector):
 
     def _take_in(self, node: Node, cotangents: Cotangents) -> None:
         for planned in self.plan.uses[node]:
-            self.running.take_in(self, planned, self.arrival(node, planned, cotangents))
+            self.note(planned, self.arrival(node, planned, cotangents))
 
     def note(self, planned: PlannedUse, arrival: Arrival) -> None:
         """Take a use's cotangents to its parameter, or to where they enter a region."""
@@ -173,21 +172,25 @@ class Columns(Collector):
 
     def _enter(self, node: Node) -> None:
         """Pull what entered a region through a node on to the parameters behind it."""
-        subset, entered = self.running.subset, self.entering[node]
-        individual = {number: found.individual(subset) for number, found in entered.items()}
+        key, entered = self.running.subset.key, self.entering[node]
+        individual = {number: found.individual(self.running.subset) for number, found in entered.items()}
+        if node in self.plan.mixed:
+            size = next(iter(individual.values())).size
+            rows = {number: own.dense().flatten(0, 1) for number, own in individual.items()}
+            for leaf, grads in pull_through(self.graph, self.places, node, rows, one_by_one=True).items():
+                if leaf in self.plan.expected:
+                    self.contributions(leaf).pulled.setdefault(key, []).append(Explicit(grads.unflatten(0, size)))
         for leaf in self.plan.entries[node]:
-            rows = _looked_up(node, leaf)
-            parts = [
-                Derived(own, variable_of(leaf), partial(self._pull_through, node, number, leaf), *rows)
-                for number, own in individual.items()
-            ]
-            self.contributions(leaf).pulled.setdefault(subset.key, []).extend(parts)
+            looked_up = _looked_up(node, leaf)
+            for number, own in individual.items() if node not in self.plan.mixed else ():
+                found = Derived(own, variable_of(leaf), partial(self._pull_through, node, number, leaf), *looked_up)
+                self.contributions(leaf).pulled.setdefault(key, []).append(found)
             self.count(leaf)
 
     def _pull_through(self, node: Node, number: int, leaf: Node, grads: Tensor) -> Tensor:
         """Cotangents ``[r, ...]`` at an output of a node's function to those of a parameter."""
         with muted():
-            found = pull_through(self.graph, self.places, node, {number: grads}, node in self.plan.mixed)
+            found = pull_through(self.graph, self.places, node, {number: grads}, one_by_one=False)
         if leaf in found:
             return found[leaf]
         parameter = variable_of(leaf)
@@ -274,8 +277,15 @@ class SeedPass:
                 edge, select, self.subset, self.selected = own, rows, Subset(), True
                 self._go_over(Joined(edge), fewer(self.layout, len(rows)))
 
-        def pull() -> None:
-            columns: Columns | None = None
+        try:
+            self._pull_all(edge, rows, select)
+        finally:
+            self._clear()
+
+    def _pull_all(self, edge: GradientEdge, rows: Tensor | None, select: Tensor | None) -> None:
+        """Several seeds at a time; if that fails, one by one."""
+        columns: Columns | None = None
+        try:
             for number, seeds in self._chunks(edge):
                 columns = columns or Columns(self, self.joined)
                 self.final = number >= self.columns
@@ -283,17 +293,12 @@ class SeedPass:
                 if self.final or not self.gathered:
                     columns.finish()
                     self.first = False
-
-        try:
-            pull()
-        except RuntimeError as error:
-            if not self.batchable or not getattr(error, "in_batch", True):
+        except RuntimeError:
+            if columns is None or not columns.batched:
                 raise
             self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
             self.batchable, self.first = False, True
-            pull()
-        finally:
-            self._clear()
+            self._pull_all(edge, rows, select)
 
     def _go_over(self, joined: Joined, layout: AnyLayout) -> None:
         """Go on with a graph that was recorded anew."""
@@ -310,6 +315,13 @@ class SeedPass:
         """Entries of the largest output of a node that uses parameters."""
         sizes = [torch.Size(shape_of(node, 0)).numel() for node in self.prepared.plan.uses]
         return max(sizes, default=1)
+
+    @property
+    def _individual(self) -> int:
+        """Entries of the samples' gradients, of one seed, that are pulled through where samples are mixed."""
+        plan = self.prepared.plan
+        leaves = {leaf for entry in plan.mixed for leaf in plan.entries[entry]}
+        return self.layout.n * sum(variable_of(leaf).numel() for leaf in leaves)
 
     def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
         """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
@@ -330,6 +342,8 @@ class SeedPass:
         """How many seeds are pulled back from an edge at a time."""
         if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop(edge):
             return 1
+        if self.prepared.plan.mixed:
+            return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._individual))
         return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
 
     def _seeds(self, start: int, stop: int) -> Tensor:
@@ -404,10 +418,6 @@ class SeedPass:
                 rows = None if self.selected else self.subset.rows(self.layout.n, own.device)
                 own = own if rows is None else own.index_select(1, rows)
                 self.block.pulled.setdefault((id(extension), id(passage.module)), []).append(own)
-
-    def take_in(self, columns: Columns, planned: PlannedUse, arrival: Arrival) -> None:
-        """Cotangents have reached a use."""
-        columns.note(planned, arrival)
 
     def compute(self, contributions: Contributions) -> None:
         """All of some columns has arrived at a parameter."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.extensions.curvature import CurvatureExtension
 from backpack.curvature.products import CurvatureBlocks, Product
+from backpack.extensions.curvature import CurvatureExtension
 
 
 class MatrixProduct(CurvatureExtension):

@@ -39,7 +39,7 @@ def read(roots: Iterable[GradientEdge], instead: Mapping[tuple[Node, int], tuple
         node = pending.pop()
         following = node.next_functions
         if instead:
-            following = tuple(instead.get(edge, edge) for edge in following)
+            following = tuple(edge if edge[0] is None else instead.get((edge[0], edge[1]), edge) for edge in following)
         edges[node] = following
         for k, (other, number) in enumerate(following):
             if other is None:

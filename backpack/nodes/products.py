@@ -38,7 +38,9 @@ def _factors(place: Place, left: int, first: str, second: str) -> Use | None:
     axes = place.layout.axes
     if place.k == left + 1 and axes == [0]:
         x = place.saved(first)
-        return None if is_complex(x) else DenseUse((x,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, x))
+        return (
+            None if is_complex(x) else DenseUse((x,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, x))
+        )
     if place.k == left and axes == [1] and isinstance(place.layout, Layout):
         x = place.saved(second)
         return None if is_complex(x) else DenseUse((x,), columns_of, grad_columns_of)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.nodes.registry import Place, form
-from backpack.twice.recurrent import lstm_direction
 from backpack.samples import Layout, Rows
+from backpack.twice.recurrent import lstm_direction
 from backpack.uses import Cotangents, Individual, Use, join
 from backpack.uses.replay import Linear, Replay
 

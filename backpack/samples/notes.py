@@ -114,15 +114,13 @@ def leave_note(
         if type(x) is Tensor and not x.requires_grad:
             note = Note(ref(module), ((x,), {}), True, axis, 0)
             note.output, note.random = _weakly(output), random
-            metadata = node.metadata
-            metadata.setdefault(OUTPUT, {})[output.output_nr] = note  # type: ignore[arg-type]
+            left: Any = node.metadata
+            left.setdefault(OUTPUT, {})[output.output_nr] = note
             return
     _leave_note(module, args, kwargs, output, axis, random)
 
 
-def _leave_note(
-    module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None
-) -> None:
+def _leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None) -> None:
     copied = _Copy()
     arguments = copied((args, kwargs))
     inputs = {}

@@ -13,7 +13,6 @@ from torch import Tensor
 from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, SampleSum, Use, accumulate
-from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 
 SMALL = 2**22

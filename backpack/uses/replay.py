@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack.samples import Rows
-from backpack.uses.base import Cotangents, Individual, Use
+from backpack.uses.base import Individual
 from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
-from backpack.uses.joint import join
 
 
 class Linear(Protocol):
