@@ -2,7 +2,6 @@
 
     python benchmarks/compare.py OLD NEW --network MLP --quantity BatchL2Grad
     python benchmarks/compare.py HEAD . --network "MLP 8-8-8-8" --quantity extended BatchL2Grad --rounds 40
-    UNRECORDED=1 python benchmarks/compare.py HEAD .    # first order without the recorder of second order
 
 Each commit is checked out in a temporary worktree and measured in a process of its own; ``.`` is the working tree as it
 is. Networks and quantities are those of ``run.py``, from the working tree for both; ``extended`` is an extended module

@@ -54,10 +54,6 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
         missing = [quantity]  # the original computes what the gradients of parameters pass by
     if missing:
         raise NotOffered(", ".join(missing))
-    if os.environ.get("UNRECORDED"):  # first order alone, as long as second order records forward passes
-        from backpack import hooks
-
-        hooks.RECORD = False  # a commit before that knows no such name
     lossfunc = extend(nn.CrossEntropyLoss())
     extend(model)
     products = [PRODUCTS[name] for name, _ in wanted if name in PRODUCTS]

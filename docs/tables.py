@@ -5,11 +5,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from backpack import extensions
 from backpack.losses import ROOTS
-from backpack.operations import EXPANDED, RULES
+from backpack.nodes import FORMS
 
 HERE = Path(__file__).parent
 
@@ -37,21 +35,12 @@ def summary(thing: object) -> str:
     return first.replace("``", "`").replace("|", "\\|")
 
 
-def name(function: object) -> str:
-    """Under which users know a function."""
-    own = getattr(function, "__name__", "")
-    return f"torch.{own}" if getattr(torch, own, None) is function else torch.overrides.resolve_name(function)
-
-
-def operations() -> str:
-    """The functions that have a rule, by family."""
+def forms() -> str:
+    """The kinds of nodes that have a normal form, by family."""
     families: dict[str, list[str]] = {}
-    for function, rule in RULES.items():
-        if not function.__name__.startswith("__"):  # operators are called like the functions
-            families.setdefault(rule.__module__.rpartition(".")[2], []).append(name(function))
-    rows = [[family, ", ".join(f"`{each}`" for each in functions)] for family, functions in families.items()]
-    expanded = ", ".join(f"`{name(function)}`" for function in EXPANDED)
-    return table(["family", "functions"], rows) + f"\nLooked into, for the functions that they call: {expanded}.\n"
+    for kind, form in FORMS.items():
+        families.setdefault(form.__module__.rpartition(".")[2], []).append(f"`{kind}`")
+    return table(["family", "kinds of nodes"], ([family, ", ".join(kinds)] for family, kinds in families.items()))
 
 
 def losses() -> str:
@@ -95,5 +84,5 @@ def results() -> str:
 def write(folder: Path) -> None:
     """All parts, for the pages that include them."""
     folder.mkdir(exist_ok=True)
-    for part in (operations, losses, quantities, reference, results):
+    for part in (forms, losses, quantities, reference, results):
         (folder / f"{part.__name__}.md").write_text(part())

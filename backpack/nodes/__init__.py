@@ -7,6 +7,6 @@ from backpack.nodes import normalization as normalization
 from backpack.nodes import products as products
 from backpack.nodes import recurrent as recurrent
 from backpack.nodes.general import GeneralUse, PlacedUse
-from backpack.nodes.registry import FORMS, Place, use_of
+from backpack.nodes.registry import FORMS, Place, form, use_of
 
-__all__ = ["FORMS", "GeneralUse", "Place", "PlacedUse", "use_of"]
+__all__ = ["FORMS", "GeneralUse", "Place", "PlacedUse", "form", "use_of"]
