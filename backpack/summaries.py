@@ -20,7 +20,7 @@ from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.first_order import name_of
 from backpack.backward.plan import PlannedUse
-from backpack.backward.start import prepare
+from backpack.backward.preparation import prepare
 from backpack.context import extend, unextend
 from backpack.engine import muted
 from backpack.extensions.backprop_extension import BackpropExtension

@@ -1,6 +1,7 @@
-"""One backward pass of first order: how it begins, what has arrived, when a parameter is complete."""
+"""One backward pass: how it begins, what has arrived, when a parameter is complete."""
 
+from backpack.backward.call import STARTS
 from backpack.backward.first_order import FirstOrderPass
-from backpack.backward.start import STARTS, differentiate
+from backpack.backward.start import differentiate
 
 __all__ = ["STARTS", "FirstOrderPass", "differentiate"]

@@ -17,6 +17,7 @@ from torch.nn import Module, Sequential
 
 from backpack.bystanders import forget_retained
 from backpack.compat import pull_back
+from backpack.curvature.columns import Columns
 from backpack.curvature.joined import Joined
 from backpack.curvature.loss_call import PASSES
 from backpack.curvature.mean_curvature import (
@@ -30,7 +31,7 @@ from backpack.curvature.mean_curvature import (
     is_one_of,
 )
 from backpack.curvature.rerun import agree, is_observed, run_again
-from backpack.curvature.seeds import WIDEST, Columns, SeedPass
+from backpack.curvature.seeds import WIDEST, SeedPass
 from backpack.engine import muted
 from backpack.graph import is_recomputed, shape_of, variable_of
 from backpack.nodes import Place, use_of

@@ -23,10 +23,10 @@ from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.first_order import name_of
 from backpack.backward.plan import Plan, PlannedUse, make_plan
 from backpack.compat import dtype_at
+from backpack.curvature.columns import Columns
 from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
 from backpack.curvature.loss_call import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, has_autocast, is_linear
-from backpack.curvature.seeds import Columns
 from backpack.curvature.shortcuts import squares
 from backpack.curvature.twice import LossGradient, TwicePass
 from backpack.engine import muted

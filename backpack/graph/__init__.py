@@ -2,7 +2,7 @@
 
 from backpack.graph.nodes import LEAF, call, count_outputs, kind, shape_of, variable_of
 from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
-from backpack.graph.traversal import Graph, Incoming, read
+from backpack.graph.traversal import Graph, Incoming, edge_of, read
 
 __all__ = [
     "LEAF",
@@ -10,6 +10,7 @@ __all__ = [
     "Incoming",
     "call",
     "count_outputs",
+    "edge_of",
     "forget_recomputed",
     "is_recomputed",
     "kind",

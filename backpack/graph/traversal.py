@@ -61,3 +61,8 @@ def read(roots: Iterable[GradientEdge], instead: Mapping[tuple[Node, int], tuple
                 if waits[other] == 0:
                     ready.append(other)
     return Graph(roots, order, edges, incoming)
+
+
+def edge_of(edge: GradientEdge) -> tuple[Node, int]:
+    """An edge as a key."""
+    return edge.node, edge.output_nr

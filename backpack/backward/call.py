@@ -1,0 +1,117 @@
+"""A call that starts a backward pass: what it begins at, what it asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from backpack.backward.preparation import is_wanted
+from backpack.compat import pull_back
+from backpack.graph import LEAF, Graph, edge_of, variable_of
+from backpack.samples.owners import Edge
+
+STARTS: dict[Any, tuple[str, ...]] = {
+    Tensor.backward: ("self",),
+    torch.autograd.backward: ("tensors",),
+    torch.autograd.grad: ("outputs",),
+}
+"""What starts a backward pass, and the name of its roots."""
+
+COTANGENTS: dict[Any, str] = {
+    Tensor.backward: "gradient",
+    torch.autograd.backward: "grad_tensors",
+    torch.autograd.grad: "grad_outputs",
+}
+"""The name of what they are given for these."""
+
+NAMES = {function: tuple(inspect.signature(function).parameters) for function in STARTS}
+
+
+class Call:
+    """A call of one of these functions."""
+
+    def __init__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.function = function
+        self.given = dict(zip(NAMES[function], args, strict=False), **kwargs)
+
+    @cached_property
+    def roots(self) -> list[GradientEdge]:
+        """The edges that the pass begins at; none: it will fail."""
+        found = _listed(self.given.get(STARTS[self.function][0]))
+        if not all(
+            isinstance(root, GradientEdge) or (isinstance(root, Tensor) and root.requires_grad) for root in found
+        ):
+            return []
+        return [edge(root) for root in found]
+
+    @cached_property
+    def inputs(self) -> list[Any]:
+        """What gradients are asked for; none: all leaves."""
+        return _listed(self.given.get("inputs"))
+
+    @property
+    def creates_graph(self) -> bool:
+        """Whether the gradients are to be differentiable."""
+        return bool(self.given.get("create_graph", False))
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the graph is still there afterwards."""
+        kept = self.given.get("retain_graph")
+        return self.creates_graph if kept is None else bool(kept)
+
+    def cotangent(self, at: Edge) -> Tensor | None:
+        """What the pass will bring to an edge."""
+        given = _listed(self.given.get(COTANGENTS[self.function])) or [None] * len(self.roots)
+        seeds = [_ones(root) if seed is None else seed for root, seed in zip(self.roots, given, strict=True)]
+        if [edge_of(root) for root in self.roots] == [at]:
+            return seeds[0]
+        (found,) = pull_back(self.roots, [GradientEdge(*at)], seeds, self.creates_graph)
+        return found
+
+    @property
+    def asked(self) -> list[Edge]:
+        """The edges of these inputs."""
+        return [edge_of(edge(value)) for value in self.inputs]
+
+    def run(self, keep_graph: bool = False) -> Any:
+        """Do what was called for; ``keep_graph``: since nodes of it have to run by themselves afterwards."""
+        return self.function(**({**self.given, "retain_graph": True} if keep_graph else self.given))
+
+    @property
+    def is_for_parameters(self) -> bool:
+        """Whether a gradient of a parameter is asked for."""
+        return not self.inputs or any(isinstance(t, Tensor) and is_wanted(t) for t in self.inputs)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, (Tensor, GradientEdge)) else list(value)
+
+
+def _ones(root: GradientEdge) -> Tensor:
+    if root.node.name() == LEAF:
+        return torch.ones_like(variable_of(root.node))
+    metadata = root.node._input_metadata[root.output_nr]
+    return torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+
+
+def edge(root: Any) -> GradientEdge:
+    """That of a tensor, or an edge itself."""
+    return root if isinstance(root, GradientEdge) else get_gradient_edge(root)
+
+
+def executed_for(graph: Graph, asked: Sequence[Edge]) -> set[Node]:
+    """The nodes that run in a pass with respect to these edges."""
+    wanted, executed = set(asked), set[Node]()
+    for node in reversed(graph.order):
+        if any((other, number) in wanted or other in executed for other, number in graph.edges[node] if other):
+            executed.add(node)
+    return executed

@@ -1,0 +1,197 @@
+"""Columns on their way through a graph: they reach the uses of parameters as cotangents do in first order.
+
+Several go together under ``torch.vmap``, with a further axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.collector import Collector
+from backpack.backward.plan import PlannedUse
+from backpack.backward.region import pull_through
+from backpack.bystanders import forget_retained
+from backpack.compat import outside_vmap, vmap
+from backpack.curvature.joined import Joined
+from backpack.curvature.pooling import pooled
+from backpack.engine import HERE, muted
+from backpack.graph import count_outputs, kind, saved, variable_of
+from backpack.nodes import GeneralUse, PlacedUse
+from backpack.uses import Cotangents, Derived, Explicit
+
+if TYPE_CHECKING:
+    from backpack.curvature.seeds import SeedPass
+
+
+class Columns(Collector):
+    """What reaches the parameters of the columns that are pulled back at a time.
+
+    ``keep``: they stay until all columns have been.
+    """
+
+    def __init__(self, running: SeedPass, joined: Joined, further: Sequence[GradientEdge] = ()) -> None:
+        super().__init__(running.prepared)
+        self.running, self.joined, self.further = running, joined, list(further)
+        self.ruled, self.told = running.ruled, running.told
+        self.reached: list[Tensor | None] = []
+        """The columns at the ``further`` edges."""
+        self.keep = running.gathered
+        self.count_of_seeds = 1
+        self.batched = False
+        self.raw: dict[Node, dict[int, list[Tensor]]] = {}
+        self._deferred: list[tuple[PlannedUse, Arrival]] = []
+        """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
+        tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
+        self.captured = set(self.lowest([joined.start.node], tapped))
+        self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
+        self._hooked = [node for node in tapped if node not in self.captured]
+
+    def _arriving(self, node: Node) -> list[int]:
+        """Which outputs of a node's function something arrives at."""
+        found = {number for _, _, number in self.graph.incoming[node]}
+        found |= {root.output_nr for root in self.graph.roots if root.node is node}
+        return sorted(found)
+
+    def pull(self, edges: Sequence[GradientEdge], seeds: Sequence[Tensor]) -> None:
+        """Send seeds ``[v, ...]``, given at each of the edges, through the graph."""
+        create = torch.is_grad_enabled()
+
+        def pull(*seed: Tensor) -> Tensor:
+            found = self.joined.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
+            self.reached = [self._outside(grad) for grad in found[len(self.ends) :]]
+            arrived: dict[Node, list[Tensor | None]] = {}
+            for end, grad in zip(self.ends, found, strict=False):
+                arrived.setdefault(end.node, [None] * count_outputs(end.node))[end.output_nr] = grad
+            for node in sorted(arrived, key=self.places.__getitem__):
+                self._arrived(node, arrived[node])
+            return seed[0].new_zeros(())
+
+        self.count_of_seeds = len(seeds[0])
+        self.batched = self.count_of_seeds > 1
+        handles = [node.register_prehook(partial(self._arrived, node)) for node in self._hooked]
+        before = HERE.inner, HERE.muted
+        HERE.inner, HERE.muted = self, False
+        try:
+            if not self.batched:
+                pull(*(seed[0] for seed in seeds))
+                return
+            poolings = () if self.running.block.reads_passages else self.joined.poolings
+            with pooled(poolings, self.count_of_seeds, [*edges, *self.ends]):
+                vmap(pull, *seeds)  # recomputed activations may draw dropout again
+        finally:
+            HERE.inner, HERE.muted = before
+            for handle in handles:
+                handle.remove()
+            forget_retained()
+
+    def _outside(self, grad: Tensor | None) -> Tensor | None:
+        """A column of each seed, ``[v, ...]``."""
+        if grad is None or not self.batched:
+            return None if grad is None else grad[None]
+        with outside_vmap([grad], self.count_of_seeds) as (columns,):
+            return columns
+
+    def _arrived(self, node: Node, grads: Sequence[Tensor | None]) -> None:
+        if HERE.inner is not self or HERE.muted:
+            return
+        given = {number: grad for number, grad in enumerate(grads) if grad is not None}
+        if not given:
+            return
+        if not self.batched:
+            self._receive(node, {number: grad[None] for number, grad in given.items()})
+            return
+        with outside_vmap(list(given.values()), self.count_of_seeds) as unwrapped:
+            self._receive(node, dict(zip(given, unwrapped, strict=True)))
+
+    def _receive(self, node: Node, grads: dict[int, Tensor]) -> None:
+        with muted():
+            if node in self.ruled:
+                self.running.keep_for_rules(self.ruled[node], grads)
+            if self.running.final:
+                for passage in self.told.get(node, ()):
+                    self.running.tell(passage)
+            if node not in self.plan.uses:
+                return
+            if self.keep:
+                known = self.raw.setdefault(node, {})
+                for number, grad in grads.items():
+                    known.setdefault(number, []).append(grad)
+            else:
+                self._take_in(node, Cotangents(grads))
+
+    def _take_in(self, node: Node, cotangents: Cotangents) -> None:
+        for planned in self.plan.uses[node]:
+            self.note(planned, self.arrival(node, planned, cotangents))
+
+    def note(self, planned: PlannedUse, arrival: Arrival) -> None:
+        """Take a use's cotangents to its parameter, or to where they enter a region."""
+        if HERE.inner is not None and isinstance(arrival.use, (GeneralUse, PlacedUse)):
+            self._deferred.append((planned, arrival))
+        elif planned.leaf is not None:
+            self.contributions(planned.leaf).arrivals.append(arrival)
+            self.count(planned.leaf)
+        else:
+            assert planned.entry is not None
+            self.contributions_at(planned.entry).arrivals.append(arrival)
+
+    def finish(self) -> None:
+        """Take on what has entered regions, and complete what is left."""
+        with muted():
+            for node, grads in self.raw.items():
+                whole = {number: torch.cat(parts) for number, parts in grads.items()}
+                self._take_in(node, Cotangents(whole))
+            self.raw.clear()
+            for planned, arrival in self._deferred:
+                self.note(planned, arrival)
+            self._deferred.clear()
+            for node in sorted(self.entering, key=self.places.__getitem__) if self.entering else ():
+                self._enter(node)
+            self.entering.clear()
+            for leaf in list(self.found):
+                self.completed(leaf, self.found[leaf])
+            self.found.clear()
+
+    def _enter(self, node: Node) -> None:
+        """Pull what entered a region through a node on to the parameters behind it."""
+        key, entered = self.running.subset.key, self.entering[node]
+        individual = {number: found.individual(self.running.subset) for number, found in entered.items()}
+        if node in self.plan.mixed:
+            size = next(iter(individual.values())).size
+            rows = {number: own.dense().flatten(0, 1) for number, own in individual.items()}
+            for leaf, grads in pull_through(self.graph, self.places, node, rows, one_by_one=True).items():
+                if leaf in self.plan.expected:
+                    self.contributions(leaf).pulled.setdefault(key, []).append(Explicit(grads.unflatten(0, size)))
+        for leaf in self.plan.entries[node]:
+            looked_up = _looked_up(node, leaf)
+            for number, own in individual.items() if node not in self.plan.mixed else ():
+                found = Derived(own, variable_of(leaf), partial(self._pull_through, node, number, leaf), *looked_up)
+                self.contributions(leaf).pulled.setdefault(key, []).append(found)
+            self.count(leaf)
+
+    def _pull_through(self, node: Node, number: int, leaf: Node, grads: Tensor) -> Tensor:
+        """Cotangents ``[r, ...]`` at an output of a node's function to those of a parameter."""
+        with muted():
+            found = pull_through(self.graph, self.places, node, {number: grads}, one_by_one=False)
+        if leaf in found:
+            return found[leaf]
+        parameter = variable_of(leaf)
+        return torch.zeros(len(grads), *parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+    def completed(self, leaf: Node, contributions: Contributions) -> None:
+        if self.found.pop(leaf, None) is not None and (contributions.arrivals or contributions.pulled):
+            self.running.compute(contributions)
+
+
+def _looked_up(node: Node, leaf: Node) -> tuple[Tensor, Tensor] | tuple[()]:
+    """The rows of a parameter that a node looks up, and which of them count."""
+    if kind(node) != "Embedding" or node.next_functions[0][0] is not leaf or saved(node, "scale_grad_by_freq"):
+        return ()
+    index = saved(node, "indices")
+    return index, index != saved(node, "padding_idx")  # none if that is -1
