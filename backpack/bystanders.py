@@ -14,8 +14,9 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
+
+from backpack.graph import Graph
 
 
 class _Thread(threading.local):
@@ -81,11 +82,10 @@ def note_retained(tensor: Tensor) -> None:
         metadata.setdefault(RETAINED, []).append(ref(tensor))
 
 
-def observed(nodes: Iterable[Node]) -> Iterator[ref[Tensor] | Tensor]:
+def observed(graph: Graph) -> Iterator[ref[Tensor] | Tensor]:
     """The tensors that nodes know of."""
-    for node in nodes:
-        metadata: Any = node.metadata
-        for _, inputs, output, last, *_ in metadata.get(PASSED, ()):
+    for left in graph.notes.values():
+        for _, inputs, output, last, *_ in left.get(PASSED, ()):
             if isinstance(inputs, ref):
                 yield inputs
                 yield last
@@ -95,7 +95,7 @@ def observed(nodes: Iterable[Node]) -> Iterator[ref[Tensor] | Tensor]:
                     held = getattr(leaf, "held", None)
                     if held is not None:
                         yield held
-        yield from metadata.get(RETAINED, ())
+        yield from left.get(RETAINED, ())
 
 
 class Guarding(TorchFunctionMode):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager as Context
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch.nn import Identity, Module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from backpack.bystanders import PASSED, undisturbed
+from backpack.graph import Graph
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
@@ -210,12 +211,11 @@ def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Ten
     metadata[PASSED] = *metadata.get(PASSED, ()), left
 
 
-def passed(nodes: Iterable[Node]) -> dict[Node, list[Passage]]:
+def passed(graph: Graph) -> dict[Node, list[Passage]]:
     """The calls of modules, by the node that computed their first output."""
     found: dict[Node, list[Passage]] = {}
-    for node in nodes:
-        metadata: Any = node.metadata
-        for left in metadata.get(PASSED, ()):
+    for node, notes in graph.notes.items():
+        for left in notes.get(PASSED, ()):
             module = left[0]()
             if module is not None:
                 found.setdefault(node, []).append(_passage(module, *left[1:]))

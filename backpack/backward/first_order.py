@@ -206,7 +206,7 @@ class FirstOrderPass(Collector):
         if not targets:
             return
         edges = [GradientEdge(node, number) for node, number in ends]
-        with undisturbed(observed(self.graph.order)):
+        with undisturbed(observed(self.graph)):
             self.take(targets, pull_back(edges, targets, list(ends.values()), torch.is_grad_enabled()))
 
     def finish(self) -> None:

@@ -40,7 +40,7 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     if call.creates_graph and not call.is_for_parameters and not any(edge in notes for edge in asked):
         return function(*args, **kwargs)  # a derivative inside of what is to be differentiated
     losses = list(losses_in(graph))
-    passages = passed(graph.order) if block.reads_passages else {}
+    passages = passed(graph) if block.reads_passages else {}
     if not calls and not losses and not passages:
         if block.extensions:
             _refuse_unseen([variable_of(leaf) for leaf in _received(wanted_leaves(graph), asked)])
@@ -146,7 +146,7 @@ class _Running:
         for edge, origin in self.origins:
             if executed is not None and edge[0] not in executed:
                 continue
-            with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(self.graph.order)):
+            with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(self.graph)):
                 outer = call.cotangent(edge)
                 try:
                     if outer is not None:

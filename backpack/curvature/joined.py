@@ -31,6 +31,8 @@ class Joined:
 
     start: GradientEdge
     parts: Sequence[Mapping[GradientEdge, GradientEdge]] = ()
+    known: Sequence[Node] | None = None
+    """Its nodes, if somebody has looked."""
     _nodes: dict[int, set[Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class Joined:
     @cached_property
     def nodes(self) -> list[Node]:
         """All of the graph."""
-        return nodes(self.start, self.instead)
+        return list(self.known) if self.known is not None else nodes(self.start, self.instead)
 
     @cached_property
     def poolings(self) -> list[Pooling]:

@@ -75,10 +75,9 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
 
 def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:
     """The calls of losses whose outputs are in a graph."""
-    for node in graph.order:
-        metadata: Any = node.metadata
-        if LOSS in metadata:
-            yield node, *metadata[LOSS]
+    for node, left in graph.notes.items():
+        if LOSS in left:
+            yield node, *left[LOSS]
 
 
 @dataclass(eq=False)

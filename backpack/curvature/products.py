@@ -80,7 +80,7 @@ class ProductPass(TwicePass):
         if weights is not None and rows is not None and chosen is None:
             weights = weights.new_zeros(layout.n).index_copy(0, rows, weights)
         gradient = LossGradient(self.loss, self.outer, layout, chosen)
-        tensors: list[ref[Tensor] | Tensor] = [ref(self.start_tensor), *observed(self.prepared.graph.order)]
+        tensors: list[ref[Tensor] | Tensor] = [ref(self.start_tensor), *observed(self.prepared.graph)]
         curvature = CurvatureBlocks(self.joined, self.prepared, self.start_tensor, partial(gradient, weights), tensors)
         module = next((module for note in self.notes.values() if (module := note.module()) is not None), None)
         owner, handle, products = self.loss.loss if module is None else module, Handle(), list[Product]()

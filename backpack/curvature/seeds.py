@@ -1,8 +1,7 @@
 """Second order: roots of the loss Hessian are pulled back by autograd through whatever graph it recorded.
 
 Before the ordinary backward pass, columns of a root of the loss's Hessian (*seeds*) are sent through the graph from its
-input on, some at a time. They reach the uses of the parameters as the
-cotangents do in first order, with a further axis.
+input on, some at a time. They reach the uses of the parameters as cotangents do in first order, with a further axis.
 """
 
 from __future__ import annotations
@@ -59,7 +58,8 @@ class SeedPass:
         self.make_root, self.outer, self.last = make_root, outer, last
         self.prepared, self.notes, self.passed = origin.prepared, origin.notes, origin.passed
         self.layout = origin.prepared.begin[self.loss.edge[:2]]
-        self.joined = Joined(self.loss.edge)
+        order = self.prepared.graph.order
+        self.joined = Joined(self.loss.edge, known=order[order.index(self.loss.edge.node) :])
         self.start_tensor = self.loss.input
         """Where the graph starts."""
         self.results: dict[tuple[int, int], list[Any]] = {}
@@ -131,7 +131,8 @@ class SeedPass:
         """Go on with a graph that was recorded anew."""
         self.joined = joined
         self.prepared, self.notes = self.origin.prepare(joined.start, layout, joined.replaced)
-        self.passed = passed(self.prepared.graph.order) if self.passed else {}
+        self.joined.known = self.prepared.graph.order
+        self.passed = passed(self.prepared.graph) if self.passed else {}
 
     def _clear(self) -> None:
         for store in (self.results, self.finished):

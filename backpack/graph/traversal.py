@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
@@ -24,6 +25,12 @@ class Graph:
     order: list[Node]
     edges: dict[Node, Any]
     incoming: dict[Node, list[Incoming]]
+
+    @cached_property
+    def notes(self) -> dict[Node, dict[Any, Any]]:
+        """What the forward pass has left at nodes."""
+        found: dict[Node, Any] = {node: node.metadata for node in self.order}
+        return {node: left for node, left in found.items() if left}
 
 
 def read(roots: Iterable[GradientEdge], instead: Mapping[tuple[Node, int], tuple[Node, int]] | None = None) -> Graph:

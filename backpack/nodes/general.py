@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,37 +67,48 @@ class GeneralUse(Use):
     one_by_one: bool = False
 
     def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        device = next(iter(cotangents.values())).device
-        index = torch.arange(rows.layout.n, device=device) if rows.index is None else rows.index
-        seeds = len(next(iter(cotangents.values())))
-        value = torch.zeros(seeds, len(index), *shape, dtype=dtype, device=device)
-        size = sum(grad[0].numel() for grad in cotangents.values())
-        step = 1 if self.one_by_one else max(1, ENTRIES // max(1, size))
-        pieces: list[list[Tensor]] = []
-        for v in range(seeds):
-            parts: list[Tensor] = []
+        first = next(iter(cotangents.values()))
+        index = torch.arange(rows.layout.n, device=first.device) if rows.index is None else rows.index
+        seeds, size = len(first), sum(grad[0].numel() for grad in cotangents.values())
+        together = 1 if self.one_by_one else max(1, seeds)
+        step = 1 if self.one_by_one else max(1, ENTRIES // max(1, together * size))
+        value = torch.zeros(seeds, len(index), *shape, dtype=dtype, device=first.device)
+        for v in range(0, seeds, together):
             for start in range(0, len(index), step):
                 own = index[start : start + step]
                 given = [
-                    None if number not in cotangents or layout is None else only(cotangents[number][v], layout, own)
+                    only(cotangents[number][v : v + together], layout, own).flatten(0, 1)
+                    if number in cotangents and layout is not None
+                    else None
                     for number, layout in enumerate(self.layouts)
                 ]
                 grad = call_for_each(self.node, given)[self.k]
-                parts.append(value[v, start : start + step] if grad is None else grad.to(dtype))
-            pieces.append(parts)
-        if seeds:
-            value = torch.stack([torch.cat(parts) if len(parts) > 1 else parts[0] for parts in pieces])
+                if grad is not None:
+                    part = grad.unflatten(0, (-1, len(own))).to(dtype)
+                    value = _put(value, part, v, start)
         return Explicit(value)
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
         raise NotImplementedError("The general form takes the cotangents of all outputs.")
 
 
-def only(grad: Tensor, layout: AnyLayout, samples: Tensor) -> Tensor:
-    """A cotangent for each of some samples, in which the entries of all others are zero."""
-    owner = layout.owners(grad.shape, grad.device)
-    chosen = owner == samples.reshape(-1, *[1] * grad.dim())
-    return torch.where(chosen, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+def _put(whole: Tensor, part: Tensor, v: int, n: int) -> Tensor:
+    """Put ``[w, m, ...]`` into ``[v, n, ...]``, from this seed and sample on."""
+    seeds, samples = part.shape[:2]
+    if not torch.is_grad_enabled():
+        whole[v : v + seeds, n : n + samples] = part
+        return whole
+    if part.shape == whole.shape:
+        return part
+    rows = whole[v : v + seeds].slice_scatter(part, 1, n, n + samples)
+    return whole.slice_scatter(rows, 0, v, v + seeds)
+
+
+def only(grads: Tensor, layout: AnyLayout, samples: Tensor) -> Tensor:
+    """Of cotangents ``[v, ...]`` one for each of some samples, ``[v, m, ...]``, zero in all entries of others."""
+    owner = layout.owners(grads.shape[1:], grads.device)
+    chosen = owner == samples.reshape(-1, *[1] * (grads.dim() - 1))
+    return torch.where(chosen, grads.unsqueeze(1), torch.zeros((), dtype=grads.dtype, device=grads.device))
 
 
 @dataclass(eq=False)
@@ -114,16 +124,12 @@ class PlacedUse(Use):
     count: int
 
     def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        seeds = len(next(iter(cotangents.values())))
-        found: list[Tensor] = []
-        for v in range(seeds):
-            given: list[Any] = [cotangents[k][v] if k in cotangents else None for k in range(self.count)]
-            sent = call(self.node, given)[self.k]
-            device = next(iter(cotangents.values())).device
-            sent = torch.zeros(shape, dtype=dtype, device=device) if sent is None else sent.to(dtype)
-            index = torch.arange(self.layout.n, device=sent.device) if rows.index is None else rows.index
-            found.append(only(sent, self.layout, index))
-        return Explicit(torch.stack(found))
+        first = next(iter(cotangents.values()))
+        sent = call_for_each(self.node, [cotangents.get(k) for k in range(self.count)])[self.k]
+        if sent is None:
+            sent = torch.zeros(len(first), *shape, device=first.device)
+        index = torch.arange(self.layout.n, device=first.device) if rows.index is None else rows.index
+        return Explicit(only(sent.to(dtype), self.layout, index))
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
         raise NotImplementedError("What a node sends is computed from the cotangents of all its outputs.")

@@ -182,12 +182,11 @@ def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
     """The outputs of extended modules in a graph; and all calls of which it has inputs or outputs."""
     found: dict[Edge, Note] = {}
     calls: dict[int, Note] = {}
-    for node in graph.order:
-        metadata: Any = node.metadata
-        for number, note in metadata.get(OUTPUT, {}).items():
+    for node, left in graph.notes.items():
+        for number, note in left.get(OUTPUT, {}).items():
             found[node, number] = calls[id(note)] = note
-        if INPUT in metadata:
-            calls[id(metadata[INPUT])] = metadata[INPUT]
+        if INPUT in left:
+            calls[id(left[INPUT])] = left[INPUT]
     return found, list(calls.values())
 
 
