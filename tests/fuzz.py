@@ -27,7 +27,8 @@ from kronecker_truth import Truth, check
 from torch import nn
 from truth import close
 
-from backpack import backpack, extend, extensions, pooling, verification, verify
+from backpack import backpack, extend, extensions, verification, verify
+from backpack.curvature import pooling
 
 CLEAR = re.compile(
     "statistics of the batch|samples cannot be told apart|may hold|no axis of the|eigenvalue|drops out"

@@ -18,9 +18,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from backpack import backpack, extend
-from backpack.extensions import BatchGrad, BatchL2Grad
+from backpack.extensions import KFAC, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SqrtGGNMC
 
-N, LENGTH, VOCABULARY = 3, 7, 40
+N, LENGTH, VOCABULARY = 3, 7, 12
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {"vocab_size": VOCABULARY, "pad_token_id": 0, "max_position_embeddings": 16}
 
@@ -182,6 +182,16 @@ SINGLE = {"mixtral-grouped_mm", "qwen2moe-grouped_mm", "xlnet", "longformer", "r
 
 In float64 XLNet raises an error, Longformer's gradients are NaN, and RecurrentGemma's have the precision of float32.
 """
+LLAMAS = {
+    "mixtral-eager",
+    "mixtral-batched_mm",
+    "qwen2moe-eager",
+    "qwen2moe-batched_mm",
+    "dora",
+    "dora-embedding",
+    "oft",
+}
+"""These normalize in float32, whatever the data type: what is pulled through that is rounded to it."""
 
 QUICK = {"mixtral-eager", "detr", "xlnet", "dora"}
 each_model = pytest.mark.parametrize(
@@ -278,3 +288,96 @@ def test_individual_gradients_of_a_loss_on_top_of_the_model_are_exact(case):
 @each_model
 def test_individual_gradients_of_the_loss_that_the_model_computes_itself_are_exact(case):
     check(case, None)
+
+
+@dataclass
+class Curvature:
+    """Of a parameter: the samples' diagonals of the generalized Gauss-Newton matrix ``[N, *p]``, and its block."""
+
+    diagonals: Tensor
+    block: Tensor | None
+
+
+def curvatures(case: Case, with_block: set[str]) -> dict[str, Curvature | None]:
+    """Of each parameter, by plain autograd: a row of the Jacobian for each score; ``None`` where there is no gradient.
+
+    The scores of a position have the cross entropy's Hessian, ``diag(q) - q q^T`` with the probabilities ``q``.
+    """
+    model = deepcopy(case.model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scores = case.outputs(model(**case.kwargs))[0].flatten(0, -2)
+    sums = {
+        name: Curvature(
+            torch.zeros(N, *p.shape, dtype=torch.float64),
+            torch.zeros(p.numel(), p.numel(), dtype=torch.float64) if name in with_block else None,
+        )
+        for name, p in parameters.items()
+    }
+    unused = set(parameters)
+    for position, q in enumerate(scores.detach().double().softmax(1)):
+        hessian = (q.diag() - q.outer(q)) / len(scores)
+        arguments = {"retain_graph": True, "allow_unused": True}
+        rows = [torch.autograd.grad(score, list(parameters.values()), **arguments) for score in scores[position]]
+        for (name, found), grads in zip(sums.items(), zip(*rows, strict=True), strict=True):
+            if grads[0] is not None:
+                unused.discard(name)
+                jacobian = torch.stack(grads).flatten(1).double()
+                turned = hessian @ jacobian
+                diagonal = (jacobian * turned).sum(0).reshape(found.diagonals.shape[1:])
+                found.diagonals[position * N // len(scores)] += diagonal
+                if found.block is not None:
+                    found.block += jacobian.T @ turned
+    return {name: None if name in unused else found for name, found in sums.items()}
+
+
+def second_order(case: Case, plain: nn.Module, extension: Any) -> nn.Module:
+    """An extended copy after a backward pass; its gradients are those of a plain copy."""
+    model = extend(deepcopy(case.model))
+    loss, _ = losses(case, model, extend(nn.CrossEntropyLoss()))
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), backpack(extension):
+        if case.mixed:
+            warnings.filterwarnings("ignore", ".*mix", UserWarning)
+        loss.backward()
+    for (name, p), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert hasattr(p, extension.savefield) == (other.grad is not None), name
+        assert p.grad is None if other.grad is None else torch.equal(p.grad, other.grad), name
+    return model
+
+
+@each_model
+def test_gauss_newton_matrices_are_exact(case, name):
+    plain = deepcopy(case.model)
+    losses(case, plain, nn.CrossEntropyLoss())[0].backward()
+    run = partial(second_order, case, plain)
+    factors: dict[str, list[Tensor]] = {}
+    if case.mixed:
+        with pytest.raises(RuntimeError, match="samples are mixed"):
+            run(KFAC(fisher="exact"))
+    else:
+        factors = {name: p.kfac for name, p in run(KFAC(fisher="exact")).named_parameters() if p.grad is not None}
+    single = {name for name, found in factors.items() if len(found) == 1 and found[0].dim() == 2}
+    truth = {name: found for name, found in curvatures(case, single).items() if found is not None}
+    rtol = 1e-4 if name in SINGLE else 2e-6 if name in LLAMAS else 1e-9
+    floor = 1e-6 * max(float(found.diagonals.max()) for found in truth.values())
+
+    for subset in (slice(None), [1, 0]):
+        model = run(DiagGGNExact(subsampling=None if isinstance(subset, slice) else subset))
+        for key, p in model.named_parameters():
+            if key in truth:
+                expected = truth[key].diagonals[subset].sum(0)[None]
+                size = expected.amax().clamp(min=floor)
+                assert near(p.diag_ggn_exact[None], expected, size, rtol), (key, subset)
+
+    pairs = zip(run(DiagGGNMC()).named_parameters(), run(SqrtGGNMC()).parameters(), strict=True)
+    for (key, p), root in pairs:
+        if key in truth:
+            expected = root.sqrt_ggn_mc.square().sum((0, 1))[None]
+            assert near(p.diag_ggn_mc[None], expected, expected.amax().clamp(min=floor), rtol), key
+
+    for key, found in factors.items():
+        trace = torch.stack([(factor if factor.dim() == 1 else factor.diagonal()).sum() for factor in found]).prod()
+        assert trace.isfinite() and trace >= 0, key
+        if key in single:
+            block = truth[key].block
+            assert near(found[0][None], block[None], block.abs().amax().clamp(min=floor), rtol), key

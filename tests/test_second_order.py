@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from truth import close
 
 from backpack import backpack, extend
+from backpack.curvature.joined import Joined
 from backpack.extensions import (
     HMP,
     KFLR,
@@ -24,7 +25,6 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
-from backpack.curvature.joined import Joined
 
 
 def explicit(model, X, lossfunc, y, n):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Graph, kind, shape_of, variable_of
+from backpack.graph import LEAF, Graph, kind, saved, shape_of, variable_of
 from backpack.samples import AnyLayout, Scattered
 from backpack.samples.owners import Edge, Owners
 
@@ -127,7 +127,8 @@ def _behind_transpositions(node: Node, number: int, edges: dict[Node, Any]) -> t
     while node.name() != LEAF:
         name = kind(node)
         if name == "T" or (name == "Transpose" and len(shape_of(node, number)) == 2):
-            following_turned = not turned
+            is_turn = name == "T" or (saved(node, "dim0") - saved(node, "dim1")) % 2 == 1
+            following_turned = turned != (is_turn and len(shape_of(node, number)) == 2)
         elif name == "ToCopy":
             following_turned = turned
         else:

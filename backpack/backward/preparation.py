@@ -66,18 +66,17 @@ def origin_of(
     starts = [at for at, layout in prepared.begin.items() if prepared.owners.owned.get(at) is layout]
     if starts != [edge] or _is_one_sample(call):
         graph = read([call.edge])
-        found = [begin for begin in prepared.begin if begin[0] in graph.edges and prepared.owners.owned.get(begin)]
-        if not found:
+        if not any(leaf in graph.edges for leaf in prepared.plan.expected):
             raise RuntimeError(
                 f"The input of {type(call.loss).__name__} depends on no trainable parameter of an extended module: "
                 f"second-order extensions need extend(model) before the forward pass, and parameters that are not "
                 f"all frozen."
             )
-        own = _from_loss(call, graph, prepared, found)
+        own = _from_loss(call, graph, prepared)
     return Origin(call, own, _of_outputs(notes, own.graph), prepare_again, passages)
 
 
-def _from_loss(call: LossCall, graph: Graph, prepared: Prepared, found: Sequence[Edge]) -> Prepared:
+def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
     """The layout of a loss's input under which the samples are those of the modules' outputs."""
     edge = edge_of(call.edge)
     shape, n = tuple(call.input.shape), prepared.n
@@ -87,12 +86,11 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared, found: Sequence
         possible = [prepared.begin[edge]]
     wanted = {leaf for leaf in prepared.plan.expected if leaf in graph.edges}
     if _is_one_sample(call):
-        possible, found, n = [Layout(1, inner=shape[0])], [], 1
+        possible, n = [Layout(1, inner=shape[0])], 1
     for layout in possible:
         with muted():
             owners = find_owners(graph, {edge: layout}, torch.Generator())
-        kept = (same(owners.owned.get(begin), prepared.owners.owned[begin]) for begin in found if begin != edge)
-        if n == 1 or all(kept):
+        if n == 1 or _agree(owners, prepared, graph, edge):
             plan = make_plan(graph, owners, n, wanted)
             plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
             return Prepared(graph, {edge: layout}, owners, plan)
@@ -110,6 +108,14 @@ def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:
 def _is_one_sample(call: LossCall) -> bool:
     """Whether the input of a loss has no axis of samples, but of classes alone."""
     return isinstance(call.loss, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)) and call.input.dim() == 1
+
+
+def _agree(owners: Owners, prepared: Prepared, graph: Graph, edge: Edge) -> bool:
+    """Whether the samples are where they were seen from the outputs of modules."""
+    known = {at: layout for at, layout in prepared.owners.owned.items() if at[0] in graph.edges and at != edge}
+    begun = [at for at in prepared.begin if at in known]
+    shared = [at for at in owners.owned if at in known]
+    return bool(shared) and all(same(owners.owned.get(at), known[at]) for at in (*begun, *shared))
 
 
 def prepare_again(

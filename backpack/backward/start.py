@@ -143,9 +143,13 @@ class _Running:
     def run_second_order(self, call: Call, asked: Sequence[Edge]) -> None:
         """Compute the extensions of second order, of the losses that the pass runs through, before it begins."""
         executed = executed_for(self.graph, asked) if asked else None
-        for edge, origin in self.origins:
-            if executed is not None and edge[0] not in executed:
-                continue
+        wanted = [(edge, origin) for edge, origin in self.origins if executed is None or edge[0] in executed]
+        if len(wanted) > 1:
+            raise RuntimeError(
+                f"{' and '.join(type(origin.call.loss).__name__ for _, origin in wanted)} are both in one backward "
+                f"pass: second-order extensions are of one extended loss. Call backward() for each by itself."
+            )
+        for edge, origin in wanted:
             with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(self.graph)):
                 outer = call.cotangent(edge)
                 try:

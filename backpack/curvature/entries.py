@@ -85,12 +85,12 @@ class Entries:
             units = torch.zeros(len(number), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
             units[place, number] = 1
             units = units.reshape(len(number), *parameter.shape)
-            rows = self._products(parameter, grad, units, weights is not None).flatten(1)
+            rows = self._products(parameter, grad, units, weights is not None).reshape(len(number), -1)
             pieces.append(self._finished(rows[place, number], weights))
         if not pieces:
             return parameter.new_zeros(parameter.shape if weights is None else (self.layout.n, *parameter.shape))
         found = torch.cat(pieces, -1)
-        return found.reshape(*found.shape[:-1], *parameter.shape)
+        return found.reshape(found.shape[:-1] + parameter.shape)
 
     def _products(self, parameter: Tensor, grad: Tensor, vectors: Tensor, with_graph: bool = False) -> Tensor:
         """The Hessian times several vectors, ``[k, *p]``, at once where PyTorch can."""

@@ -26,7 +26,7 @@ from backpack.compat import dtype_at
 from backpack.curvature.columns import Columns
 from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
 from backpack.curvature.loss_call import PASSES
-from backpack.curvature.residual_graph import ResidualGraph, has_autocast, is_linear
+from backpack.curvature.residual_graph import ResidualGraph, below_complex, has_autocast, is_linear
 from backpack.curvature.shortcuts import squares
 from backpack.curvature.twice import LossGradient, TwicePass
 from backpack.engine import muted
@@ -89,8 +89,9 @@ class HessianPass(TwicePass):
         """The nodes of parameters that enter the graph once, linearly, and by samples."""
         plan = self.prepared.plan
         found: set[Node] = set()
+        left_out = below_complex(self.prepared)
         for node, uses in self.prepared.plan.uses.items():
-            for planned in uses:
+            for planned in uses if node not in left_out else ():
                 if not is_linear(node, planned.k):
                     continue
                 leaves = [planned.leaf] if planned.leaf is not None else self._behind_linear(planned)

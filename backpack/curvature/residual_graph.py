@@ -15,6 +15,7 @@ from backpack.backward.plan import Plan
 from backpack.compat import dtype_at, shape_at
 from backpack.curvature.joined import Joined
 from backpack.curvature.residuals import LocalHessian, Pairs, Residual, is_bilinear, is_flat, residual_of
+from backpack.graph import LEAF, variable_of
 from backpack.samples import Layout
 
 
@@ -96,6 +97,26 @@ class ResidualGraph:
         return Pairs(
             local, shapes, [Layout(1, inner=shape[0]) if shape else Layout(1) for shape in shapes], like, False
         )
+
+
+def below_complex(prepared: Prepared) -> set[Node]:
+    """Nodes below one that is not linear, of complex numbers: their second derivatives are of two real parts each."""
+    owners, graph = prepared.owners, prepared.graph
+    found: set[Node] = set()
+    for node in graph.order:
+        for consumer, _, _ in graph.incoming[node]:
+            if consumer in found or (consumer in owners.sends and _is_curved_and_complex(consumer)):
+                found.add(node)
+                break
+    return found
+
+
+def _is_curved_and_complex(node: Node) -> bool:
+    following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
+    complex_numbers = [edge for edge in following if edge.node.name() != LEAF and dtype_at(edge).is_complex]
+    complex_numbers += [edge for edge in following if edge.node.name() == LEAF and variable_of(edge.node).is_complex()]
+    is_complex = bool(complex_numbers) or any(data.dtype.is_complex for data in node._input_metadata)
+    return is_complex and not is_flat(node, following)
 
 
 def is_linear(node: Node, k: int) -> bool:

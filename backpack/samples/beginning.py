@@ -132,6 +132,8 @@ def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> tup
             node = following[0]
         return True
 
+    if len(attempts) < 2:
+        return None
     mixed = [{node for node, _ in owners.mixed if not is_single_parameter(node)} for _, owners in attempts]
     for attempt, own in zip(attempts, mixed, strict=True):
         if all(own < other for other in mixed if other is not own):
@@ -237,7 +239,8 @@ SAVED = {
 def saved_inputs(node: Node) -> Iterator[tuple[int, Tensor]]:
     """The inputs that a node saved, and their places; none that are computed again when they are read."""
     for k, name in SAVED.get(kind(node), {}).items():
-        if not is_packed(getattr(node, f"_raw_saved_{name}")):
+        raw = getattr(node, f"_raw_saved_{name}", None)  # a product with a number has none
+        if raw is not None and not is_packed(raw):
             found = getattr(node, f"_saved_{name}")
             if found is not None:
                 yield k, found

@@ -137,7 +137,12 @@ def _may_hold(tensor: Tensor, n: int) -> bool:
 
 
 def _mixer(entry: Node, graph: Graph, owners: Owners) -> str:
-    consumers = [(node, k) for node, k, _ in graph.incoming[entry] if node in owners.sends]
+    pending: list[Node] = [entry]
+    consumers: list[tuple[Node, int]] = []
+    while pending and not consumers:  # an entry may be behind transpositions
+        arriving = [one for node in pending for one in graph.incoming[node]]
+        consumers = [(node, k) for node, k, _ in arriving if node in owners.sends]
+        pending = [node for node, _, _ in arriving]
     mixing = [node for node, k in consumers if owners.sends[node][k] is None]
     return described((mixing or [node for node, _ in consumers])[0], graph)
 

@@ -60,6 +60,8 @@ class Derived(Individual):
         row, column = row[used], column[used]
         if own[-1:] != shape[-1:] or not bool((row == row[:, :1]).all()) or not _is_count(column, 1):
             return []  # rows are not rows there
+        if not len(used):
+            return []
         start = int(used[0])
         if own[1:] == shape[1:] and torch.equal(row[:, 0] + start, used) and len(used) == own[0]:
             maps = self.inner.maps()
