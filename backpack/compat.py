@@ -28,6 +28,8 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+_warn_of_loops: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -107,14 +109,17 @@ def outside_vmap(tensors: Sequence[Tensor], count: int) -> Iterator[list[Tensor]
 def vmap(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """As ``torch.vmap(function, randomness="same")``, of tensors to one, without its looks at arguments.
 
-    They call a hundred functions, which takes as long as what a small network computes.
+    They call a hundred functions, which takes as long as what a small network computes. It does not warn of functions
+    that it loops over.
     """
     lazy_load_decompositions()
     size = len(tensors[0])
     level = _vmap_increment_nesting(size, "same")
+    _warn_of_loops(False)
     try:
         return _remove_batch_dim(function(*[_add_batch_dim(tensor, 0, level) for tensor in tensors]), level, size, 0)
     finally:
+        _warn_of_loops(True)
         _vmap_decrement_nesting()
 
 

@@ -22,6 +22,10 @@ ENTRIES = 2**22
 """Entries of the vectors that are multiplied with the Hessian at a time."""
 
 
+MANY = 16
+"""Samples from which on their terms are derivatives by their weights, which takes each entry by itself."""
+
+
 @dataclass(eq=False)
 class Entries:
     """Diagonals ``[*p]``, or one for each sample ``[n, *p]``.
@@ -42,14 +46,17 @@ class Entries:
         """
         if chosen is None:
             return self._by_units(None)
-        try:
-            found = self._by_units(self._ones())
-            return [None if diagonals is None else diagonals[list(chosen)] for diagonals in found]
-        except RuntimeError:  # a function between the model and the loss that has no second derivative by weights
-            if self.create_graph:
-                raise
-        rows = [self._by_units(self._ones(n)) for n in chosen]
-        return [None if own[0] is None else torch.stack(list(own)) for own in zip(*rows, strict=True)]
+        own = list(dict.fromkeys(chosen))
+        if self.create_graph or len(own) > MANY:
+            try:
+                found = self._by_units(self._ones())
+                return [None if diagonals is None else diagonals[list(chosen)] for diagonals in found]
+            except RuntimeError:  # a function between the model and the loss without the second derivatives of a rerun
+                if self.create_graph:
+                    raise
+        rows = {n: self._by_units(self._ones(n)) for n in own}
+        columns = zip(*(rows[n] for n in chosen), strict=True)
+        return [None if any(row is None for row in each) else torch.stack(list(each)) for each in columns]
 
     def _by_units(self, weights: Tensor | None) -> list[Tensor | None]:
         grads = self.gradients(weights)
@@ -78,7 +85,7 @@ class Entries:
     def _exact(self, parameter: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
         weights = weights if weights is not None and weights.requires_grad else None
         pieces: list[Tensor] = []
-        step = max(1, ENTRIES // max(1, parameter.numel()))
+        step = 1 if weights is not None else max(1, ENTRIES // max(1, parameter.numel()))
         for start in range(0, parameter.numel(), step):
             number = torch.arange(start, min(start + step, parameter.numel()), device=parameter.device)
             place = torch.arange(len(number), device=parameter.device)

@@ -1,8 +1,8 @@
-"""Backward nodes through which seeds are pulled one by one.
+"""Backward nodes that ``torch.vmap`` does not take for several cotangents at a time.
 
-For these, ``torch.vmap`` of the backward pass is wrong or an error (marked so), or a slow loop inside of PyTorch that
-warns. The list is what a sweep over PyTorch's own operator database finds; ``tests/test_operators.py`` keeps it true.
-What users' own functions do in their backward pass is not known: for them seeds are looped as well.
+PyTorch loops inside of these nodes, with a warning; some are wrong or an error, so that whole pull-backs are looped.
+The list is what a sweep over PyTorch's own operator database finds; ``tests/test_operators.py`` keeps it true. What
+users' own functions do in their backward pass is not known: for them whole pull-backs are looped as well.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch.autograd.graph import GradientEdge, Node
 
 LOOPED = frozenset(
     {
-        "AsStridedScatterBackward",  # wrong
+        "AsStridedScatterBackward",
         "BatchNormWithUpdateBackward",
-        "CdistBackward",  # wrong
+        "CdistBackward",
         "CtcLossBackward",
         "CummaxBackward",
         "CumminBackward",
         "EmbeddingBagBackward",
         "FractionalMaxPool2DBackward",
         "FractionalMaxPool3DBackward",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",  # an error
+        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
         "LinalgHouseholderProductBackward",
         "MaskedScatterBackward",
-        "MaskedSelectBackward",  # an error
-        "MaxUnpool2DBackward",  # an error
+        "MaskedSelectBackward",
+        "MaxUnpool2DBackward",
         "MishBackward",
         "MkldnnRnnLayerBackward",
         "MultiMarginLossBackward",
@@ -40,7 +40,7 @@ LOOPED = frozenset(
         "SegmentReduceBackward",
         "SoftMarginLossBackward",
         "SparseMmReduceImplBackward",
-        "SparseSampledAddmmBackward",  # an error
+        "SparseSampledAddmmBackward",
         "TakeBackward",
         "ToSparseBackward",
         "TrilinearBackward",
@@ -50,6 +50,20 @@ LOOPED = frozenset(
         "UpsampleNearestExact3DBackward",
     }
 )
+
+WRONG = frozenset(
+    {
+        "AsStridedScatterBackward",
+        "CdistBackward",
+        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
+        "MaskedSelectBackward",
+        "MaxUnpool2DBackward",
+        "SparseMmReduceImplBackward",
+        "SparseSampledAddmmBackward",
+        "ToSparseBackward",
+    }
+)
+"""Of these, those for which the loop inside is not right, or not possible."""
 
 
 Instead = Mapping[GradientEdge, GradientEdge | None]
@@ -79,12 +93,18 @@ def nodes(edge: GradientEdge, instead: Instead | None = None) -> list[Node]:
     return list(dict.fromkeys(edge.node for edge in edges_from(edge, instead)))
 
 
+def _name(node: Node) -> str:
+    return node.name().removesuffix("_copy").rstrip("0123456789")
+
+
+def is_looped(node: Node) -> bool:
+    """Whether a node is looped over by PyTorch, or has to be."""
+    return _name(node) in LOOPED or isinstance(node, BackwardCFunction)
+
+
 def must_loop(graph: Iterable[Node]) -> bool:
-    """Whether one of the nodes of a graph is such."""
-    for node in graph:
-        if node.name().removesuffix("_copy").rstrip("0123456789") in LOOPED or isinstance(node, BackwardCFunction):
-            return True
-    return False
+    """Whether pull-backs through one of the nodes of a graph are looped as a whole."""
+    return any(_name(node) in WRONG or isinstance(node, BackwardCFunction) for node in graph)
 
 
 def counts_backward_passes(edge: GradientEdge) -> bool:

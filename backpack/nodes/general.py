@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from backpack.graph import call
-from backpack.graph.looped import must_loop
+from backpack.graph.looped import is_looped
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, Explicit, Individual, Use
 
@@ -34,7 +33,7 @@ def call_for_each(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tenso
         reached[:] = [k for k, grad in enumerate(found) if grad is not None]
         return tuple(grad for grad in found if grad is not None)
 
-    results = _mapped(one, given, must_loop([node]) or isinstance(node, BackwardCFunction))
+    results = _mapped(one, given, is_looped(node))
     filled: list[Tensor | None] = [None] * len(node.next_functions)
     for k, grad in zip(reached, results, strict=True):
         filled[k] = grad
