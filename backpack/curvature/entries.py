@@ -8,13 +8,14 @@ zero or eigenvalues meet.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from backpack.compat import vmap
 from backpack.curvature.residuals import WRONG_THIRD, base_name
 from backpack.samples import AnyLayout
 
@@ -31,13 +32,14 @@ class Entries:
     """Diagonals ``[*p]``, or one for each sample ``[n, *p]``.
 
     ``gradients``: of the parameters, as a function of the samples' weights; ``layout``: where the samples lie at the
-    loss's input.
+    loss's input; ``is_batchable``: whether several derivatives may be taken together.
     """
 
     gradients: Callable[[Tensor | None], Sequence[Tensor | None]]
     layout: AnyLayout
     parameters: list[Tensor]
     create_graph: bool
+    is_batchable: bool
 
     def exact(self, chosen: Sequence[int] | None) -> list[Tensor | None]:
         """By unit vectors; of each of the ``chosen`` samples, ``None``: of all together.
@@ -111,13 +113,9 @@ class Entries:
             )
             return torch.zeros_like(parameter) if found is None else found
 
-        if not self.create_graph and len(vectors) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    return torch.vmap(multiply)(vectors)
-            except (RuntimeError, UserWarning):  # a derivative that cannot be batched
-                pass
+        if self.is_batchable and not self.create_graph and len(vectors) > 1:
+            with suppress(RuntimeError):  # a derivative that cannot be batched
+                return vmap(multiply, vectors)
         return torch.stack([multiply(vector) for vector in vectors])
 
     def _finished(self, diagonal: Tensor, weights: Tensor | None) -> Tensor:

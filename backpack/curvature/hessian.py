@@ -151,7 +151,8 @@ class HessianPass(TwicePass):
             return self.joined.grad([self.joined.start], parameters, [gradient(own, start)], create_graph=True)
 
         self._warn(parameters)
-        entries = Entries(gradients, layout, parameters, create)
+        batchable = not self.joined.must_loop(self.joined.start)
+        entries = Entries(gradients, layout, parameters, create, batchable)
         with torch.enable_grad():
             chosen = None if not self._each else range(layout.n) if rows is None else rows.tolist()
             found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
