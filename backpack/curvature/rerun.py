@@ -25,6 +25,10 @@ from backpack.samples.notes import Note, leaves_of
 from backpack.twice import TwiceDifferentiable
 
 
+NOT_TAKEN = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError)
+"""What a module raises that does not take fewer samples."""
+
+
 @contextmanager
 def run_again(root: Module) -> Iterator[list[str]]:
     """A forward pass inside leaves no attribute of the module and its submodules changed, nor statistics in buffers.
@@ -108,7 +112,7 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[
             contexts.enter_context(TwiceDifferentiable())
         try:
             outputs = leaves_of(root(*args, **kwargs))
-        except Exception:  # whatever it may be that the module does not take: it counts on all samples
+        except NOT_TAKEN:  # of a state of all samples, of what counts on all
             return None
     if changed and rows is not None:
         return None  # it computes with what its last forward pass has left
