@@ -24,7 +24,6 @@ from backpack.graph import read, regions
 from backpack.samples.notes import Note, leaves_of
 from backpack.twice import TwiceDifferentiable
 
-
 NOT_TAKEN = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError)
 """What a module raises that does not take fewer samples."""
 
