@@ -110,9 +110,7 @@ def _note(owners: Owners, node: Node, arriving: Mapping[int, AnyLayout | None]) 
 HANDED_ON = frozenset(("_DDPSink", "RegisterPostBackwardFunction"))
 """Kinds of nodes that return each cotangent as it is, and whose call by itself would disturb a distributed module."""
 
-SELECTING = frozenset(
-    ("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather", "Index")
-)
+SELECTING = frozenset(("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather"))
 """Kinds of nodes for which the table counts entries that were not selected to the samples of those beside them."""
 
 

@@ -1,8 +1,8 @@
 """What a kind of node, its shapes and the numbers that it saved prove about the samples in its inputs.
 
 A rule is given where the samples lie in the output of a function, and says where they lie in each input: an input's
-entry belongs to a sample if its cotangent comes from entries of that sample alone. Nothing is computed, but owners are
-carried along by the indices that a node saved. What no rule knows is left to the coded pass (``coded.py``).
+entry belongs to a sample if its cotangent comes from entries of that sample alone. Nothing is computed. What no rule
+knows is left to the coded pass (``coded.py``).
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch.autograd.graph import Node
 
-from backpack.compat import is_packed
 from backpack.graph import kind, shape_of
-from backpack.samples.layouts import AnyLayout, Layout, found_layout
+from backpack.samples.layouts import AnyLayout, Layout
 
 
 class Unknown(Exception):
@@ -182,49 +180,6 @@ def gathered(at: At) -> AnyLayout:
     if any(size != own for axis, (size, own) in enumerate(zip(at.shape, given, strict=True)) if axis != dim):
         raise Unknown
     return apart(at, [dim])
-
-
-@rule("Index")
-def indexed(at: At) -> AnyLayout | None:
-    """Whole rows along one axis, in any order: owners are carried along."""
-    found = [(axis, index) for axis, index in enumerate(at.saved("indices")) if index is not None]
-    if len(found) != 1 or any(is_packed(raw) for raw in at.node._raw_saved_indices):  # type: ignore[attr-defined]
-        raise Unknown
-    ((axis, index),) = found
-    if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32, torch.bool):
-        raise Unknown
-    if not at.layout.occupies([axis]):
-        return at.layout
-    if at.layout.axes != [axis]:
-        raise Unknown
-    index = index.cpu()
-    index = index.nonzero().flatten() if index.dtype == torch.bool else index.long() % at.given(0)[axis]
-    owner = at.layout.owners(at.shape, index.device).flatten()
-    index, owner = index[owner >= 0], owner[owner >= 0]
-    largest = torch.full((at.given(0)[axis],), -1).scatter_reduce(0, index, owner, "amax")
-    smallest = torch.full_like(largest, at.layout.n).scatter_reduce(0, index, owner, "amin")
-    if bool((smallest < largest).any()):
-        return None
-    return found_layout(at.layout.n, largest.reshape(_along(axis, at.given(0))))
-
-
-@rule("IndexAdd")
-def added_by_index(at: At) -> list[AnyLayout | None]:
-    """Rows that are added to those of an index along one axis."""
-    (axis,) = at.axes("dim", len(at.shape))
-    layout, index = at.layout, at.saved("index")
-    if is_packed(at.node._raw_saved_index) or index.dim() != 1:  # type: ignore[attr-defined]
-        raise Unknown
-    if not layout.occupies([axis]):
-        return at.each(lambda k: layout)
-    if layout.axes != [axis]:
-        raise Unknown
-    owner = layout.owners(at.shape, torch.device("cpu")).flatten()[index.cpu().long()]
-    return at.each(lambda k: layout if k == 0 else found_layout(layout.n, owner.reshape(_along(axis, at.given(1)))))
-
-
-def _along(axis: int, shape: Sequence[int]) -> list[int]:
-    return [size if place == axis else 1 for place, size in enumerate(shape)]
 
 
 @rule("Flip Roll")
