@@ -61,17 +61,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 class Block:
     """One ``with backpack(...)``: its extensions, and what the running backward pass has computed so far.
 
-    ``seen``: parameters that something has arrived at; ``finished``: those with all their results, of the extensions of
-    first order; ``hooked``: modules that the user was told of; ``passages``: calls of modules whose results are not
-    complete yet; ``pulled``: columns at the outputs of modules with a rule; ``applied``: rules that were; ``stored``:
-    results. ``ran``: whether a backward pass of an extended module has.
+    ``finished``: parameters with all their results, of the extensions of first order; ``hooked``: modules that the user
+    was told of; ``passages``: calls of modules whose results are not complete yet; ``pulled``: columns at the outputs of
+    modules with a rule; ``applied``: rules that were; ``stored``: results. ``ran``: whether a backward pass of an
+    extended module has.
     """
 
     extensions: tuple[Quantity, ...]
     extension_hook: Callable[[Module], None] | None = None
     debug: bool = False
     retain_graph: bool = False
-    seen: set[int] = field(default_factory=set)
     hooked: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     passages: dict[int, Passage] = field(default_factory=dict)
@@ -102,7 +101,7 @@ class Block:
         for parameter, savefield in self.stored:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
-        for store in (self.seen, self.hooked, self.finished, self.passages, self.pulled, self.applied):
+        for store in (self.hooked, self.finished, self.passages, self.pulled, self.applied):
             store.clear()
 
     def check_subsets(self, n: int, device: torch.device) -> None:
@@ -167,7 +166,6 @@ class Block:
                         f"Parameter {name} of {type(module).__name__} belongs to several modules: the result of "
                         f"{type(rule).__name__} can't be joined with that of the others. Do without the rule."
                     )
-                self.seen.add(id(parameter))
                 value = getattr(rule, name)(extension, module, g_inp, g_out, columns)
                 self.store(parameter, extension.savefield, value)
 

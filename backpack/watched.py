@@ -9,7 +9,6 @@ from weakref import ref
 
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack.quantities import Ruled
@@ -19,10 +18,9 @@ R = TypeVar("R", bound=Ruled)
 
 @dataclass(eq=False)
 class Watched:
-    """A parameter of extended modules: its hook, and the modules that own it."""
+    """A parameter of extended modules: its name, and the modules that own it."""
 
     name: str
-    handle: RemovableHandle | None = None
     references: list[ref[Module]] = field(default_factory=list)
     explained: set[bool] = field(default_factory=set)
     """Modes of training in which its gradient was compared with what was delivered."""
@@ -62,11 +60,9 @@ def watched(parameter: Tensor) -> Watched | None:
 
 
 def unwatch(parameter: Tensor) -> None:
-    """Forget a parameter, and take its hook off."""
+    """Forget a parameter."""
     _by_number.pop(id(parameter), None)
-    known = WATCHED.pop(parameter, None)
-    if known is not None and known.handle is not None:
-        known.handle.remove()
+    WATCHED.pop(parameter, None)
 
 
 SHARDED: Any = WeakTensorKeyDictionary()

@@ -16,19 +16,12 @@ from backpack.compat import pull_back
 from backpack.graph import LEAF, Graph, edge_of, variable_of
 from backpack.samples.owners import Edge
 
-STARTS: dict[Any, tuple[str, ...]] = {
-    Tensor.backward: ("self",),
-    torch.autograd.backward: ("tensors",),
-    torch.autograd.grad: ("outputs",),
+STARTS: dict[Any, tuple[str, str]] = {
+    Tensor.backward: ("self", "gradient"),
+    torch.autograd.backward: ("tensors", "grad_tensors"),
+    torch.autograd.grad: ("outputs", "grad_outputs"),
 }
-"""What starts a backward pass, and the name of its roots."""
-
-COTANGENTS: dict[Any, str] = {
-    Tensor.backward: "gradient",
-    torch.autograd.backward: "grad_tensors",
-    torch.autograd.grad: "grad_outputs",
-}
-"""The name of what they are given for these."""
+"""What starts a backward pass, and the names of its roots and of what is given for them."""
 
 NAMES = {function: tuple(inspect.signature(function).parameters) for function in STARTS}
 
@@ -68,7 +61,7 @@ class Call:
 
     def cotangent(self, at: Edge) -> Tensor | None:
         """What the pass will bring to an edge."""
-        given = _listed(self.given.get(COTANGENTS[self.function])) or [None] * len(self.roots)
+        given = _listed(self.given.get(STARTS[self.function][1])) or [None] * len(self.roots)
         seeds = [_ones(root) if seed is None else seed for root, seed in zip(self.roots, given, strict=True)]
         if [edge_of(root) for root in self.roots] == [at]:
             return seeds[0]

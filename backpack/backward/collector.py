@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.autograd.graph import GradientEdge, Node
@@ -45,14 +46,11 @@ class Collector(ABC):
         self.graph, self.owners, self.plan = prepared.graph, prepared.owners, prepared.plan
         self.found: dict[Node, Contributions] = {}
         self.entering: dict[Node, dict[int, Contributions]] = {}
-        self._places: dict[Node, int] = {}
 
-    @property
+    @cached_property
     def places(self) -> dict[Node, int]:
         """Of the nodes in the order of the graph."""
-        if not self._places:
-            self._places.update({node: place for place, node in enumerate(self.graph.order)})
-        return self._places
+        return {node: place for place, node in enumerate(self.graph.order)}
 
     def contributions(self, leaf: Node) -> Contributions:
         """What has arrived at a parameter."""

@@ -101,7 +101,6 @@ class FirstOrderPass(Collector):
         """The results of a parameter of which this is the only use, in the shortest way."""
         block, parameter = self.block, variable_of(leaf)
         fields = vars(parameter)
-        block.seen.add(id(parameter))
         for subset, names, extensions in self.groups:
             for extension in extensions:
                 fields.pop(extension.savefield, None)  # its memory is needed for the new result
@@ -116,7 +115,6 @@ class FirstOrderPass(Collector):
     def _take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
         if planned.leaf is not None:
             contributions = self.contributions(planned.leaf)
-            self.block.seen.add(id(contributions.tensor))
             self._note(contributions, arrival, self._is_last(planned.leaf))
             self.count(planned.leaf)
             return
@@ -158,7 +156,6 @@ class FirstOrderPass(Collector):
                     if leaf in self.plan.expected:
                         self.contributions(leaf).pulled.setdefault(key, []).append(Explicit(grad[None]))
             for leaf in self.plan.entries[node]:
-                self.block.seen.add(id(variable_of(leaf)))
                 self.count(leaf)
 
     def completed(self, leaf: Node, contributions: Contributions) -> None:

@@ -61,7 +61,7 @@ def origin_of(
     Raises:
         RuntimeError: The input comes from no extended module, or does not show its samples.
     """
-    edge = edge_of(call.edge)
+    edge = call.place
     own = prepared
     starts = [at for at, layout in prepared.begin.items() if prepared.owners.owned.get(at) is layout]
     if starts != [edge] or _is_one_sample(call):
@@ -78,7 +78,7 @@ def origin_of(
 
 def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
     """The layout of a loss's input under which the samples are those of the modules' outputs."""
-    edge = edge_of(call.edge)
+    edge = call.place
     shape, n = tuple(call.input.shape), prepared.n
     axes = (0,) if isinstance(call.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
     possible: list[AnyLayout] = list(layouts(shape, n, axes))

@@ -97,7 +97,7 @@ class AveragedPass(SeedPass):
     def _chain(self) -> list[Module]:
         """The modules of the model."""
         name = type(self.extensions[0]).__name__
-        note = self.notes.get((self.loss.edge.node, self.loss.edge.output_nr))
+        note = self.notes.get(self.loss.place)
         root = None if note is None or len(self.notes) > 1 or not note.is_complete else note.module()
         args, kwargs = ((), {}) if note is None else note.arguments
         if root is None or len(args) != 1 or kwargs or (root._modules and not _is_sequential(root)):
@@ -162,7 +162,7 @@ class AveragedPass(SeedPass):
 
     @property
     def _root_module(self) -> Module:
-        module = self.notes[self.loss.edge.node, self.loss.edge.output_nr].module()
+        module = self.notes[self.loss.place].module()
         assert module is not None
         return module
 
@@ -177,7 +177,7 @@ class AveragedPass(SeedPass):
     def _forward(self, first: int, rows: Tensor | None) -> None:
         """Run the model again, of the selected samples, and note the inputs of its modules."""
         name, root = type(self.extensions[0]).__name__, self._root_module
-        args = self.notes[self.loss.edge.node, self.loss.edge.output_nr].arguments
+        args = self.notes[self.loss.place].arguments
         if any(module.training and module._buffers for module in root.modules()):
             raise RuntimeError(f"{name} runs the model once more, which would update running statistics: call eval().")
         x = args[0][0] if rows is None else args[0][0].index_select(0, rows)

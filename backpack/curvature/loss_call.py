@@ -21,7 +21,7 @@ from backpack.backward.collector import Prepared
 from backpack.bystanders import undisturbed
 from backpack.compat import is_fully_sharded
 from backpack.engine import Block, muted, without_autocast
-from backpack.graph import Graph
+from backpack.graph import Graph, edge_of
 from backpack.graph.looped import counts_backward_passes
 from backpack.losses import LossRoot, loss_root
 from backpack.samples import AnyLayout, Layout
@@ -48,6 +48,11 @@ class LossCall:
     edge: GradientEdge
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[Node, int]:
+        """The edge of the input, as a key."""
+        return edge_of(self.edge)
 
     def grad(self, layout: AnyLayout, outer: Tensor) -> Tensor:
         """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
@@ -113,7 +118,7 @@ class Origin:
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
                 )
-        layout = self.prepared.begin[self.call.edge.node, self.call.edge.output_nr]
+        layout = self.prepared.begin[self.call.place]
         assert isinstance(layout, Layout)
 
         @cache

@@ -87,7 +87,6 @@ class ProductPass(TwicePass):
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
         for leaf in self.prepared.plan.expected:
             parameter = variable_of(leaf)
-            self.block.seen.add(id(parameter))
             for extension in self.extensions:
                 self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
                 products.append(extension.product(curvature, parameter))
@@ -99,7 +98,7 @@ class ProductPass(TwicePass):
             return True
         if self.origin.keeps_graph and not rounded and not self._has_fused():
             return False
-        alone = len({id(note.arguments) for note in self.notes.values()}) == 1 and self.loss.edge[:2] in self.notes
+        alone = len({id(note.arguments) for note in self.notes.values()}) == 1 and self.loss.place in self.notes
         if (alone or self.origin.keeps_graph) and self._join(rounded):
             return False
         raise RuntimeError(

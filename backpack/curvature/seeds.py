@@ -57,7 +57,7 @@ class SeedPass:
         self.block, self.extensions, self.origin, self.loss = block, extensions, origin, origin.call
         self.make_root, self.outer, self.last = make_root, outer, last
         self.prepared, self.notes, self.passed = origin.prepared, origin.notes, origin.passed
-        self.layout = origin.prepared.begin[self.loss.edge[:2]]
+        self.layout = origin.prepared.begin[self.loss.place]
         order = self.prepared.graph.order
         self.joined = Joined(self.loss.edge, known=order[order.index(self.loss.edge.node) :])
         self.start_tensor = self.loss.input
@@ -214,7 +214,7 @@ class SeedPass:
 
         ``rounded``: it was computed in 16 bits before, and is not now.
         """
-        note = self.notes.get(self.loss.edge[:2])
+        note = self.notes.get(self.loss.place)
         layout = self.layout
         if note is None or len(self.notes) > 1 or not isinstance(layout, Layout) or layout.factor > 1:
             return None
@@ -250,7 +250,6 @@ class SeedPass:
     def compute(self, contributions: Contributions) -> None:
         """All of some columns has arrived at a parameter."""
         parameter = contributions.tensor
-        self.block.seen.add(id(parameter))
         extensions = without_rules(self.extensions, parameter, name_of(parameter), last=self.final)
         if extensions:
             if self.first:

@@ -12,45 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-LOOPED = frozenset(
-    {
-        "AsStridedScatterBackward",
-        "BatchNormWithUpdateBackward",
-        "CdistBackward",
-        "CtcLossBackward",
-        "CummaxBackward",
-        "CumminBackward",
-        "EmbeddingBagBackward",
-        "FractionalMaxPool2DBackward",
-        "FractionalMaxPool3DBackward",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
-        "LinalgHouseholderProductBackward",
-        "MaskedScatterBackward",
-        "MaskedSelectBackward",
-        "MaxUnpool2DBackward",
-        "MishBackward",
-        "MkldnnRnnLayerBackward",
-        "MultiMarginLossBackward",
-        "MultilabelMarginLossBackward",
-        "OrmqrBackward",
-        "PdistBackward",
-        "PutBackward",
-        "RreluWithNoiseBackward",
-        "ScaledDotProductFlashAttentionForCpuBackward",
-        "SegmentReduceBackward",
-        "SoftMarginLossBackward",
-        "SparseMmReduceImplBackward",
-        "SparseSampledAddmmBackward",
-        "TakeBackward",
-        "ToSparseBackward",
-        "TrilinearBackward",
-        "UnfoldBackward",
-        "UpsampleNearestExact1DBackward",
-        "UpsampleNearestExact2DBackward",
-        "UpsampleNearestExact3DBackward",
-    }
-)
-
 WRONG = frozenset(
     {
         "AsStridedScatterBackward",
@@ -63,8 +24,38 @@ WRONG = frozenset(
         "ToSparseBackward",
     }
 )
-"""Of these, those for which the loop inside is not right, or not possible."""
+"""Nodes for which the loop inside is not right, or not possible."""
 
+LOOPED = WRONG | frozenset(
+    {
+        "BatchNormWithUpdateBackward",
+        "CtcLossBackward",
+        "CummaxBackward",
+        "CumminBackward",
+        "EmbeddingBagBackward",
+        "FractionalMaxPool2DBackward",
+        "FractionalMaxPool3DBackward",
+        "LinalgHouseholderProductBackward",
+        "MaskedScatterBackward",
+        "MishBackward",
+        "MkldnnRnnLayerBackward",
+        "MultiMarginLossBackward",
+        "MultilabelMarginLossBackward",
+        "OrmqrBackward",
+        "PdistBackward",
+        "PutBackward",
+        "RreluWithNoiseBackward",
+        "ScaledDotProductFlashAttentionForCpuBackward",
+        "SegmentReduceBackward",
+        "SoftMarginLossBackward",
+        "TakeBackward",
+        "TrilinearBackward",
+        "UnfoldBackward",
+        "UpsampleNearestExact1DBackward",
+        "UpsampleNearestExact2DBackward",
+        "UpsampleNearestExact3DBackward",
+    }
+)
 
 Instead = Mapping[GradientEdge, GradientEdge | None]
 """Edges that others take the place of; ``None``: the graph ends there."""

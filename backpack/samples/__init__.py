@@ -6,10 +6,9 @@ from backpack.samples.layouts import (
     Rows,
     Scattered,
     found_layout,
-    layout_like,
     layouts,
     same,
 )
 from backpack.samples.subsets import Subset
 
-__all__ = ["AnyLayout", "Layout", "Rows", "Scattered", "Subset", "found_layout", "layout_like", "layouts", "same"]
+__all__ = ["AnyLayout", "Layout", "Rows", "Scattered", "Subset", "found_layout", "layouts", "same"]

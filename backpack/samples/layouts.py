@@ -31,11 +31,6 @@ class Layout:
         return self.outer * self.inner
 
     @property
-    def strided(self) -> bool:
-        """Whether the entries of a sample lie apart."""
-        return self.outer > 1
-
-    @property
     def is_plain(self) -> bool:
         """Whether the first axis counts the samples."""
         return self.axis == 0 and self.factor == 1
@@ -245,13 +240,6 @@ def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> Se
     if 0 in axes and n > 1 and shape[0] % n == 0 and shape[0] > n:
         found += [Layout(n, inner=shape[0] // n), Layout(n, outer=shape[0] // n)]
     return tuple(found[:1] if n == 1 else found)
-
-
-def layout_like(layout: Layout, tensor: Tensor) -> Layout:
-    """The layout of an argument, given that of the output: the same where the shape admits it."""
-    possible = layouts(tensor.shape, layout.n, range(tensor.dim()))
-    similar = [other for other in possible if other.strided == layout.strided]
-    return layout if layout in possible else (similar or possible)[0]
 
 
 @dataclass
