@@ -61,10 +61,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 class Block:
     """One ``with backpack(...)``: its extensions, and what the running backward pass has computed so far.
 
-    ``finished``: parameters with all their results, of the extensions of first order; ``hooked``: modules that the user
-    was told of; ``passages``: calls of modules whose results are not complete yet; ``pulled``: columns at the outputs of
-    modules with a rule; ``applied``: rules that were; ``stored``: results. ``ran``: whether a backward pass of an
-    extended module has.
+    ``finished``: parameters with all their results, of the extensions of first order; ``hooked``: modules that the
+    user was told of; ``passages``: calls of modules whose results are not complete yet; ``pulled``: columns at the
+    outputs of modules with a rule; ``applied``: rules that were; ``stored``: results. ``ran``: whether a backward pass
+    of an extended module has.
     """
 
     extensions: tuple[Quantity, ...]
