@@ -21,6 +21,7 @@ from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
 from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
 from backpack.memory import keep_what_is_freed
 from backpack.passages import forget
+from backpack.samples import SampleIds
 
 M = TypeVar("M", bound=Module)
 
@@ -80,9 +81,13 @@ class backpack:
             while the backward pass is still under way.
         debug: Print what is computed.
         retain_graph: Let ``module.input0`` and ``module.output`` stay readable after the backward pass.
+        sample_ids: Which sample each leading entry of the extended model's output belongs to, as an integer tensor;
+            ``-1``: to none. Results have one row for each number up to the largest, or as many as
+            ``sample_ids=(ids, count)`` says. ``None``: each entry along the first axis is a sample.
 
     Raises:
-        ValueError: An argument is no instance of an extension.
+        ValueError: An argument is no instance of an extension, or ``sample_ids`` holds no valid numbers.
+        TypeError: ``sample_ids`` holds no integers.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class backpack:
         extension_hook: Callable[[Module], None] | None = None,
         debug: bool = False,
         retain_graph: bool = False,
+        sample_ids: Any = None,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type) and issubclass(ext, BackpropExtension):
@@ -102,7 +108,10 @@ class backpack:
             raise ValueError(
                 f"Two extensions in one block would both write to .{twice}: give one of them another savefield."
             )
-        self._arguments = (exts, extension_hook, debug, retain_graph)
+        ids = None if sample_ids is None else SampleIds(sample_ids)
+        if ids is not None and ids.leaves_out:
+            exts = tuple(ext.among(ids.count) for ext in exts)
+        self._arguments = (exts, extension_hook, debug, retain_graph, ids)
 
     def __enter__(self) -> None:
         drop_interrupted()

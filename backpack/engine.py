@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from backpack.passages import Passage, serve
 from backpack.quantities import Quantity
+from backpack.samples import SampleIds
 from backpack.watched import SHARDED, WATCHED, trainable
 
 
@@ -71,6 +72,8 @@ class Block:
     extension_hook: Callable[[Module], None] | None = None
     debug: bool = False
     retain_graph: bool = False
+    ids: SampleIds | None = None
+    """Which sample each leading entry of a model's output belongs to; ``None``: their first axis counts them."""
     hooked: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     passages: dict[int, Passage] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from math import prod
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +17,9 @@ from backpack.backward.first_order import name_of
 from backpack.backward.plan import make_plan
 from backpack.curvature.loss_call import LossCall, Origin
 from backpack.engine import Block, muted
-from backpack.graph import LEAF, Graph, edge_of, read, variable_of
+from backpack.graph import LEAF, Graph, edge_of, read, shape_of, variable_of
 from backpack.passages import Passage
-from backpack.samples import AnyLayout, Layout, layouts, same
+from backpack.samples import AnyLayout, Layout, SampleIds, found_layout, layouts, same
 from backpack.samples.beginning import decide
 from backpack.samples.mixing import mixed_data, unproved
 from backpack.samples.notes import Note, noted
@@ -26,7 +27,9 @@ from backpack.samples.owners import Edge, Owners, find_owners
 from backpack.watched import SHARDED, watched
 
 
-def prepare(graph: Graph, notes: Mapping[Edge, Note], calls: Sequence[Note]) -> Prepared | None:
+def prepare(
+    graph: Graph, notes: Mapping[Edge, Note], calls: Sequence[Note], ids: SampleIds | None = None
+) -> Prepared | None:
     """Find the samples and the uses of parameters; ``None``: there are none."""
     if not calls:
         return None
@@ -37,7 +40,7 @@ def prepare(graph: Graph, notes: Mapping[Edge, Note], calls: Sequence[Note]) -> 
 
     wanted = wanted_leaves(graph)
     with muted():
-        begin, owners = decide(graph, dict(notes), calls, sweep, wanted)
+        begin, owners = decide(graph, dict(notes), calls, sweep, wanted, ids)
     counts = {layout.n for edge, layout in begin.items() if owners.owned.get(edge) is layout}
     if len(counts) > 1:
         raise RuntimeError(
@@ -47,8 +50,6 @@ def prepare(graph: Graph, notes: Mapping[Edge, Note], calls: Sequence[Note]) -> 
     if not counts:
         return None
     (n,) = counts
-    if n == 0:
-        raise RuntimeError("An extended module was called with a batch of size 0, which has no individual gradients.")
     plan = make_plan(graph, owners, n, wanted)
     return Prepared(graph, begin, owners, plan) if plan.expected else None
 
@@ -94,11 +95,57 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
             plan = make_plan(graph, owners, n, wanted)
             plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
             return Prepared(graph, {edge: layout}, owners, plan)
+    scattered = _rows_of_outputs(call, graph, prepared)
+    if scattered is not None:
+        with muted():
+            owners = find_owners(graph, {edge: scattered}, torch.Generator())
+        return Prepared(graph, {edge: scattered}, owners, make_plan(graph, owners, n, wanted))
     raise RuntimeError(
         f"The input of {type(call.loss).__name__}, of shape {list(shape)}, does not show where the {n} samples lie: "
         f"let them be counted by its first axis, alone or together with the positions, and let nothing between the "
         f"model and the loss mix samples."
     )
+
+
+def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLayout | None:
+    """Where the samples lie at the input of a loss, by which samples' outputs its rows are computed from.
+
+    ``None``: some row comes from several samples, whatever is taken for a row: all entries along the first axis, all
+    but the last axis, each entry; those of several classes stay together.
+    """
+    shape, classes = call.input.shape, {1} if isinstance(call.loss, torch.nn.CrossEntropyLoss) else set[int]()
+    for count in dict.fromkeys((1, len(shape) - 1, len(shape))):
+        axes = [axis for axis in range(count) if axis not in classes]
+        if classes and count > 1:
+            axes = [axis for axis in range(len(shape)) if axis not in classes]
+        sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
+        rows = torch.arange(prod(sizes)).reshape(sizes)
+        with muted():
+            owners = find_owners(graph, {call.place: found_layout(rows.numel(), rows)}, torch.Generator())
+        sample = _samples_of_rows(rows.numel(), owners, prepared)
+        if sample is not None:
+            return found_layout(prepared.n, sample[rows], exactly=True)
+    return None
+
+
+def _samples_of_rows(rows: int, owners: Owners, prepared: Prepared) -> Tensor | None:
+    """The sample that each row at the input of a loss belongs to; ``None``: not each belongs to one."""
+    sample = torch.full((rows,), -1)
+    for edge, layout in prepared.begin.items():
+        if edge in owners.mixed:
+            return None
+        if edge not in owners.owned:
+            continue
+        shape = shape_of(*edge)
+        row = owners.owned[edge].owners(shape, sample.device).expand(shape).flatten()
+        own = layout.owners(shape, sample.device).expand(shape).flatten()
+        own, row = own[row >= 0], row[row >= 0]
+        if bool(((sample[row] >= 0) & (sample[row] != own)).any()):
+            return None
+        sample[row] = own
+        if bool((sample[row] != own).any()):
+            return None
+    return sample.clamp(min=0) if bool((sample >= 0).any()) else None  # a row that comes from no output counts nowhere
 
 
 def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:
@@ -170,7 +217,8 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
         if not extension.bounds_influence:
             continue
         with muted():
-            mixer = where or unproved(graph, owners, plan.entries, notes, plan.n, for_all)
+            n = plan.n if block.ids is None else None
+            mixer = where or unproved(graph, owners, plan.entries, notes, n, for_all)
         if mixer:
             raise RuntimeError(
                 f"{type(extension).__name__}: samples are mixed by {mixer}. A sample changes what is computed of "

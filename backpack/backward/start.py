@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.call import Call, executed_for
+from backpack.backward.empty_batch import has_no_entries, store_results
 from backpack.backward.first_order import FirstOrderPass, name_of
 from backpack.backward.plan import Plan
 from backpack.backward.preparation import look_for_mixed, origin_of, prepare, wanted_leaves
@@ -46,6 +47,9 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
             _refuse_unseen([variable_of(leaf) for leaf in _received(wanted_leaves(graph), asked)])
         return function(*args, **kwargs)
     block.clear()
+    if has_no_entries(notes):
+        block.ran = True
+        return _of_no_sample(block, call, graph, notes, losses)
     running = _Running(block, graph, notes, calls, losses, passages)
     block.ran = True
     if running.prepared is not None:
@@ -73,7 +77,35 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     return result
 
 
-def _received(leaves: set[Node], asked: Sequence[Edge]) -> list[Node]:
+def _of_no_sample(
+    block: Block, call: Call, graph: Graph, notes: Mapping[Edge, Note], losses: Sequence[tuple[Node, int, LossCall]]
+) -> Any:
+    """A pass for a batch without a sample."""
+    for note in notes.values():
+        if (module := note.module()) is not None:
+            watch(module)
+    try:
+        if block.second_order and not losses:
+            _refuse_other_losses(block)
+        leaves = [node for node in graph.order if node in wanted_leaves(graph)]
+        store_results(block, notes, losses, _received(leaves, call.asked if call.is_for_parameters else ()))
+        result = call.run()
+        block.hand_over()
+        block.stored.clear()
+        return result
+    finally:
+        block.clear()
+
+
+def _refuse_other_losses(block: Block) -> None:
+    names = ", ".join(type(extension).__name__ for extension in block.second_order)
+    raise RuntimeError(
+        f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) before the "
+        f"forward pass, and call backward() on its output."
+    )
+
+
+def _received(leaves: Iterable[Node], asked: Sequence[Edge]) -> list[Node]:
     """Those that receive gradients."""
     return [leaf for leaf in leaves if not asked or (leaf, 0) in asked]
 
@@ -111,16 +143,16 @@ class _Running:
         for note in calls:
             if (module := note.module()) is not None:
                 watch(module)
-        self.prepared = prepare(graph, notes, calls)
+        self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
             if block.second_order and calls and not losses:
-                self._refuse_other_losses()
+                _refuse_other_losses(block)
             if block.extensions and (losses or calls):
                 _nothing_reached()
             return
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
-            self._refuse_other_losses()
+            _refuse_other_losses(block)
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
             self.first = FirstOrderPass(block, self.prepared)
@@ -132,13 +164,6 @@ class _Running:
         """That of the parameters."""
         assert self.prepared is not None
         return variable_of(next(iter(self.prepared.plan.expected))).device
-
-    def _refuse_other_losses(self) -> None:
-        names = ", ".join(type(extension).__name__ for extension in self.block.second_order)
-        raise RuntimeError(
-            f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) "
-            f"before the forward pass, and call backward() on its output."
-        )
 
     def run_second_order(self, call: Call, asked: Sequence[Edge]) -> None:
         """Compute the extensions of second order, of the losses that the pass runs through, before it begins."""

@@ -24,7 +24,7 @@ from backpack.engine import Block, muted, without_autocast
 from backpack.graph import Graph, edge_of
 from backpack.graph.looped import counts_backward_passes
 from backpack.losses import LossRoot, loss_root
-from backpack.samples import AnyLayout, Layout
+from backpack.samples import AnyLayout
 from backpack.samples.notes import Note, leaves_of
 
 PASSES: dict[str, Any] = {}
@@ -119,7 +119,6 @@ class Origin:
                     f"not gather parameters. Use a model without it, or another extension."
                 )
         layout = self.prepared.begin[self.call.place]
-        assert isinstance(layout, Layout)
 
         @cache
         def root() -> LossRoot:

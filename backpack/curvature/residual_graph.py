@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.backward.plan import Plan
 from backpack.compat import dtype_at, shape_at
 from backpack.curvature.joined import Joined
-from backpack.curvature.residuals import LocalHessian, Pairs, Residual, is_bilinear, is_flat, residual_of
+from backpack.curvature.residuals import LocalHessian, Residual, is_bilinear, is_flat, residual_of
 from backpack.graph import LEAF, variable_of
-from backpack.samples import Layout
 
 
 @dataclass(eq=False)
@@ -75,28 +73,9 @@ class ResidualGraph:
                 continue
             places = [owners.owned[edge.node, edge.output_nr] for edge in map(self.joined.now, inputs)]
             like = next(iter(own.values()))
-            known = [place for place in places if isinstance(place, Layout)]
-            if len(known) == len(places):
-                residual = residual_of(local, shapes, known, like, is_bilinear(node))
-            elif any(bool(part.any()) for part in own.values()):
-                residual = self._by_entries(local, shapes, like)
-            else:
-                residual = None  # it is linear in what arrives
+            residual = residual_of(local, shapes, places, like, is_bilinear(node))
             if residual is not None:
                 yield residual
-
-    def _by_entries(self, local: LocalHessian, shapes: Sequence[Size], like: Tensor) -> Residual:
-        """Where the entries of a sample do not lie along one axis: a column for every entry."""
-        warnings.warn(
-            f"{local.node.name()} has inputs of shape {' and '.join(str(list(shape)) for shape in shapes)}, in which "
-            f"the {self.n} samples do not lie along one axis: its part of the Hessian's diagonal is taken entry "
-            f"by entry, which costs {2 * sum(shape.numel() for shape in shapes)} backward passes. Let the model have "
-            f"the samples along the first axis.",
-            stacklevel=2,
-        )
-        return Pairs(
-            local, shapes, [Layout(1, inner=shape[0]) if shape else Layout(1) for shape in shapes], like, False
-        )
 
 
 def below_complex(prepared: Prepared) -> set[Node]:

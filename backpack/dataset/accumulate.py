@@ -56,6 +56,7 @@ def accumulate(
     *extensions: BackpropExtension,
     forward: Callable[[Module, Any], tuple[Tensor, Any]] | None = None,
     denominator: Callable[[Any], float] | None = None,
+    sample_ids: Callable[[Any], Any] | None = None,
     scaler: Any = None,
     stream: str | os.PathLike[str] | None = None,
     offload: str | torch.device | None = None,
@@ -85,6 +86,9 @@ def accumulate(
         extensions: What to compute.
         forward: Returns the loss's two arguments for the model and a batch, for other forms of both.
         denominator: What the mean of a loss without a rule divides by, for a batch.
+        sample_ids: Returns for a batch which sample each leading entry of the output belongs to, as ``backpack`` takes
+            it: the samples' numbers in the data set, or ``(ids, count)``, numbers in this batch, whose ``count``
+            samples follow those of the batches before. All entries of a sample must be in one batch.
         scaler: ``torch.amp.GradScaler``, for ``float16``: the loss is scaled, results are not.
         stream: Folder for results of single samples: files ``savefield.parameter.npy``, read as memory maps.
         offload: Device that results are moved to as they come.
@@ -97,8 +101,8 @@ def accumulate(
 
     Raises:
         OverflowError: A scaled gradient is not finite.
-        ValueError: An extension has no meaning for a data set, how the loss's mean is formed is not known, or the
-            checkpoint is of another run.
+        ValueError: An extension has no meaning for a data set, how the loss's mean is formed is not known, a sample
+            is in several batches, or the checkpoint is of another run.
         OSError: The checkpoint or the files for results cannot be written.
     """
     backpack(*extensions)  # refuses what is no extension
@@ -110,7 +114,7 @@ def accumulate(
     def one_pass(extensions: tuple[BackpropExtension, ...], folder: Path | None, path: Path | None) -> Run:
         collection = Collection(model, extensions, None if offload is None else torch.device(offload), True)
         one = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
-        batches = Batches(dataloader, EXTENDED[model].batch_axis, Processes(group))
+        batches = Batches(dataloader, EXTENDED[model].batch_axis, Processes(group), sample_ids)
         loss = torch.zeros((), dtype=torch.float64, device=one.device)
         run = Run(one, batches, Counts(loss), Randomness(dataloader))
         if path is not None:
@@ -227,6 +231,9 @@ class Run:
                 f"{sums[0]} at the second time: let all passes over the data give the same targets, of the shape of "
                 f"the outputs."
             )
-        everything = dict(zip(selected, map(int, sums[2:]), strict=True))
+        total, everything = int(sums[1]), dict(zip(selected, map(int, sums[2:]), strict=True))
+        if self.batches.sample_ids is not None:  # some numbers may be of no sample
+            total = self.batches.total
+            everything = {field: len(self.one.chosen.get(field, range(total))) for field in everything}
         found, places = merged(self.collection, processes, factor, everything, gather)
-        return Accumulated(processes.all_sum(self.counts.loss) * factor, int(sums[1]), found.pop(GRAD), found, places)
+        return Accumulated(processes.all_sum(self.counts.loss) * factor, total, found.pop(GRAD), found, places)

@@ -83,9 +83,9 @@ class BatchPass:
         content = moved(batch.content, self.device)
         self.counted.clear()
         output, target = (self.forward or apply)(self.model, content)
-        if self.counted[:1] != [batch.samples]:
+        if batch.rows is not None and self.counted[:1] != [batch.rows]:
             raise ValueError(
-                f"The first tensor of a batch has {batch.samples} samples, but the model was called with "
+                f"The first tensor of a batch has {batch.rows} samples, but the model was called with "
                 f"{self.counted[:1]}: let the model's first tensor come first in the batch."
             )
         if self.denominator is not None:
@@ -116,9 +116,8 @@ class BatchPass:
         scale = 1.0
         if self.scaler is not None:
             loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
-        whole = torch.arange(batch.start, batch.start + batch.samples)
         parts = {
-            extension.savefield: part_of(extension, self.chosen.get(extension.savefield), whole, factor, scale)
+            extension.savefield: part_of(extension, self.chosen.get(extension.savefield), batch.numbers, factor, scale)
             for extension in collection.extensions
         }
         for savefield, part in parts.items():
@@ -129,7 +128,7 @@ class BatchPass:
         # Of a sharded model all processes pull back the same columns.
         wanted = [part.extension for part in parts.values() if self.sharded or part.places is not None]
         self.factor = factor / scale if batch.counts else 0.0
-        with without_autocast(self.device), backpack(*wanted):
+        with without_autocast(self.device), backpack(*wanted, sample_ids=batch.ids):
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
             self._backward_sharded(loss) if self.sharded else self._backward(loss)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from backpack.dataset.contents import samples_of
 from backpack.dataset.processes import Processes
+from backpack.samples import SampleIds
 
 
 def require_two_readings(loader: Any, why: str) -> None:
@@ -22,17 +25,30 @@ def require_two_readings(loader: Any, why: str) -> None:
 
 @dataclass(eq=False)
 class Batch:
-    """One batch: the number of its first sample in the data set, how many it has, and what it holds."""
+    """One batch: the numbers of its samples in the data set, in ascending order, and what it holds.
 
-    start: int
-    samples: int
+    ``rows``: of its first tensor, which are the samples; otherwise ``ids``: which of them each leading entry of the
+    output belongs to.
+    """
+
+    numbers: Tensor
+    rows: int | None
     content: Any
+    ids: tuple[Tensor, int] | None = None
     counts: bool = True
+
+    @property
+    def samples(self) -> int:
+        """How many samples it has."""
+        return len(self.numbers)
 
 
 @dataclass(eq=False)
 class Batches:
     """The batches of a process: every ``count``-th of those of the data set, which all processes are given.
+
+    ``sample_ids``: a user's function of a batch; ``total``: how many samples there are, by their numbers, in what was
+    read so far.
 
     Raises:
         ValueError: The data set is already divided between processes.
@@ -41,6 +57,8 @@ class Batches:
     loader: Iterable[Any]
     axis: int
     processes: Processes
+    sample_ids: Callable[[Any], Any] | None = None
+    total: int = 0
 
     def __post_init__(self) -> None:
         if self.processes.count > 1 and isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
@@ -53,7 +71,7 @@ class Batches:
     def _sampled(self) -> bool:
         """Whether the samples of each batch are chosen beforehand."""
         loader = self.loader
-        return (
+        return self.sample_ids is None and (
             isinstance(loader, DataLoader)
             and loader.batch_sampler is not None
             and not isinstance(loader.dataset, IterableDataset)
@@ -86,11 +104,35 @@ class Batches:
 
     def read_all(self) -> Iterator[Batch]:
         """The batches of all processes."""
-        start = 0
+        self.total = 0
+        seen: set[int] = set()
         for content in self.loader:
-            samples = samples_of(content, self.axis)
-            yield Batch(start, samples, content)
-            start += samples
+            if self.sample_ids is None:
+                rows = samples_of(content, self.axis)
+                batch = Batch(torch.arange(self.total, self.total + rows), rows, content)
+            else:
+                batch = Batch(*self._numbered(self.sample_ids(content), content))
+                numbers = batch.numbers.tolist()
+                if not seen.isdisjoint(numbers):
+                    raise ValueError(
+                        f"Sample {min(seen.intersection(numbers))} is in several batches. Put all that belongs to one "
+                        f"sample into one batch; or, if samples are numbered in each batch anew, let sample_ids return "
+                        f"(ids, count)."
+                    )
+                seen.update(numbers)
+            self.total = max(self.total, int(batch.numbers.max()) + 1) if batch.samples else self.total
+            yield batch
+
+    def _numbered(self, given: Any, content: Any) -> tuple[Tensor, int | None, Any, tuple[Tensor, int]]:
+        """What makes a batch: of numbers of the data set, or, with their count, of this batch alone."""
+        known = SampleIds(given)
+        ids = known.numbers
+        if isinstance(given, tuple):
+            numbers = torch.arange(self.total, self.total + known.count)
+        else:
+            numbers = ids[ids >= 0].unique()
+            ids = torch.where(ids >= 0, torch.searchsorted(numbers, ids.clamp(min=0)), ids)
+        return numbers, None, content, (ids, len(numbers))
 
     def _own(self) -> Iterator[Batch]:
         """As ``read``, without reading the others' samples; all processes follow the order that the first one draws."""
@@ -113,4 +155,5 @@ class Batches:
         for indices in order:
             starts.append(starts[-1] + len(indices))
         for place, content in enumerate(own):
-            yield Batch(starts[rank + place * count], samples_of(content, self.axis), content)
+            start, rows = starts[rank + place * count], samples_of(content, self.axis)
+            yield Batch(torch.arange(start, start + rows), rows, content)

@@ -164,7 +164,7 @@ def part_of(extension: BackpropExtension, chosen: Tensor | None, whole: Tensor, 
     Args:
         extension: As the user gave it.
         chosen: The numbers of the samples selected, of all data; ``None``: all.
-        whole: Those of the batch's samples, in order.
+        whole: Those of the batch's samples, in ascending order.
         factor: With which the loss of these samples enters that of all.
         scale: By which it is multiplied before ``backward()``, which second order does not see.
     """
@@ -172,8 +172,8 @@ def part_of(extension: BackpropExtension, chosen: Tensor | None, whole: Tensor, 
         factor /= scale
     if chosen is None:
         return Part(extension.on_batch(None, factor), factor, whole)
-    own = chosen - whole[0]
-    places = ((own >= 0) & (own < len(whole))).nonzero().flatten()
+    own = torch.searchsorted(whole, chosen).clamp(max=len(whole) - 1)
+    places = (whole[own] == chosen).nonzero().flatten()
     if len(places) == 0:
         return Part(extension.on_batch([0], factor), factor, None)
     return Part(extension.on_batch(own[places].tolist(), factor), factor, places)

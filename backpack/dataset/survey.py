@@ -40,7 +40,7 @@ def survey(
     sums = batches.processes.all_sum(torch.tensor([divided, total], dtype=torch.float64)).tolist()
     if fixed and not one.is_sum:
         reference = sums[0]
-    return int(sums[1]), reference
+    return int(sums[1]) if batches.sample_ids is None else batches.total, reference
 
 
 def chosen_samples(extensions: tuple[BackpropExtension, ...], total: int | None) -> dict[str, Tensor]:

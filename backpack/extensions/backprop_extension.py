@@ -88,6 +88,12 @@ class BackpropExtension:
         """The samples that contribute, as they were given; ``None`` for all."""
         return self.subset.given
 
+    def among(self, samples: int) -> BackpropExtension:
+        """The same, for passes in which entries of no sample count as one more than these samples."""
+        part = copy.copy(self)
+        part.subset = Subset(self.subset.given, samples)
+        return part
+
     def on_batch(self, rows: list[int] | None, factor: float) -> BackpropExtension:
         """What to compute of one batch of a data set, whose results are merged as its ``batches`` says.
 

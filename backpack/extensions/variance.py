@@ -25,7 +25,7 @@ class Variance(BackpropExtension):
         super().__init__(subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
-        n, total = grads.size[1], grads.total()
+        n, total = max(1, grads.size[1]), grads.total()
         return grads.sum_squares().addcmul(total, total, value=-1 / n).div_(n).clamp_(min=0)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndSquares:

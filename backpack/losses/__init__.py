@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from backpack.losses import cross_entropy, elementwise
 from backpack.losses.base import ROOTS, LossRoot, root_of
 from backpack.losses.functional import functional
-from backpack.samples import Layout
+from backpack.samples import AnyLayout
 
 __all__ = ["ROOTS", "LossRoot", "cross_entropy", "elementwise", "loss_root", "root_of"]
 
@@ -20,7 +20,7 @@ def _widened(value: Any) -> Any:
 
 
 def loss_root(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """The root for a call ``loss(input, *args, **kwargs)``; the rule is that of the nearest base class.
 

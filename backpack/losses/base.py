@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.samples import Layout
+from backpack.samples import AnyLayout
 
 
 class LossRoot(ABC):
@@ -74,7 +74,7 @@ def divided(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, grad / weight.sqrt(), torch.zeros_like(grad))
 
 
-def term_weight(loss: Module, input: Tensor, layout: Layout, outer: Tensor, terms: int | None = None) -> Tensor:
+def term_weight(loss: Module, input: Tensor, layout: AnyLayout, outer: Tensor, terms: int | None = None) -> Tensor:
     """What the reduction of a loss of so many terms (default: one an entry) multiplies them by.
 
     Broadcastable to ``[n, d]``; one where a loss does not say how it is reduced.
@@ -82,11 +82,11 @@ def term_weight(loss: Module, input: Tensor, layout: Layout, outer: Tensor, term
     reduction = getattr(loss, "reduction", "sum")
     if reduction == "none" and outer.shape == input.shape:
         return by_sample(layout, outer)
-    count = {"mean": terms or input.numel(), "batchmean": layout.n}.get(reduction, 1)
+    count = {"mean": terms or input.numel(), "batchmean": len(input)}.get(reduction, 1)
     return input.new_tensor(1 / count)
 
 
-Rule = Callable[[Module, Tensor, Layout, tuple[Any, ...], dict[str, Any], Tensor], LossRoot]
+Rule = Callable[[Module, Tensor, AnyLayout, tuple[Any, ...], dict[str, Any], Tensor], LossRoot]
 
 ROOTS: dict[type[Module], Rule] = {}
 """Loss module to the rule that makes its root from the module, its input, where the samples lie in it, the further
@@ -103,7 +103,7 @@ def root_of(*losses: type[Module]) -> Callable[[Rule], Rule]:
     return register
 
 
-def by_sample(layout: Layout, tensor: Tensor) -> Tensor:
+def by_sample(layout: AnyLayout, tensor: Tensor) -> Tensor:
     """``[n, d]``."""
     return layout.split(tensor).reshape(layout.n, -1)
 

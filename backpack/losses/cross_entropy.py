@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
 from backpack.losses.base import LossRoot, divided, root_of
-from backpack.samples import Layout
+from backpack.samples import AnyLayout, Layout
 
 
 class SoftmaxRoot(LossRoot):
@@ -103,7 +103,7 @@ class SoftmaxRoot(LossRoot):
 
 @root_of(CrossEntropyLoss)
 def cross_entropy(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     assert isinstance(loss, CrossEntropyLoss)
     target = args[0] if args else kwargs["target"]
@@ -127,12 +127,14 @@ def cross_entropy(
         mass = mass / count
     elif outer.dim():  # weights of entries that are not reduced
         mass = mass * outer
-    axis = 0 if layout.factor == 1 else 1
     split = layout.split(input)
+    axis = layout.split_sizes([2 if axis == 1 else 0 for axis in range(input.dim())]).index(2)
+    of_targets = layout.moved([axis for axis in range(input.dim()) if axis != 1])
+    assert of_targets is not None
     probability = split.movedim(axis + 1, -1).softmax(-1)
     return SoftmaxRoot(
         probability.reshape(len(split), -1, classes),
-        layout.split(mass).reshape(len(split), -1),
+        of_targets.split(mass).reshape(len(split), -1),
         split.shape,
         axis,
         signed=weight is not None or target.is_floating_point() or outer.dim() > 0,

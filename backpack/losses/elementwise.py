@@ -23,12 +23,12 @@ from torch.nn import (
 
 from backpack.losses.base import Diagonal, LossRoot, by_sample, root_of, term_weight
 from backpack.losses.functional import hessian_product
-from backpack.samples import Layout
+from backpack.samples import AnyLayout
 
 
 @root_of(HuberLoss, KLDivLoss, L1Loss, NLLLoss, SmoothL1Loss, SoftMarginLoss, BCELoss)
 def elementwise(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the root's columns, summed with random signs."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
@@ -44,7 +44,7 @@ def elementwise(
 
 @root_of(MSELoss, GaussianNLLLoss)
 def normal(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the gradient at targets drawn from a normal distribution around ``f`` (squared error: ``N(f, 1/2)``)."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
@@ -54,7 +54,7 @@ def normal(
 
 @root_of(PoissonNLLLoss)
 def poisson(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the gradient at counts drawn from the model's Poisson distributions.
 
@@ -70,7 +70,7 @@ def poisson(
 
 @root_of(BCEWithLogitsLoss)
 def binary_cross_entropy(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the gradient at labels drawn from the model's Bernoulli distributions."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
@@ -86,7 +86,7 @@ def binary_cross_entropy(
 
 
 def _second_derivative(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> Tensor:
     diagonal = hessian_product(loss, input, args, kwargs, outer)(torch.ones_like(input))
     return by_sample(layout, diagonal)

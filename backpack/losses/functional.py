@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.losses.base import LossRoot, divided, term_weight
-from backpack.samples import Layout
+from backpack.samples import AnyLayout
 
 TOLERANCE = 1e-4
 """Negative eigenvalues up to this times the largest are taken for rounding (float32; its square root for float64)."""
@@ -63,7 +63,7 @@ class DenseRoot(LossRoot):
 
 
 def functional(
-    loss: Module, input: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """The root of a loss without a rule.
 

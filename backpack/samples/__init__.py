@@ -1,5 +1,6 @@
 """Whose entry is it: layouts of samples, and subsets of them."""
 
+from backpack.samples.ids import SampleIds
 from backpack.samples.layouts import (
     AnyLayout,
     Layout,
@@ -11,4 +12,4 @@ from backpack.samples.layouts import (
 )
 from backpack.samples.subsets import Subset
 
-__all__ = ["AnyLayout", "Layout", "Rows", "Scattered", "Subset", "found_layout", "layouts", "same"]
+__all__ = ["AnyLayout", "Layout", "Rows", "SampleIds", "Scattered", "Subset", "found_layout", "layouts", "same"]

@@ -18,6 +18,7 @@ from torch.autograd.graph import Node
 
 from backpack.compat import is_packed
 from backpack.graph import LEAF, Graph, kind, saved, shape_of
+from backpack.samples.ids import SampleIds
 from backpack.samples.layouts import AnyLayout, Layout, same
 from backpack.samples.notes import Note, run_on_fewer
 from backpack.samples.owners import Edge, Owners
@@ -42,31 +43,72 @@ def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
 
 
 def decide(
-    graph: Graph, notes: dict[Edge, Note], calls: Sequence[Note], sweep: Sweep, wanted: set[Node]
+    graph: Graph,
+    notes: dict[Edge, Note],
+    calls: Sequence[Note],
+    sweep: Sweep,
+    wanted: set[Node],
+    ids: SampleIds | None = None,
 ) -> tuple[dict[Edge, AnyLayout], Owners]:
     """Where the samples begin, and what follows from that for all other edges.
 
-    ``calls``: of extended modules; ``wanted``: the nodes of parameters.
+    ``calls``: of extended modules; ``wanted``: the nodes of parameters; ``ids``: as a user numbers the samples.
 
     Raises:
         RuntimeError: It cannot be told.
     """
-    for note in notes.values():
+    for note in notes.values() if ids is None else ():
         if note.is_packed:
             raise RuntimeError(
                 f"The output of {_name(note)} is a packed sequence, whose rows are positions of several samples: call "
                 f"torch.nn.utils.rnn.pad_packed_sequence inside of the module that is extended, or pad the sequences."
             )
-    possible = {edge: candidates(shape, note) for edge, note in notes.items() if (shape := shape_of(*edge))}
-    chosen: dict[Edge, AnyLayout] = {edge: layouts[0] for edge, layouts in possible.items()}
+    shapes = {edge: shape for edge in notes if (shape := shape_of(*edge))}
+    possible: dict[Edge, Sequence[Layout]] = {}
+    if ids is None:
+        possible = {edge: candidates(shape, notes[edge]) for edge, shape in shapes.items()}
+        chosen: dict[Edge, AnyLayout] = {edge: layouts[0] for edge, layouts in possible.items()}
+    else:
+        chosen = {edge: ids.layout(shape) for edge, shape in shapes.items() if ids.fits(shape)}
     owners = sweep(chosen)
+    for edge, shape in shapes.items():
+        if edge not in chosen and edge in owners.above:
+            raise RuntimeError(
+                f"sample_ids, of shape {list(ids.shape if ids else ())}, does not fit the output of "
+                f"{_name(notes[edge])}, of shape {list(shape)}: give one number for each entry along its first axis, "
+                f"or along its first axes."
+            )
     for edge, layouts in possible.items():
         if len(layouts) > 1 and owners.owned.get(edge) is chosen[edge]:
             choice = Choice(graph, edge, layouts, notes[edge], chosen, owners, sweep)
             chosen[edge], owners = choice.made()
+    for edge, layout in chosen.items() if ids is None else ():
+        if owners.owned.get(edge) is layout:
+            _refuse_whole_inputs(graph, owners, edge, notes[edge], layout.n)
     if _has_more(owners, wanted):
-        chosen, owners = _elsewhere(graph, calls, chosen, owners, sweep, wanted)
+        chosen, owners = _elsewhere(graph, calls, chosen, owners, sweep, wanted, ids)
     return chosen, owners
+
+
+def _refuse_whole_inputs(graph: Graph, owners: Owners, edge: Edge, note: Note, n: int) -> None:
+    """Raise where the output of a module has no axis of samples, as each of its entries depends on all inputs."""
+    if n == 1 or len(note.inputs) != 1 or (n in note.sizes and note.inputs[0].dim() > 1):
+        return
+    (given,) = note.inputs
+    is_used = False
+    for node in graph.order:
+        for k, value in saved_inputs(node):
+            if value.untyped_storage()._cdata == given.untyped_storage()._cdata:
+                sent = owners.sends.get(node)
+                if sent is not None and _of_saved(node, graph, owners, k, value, sent) is not None:
+                    return
+                is_used = True
+    if is_used:
+        raise RuntimeError(
+            f"The output of {_name(note)}, of shape {list(shape_of(*edge))}, has no axis of samples: each of its "
+            f"entries depends on the whole input, of shape {list(given.shape)}. Give the input an axis of samples, "
+            f"x[None] for one sample; or say with sample_ids= which sample each entry of the output belongs to."
+        )
 
 
 def _name(note: Note) -> str:
@@ -80,7 +122,7 @@ class Choice:
 
     graph: Graph
     edge: Edge
-    layouts: list[Layout]
+    layouts: Sequence[Layout]
     note: Note
     chosen: dict[Edge, AnyLayout]
     owners: Owners
@@ -154,6 +196,7 @@ def _elsewhere(
     owners: Owners,
     sweep: Sweep,
     wanted: set[Node],
+    ids: SampleIds | None,
 ) -> tuple[dict[Edge, AnyLayout], Owners]:
     """Samples also begin at edges that no module's output is above: derivatives, losses that a model computes itself.
 
@@ -182,15 +225,20 @@ def _elsewhere(
             shape = shape_of(node, number)
             if not shape or (node, number) in owners.owned:
                 continue
-            for layout in _layouts_elsewhere(shape, sizes, calls):
+            for layout in _layouts_elsewhere(shape, sizes, calls, ids):
                 attempt = sweep({**chosen, (node, number): layout})
-                if _agrees(graph, owners, attempt, calls, layout.n, reaches_data):
+                is_told = ids is not None and not sizes
+                if is_told or _agrees(graph, owners, attempt, calls, layout.n, reaches_data):
                     chosen, owners = {**chosen, (node, number): layout}, attempt
                     break
     return chosen, owners
 
 
-def _layouts_elsewhere(shape: Sequence[int], sizes: set[int], calls: Sequence[Note]) -> list[Layout]:
+def _layouts_elsewhere(
+    shape: Sequence[int], sizes: set[int], calls: Sequence[Note], ids: SampleIds | None
+) -> Sequence[AnyLayout]:
+    if ids is not None:
+        return [ids.layout(shape)] if ids.fits(shape) else []
     if not sizes:
         return [layout for note in calls for layout in candidates(shape, note) if layout.n in note.sizes]
     exact = [Layout(n, axis) for n in sizes for axis in range(len(shape)) if shape[axis] == n]

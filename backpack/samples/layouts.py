@@ -141,13 +141,27 @@ class Scattered:
         """``[*leading, n, s, ...]``: the rows of each sample, zero where it has fewer than others."""
         axes = self.axes
         sizes = [tensor.shape[leading + axis] for axis in axes]
-        rows, inside = (part.to(tensor.device) for part in self._index)
+        rows, inside = self._index
         front = tensor.movedim([leading + axis for axis in axes], list(range(leading, leading + len(axes))))
         front = front.reshape(*tensor.shape[:leading], prod(sizes), *front.shape[leading + len(axes) :])
-        found = front.index_select(leading, rows.flatten()).unflatten(leading, rows.shape)
+        found = front.index_select(leading, rows.flatten().to(tensor.device)).unflatten(leading, rows.shape)
         if inside.all():
             return found
+        inside = inside.to(tensor.device)
         return found.masked_fill(~inside.reshape(*inside.shape, *[1] * (found.dim() - leading - 2)), 0)
+
+    def join(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """Undo ``split``; entries of no sample are zero."""
+        axes, (rows, inside) = self.axes, self._index
+        sizes = [self.owner.shape[axis] for axis in axes]
+        rest = tensor.shape[leading + 2 :]
+        found = tensor.new_zeros(*tensor.shape[:leading], prod(sizes), *rest)
+        place = inside.flatten().nonzero().flatten().to(tensor.device)
+        given = tensor.flatten(leading, leading + 1).index_select(leading, place)
+        found = found.index_copy(leading, rows[inside].to(tensor.device), given).unflatten(leading, sizes or [1])
+        if not axes:
+            return found.squeeze(leading)
+        return found.movedim(list(range(leading, leading + len(axes))), [leading + axis for axis in axes])
 
     def owners(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The sample each entry belongs to, broadcastable to ``shape``."""

@@ -81,12 +81,18 @@ def _is_for_all(call: Note, place: int, n: int) -> bool:
 
 
 def unproved(
-    graph: Graph, owners: Owners, entries: Iterable[Node], notes: Mapping[Edge, Note], n: int, for_all: Container[int]
+    graph: Graph,
+    owners: Owners,
+    entries: Iterable[Node],
+    notes: Mapping[Edge, Note],
+    n: int | None,
+    for_all: Container[int],
 ) -> str | None:
     """What may mix samples, where that can't be ruled out; ``None``: nothing does.
 
     A region is free of data if all that its nodes saved, of a size that ``n`` samples could have, is a parameter or
-    buffer, or stays the same when the module runs on one sample less. ``for_all``: memory of inputs for all samples.
+    buffer, or stays the same when the module runs on one sample less. ``n`` is ``None`` where samples are no rows of
+    the inputs. ``for_all``: memory of inputs for all samples.
     """
     for node in owners.sends:
         if kind(node) == "NativeBatchNorm" and saved(node, "training") and owners.owned[node, 0].axes != [1]:
@@ -98,8 +104,8 @@ def unproved(
         for node in behind(entry, graph):
             for found in without_history(node):
                 if _may_hold(found[2], n) and found[2] not in constants:
-                    again = again or Again(graph, notes, n, for_all)
-                    if not again.is_same(found):
+                    again = again or (None if n is None else Again(graph, notes, n, for_all))
+                    if again is None or not again.is_same(found):
                         return _mixer(entry, graph, owners)
                     constants.add(found[2])
     return None
@@ -132,8 +138,8 @@ def without_history(node: Node) -> Iterator[Saved]:
                 yield node, name, tensor
 
 
-def _may_hold(tensor: Tensor, n: int) -> bool:
-    return any(size and size % n == 0 for size in tensor.shape)
+def _may_hold(tensor: Tensor, n: int | None) -> bool:
+    return any(size and size % (n or 1) == 0 for size in tensor.shape)
 
 
 def _mixer(entry: Node, graph: Graph, owners: Owners) -> str:

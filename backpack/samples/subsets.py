@@ -14,14 +14,15 @@ class Subset:
     Args:
         entries: ``None`` (all samples), integers in a sequence, tensor or array, a boolean mask, a slice
             or a range. Negative numbers count from the end; duplicates are allowed.
+        among: How many samples there are to choose from, where a pass has one more for all that belongs to none.
 
     Raises:
         TypeError: An entry is no integer.
         ValueError: No sample is selected, or the entries are not one-dimensional.
     """
 
-    def __init__(self, entries: Any = None) -> None:
-        self.given = entries
+    def __init__(self, entries: Any = None, among: int | None = None) -> None:
+        self.given, self._among = entries, among
         self._entries = entries if entries is None or isinstance(entries, slice) else _tensor(entries)
         self._ready: dict[tuple[int, torch.device], Tensor | None] = {}
 
@@ -47,8 +48,9 @@ class Subset:
         return self._ready[key]
 
     def _resolve(self, n: int, device: torch.device) -> Tensor | None:
+        n, has_none = self._among or n, self._among not in (None, n)
         if self._entries is None:
-            return None
+            return torch.arange(n, device=device) if has_none else None
         if isinstance(self._entries, slice):
             index = torch.tensor(range(n)[self._entries], dtype=torch.int64)
         elif self._entries.dtype == torch.bool:

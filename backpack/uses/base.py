@@ -230,7 +230,7 @@ class Use(ABC):
 
 def flat(gradients: Tensor) -> Tensor:
     """``[v, n, *p]`` to ``[v, n, p]``, also of a parameter without axes."""
-    return gradients.reshape(*gradients.shape[:2], -1)
+    return gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(2)
 
 
 def accumulate(terms: list[Tensor], term: Tensor) -> None:

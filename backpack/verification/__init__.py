@@ -19,6 +19,7 @@ from backpack.context import backpack, extend, unextend
 from backpack.dataset.contents import apply
 from backpack.extensions import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.samples import SampleIds
 from backpack.verification import factors as factors  # they register checks
 from backpack.verification import positive as positive
 from backpack.verification.plain import Forward, NoTruth, Plain
@@ -72,6 +73,7 @@ def verify(
     targets: Any,
     *extensions: BackpropExtension,
     forward: Forward | None = None,
+    sample_ids: Any = None,
     entries: int = 3,
     tolerance: float | None = None,
 ) -> Verification:
@@ -90,6 +92,7 @@ def verify(
         targets: The second argument of the loss.
         extensions: What to verify.
         forward: Returns the loss's two arguments for the model and ``(inputs, targets)``, for other forms of both.
+        sample_ids: Which sample each leading entry of the output belongs to, as ``backpack`` takes it.
         entries: How many entries of each parameter are compared.
         tolerance: Relative error that is taken for rounding; default ``1e-6`` in float64, ``1e-2`` otherwise.
 
@@ -110,7 +113,7 @@ def verify(
     # The other kernels of attention have no second derivative.
     with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(SEED)
-        plain = Plain(model, lossfunc, batch, forward, entries)
+        plain = Plain(model, lossfunc, batch, forward, entries, None if sample_ids is None else SampleIds(sample_ids))
         runs = [Run(plain, ext) for ext in extensions]
         for run in runs:
             run.compute()
@@ -136,11 +139,11 @@ def _double(model: Module, batch: Any, forward: Forward) -> tuple[Module, Any, b
 
 
 class Shift(Module):
-    """Adds a parameter to each sample ``[n, d]``: its individual gradients are the cotangents that pass here."""
+    """Adds a parameter to what samples have in common: its individual gradients are the cotangents that pass here."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
-        self.shift = Parameter(torch.zeros_like(like[0]))
+        self.shift = Parameter(torch.zeros_like(like.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         """The same, until the parameter changes."""
@@ -174,7 +177,7 @@ class Run:
         plain, default = self.plain, sdpa_kernel(list(SDPBackend.__members__.values()))
         extend(plain.model), extend(plain.lossfunc)
         try:
-            with torch.random.fork_rng(), default, backpack(ext):
+            with torch.random.fork_rng(), default, backpack(ext, sample_ids=plain.given_ids):
                 torch.manual_seed(SEED)
                 out, targets = plain.forward(plain.model, plain.batch)
                 loss = plain.lossfunc(between(out), targets)
@@ -190,10 +193,18 @@ class Run:
         ext: Any = self.extension
         if ext.seeds == "gradient":
             return self.plain.terms[None]
-        shift = extend(Shift(self.plain.slope))
         own = SqrtGGNMC(ext.mc_samples) if ext.seeds == "sampled" else SqrtGGNExact()
-        self._backward(own, lambda out: self.plain.join(shift(self.plain.split(out))))
-        return vars(shift.shift)[own.savefield]
+        return self._columns(own, lambda shifted: self._backward(own, shifted))
+
+    def _columns(self, own: BackpropExtension, run: Callable[[Callable[[Tensor], Tensor]], None]) -> Tensor:
+        """The columns ``[m, n, d]`` that ``own`` pulls back, in a pass that is run with what shifts the output."""
+        plain = self.plain
+        shift = extend(Shift(plain.slope[0] if plain.ids is None else plain.out))
+        run(shift if plain.ids is not None else lambda out: plain.join(shift(plain.split(out))))
+        found: Tensor = vars(shift.shift)[own.savefield]
+        if plain.ids is None:
+            return found
+        return torch.stack([torch.stack([plain.split(row)[n] for n, row in enumerate(rows)]) for rows in found])
 
     def redrawn(self, count: int) -> list[dict[str, Any]]:
         """The results of so many draws."""
@@ -204,11 +215,14 @@ class Run:
         """Whether what is drawn has another second moment than the loss's Hessian, along random directions."""
         plain, lossfunc = self.plain, extend(self.plain.lossfunc)
         count = max(2, min(2**10, ENTRIES // plain.slope.numel()))
-        shift = extend(Shift(plain.slope))
-        with backpack(SqrtGGNMC(count)):
-            lossfunc(plain.join(shift(plain.split(plain.out.detach()))), plain.targets).backward()
+
+        def run(shifted: Callable[[Tensor], Tensor]) -> None:
+            with backpack(own, sample_ids=plain.given_ids):
+                lossfunc(shifted(plain.out.detach()), plain.targets).backward()
+
+        own = SqrtGGNMC(count)
+        drawn = self._columns(own, run) * count**0.5
         unextend(lossfunc)
-        drawn = vars(shift.shift)["sqrt_ggn_mc"] * count**0.5
         direction = torch.randn_like(plain.slope)
         true = (plain.product(direction) * direction).sum(1)
         squares = torch.einsum("mnd,nd->mn", drawn, direction).square()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.compat import dtype_at, shape_at
-from backpack.samples import Layout, layouts
+from backpack.samples import AnyLayout, Layout, found_layout, layouts
 from backpack.verification.plain import NoTruth, Plain
 
 CHANNELS = {
@@ -144,7 +144,7 @@ class Map:
         return grad
 
 
-def layout_at(plain: Plain, edge: GradientEdge, channels: int | None = None) -> Layout | None:
+def layout_at(plain: Plain, edge: GradientEdge, channels: int | None = None) -> AnyLayout | None:
     """Where the samples lie in the tensor at an edge, the axis of its channels put last; ``None``: nowhere."""
     draw = torch.randn(plain.slope.shape, generator=torch.Generator().manual_seed(0), dtype=plain.slope.dtype)
     reached = []
@@ -153,6 +153,11 @@ def layout_at(plain: Plain, edge: GradientEdge, channels: int | None = None) -> 
         grad = torch.zeros(shape_at(edge)) if pulled is None else pulled.detach()
         reached.append((grad if channels is None else grad.movedim(channels, -1)).ne(0))
     shape = reached[0].shape
+    if plain.ids is not None:
+        owned = torch.stack(reached).any(-1, keepdim=True) if channels is not None else torch.stack(reached)
+        if bool((owned.sum(0) > 1).any()):
+            return None
+        return found_layout(plain.n, owned.to(torch.int64).argmax(0).where(owned.any(0), -1), exactly=True)
 
     def fits(layout: Layout) -> bool:
         owners = layout.owners(shape, reached[0].device)

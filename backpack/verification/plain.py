@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, RNNBase
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
+
+from backpack.samples import SampleIds
 
 LARGEST_LOOP = 2**10
 """Up to how many backward passes a loop over the entries of the output may take."""
@@ -32,6 +35,7 @@ class Plain:
     batch: tuple[Any, Any]
     forward: Forward
     entries: int
+    ids: SampleIds | None = None
     maps: dict[str, Any] = field(default_factory=dict)
     stages: dict[Any, Any] = field(default_factory=dict)
     bends: list[Any] | None = None
@@ -41,6 +45,26 @@ class Plain:
         self.out, self.targets = self.forward(self.model, self.batch)
         if not isinstance(self.out, Tensor):
             raise TypeError(f"verify() needs a tensor that the loss is called with, got {type(self.out).__name__}.")
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._find_samples()
+        point = self.out.detach().requires_grad_()
+        (self._slope,) = torch.autograd.grad(self.lossfunc(point, self.targets), point, create_graph=True)
+        self._point = point
+        self.slope = self.split(self._slope.detach())
+
+    def _find_samples(self) -> None:
+        self.axis, self.rows = 0, list[Tensor]()
+        if self.ids is not None:
+            self.n, shape = self.ids.count, list(self.out.shape)
+            if not self.ids.fits(shape):
+                raise ValueError(
+                    f"sample_ids, of shape {list(self.ids.shape)}, does not fit what the loss is called with, of shape "
+                    f"{shape}: give one number for each entry along its first axis, or along its first axes."
+                )
+            numbers = self.ids.numbers.flatten()
+            self._entries = len(numbers)
+            self.rows = [(numbers == number).nonzero().flatten() for number in range(self.n)]
+            return
         axis = int(isinstance(self.model, RNNBase) and not self.model.batch_first)
         tensors = [leaf for leaf in tree_leaves(self.batch[0]) if isinstance(leaf, Tensor) and leaf.dim() > axis]
         self.n = tensors[0].shape[axis]
@@ -50,18 +74,26 @@ class Plain:
                 f"them be counted by its first axis."
             )
         self.axis = axis
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        point = self.out.detach().requires_grad_()
-        (self._slope,) = torch.autograd.grad(self.lossfunc(point, self.targets), point, create_graph=True)
-        self._point = point
-        self.slope = self.split(self._slope.detach())
+
+    @property
+    def given_ids(self) -> Any:
+        """The samples' numbers, as ``backpack`` takes them."""
+        return None if self.ids is None else (self.ids.numbers, self.ids.count)
 
     def split(self, tensor: Tensor) -> Tensor:
         """``[n, d]``."""
+        if self.rows:
+            entries = tensor.reshape(self._entries, -1)
+            return pad_sequence([entries[own] for own in self.rows], batch_first=True).flatten(1)
         return tensor.movedim(self.axis, 0).reshape(self.n, -1)
 
     def join(self, tensor: Tensor) -> Tensor:
-        """Undo ``split``."""
+        """Undo ``split``; what belongs to no sample is zero."""
+        if self.rows:
+            found = tensor.new_zeros(self._entries, self.out.numel() // self._entries)
+            for own, row in zip(self.rows, tensor, strict=True):
+                found = found.index_copy(0, own, row.reshape(-1, found.shape[1])[: len(own)])
+            return found.reshape(self.out.shape)
         return tensor.reshape(self.out.movedim(self.axis, 0).shape).movedim(0, self.axis)
 
     def pulled(self, cotangent: Tensor, at: Tensor | GradientEdge) -> Tensor | None:
@@ -87,7 +119,7 @@ class Plain:
 
         That of a pull-back by its cotangent; where a function has no second derivative, by a loop over the output.
         """
-        dummy = torch.zeros(self.n, self.out.numel() // self.n, dtype=self.out.dtype, requires_grad=True)
+        dummy = torch.zeros(self.slope.shape, dtype=self.out.dtype, requires_grad=True)
         pulled = self.pulled(dummy, at)
         if pulled is None:
             return dummy.detach().expand(len(directions), -1, -1)
@@ -108,11 +140,13 @@ class Plain:
             raise NoTruth(f"a function has no second derivative, and the output has more than {LARGEST_LOOP} entries")
         rows = []
         for unit in torch.eye(size, dtype=self.out.dtype):
-            (grad,) = torch.autograd.grad(self.out, at, self.join(unit), retain_graph=True, allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                self.out, at, unit.reshape(self.out.shape), retain_graph=True, allow_unused=True
+            )
             rows.append(
                 torch.stack([(grad.to_dense() * d).sum() if grad is not None else d.sum() * 0 for d in directions])
             )
-        return torch.stack(rows, 1).reshape(len(directions), self.n, -1)
+        return torch.stack([self.split(row) for row in torch.stack(rows, 1).reshape(-1, *self.out.shape)])
 
     def chosen(self, size: int) -> Tensor:
         """The entries that are compared, of so many."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Size, Tensor
 
 from backpack.curvature.residuals.local import LocalHessian
 from backpack.curvature.residuals.nodes import positions_of
-from backpack.samples import Layout
+from backpack.samples import AnyLayout, Layout
 
 WIDEST = 512
 """Entries that may interact for their blocks to be diagonalized."""
@@ -28,7 +29,7 @@ class Residual(ABC):
 
     columns: int
 
-    def __init__(self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[Layout], like: Tensor) -> None:
+    def __init__(self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor) -> None:
         self.local, self.edges = local, local.edges
         self.shapes, self.layouts, self.like = shapes, layouts, like
         self.n = layouts[0].n
@@ -47,7 +48,7 @@ class Residual(ABC):
 
     def sizes(self) -> list[int]:
         """Entries of each input that belong to one sample."""
-        return [shape.numel() // self.n for shape in self.shapes]
+        return [prod(_split_shape(*pair)) for pair in zip(self.shapes, self.layouts, strict=True)]
 
     def split(self, place: int, tensor: Tensor) -> Tensor:
         """``[v, ...]`` at an edge to ``[v, n, d]``."""
@@ -59,7 +60,7 @@ class Residual(ABC):
         return self.layouts[place].join(tensor.reshape(*tensor.shape[:2], *rest), 1)
 
 
-def _split_shape(shape: Size, layout: Layout) -> Sequence[int]:
+def _split_shape(shape: Size, layout: AnyLayout) -> Sequence[int]:
     """Sizes of the axes behind the sample axis."""
     return layout.split(torch.empty(shape, device="meta")).shape[1:]
 
@@ -74,7 +75,7 @@ class Blocks(Residual):
         self,
         local: LocalHessian,
         shapes: Sequence[Size],
-        layouts: Sequence[Layout],
+        layouts: Sequence[AnyLayout],
         like: Tensor,
         positions: tuple[int, ...],
     ) -> None:
@@ -102,6 +103,9 @@ class Blocks(Residual):
     def _own_axes(self) -> list[int]:
         """The interacting axes, once the samples are split off."""
         layout = self.layouts[0]
+        if not isinstance(layout, Layout):
+            left = [axis for axis in range(len(self.shapes[0])) if axis not in layout.axes]
+            return [left.index(axis) + 2 for axis in self.positions]
         if layout.factor > 1:
             return [axis + 1 for axis in self.positions]
         return [axis if axis > layout.axis else axis + 1 for axis in self.positions]
@@ -114,11 +118,7 @@ class Blocks(Residual):
         each = 1
         for axis in own:
             each *= split.shape[axis]
-        rows = (
-            split[0].numel() // max(1, split.shape[1] * each)
-            if len(split)
-            else self.shapes[0].numel() // (self.n * each)
-        )
+        rows = prod(split.shape[2:]) // max(1, each)
         return split.movedim(own, last).reshape(len(split), self.n, rows, each)
 
     def _from_blocks(self, blocks: Tensor) -> list[Tensor]:
@@ -167,7 +167,7 @@ class Pairs(Residual):
     """
 
     def __init__(
-        self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[Layout], like: Tensor, bilinear: bool
+        self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor, bilinear: bool
     ) -> None:
         super().__init__(local, shapes, layouts, like)
         sizes = self.sizes()
@@ -217,17 +217,18 @@ class Pairs(Residual):
 
 
 def residual_of(
-    local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[Layout], like: Tensor, bilinear: bool
+    local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor, bilinear: bool
 ) -> Residual | None:
     """The residual in its cheapest form; ``None``: it is zero."""
     if len(set(zip(shapes, layouts, strict=True))) == 1:
         positions = positions_of(local.node, len(shapes[0]))
         layout = layouts[0]
-        if positions is None:
-            positions = tuple(axis for axis in range(len(shapes[0])) if layout.factor > 1 or axis != layout.axis)
-            flattened = layout.factor > 1
+        if isinstance(layout, Layout):
+            flattened = positions is None and layout.factor > 1
         else:
-            flattened = False
+            flattened = positions is None or layout.occupies(positions)
+        if positions is None:
+            positions = tuple(axis for axis in range(len(shapes[0])) if flattened or not layout.occupies([axis]))
         width = len(shapes)
         for axis in positions:
             width *= shapes[0][axis]

@@ -1,0 +1,66 @@
+"""A pass for a batch without a sample, as Poisson sampling draws it: results have no rows, and sums are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from backpack.curvature.loss_call import LossCall
+from backpack.engine import Block
+from backpack.graph import shape_of, variable_of
+from backpack.samples.notes import Note
+from backpack.samples.owners import Edge
+from backpack.uses import Explicit
+
+
+def has_no_entries(notes: Mapping[Edge, Note]) -> bool:
+    """Whether all outputs of extended modules are empty, but for numbers, as losses are."""
+    shapes = [shape for edge in notes if (shape := shape_of(*edge))]
+    return bool(shapes) and all(0 in shape for shape in shapes)
+
+
+def store_results(
+    block: Block, notes: Mapping[Edge, Note], losses: Sequence[tuple[Node, int, LossCall]], leaves: Sequence[Node]
+) -> None:
+    """What the extensions of a block give for the parameters of such a batch.
+
+    Raises:
+        RuntimeError: An extension averages over samples.
+    """
+    shape, axis = next((shape, note.axis) for edge, note in notes.items() if (shape := shape_of(*edge)))
+    samples = shape[axis if axis < len(shape) else 0] if block.ids is None else block.ids.count
+    parameters = [variable_of(leaf) for leaf in leaves]
+    if parameters:
+        block.check_subsets(samples, parameters[0].device)
+    for extension in block.second_order:
+        if extension.needs_samples_apart:
+            raise RuntimeError(
+                f"{type(extension).__name__} averages over samples, and the batch has none. Skip batches of size 0."
+            )
+        columns = extension.mc_samples if extension.seeds == "sampled" else prod(losses[0][2].input.shape[1:])
+        for parameter in parameters:
+            if extension.backprop == "products":
+                block.store(parameter, extension.savefield, torch.zeros_like)
+            else:
+                found = _nothing(parameter, columns, samples)
+                block.store(parameter, extension.savefield, extension.complete(extension.compute(found), found))
+    for extension in block.first_order:
+        found_of = [(parameter, _nothing(parameter, 1, samples)) for parameter in parameters]
+        if extension.needs_all_parameters:
+            joint = extension.combine([extension.measure(found) for _, found in found_of])
+            for parameter, found in found_of:
+                block.store(parameter, extension.savefield, extension.compute_jointly(found, joint))
+        elif not extension.has_rules_only:
+            for parameter, found in found_of:
+                block.store(parameter, extension.savefield, extension.compute(found))
+    for parameter in parameters:
+        block.finished.add(id(parameter))
+        block.owners_done(parameter, block.finished)
+
+
+def _nothing(parameter: Tensor, columns: int, samples: int) -> Explicit:
+    return Explicit(parameter.new_zeros(columns, samples, *parameter.shape))
