@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.collector import Collector, Prepared
 from backpack.backward.plan import PlannedUse
-from backpack.backward.region import pull_through
+from backpack.backward.region import place_in, pull_through
 from backpack.bystanders import observed, undisturbed
 from backpack.compat import pull_back
 from backpack.engine import HERE, Block, without_autocast
@@ -26,7 +26,7 @@ from backpack.nodes import FORMS, GeneralUse, PlacedUse
 from backpack.quantities import Quantity
 from backpack.samples import Subset
 from backpack.samples.owners import Edge
-from backpack.uses import Cotangents, Explicit
+from backpack.uses import Cotangents, Explicit, Parts
 from backpack.watched import watched, without_rules
 
 
@@ -149,7 +149,13 @@ class FirstOrderPass(Collector):
         """Pull what entered a region through a node on to the parameters behind it."""
         entered = self.entering.pop(node)
         with without_autocast(next(iter(entered.values())).device):
+            (leaf, *others) = self.plan.entries[node]
+            place = None if others or node in self.plan.mixed else place_in(node, leaf)
             for key, subset in self.subsets.items():
+                if place is not None:
+                    part = Parts({place: entered[0].individual(subset)}, variable_of(leaf).shape)
+                    self.contributions(leaf).pulled.setdefault(key, []).append(part)
+                    continue
                 grads = {number: found.individual(subset).dense()[0] for number, found in entered.items()}
                 one_by_one = node in self.plan.mixed
                 for leaf, grad in pull_through(self.graph, self.places, node, grads, one_by_one).items():

@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Graph, count_outputs
+from backpack.graph import LEAF, Graph, count_outputs, kind, saved, variable_of
 from backpack.nodes.general import call_for_each
 
 ENTRIES = 2**22
 """Entries of the cotangents that enter a region, over all samples that are pulled through it at a time."""
+
+
+def place_in(node: Node, leaf: Node) -> int | None:
+    """Which entry along the first axis of a stack of matrices a node selects; ``None``: it does something else."""
+    if kind(node) != "Select" or saved(node, "dim") != 0 or node.next_functions[0][0] is not leaf:
+        return None
+    size, index = variable_of(leaf).shape, saved(node, "index")
+    return (index - 2**64 if index >= 2**63 else index) % size[0] if len(size) > 2 else None
 
 
 def pull_through(

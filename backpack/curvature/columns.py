@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.plan import PlannedUse
-from backpack.backward.region import pull_through
+from backpack.backward.region import place_in, pull_through
 from backpack.bystanders import forget_retained
 from backpack.compat import outside_vmap, vmap
 from backpack.curvature.joined import Joined
@@ -24,7 +24,7 @@ from backpack.curvature.pooling import pooled
 from backpack.engine import HERE, muted
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.nodes import GeneralUse, PlacedUse
-from backpack.uses import Cotangents, Derived, Explicit
+from backpack.uses import Cotangents, Derived, Explicit, Individual, Parts
 
 if TYPE_CHECKING:
     from backpack.curvature.seeds import SeedPass
@@ -170,8 +170,12 @@ class Columns(Collector):
                     self.contributions(leaf).pulled.setdefault(key, []).append(Explicit(grads.unflatten(0, size)))
         for leaf in self.plan.entries[node]:
             looked_up = _looked_up(node, leaf)
+            place = place_in(node, leaf)
             for number, own in individual.items() if node not in self.plan.mixed else ():
-                found = Derived(own, variable_of(leaf), partial(self._pull_through, node, number, leaf), *looked_up)
+                found: Individual = Derived(
+                    own, variable_of(leaf), partial(self._pull_through, node, number, leaf), *looked_up
+                )
+                found = found if place is None else Parts({place: own}, variable_of(leaf).shape)
                 self.contributions(leaf).pulled.setdefault(key, []).append(found)
             self.count(leaf)
 

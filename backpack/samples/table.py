@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import Node
 
+from backpack.compat import is_packed
 from backpack.graph import kind, shape_of
-from backpack.samples.layouts import AnyLayout, Layout
+from backpack.samples.layouts import AnyLayout, Layout, found_layout
 
 
 class Unknown(Exception):
@@ -49,6 +52,14 @@ class At:
         """Saved axes of a tensor with ``dim`` of them; negative ones are counted from the end."""
         found = self.saved(name)
         return [_signed(axis) % max(1, dim) for axis in (found if isinstance(found, (tuple, list)) else [found])]
+
+    def indices(self, name: str) -> list[Any]:
+        """Saved tensors of indices, unless they would have to be computed again."""
+        raw = getattr(self.node, f"_raw_saved_{name}")
+        if any(map(is_packed, raw if isinstance(raw, (tuple, list)) else [raw])):
+            raise Unknown
+        found = self.saved(name)
+        return [index if index is None else index.cpu() for index in ([found] if isinstance(found, Tensor) else found)]
 
     def each(self, rule: Callable[[int], AnyLayout | None]) -> list[AnyLayout | None]:
         """The rule, for each input that has an edge."""
@@ -163,7 +174,7 @@ def along_an_axis(at: At) -> AnyLayout:
     return apart(at, at.axes("dim", len(at.shape)))
 
 
-@rule("SplitWithSizes UnsafeSplitWithSizes IndexSelect")
+@rule("SplitWithSizes UnsafeSplitWithSizes")
 def parts_of_an_axis(at: At) -> AnyLayout:
     return apart(at, at.axes("dim", len(at.shape)))
 
@@ -180,6 +191,51 @@ def gathered(at: At) -> AnyLayout:
     if any(size != own for axis, (size, own) in enumerate(zip(at.shape, given, strict=True)) if axis != dim):
         raise Unknown
     return apart(at, [dim])
+
+
+@rule("Index")
+def indexed(at: At) -> AnyLayout | None:
+    """Rows that are picked by indices of the first axes."""
+    given = at.indices("indices")
+    indices = tuple(index for index in given if index is not None)
+    if any(index is None for index in given[: len(indices)]):
+        raise Unknown
+    return _picked(at, indices, 0)
+
+
+@rule("IndexSelect")
+def selected_rows(at: At) -> AnyLayout | None:
+    """Rows that are picked along an axis."""
+    (dim,) = at.axes("dim", len(at.shape))
+    if not at.shape or not at.layout.occupies([dim]):
+        return at.layout
+    return _picked(at, tuple(at.indices("index")), dim)
+
+
+def _picked(at: At, indices: tuple[Tensor, ...], dim: int) -> AnyLayout | None:
+    """Where the samples lie in a tensor of which rows were picked, by indices along ``dim`` and the axes behind."""
+    given = at.given(0)
+    taken = sum(index.dim() if index.dtype == torch.bool else 1 for index in indices)
+    lead = len(at.shape) - len(given) + taken
+    owner = at.layout.owners(at.shape, torch.device("cpu"))
+    owner = owner.expand(*owner.shape[:dim], *at.shape[dim : dim + lead], *owner.shape[dim + lead :])
+    sizes = [*owner.shape[:dim], *given[dim : dim + taken], *owner.shape[dim + lead :]]
+    place: Any = (*[slice(None)] * dim, *indices)
+    found = torch.full(sizes, -1)
+    found[place] = owner
+    return found_layout(at.layout.n, found, exactly=True) if torch.equal(found[place], owner) else None
+
+
+@rule("IndexAdd")
+def rows_added(at: At) -> list[AnyLayout | None]:
+    """Rows of a source are added to those of a tensor along an axis."""
+    layout = at.layout
+    (dim,) = at.axes("dim", len(at.shape))
+    source: AnyLayout | None = layout
+    if layout.occupies([dim]):
+        owner = layout.owners(at.shape, torch.device("cpu")).index_select(dim, *at.indices("index"))
+        source = found_layout(layout.n, owner, exactly=True)
+    return [layout, source]
 
 
 @rule("Flip Roll")

@@ -6,6 +6,7 @@ from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
 from backpack.uses.joint import Joint, join
 from backpack.uses.lookup import Lookup, LookupUse
+from backpack.uses.parts import Parts
 
 __all__ = [
     "Cotangents",
@@ -18,6 +19,7 @@ __all__ = [
     "Joint",
     "Lookup",
     "LookupUse",
+    "Parts",
     "Use",
     "join",
 ]

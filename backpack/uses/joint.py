@@ -14,6 +14,7 @@ from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup
+from backpack.uses.parts import Parts
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ def _form(part: Individual) -> object:
     """Equal for uses that can be merged into one."""
     if isinstance(part, Dense):
         return (Dense, part.flipped, part.grad.shape[2], part.grad.shape[4], part.other)
-    return type(part) if isinstance(part, (Explicit, Lookup)) else part
+    return type(part) if isinstance(part, (Explicit, Lookup, Parts)) else part
 
 
 def _merge(group: list[Individual]) -> Individual:
@@ -82,6 +83,12 @@ def _merge(group: list[Individual]) -> Individual:
     first = group[0]
     if len(group) == 1:
         return first
+    if isinstance(first, Parts):
+        places: dict[int, list[Individual]] = {}
+        for one in group:
+            for place, part in one.parts.items():  # type: ignore[attr-defined]
+                places.setdefault(place, []).append(part)
+        return Parts({place: join(parts) for place, parts in places.items()}, first.whole)
     if isinstance(first, Explicit):
         return Explicit(sum((part.dense() for part in group[1:]), start=first.value))
     grad = torch.cat([part.grad for part in group], -2)  # type: ignore[attr-defined]
