@@ -209,15 +209,15 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
         "or LayerNorm"
     )
     for_all: set[int] = set()
+    n = plan.n if block.ids is None else None
     if plan.entries:
         with muted():
-            plan.mixed, for_all = mixed_data(graph, owners, plan.entries, calls, plan.n)
+            plan.mixed, for_all = mixed_data(graph, owners, plan.entries, calls, n)
     where = ", ".join(dict.fromkeys(plan.mixed.values()))
     for extension in block.first_order:
         if not extension.bounds_influence:
             continue
         with muted():
-            n = plan.n if block.ids is None else None
             mixer = where or unproved(graph, owners, plan.entries, notes, n, for_all)
         if mixer:
             raise RuntimeError(

@@ -137,6 +137,12 @@ class Scattered:
         rows = order[index] if len(order) else torch.zeros_like(index)
         return rows.masked_fill(~inside, 0), inside
 
+    @property
+    def filled(self) -> Tensor | None:
+        """Of the rows that ``split`` gives each sample, how many it has; ``None``: all."""
+        inside = self._index[1]
+        return None if inside.all() else inside.double().mean(1)
+
     def split(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """``[*leading, n, s, ...]``: the rows of each sample, zero where it has fewer than others."""
         axes = self.axes
@@ -218,7 +224,7 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
     for lenient in (False,) if exactly else (False, True):
         for axis in range(owner.dim() - 1, -1, -1):
             wide = sum(size != 1 for size in owner.shape)
-            if owner.shape[axis] == 1 or (lenient and wide == 1):  # entries of none stay told from those of others
+            if owner.shape[axis] == 1 or wide == 1:  # one sample's entries alone are rows, too
                 continue
             largest = owner.amax(axis, keepdim=True)
             smallest = (owner.where(owner >= 0, n) if lenient else owner).amin(axis, keepdim=True)
@@ -266,6 +272,12 @@ class Rows:
     @property
     def count(self) -> int:
         return self.layout.n if self.index is None else len(self.index)
+
+    @property
+    def filled(self) -> Tensor | None:
+        """Of the positions that each sample has in what ``take`` returns, how many there are; ``None``: all."""
+        filled = self.layout.filled if isinstance(self.layout, Scattered) else None
+        return filled if filled is None or self.index is None else filled.to(self.index.device)[self.index]
 
     def take(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """``[*leading, rows, ...]``."""

@@ -32,17 +32,18 @@ def _memory(tensor: Tensor) -> int:
 
 
 def mixed_data(
-    graph: Graph, owners: Owners, entries: Iterable[Node], calls: Sequence[Note], n: int
+    graph: Graph, owners: Owners, entries: Iterable[Node], calls: Sequence[Note], n: int | None
 ) -> tuple[dict[Node, str], set[int]]:
     """Of nodes through which cotangents enter regions that belong to no sample, those behind which inputs are.
 
-    With each, what mixes its samples; and the memory of inputs in these regions that are for all samples.
+    With each, what mixes its samples; and the memory of inputs in these regions that are for all samples. ``n`` is
+    ``None`` where samples are no rows of the inputs.
     """
     inputs = {
         _memory(tensor): (call, place)
         for call in calls
         for place, tensor in enumerate(call.inputs)
-        if tensor.dim() and tensor.shape[call.axis_of(tensor)] != 1
+        if n is None or (tensor.dim() and tensor.shape[call.axis_of(tensor)] != 1)
     }
     found: dict[Node, str] = {}
     known: dict[Node, bool] = {}
@@ -55,7 +56,7 @@ def mixed_data(
                 for storage in {_memory(tensor) for _, _, tensor in without_history(node)}:
                     if storage in inputs and storage not in by_samples:
                         own = own or {_memory(tensor) for one in owners.sends for _, _, tensor in without_history(one)}
-                        by_samples[storage] = storage in own or not _is_for_all(*inputs[storage], n)
+                        by_samples[storage] = n is None or storage in own or not _is_for_all(*inputs[storage], n)
                     known[node] = known[node] or by_samples.get(storage, False)
             if known[node]:
                 found[entry] = _mixer(entry, graph, owners)

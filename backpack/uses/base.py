@@ -38,6 +38,8 @@ class Individual(ABC):
     """What was computed for other parameters of the call, from the same cotangents of all samples."""
     room: Tensor | None = None
     """Where the individual gradients may be put, if they are computed: memory of their shape, in order."""
+    filled: Tensor | None = None
+    """Of the positions of each sample, how many there are, ``[n]``; the rest are zero. ``None``: all."""
     weights: Tensor | None = None
     """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
 
@@ -206,6 +208,8 @@ class Use(ABC):
     def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
         found = self.bind(rows.take(cotangents[0], leading=1).to(dtype), rows, shape)
+        filled = rows.filled
+        found.filled = filled if filled is None else filled.to(cotangents[0].device, dtype)
         if rows.index is None:
             found.shared = cotangents.shared.setdefault(dtype, {})
         return found

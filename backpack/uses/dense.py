@@ -265,7 +265,7 @@ class Dense(LinearMap):
         if self.other is None:
             return [self]
         found = self.other()
-        found.shared = self.shared
+        found.shared, found.filled = self.shared, self.filled
         return [found]
 
     @property
@@ -310,7 +310,11 @@ class Dense(LinearMap):
         """The mean over groups."""
         n, s = self.grad.shape[1], self.grad.shape[3]
         scale /= n * s if approx == "expand" else n
-        if approx == "reduce" and s > 1:
+        if approx is not None and self.filled is not None:
+            filled = self.filled.clamp(min=0.5 / s)[:, None, None, None]
+            reduced = approx == "reduce"
+            moments = _moments(self.x.mean(2, keepdim=True) / filled if reduced else self.x / filled.sqrt(), scale)
+        elif approx == "reduce" and s > 1:
             moments = _moments(self.x.mean(2, keepdim=True), scale)
         elif self.unfold is None or self.moments is None:
             moments = _moments(self.x, scale)

@@ -94,6 +94,11 @@ def _merge(group: list[Individual]) -> Individual:
     grad = torch.cat([part.grad for part in group], -2)  # type: ignore[attr-defined]
     if isinstance(first, Lookup):
         index = torch.cat([part.index for part in group], -1)  # type: ignore[attr-defined]
-        return replace(first, index=index, grad=grad, mask=torch.cat([part.mask for part in group], -1))  # type: ignore[attr-defined]
-    x = torch.cat([part.x for part in group], -2)  # type: ignore[attr-defined]
-    return replace(first, inputs=(x,), grad=grad, unfold=None)  # type: ignore[type-var]
+        found: Individual = replace(first, index=index, grad=grad, mask=torch.cat([part.mask for part in group], -1))  # type: ignore[attr-defined]
+    else:
+        x = torch.cat([part.x for part in group], -2)  # type: ignore[attr-defined]
+        found = replace(first, inputs=(x,), grad=grad, unfold=None)  # type: ignore[type-var]
+    if any(part.filled is not None for part in group):
+        counts = [part.grad.shape[-2] * (1 if part.filled is None else part.filled) for part in group]  # type: ignore[attr-defined]
+        found.filled = sum(counts[1:], start=counts[0]) / grad.shape[-2]
+    return found

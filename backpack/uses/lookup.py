@@ -95,11 +95,12 @@ class Lookup(LinearMap):
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         """The diagonal, which is all that there is but for ``"reduce"``."""
         n, s = self.index.shape
+        positions = s if self.filled is None else s * self.filled.clamp(min=0.5 / s)[:, None]
         weight = self.mask.to(self.grad.dtype)
         if approx == "reduce":
-            weight = weight * (self._same_row(self) @ weight[..., None])[..., 0] / s**2
+            weight = weight * (self._same_row(self) @ weight[..., None])[..., 0] / positions**2
         elif approx == "expand":
-            weight = weight / s
+            weight = weight / positions
         return weight.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), weight.flatten()) * (scale / n)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
@@ -167,14 +168,14 @@ class LookupUse(Use):
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Lookup:
         index = rows.take(self.index)
-        mask = torch.ones_like(index, dtype=torch.bool)
+        mask = rows.take(torch.ones_like(self.index, dtype=torch.bool))
         if self.bag:
             grad = grad.unsqueeze(-2).expand(*grad.shape[:-1], index.shape[-1], -1)
         if self.weight is not None:
             weight = rows.take(self.weight)
             grad, mask = grad * weight.unsqueeze(-1), weight != 0
         if self.padding is not None:
-            mask = index != self.padding
+            mask = mask & (index != self.padding)
             grad = grad.masked_fill(~mask.unsqueeze(-1), 0)
         index = index.reshape(len(index), -1)
         grad = grad.reshape(*grad.shape[:2], index.shape[1], -1)
