@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -122,8 +122,10 @@ class Setting:
 
     models: nn.ModuleList
     inputs: Callable[[nn.ModuleList], list[Tensor]]
-    mixes: bool = False
-    roots: list[tuple[int, ...]] = field(default_factory=list)
+    owners: list[list[int]] | None = None
+    """Of the rows of each input, their samples; ``None``: rows are samples."""
+    n: int | None = None
+    """How many samples there are, if not as many as the rows of the first input."""
 
 
 SETTINGS: dict[str, Callable[[random.Random], Setting]] = {}
@@ -140,7 +142,7 @@ def linear(i: int, o: int) -> nn.Linear:
 
 def trunk(rng: random.Random, i: int, o: int) -> nn.Sequential:
     act = rng.choice([nn.Tanh, nn.Sigmoid, nn.ReLU, nn.SiLU])
-    norm = rng.choice([nn.Identity(), nn.LayerNorm(o, dtype=F64), nn.PReLU(o, dtype=F64)])
+    norm = rng.choice([nn.Identity(), nn.LayerNorm(o, dtype=F64), nn.PReLU(dtype=F64)])
     return nn.Sequential(linear(i, o), act(), norm)
 
 
@@ -230,6 +232,39 @@ def positions(rng: random.Random) -> Setting:
 
 
 @setting
+def rows_of_one_output(rng: random.Random) -> Setting:
+    """A part of the samples each, in some order."""
+    n = rng.randint(4, 5)
+    x, order, scores = rand(n, 2), torch.randperm(n), rand(n)
+    model = nn.Sequential(trunk(rng, 2, 3), linear(3, 2))
+
+    def inputs(models: nn.ModuleList) -> list[Tensor]:
+        out = models[0](x)
+        return [out[:2], out.sin()[2:], out[order[:3]], out[(scores > scores.median()) | (scores < scores.mean())]]
+
+    return Setting(nn.ModuleList([model]), inputs, [[0, 1], list(range(2, n)), order[:3].tolist(), chosen(scores)])
+
+
+def chosen(scores: Tensor) -> list[int]:
+    return ((scores > scores.median()) | (scores < scores.mean())).nonzero().flatten().tolist()
+
+
+@setting
+def positions_that_a_mask_selects(rng: random.Random) -> Setting:
+    n, t = rng.randint(2, 3), rng.randint(2, 3)
+    x, mask = rand(n, t, 2), torch.rand(n, t) < 0.6
+    mask[0, 0] = True
+    model = nn.Sequential(trunk(rng, 2, 3), linear(3, 2))
+
+    def inputs(models: nn.ModuleList) -> list[Tensor]:
+        out = models[0](x)
+        return [out[mask], out[~mask | mask[:1, :1]], out[0], out[-1:, 0]]
+
+    rows = [mask, ~mask | mask[:1, :1]]
+    return Setting(nn.ModuleList([model]), inputs, [*(m.nonzero()[:, 0].tolist() for m in rows), [0] * t, [n - 1]], n)
+
+
+@setting
 def an_image(rng: random.Random) -> Setting:
     x = rand(rng.randint(2, 3), 1, 3, 3)
     body = nn.Sequential(nn.Conv2d(1, 2, 2, dtype=F64), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten())
@@ -241,7 +276,7 @@ def an_image(rng: random.Random) -> Setting:
 def mixed_samples(rng: random.Random) -> Setting:
     x = rand(rng.randint(2, 3), 2)
     model = Heads(nn.Sequential(linear(2, 3), nn.BatchNorm1d(3, dtype=F64), nn.Tanh()), linear(3, 2), linear(3, 3))
-    return Setting(nn.ModuleList([model]), lambda models: models[0](x), mixes=True)
+    return Setting(nn.ModuleList([model]), lambda models: models[0](x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,6 +295,7 @@ class Total:
     setting: Setting
     calls: list[Called]
     n: int
+    owners: list[list[int]]
 
     @staticmethod
     def drawn(name: str, rng: random.Random, kinds: list[Any]) -> Total:
@@ -273,7 +309,8 @@ class Total:
             loss, call = rng.choice(kinds)(rng, z)
             known = [other for other, _ in calls if same and is_same(other, loss)]
             calls.append((known[0] if known else loss, call))
-        return Total(setting, calls, len(inputs[0]))
+        owners = setting.owners or [list(range(len(z))) for z in inputs]
+        return Total(setting, calls, setting.n or max(max(own) for own in owners) + 1, owners)
 
     def extended(self) -> tuple[nn.ModuleList, Tensor]:
         models = copy.deepcopy(self.setting.models)
@@ -286,33 +323,39 @@ class Total:
 
     def plain(self) -> Truth:
         models = copy.deepcopy(self.setting.models)
-        return Truth(models, self.setting.inputs(models), self.calls)
+        return Truth(models, self.setting.inputs(models), self.calls, self.owners, self.n)
 
 
 class Truth:
     """Curvature of each sample, for each parameter: ``[N, p, p]``, summed over losses."""
 
-    def __init__(self, models: nn.ModuleList, inputs: list[Tensor], calls: list[Called]) -> None:
+    def __init__(
+        self,
+        models: nn.ModuleList,
+        inputs: list[Tensor],
+        calls: list[Called],
+        owners: list[list[int]] | None = None,
+        n: int | None = None,
+    ) -> None:
         self.parameters = dict(models.named_parameters())
-        self.n = len(inputs[0])
+        self.n = n or len(inputs[0])
+        owners = owners or [list(range(self.n))] * len(inputs)
         self.ggn = {name: torch.zeros(self.n, p.numel(), p.numel(), dtype=F64) for name, p in self.parameters.items()}
         self.residual = copy.deepcopy(self.ggn)
         parameters = list(self.parameters.values())
-        for z, (loss, call) in zip(inputs, calls, strict=True):
+        for z, (loss, call), own in zip(inputs, calls, owners, strict=True):
             point = z.detach().requires_grad_()
             (g,) = torch.autograd.grad(call(loss, point), point)
             hessian = torch.autograd.functional.hessian(lambda z, f=call, loss=loss: f(loss, z), z.detach())
-            d = z[0].numel()
-            hessian = hessian.reshape(self.n, d, self.n, d)
-            hessian = torch.stack([hessian[n, :, n] for n in range(self.n)])
-            rows = [
-                self._grads(entry, parameters) for sample in z.reshape(self.n, -1).unbind() for entry in sample.unbind()
-            ]
+            rows, d = len(z), z[0].numel()
+            hessian = hessian.reshape(rows, d, rows, d)
+            grads = [self._grads(entry, parameters) for entry in z.flatten()]
             for place, name in enumerate(self.parameters):
-                J = torch.stack([row[place] for row in rows]).unflatten(0, (self.n, d))
-                self.ggn[name] += torch.einsum("ndp,nde,neq->npq", J, hessian, J)
-            for n in range(self.n):
-                self._bend((g[n] * z[n]).sum(), n)
+                J = torch.stack([row[place] for row in grads]).unflatten(0, (rows, d))
+                for row, sample in enumerate(own):
+                    self.ggn[name][sample] += J[row].T @ hessian[row, :, row] @ J[row]
+            for row, sample in enumerate(own):
+                self._bend((g[row] * z[row]).sum(), sample)
 
     def _grads(self, value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         grads = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)

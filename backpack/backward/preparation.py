@@ -18,8 +18,9 @@ from backpack.curvature.loss_call import LossCall, Origin, Term
 from backpack.engine import Block, muted
 from backpack.graph import LEAF, Graph, edge_of, read, variable_of
 from backpack.passages import Passage
-from backpack.samples import AnyLayout, Layout, layouts, same
+from backpack.samples import AnyLayout, Layout, Scattered, layouts, same
 from backpack.samples.beginning import decide
+from backpack.samples.coded import samples_of_rows
 from backpack.samples.mixing import mixed_data, unproved
 from backpack.samples.notes import Note, noted
 from backpack.samples.owners import Edge, Owners, find_owners
@@ -84,9 +85,7 @@ def origin_of(
         own = parts[0] if len(parts) == 1 else _from_losses([call for call, _ in found], parts, prepared)
     terms = []
     for call, outer in found:
-        layout = own.begin[call.place]
-        assert isinstance(layout, Layout)
-        terms.append(Term(call, outer, layout))
+        terms.append(Term(call, outer, own.begin[call.place]))
     return Origin(terms, own, _of_outputs(notes, own.graph), prepare_again, passages, keeps_graph)
 
 
@@ -101,8 +100,9 @@ def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared:
         )
     graph = read([call.edge for call in calls])
     begin = {edge: layout for part in parts for edge, layout in part.begin.items()}
+    are_parts = any(isinstance(layout, Scattered) for layout in begin.values())
     with muted():
-        owners = find_owners(graph, begin, torch.Generator())
+        owners = find_owners(graph, begin, torch.Generator(), prepared.owners.owned if are_parts else None)
     return _planned(graph, begin, owners, prepared, parts[0].n)
 
 
@@ -128,11 +128,38 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
             owners = find_owners(graph, {edge: layout}, torch.Generator())
         if n == 1 or _agree(owners, prepared, graph):
             return _planned(graph, {edge: layout}, owners, prepared, n)
+    rows = _by_rows(call, graph, prepared)
+    if rows is not None:
+        with muted():
+            owners = find_owners(graph, {edge: rows}, torch.Generator(), prepared.owners.owned)
+        if _agree(owners, prepared, graph):
+            return _planned(graph, {edge: rows}, owners, prepared, n)
     raise RuntimeError(
         f"The input of {type(call.loss).__name__}, of shape {list(shape)}, does not show where the {n} samples lie: "
-        f"let them be counted by its first axis, alone or together with the positions, and let nothing between the "
+        f"let each row come from one of them, or let them be counted by another axis, and let nothing between the "
         f"model and the loss mix samples."
     )
+
+
+def _by_rows(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLayout | None:
+    """Where samples lie in a loss's input whose rows are of single samples, of some of them, in any order.
+
+    ``None``: a row comes from several samples.
+    """
+    if not call.input.dim():
+        return None
+    owned = prepared.owners.owned
+    starts = {
+        GradientEdge(*at): layout
+        for at, layout in prepared.begin.items()
+        if at[0] in graph.edges and owned.get(at) is layout
+    }
+    try:
+        with muted():
+            owner = samples_of_rows(call.input, call.edge, starts, prepared.n, torch.Generator()) if starts else None
+    except RuntimeError:  # a function between the model and the loss that has no second derivative
+        return None
+    return None if owner is None else Scattered(prepared.n, owner.reshape(-1, *[1] * (call.input.dim() - 1)))
 
 
 def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:

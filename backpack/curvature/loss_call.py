@@ -23,8 +23,8 @@ from backpack.compat import is_fully_sharded
 from backpack.engine import Block, muted, without_autocast
 from backpack.graph import Graph, edge_of
 from backpack.graph.looped import counts_backward_passes
-from backpack.losses import LossRoot, loss_root
-from backpack.samples import Layout
+from backpack.losses import LossRoot, RootOfRows, loss_root
+from backpack.samples import AnyLayout, Layout
 from backpack.samples.notes import Note, leaves_of
 from backpack.samples.owners import Edge
 
@@ -62,22 +62,39 @@ class LossCall:
 class Term:
     """What the call of an extended loss adds to the curvature.
 
-    ``outer``: the cotangent of the loss's output; ``layout``: where the samples lie in its input.
+    ``outer``: the cotangent of the loss's output; ``samples``: where they lie in its input. Seeds ``[v, r, d]`` have an
+    axis of rows: the samples, or, where an input has rows of some samples in some order, these rows.
     """
 
     call: LossCall
     outer: Tensor
-    layout: Layout
+    samples: AnyLayout
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the rows lie in the loss's input."""
+        return self.samples if isinstance(self.samples, Layout) else Layout(len(self.call.input))
+
+    @cached_property
+    def owner(self) -> Tensor | None:
+        """Of each row, the sample that it comes from; ``None``: rows are samples."""
+        return None if isinstance(self.samples, Layout) else self.samples.owner.flatten().to(self.call.input.device)
 
     @cached_property
     def root(self) -> LossRoot:
         """Of the loss's Hessian with respect to its input."""
         call = self.call
         with muted(), without_autocast(call.input.device):
-            return loss_root(call.loss, call.input, self.layout, call.args, call.kwargs, self.outer)
+            root = loss_root(call.loss, call.input, self.layout, call.args, call.kwargs, self.outer)
+        return root if self.owner is None else RootOfRows(root, self.owner, self.samples.n)
+
+    def none(self, count: int) -> Tensor:
+        """So many seeds that are zero."""
+        rows = self.layout.n
+        return self.call.input.new_zeros(count, rows, self.call.input.numel() // max(1, rows))
 
     def grad(self) -> Tensor:
-        """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
+        """The gradient of the loss with respect to its input, ``[r, d]``."""
         call, create = self.call, torch.is_grad_enabled()
         with torch.enable_grad():
             point = call.input if create else call.input.detach().requires_grad_()
@@ -86,18 +103,20 @@ class Term:
         return self.layout.split(grad).reshape(self.layout.n, -1)
 
     def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
-        """``[v, n, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""
+        """``[v, r, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""
         layout = self.layout
         shape = layout.split(self.call.input).shape[1:]
         if chosen is not None and is_selected:
             seeds, layout = seeds[:, chosen], fewer(layout, len(chosen))
         elif chosen is not None:
-            seeds = seeds * seeds.new_zeros(layout.n).index_fill(0, chosen, 1)[:, None]
+            is_chosen = seeds.new_zeros(self.samples.n).index_fill(0, chosen, 1)
+            seeds = seeds * (is_chosen if self.owner is None else is_chosen[self.owner])[:, None]
         return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.call.input.dtype)
 
 
-def fewer(layout: Layout, n: int) -> Layout:
+def fewer(layout: AnyLayout, n: int) -> Layout:
     """The layout of so many of the samples."""
+    assert isinstance(layout, Layout)
     return Layout(n, layout.axis)
 
 

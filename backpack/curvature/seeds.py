@@ -25,7 +25,7 @@ from backpack.graph import shape_of, variable_of
 from backpack.memory import empty
 from backpack.passages import Passage, passed
 from backpack.quantities import Curvature
-from backpack.samples import Layout, Subset
+from backpack.samples import AnyLayout, Subset
 from backpack.samples.notes import Note
 from backpack.uses import Individual
 from backpack.watched import trainable, without_rules
@@ -54,7 +54,7 @@ class SeedPass:
         self.joined = Joined(edges, known=order[min(order.index(edge.node) for edge in edges) :])
         self.start_tensors = [term.call.input for term in self.terms]
         """Where the graph starts."""
-        self.layouts: Sequence[Layout] = [term.layout for term in self.terms]
+        self.layouts: Sequence[AnyLayout] = [term.samples for term in self.terms]
         """Where the samples lie there."""
         self.results: dict[tuple[int, int], list[Any]] = {}
         self.final = False
@@ -118,7 +118,7 @@ class SeedPass:
             self.batchable = False
             self._pull_all(rows)
 
-    def _go_over(self, joined: Joined, layouts: Sequence[Layout]) -> None:
+    def _go_over(self, joined: Joined, layouts: Sequence[AnyLayout]) -> None:
         """Go on with a graph that was recorded anew."""
         self.joined, self.layouts = joined, layouts
         self.prepared, self.notes = self.origin.prepare(joined.starts, layouts, joined.replaced)
@@ -143,7 +143,7 @@ class SeedPass:
         return self.n * sum(variable_of(leaf).numel() for leaf in leaves)
 
     def _chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """Seeds ``[v, n, d]`` of each term, some at a time, and how many have been given by then."""
+        """Seeds ``[v, r, d]`` of each term, some at a time, and how many have been given by then."""
         whole = self.extensions[0].whole
         chunk = 1 if self.columns == 1 and not whole else self._chunk
         self.gathered = whole and chunk == 1
@@ -155,7 +155,7 @@ class SeedPass:
             self.start, stop = start, min(start + chunk, self.columns)
             yield stop, self._seeds(start, stop)
         if self.columns == 0:
-            yield 0, [self._none(term, 1) for term in self.terms]
+            yield 0, [term.none(1) for term in self.terms]
 
     @property
     def _chunk(self) -> int:
@@ -167,25 +167,21 @@ class SeedPass:
         return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
 
     def _seeds(self, start: int, stop: int) -> list[Tensor]:
-        """Some of the seeds, for each term ``[v, n, d]``: one after the other, with zeros for those of others."""
+        """Some of the seeds, for each term ``[v, r, d]``: one after the other, with zeros for those of others."""
         found, end = [], 0
         for term, count in zip(self.terms, self.counts, strict=True):
             begin, end = end, end + count
             first, last = max(start, begin), min(stop, end)
             if first >= last:
-                found.append(self._none(term, stop - start))
+                found.append(term.none(stop - start))
                 continue
             own = self._columns_of(term, first - begin, last - begin)
-            around = self._none(term, first - start), self._none(term, stop - last)
+            around = term.none(first - start), term.none(stop - last)
             found.append(own if len(own) == stop - start else torch.cat([around[0], own, around[1]]))
         return found
 
-    @staticmethod
-    def _none(term: Term, count: int) -> Tensor:
-        return term.call.input.new_zeros(count, term.layout.n, term.call.input.numel() // term.layout.n)
-
     def _columns_of(self, term: Term, start: int, stop: int) -> Tensor:
-        """Some of the columns of a loss's root, ``[v, n, d]``."""
+        """Some of the columns of a loss's root, ``[v, r, d]``."""
         first = self.extensions[0]
         if first.seeds == "gradient":
             return term.root.weighed(term.grad())[None]
@@ -209,7 +205,7 @@ class SeedPass:
         return sum(self.counts)
 
     def _place(self, seeds: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
-        """``[v, n, d]`` of each term in the form of the loss's input; of the selected samples only."""
+        """``[v, r, d]`` of each term in the form of the loss's input; of the selected samples only."""
         return [term.placed(own, rows, self.selected) for term, own in zip(self.terms, seeds, strict=True)]
 
     def _rerun(self, rows: Tensor, rounded: bool = False) -> list[GradientEdge] | None:
@@ -219,7 +215,11 @@ class SeedPass:
         """
         notes = [self.notes.get(term.call.place) for term in self.terms]
         calls = {id(note.arguments): note for note in (*self.notes.values(), *notes) if note is not None}
-        if None in notes or len(calls) > 1 or any(layout.factor > 1 for layout in self.layouts):
+        if (
+            None in notes
+            or len(calls) > 1
+            or any(term.owner is not None or term.layout.factor > 1 for term in self.terms)
+        ):
             return None
         (note,) = calls.values()
         outputs = None

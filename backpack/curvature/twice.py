@@ -15,7 +15,7 @@ from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
-from backpack.samples import Layout, Subset
+from backpack.samples import AnyLayout, Subset
 from backpack.samples.notes import Note
 
 
@@ -27,7 +27,7 @@ class LossGradients:
     """
 
     terms: Sequence[Term]
-    layouts: Sequence[Layout]
+    layouts: Sequence[AnyLayout]
     chosen: Tensor | None
 
     def __call__(self, weights: Tensor | None, points: Sequence[Tensor]) -> list[Tensor]:
@@ -37,15 +37,15 @@ class LossGradients:
             for term, layout, point in zip(self.terms, self.layouts, points, strict=True)
         ]
 
-    def _of(self, term: Term, layout: Layout, weights: Tensor | None, point: Tensor) -> Tensor:
+    def _of(self, term: Term, layout: AnyLayout, weights: Tensor | None, point: Tensor) -> Tensor:
         call = term.call
         with torch.enable_grad():
             whole = point.to(call.input.dtype).view_as(point)  # behind the hooks of the model's output
             if self.chosen is not None:
-                whole = call.input.detach().index_copy(layout.axis, self.chosen, whole)
+                whole = call.input.detach().index_copy(term.layout.axis, self.chosen, whole)
             value = call.loss.forward(whole, *call.args, **call.kwargs)
             (found,) = torch.autograd.grad(value, whole, term.outer if value.dim() else None, create_graph=True)
-            found = found if self.chosen is None else found.index_select(layout.axis, self.chosen)
+            found = found if self.chosen is None else found.index_select(term.layout.axis, self.chosen)
             if weights is not None:
                 found = found * weights[layout.owners(found.shape, weights.device)]
             return found.to(point.dtype)

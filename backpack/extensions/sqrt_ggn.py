@@ -15,9 +15,10 @@ class SqrtGGNExact(Concatenated):
     """Root of the GGN, ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
 
     ``C`` counts the columns of a root of the loss Hessian: classes for cross entropy (times positions), outputs for
-    the squared error. With ``V^T`` the results of all parameters as ``[C * N, P]``, the GGN is ``V V^T``, reduction
-    included. Of several extended losses in one pass, it has the columns of each, in the order of their calls. With
-    ``subsampling``, ``N`` is replaced by the selected samples in the order given.
+    the squared error; if a loss is of several rows of a sample, as a mask selects them, each row has its own. With
+    ``V^T`` the results of all parameters as ``[C * N, P]``, the GGN is ``V V^T``, reduction included. Of several
+    extended losses in one pass, it has the columns of each, in the order of their calls. With ``subsampling``, ``N`` is
+    replaced by the selected samples in the order given.
     """
 
     savefield = "sqrt_ggn_exact"

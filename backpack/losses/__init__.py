@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_map
 from backpack.losses import cross_entropy, elementwise
 from backpack.losses.base import ROOTS, LossRoot, root_of
 from backpack.losses.functional import functional
+from backpack.losses.rows import RootOfRows
 from backpack.samples import Layout
 
-__all__ = ["ROOTS", "LossRoot", "cross_entropy", "elementwise", "loss_root", "root_of"]
+__all__ = ["ROOTS", "LossRoot", "RootOfRows", "cross_entropy", "elementwise", "loss_root", "root_of"]
 
 
 def _widened(value: Any) -> Any:

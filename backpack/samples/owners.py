@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,19 +42,32 @@ class _Disputed(Exception):
     """Two nodes send rows of different samples to the same place, unless they send zeros there."""
 
 
-def find_owners(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Generator) -> Owners:
+def find_owners(
+    graph: Graph,
+    begin: Mapping[Edge, AnyLayout],
+    generator: torch.Generator,
+    known: Mapping[Edge, AnyLayout] | None = None,
+) -> Owners:
     """Go down a graph from the edges where the samples begin.
 
     Below a mixed edge everything is mixed, whatever its own rows say: what comes through the mixed part would be
-    counted twice otherwise.
+    counted twice otherwise. ``known``: of some edges, from where there are more samples; it is taken where these agree.
     """
-    try:
-        return _go_down(graph, begin, generator, exactly=False)
-    except _Disputed:
-        return _go_down(graph, begin, generator, exactly=True)
+    if known is None:
+        try:
+            return _go_down(graph, begin, generator, {}, exactly=False)
+        except _Disputed:
+            pass
+    return _go_down(graph, begin, generator, known or {}, exactly=True)
 
 
-def _go_down(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Generator, exactly: bool) -> Owners:
+def _go_down(
+    graph: Graph,
+    begin: Mapping[Edge, AnyLayout],
+    generator: torch.Generator,
+    known: Mapping[Edge, AnyLayout],
+    exactly: bool,
+) -> Owners:
     """``exactly``: entries that a function does not select are told from those that it does."""
     owners = Owners()
     mixed, above = owners.mixed, owners.above
@@ -89,6 +102,8 @@ def _go_down(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Gen
                     owners.joined[node, number] = begin[node, number]
         if not arriving:
             continue
+        for number in arriving if known else ():
+            arriving[number] = _completed(arriving[number], known.get((node, number)), shape_of(node, number))
         if node.name() != LEAF:
             if None in arriving.values():
                 arriving = dict.fromkeys(arriving)
@@ -97,6 +112,14 @@ def _go_down(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Gen
                 owners.sends[node] = _sent(node, graph, arriving, owners, generator, exactly)
         _note(owners, node, arriving)
     return owners
+
+
+def _completed(layout: AnyLayout | None, known: AnyLayout | None, shape: Sequence[int]) -> AnyLayout | None:
+    """What is known of an edge that some of the samples reach, if it says the same of these."""
+    if layout is None or known is None or layout.n != known.n:
+        return layout
+    one, other = layout.scattered(shape).owner, known.scattered(shape).owner
+    return known if bool(((one == other) | (one < 0)).all()) else layout
 
 
 def _note(owners: Owners, node: Node, arriving: Mapping[int, AnyLayout | None]) -> None:
