@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -106,6 +106,13 @@ class Block:
         self.stored.clear()
         for store in (self.hooked, self.finished, self.passages, self.pulled, self.applied):
             store.clear()
+
+    def take_off(self, parameters: Iterable[Tensor]) -> None:
+        """Delete what an earlier pass has left of the same name: nothing old is to be taken for new."""
+        for parameter in parameters:
+            fields = vars(parameter)
+            for extension in self.extensions:
+                fields.pop(extension.savefield, None)
 
     def check_subsets(self, n: int, device: torch.device) -> None:
         """Raise where a subset does not fit a batch of ``n`` samples."""

@@ -79,19 +79,21 @@ def _take_off_copies(module: Module) -> None:
                 further.pop(key, None)
 
 
-def watch(module: Module) -> None:
-    """See to it that each trainable parameter of an extended module and all below it is known.
+def watch(module: Module) -> list[Tensor]:
+    """See to it that each trainable parameter of an extended module and all below it is known; all parameters.
 
     They are looked at when a backward pass begins: most of the time nothing has changed since the last one.
     """
-    extended = EXTENDED.get(module)
+    extended, found = EXTENDED.get(module), list[Tensor]()
     if extended is None:
-        return
+        return found
     owned: list[int] = []
     visited, pending = {id(module)}, [module]
     while pending:
         part = pending.pop()
         for parameter in part._parameters.values():
+            if parameter is not None:
+                found.append(parameter)
             if _is_trainable(parameter):
                 owned += id(part), id(parameter)
         for child in part._modules.values():
@@ -99,7 +101,7 @@ def watch(module: Module) -> None:
                 visited.add(id(child))
                 pending.append(child)
     if owned == extended.owned:
-        return
+        return found
     extended.owned = owned
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
@@ -107,6 +109,7 @@ def watch(module: Module) -> None:
                 if parameter not in WATCHED:
                     WATCHED[parameter] = Watched(f"{prefix}.{name}" if prefix else name)
                 WATCHED[parameter].add(owner)
+    return found
 
 
 def _is_trainable(parameter: Tensor | None) -> TypeGuard[Tensor]:
@@ -186,8 +189,8 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         return
     if LEFT:
         forget(module)
-    if _is_loss(module, output, root):
-        leave_loss(module, args, kwargs, output)
+    if root is None or _is_known_loss(module):
+        _leave_loss(module, args, kwargs, output)
     leave_passage(module, args, kwargs, output, bool(here.blocks and here.blocks[-1].extension_hook))
 
 
@@ -195,12 +198,22 @@ _losses: dict[type[Module], bool] = {}
 """Which classes are known as losses."""
 
 
-def _is_loss(module: Module, output: Any, root: Module | None) -> bool:
-    """Whether a module is a loss: it has no trainable parameter, and PyTorch's are known, others return a scalar."""
+def _is_known_loss(module: Module) -> bool:
+    """Whether a module is one of PyTorch's losses."""
     cls = type(module)
     known = _losses.get(cls)
     if known is None:
         known = _losses[cls] = isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(cls.__mro__)
-    if not known and (root is not None or not isinstance(output, Tensor) or output.dim() > 0):
-        return False
-    return isinstance(output, Tensor) and not module._modules and not trainable(module)
+    return known
+
+
+def _leave_loss(module: Module, args: Any, kwargs: Any, output: Any) -> None:
+    """Note the call of a loss: it has no trainable parameter; if it is none of PyTorch's, it returns a scalar.
+
+    Whether one that returns a value for each row is a loss is known when a backward pass begins.
+    """
+    if not isinstance(output, Tensor) or module._modules or trainable(module):
+        return
+    is_certain = output.dim() == 0 or _is_known_loss(module)
+    if is_certain or output.dim() == 1:
+        leave_loss(module, args, kwargs, output, is_certain)

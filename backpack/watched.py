@@ -97,6 +97,5 @@ def without_rules(extensions: Iterable[R], parameter: Tensor, name: str, last: b
         if not extension.has_rules_only:
             found.append(extension)
         elif last:
-            vars(parameter).pop(extension.savefield, None)
             extension.missing(name)
     return found

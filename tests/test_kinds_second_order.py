@@ -645,18 +645,6 @@ def test_quantities_of_more_models_are_those_of_plain_autograd(name, seed):
     law_of(name, seed)
 
 
-@pytest.mark.parametrize("calls", [1, 2])
-def test_two_extended_losses_of_one_pass_are_an_error(calls):
-    x, y = rand(3, 3), rand(3, 3)
-    model, lossfunc = extend(nn.Sequential(L(3, 4), nn.Tanh(), L(4, 2))), extend(nn.MSELoss(reduction="sum"))
-    one = model(x)
-    other = model(y) if calls > 1 else one
-    loss = lossfunc(one, rand(3, 2)) + lossfunc(other, rand(3, 2))
-    with pytest.raises(RuntimeError, match="of one extended loss"), backpack(DiagGGNExact()):
-        loss.backward()
-    assert not any(p.grad is not None or hasattr(p, "diag_ggn_exact") for p in model.parameters())
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # History
 

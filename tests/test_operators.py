@@ -58,7 +58,7 @@ WARNS = "warns"
 
 def is_provided_for(problem, out):
     """Whether whole pull-backs are looped, or the loop inside of a node will do."""
-    if must_loop(nodes(get_gradient_edge(out))):
+    if must_loop(nodes([get_gradient_edge(out)])):
         return True
     return problem.startswith(WARNS) and bool(names(out) & (LOOPED - WRONG))
 
@@ -130,7 +130,7 @@ def test_sparse_intermediate_results_are_looped():
         pattern = torch.eye(3, dtype=torch.float64).to_sparse_csr()
         for sparse in (X.to_sparse(), torch.sparse.sampled_addmm(pattern, X, X)):
             dense = sparse.to_dense().sum(1)
-            assert must_loop(nodes(get_gradient_edge(dense)))
+            assert must_loop(nodes([get_gradient_edge(dense)]))
             assert together(dense, [X]) is not None
 
 
@@ -148,4 +148,4 @@ class Counting(torch.autograd.Function):
 
 def test_custom_functions_are_looped():
     X = torch.ones(3, requires_grad=True)
-    assert must_loop(nodes(get_gradient_edge(Counting.apply(X).exp())))
+    assert must_loop(nodes([get_gradient_edge(Counting.apply(X).exp())]))

@@ -59,14 +59,13 @@ class Call:
         kept = self.given.get("retain_graph")
         return self.creates_graph if kept is None else bool(kept)
 
-    def cotangent(self, at: Edge) -> Tensor | None:
-        """What the pass will bring to an edge."""
+    def cotangents(self, at: Sequence[Edge]) -> Sequence[Tensor | None]:
+        """What the pass will bring to some edges."""
         given = _listed(self.given.get(STARTS[self.function][1])) or [None] * len(self.roots)
         seeds = [_ones(root) if seed is None else seed for root, seed in zip(self.roots, given, strict=True)]
-        if [edge_of(root) for root in self.roots] == [at]:
-            return seeds[0]
-        (found,) = pull_back(self.roots, [GradientEdge(*at)], seeds, self.creates_graph)
-        return found
+        if [edge_of(root) for root in self.roots] == at:
+            return seeds
+        return pull_back(self.roots, [GradientEdge(*edge) for edge in at], seeds, self.creates_graph)
 
     @property
     def asked(self) -> list[Edge]:

@@ -100,10 +100,7 @@ class FirstOrderPass(Collector):
     def _compute_alone(self, leaf: Node, arrival: Arrival) -> None:
         """The results of a parameter of which this is the only use, in the shortest way."""
         block, parameter = self.block, variable_of(leaf)
-        fields = vars(parameter)
         for subset, names, extensions in self.groups:
-            for extension in extensions:
-                fields.pop(extension.savefield, None)  # its memory is needed for the new result
             grads = arrival.individual(subset, parameter.shape, parameter.dtype)
             grads.prepare(names)
             for extension in extensions:
@@ -182,8 +179,6 @@ class FirstOrderPass(Collector):
 
     def _compute(self, contributions: Contributions, name: str, extensions: list[Quantity]) -> None:
         block, parameter = self.block, contributions.tensor
-        for extension in extensions:
-            vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
         grads = contributions.individual(extensions[0].subset)
         grads.prepare([name for extension in extensions for name in extension.reads])
         for extension in extensions:

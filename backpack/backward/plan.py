@@ -41,7 +41,7 @@ class Plan:
     ``uses``: by node; ``expected``: how much arrives at each parameter, by its node; ``entries``: nodes through which
     cotangents enter regions that belong to no sample, and the parameters behind each; ``outside``: parameters of whose
     gradients a part comes from no sample; ``mixed``: of the entries, those behind which data are, and what mixes
-    samples.
+    samples; ``for_all``: the memory of inputs in these regions that are for all samples.
     """
 
     n: int
@@ -50,6 +50,7 @@ class Plan:
     entries: dict[Node, list[Node]] = field(default_factory=dict)
     outside: list[Tensor] = field(default_factory=list)
     mixed: dict[Node, str] = field(default_factory=dict)
+    for_all: set[int] = field(default_factory=set)
 
 
 def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:

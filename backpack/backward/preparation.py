@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,11 @@ from torch.nn import Module
 from backpack.backward.collector import Prepared
 from backpack.backward.first_order import name_of
 from backpack.backward.plan import make_plan
-from backpack.curvature.loss_call import LossCall, Origin
+from backpack.curvature.loss_call import LossCall, Origin, Term
 from backpack.engine import Block, muted
 from backpack.graph import LEAF, Graph, edge_of, read, shape_of, variable_of
 from backpack.passages import Passage
-from backpack.samples import AnyLayout, Layout, SampleIds, found_layout, layouts, same
+from backpack.samples import AnyLayout, Layout, SampleIds, Scattered, found_layout, layouts, same
 from backpack.samples.beginning import decide
 from backpack.samples.mixing import mixed_data, unproved
 from backpack.samples.notes import Note, noted
@@ -50,31 +51,82 @@ def prepare(
     if not counts:
         return None
     (n,) = counts
-    plan = make_plan(graph, owners, n, wanted)
-    return Prepared(graph, begin, owners, plan) if plan.expected else None
+    rows = n if ids is None else None
+
+    def planned(owners: Owners) -> Prepared:
+        plan = make_plan(graph, owners, n, wanted)
+        if n > 1 and plan.entries:
+            with muted():
+                plan.mixed, plan.for_all = mixed_data(graph, owners, plan.entries, calls, rows)
+        return Prepared(graph, begin, owners, plan)
+
+    found = planned(owners)
+    if found.plan.mixed:  # perhaps samples are kept apart by values: masks, weights that are zero
+        with muted():
+            owners = find_owners(graph, begin, generator, thoroughly=True)
+        found = planned(owners)
+    return found if found.plan.expected else None
 
 
 def origin_of(
-    call: LossCall, prepared: Prepared, notes: Mapping[Edge, Note], passages: dict[Node, list[Passage]]
+    found: Sequence[tuple[LossCall, Tensor]],
+    prepared: Prepared,
+    notes: Mapping[Edge, Note],
+    passages: dict[Node, list[Passage]],
+    keeps_graph: bool,
 ) -> Origin:
-    """Where the samples lie at the input of a loss, and what is known of the graph from there on.
+    """Where the samples lie at the inputs of losses, and what is known of the graph from there on.
+
+    ``found``: the calls of losses, in their order, with the cotangents of their outputs. Those whose inputs depend on
+    no parameter have no curvature.
 
     Raises:
-        RuntimeError: The input comes from no extended module, or does not show its samples.
+        RuntimeError: No input comes from an extended module, or one does not show its samples.
     """
-    edge = call.place
     own = prepared
-    starts = [at for at, layout in prepared.begin.items() if prepared.owners.owned.get(at) is layout]
-    if starts != [edge] or _is_one_sample(call):
-        graph = read([call.edge])
-        if not any(leaf in graph.edges for leaf in prepared.plan.expected):
+    starts = {at for at, layout in prepared.begin.items() if prepared.owners.owned.get(at) is layout}
+    if starts != {call.place for call, _ in found} or any(_is_one_sample(call) for call, _ in found):
+        graphs = [(call, outer, read([call.edge])) for call, outer in found]
+        reaching = [each for each in graphs if any(leaf in each[2].edges for leaf in prepared.plan.expected)]
+        if not reaching:
             raise RuntimeError(
-                f"The input of {type(call.loss).__name__} depends on no trainable parameter of an extended module: "
-                f"second-order extensions need extend(model) before the forward pass, and parameters that are not "
-                f"all frozen."
+                f"The input of {type(found[0][0].loss).__name__} depends on no trainable parameter of an extended "
+                f"module: second-order extensions need extend(model) before the forward pass, and parameters that are "
+                f"not all frozen."
             )
-        own = _from_loss(call, graph, prepared)
-    return Origin(call, own, _of_outputs(notes, own.graph), prepare_again, passages)
+        found = [(call, outer) for call, outer, _ in reaching]
+        parts = [_from_loss(call, graph, prepared) for call, _, graph in reaching]
+        own = parts[0] if len(parts) == 1 else _from_losses([call for call, _ in found], parts, prepared)
+    again = partial(prepare_again, thoroughly=prepared.owners.is_thorough)
+    terms = []
+    for call, outer in found:
+        terms.append(Term(call, outer, own.begin[call.place]))
+    return Origin(terms, own, _of_outputs(notes, own.graph), again, passages, keeps_graph)
+
+
+def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared: Prepared) -> Prepared:
+    """What is known of the graph from the inputs of several losses on, of which each is known by itself."""
+    counts = dict.fromkeys(part.n for part in parts)
+    if len(counts) > 1:
+        raise RuntimeError(
+            f"The inputs of {' and '.join(type(call.loss).__name__ for call in calls)} have "
+            f"{' and '.join(map(str, counts))} samples: which of them belong together cannot be told. Call backward() "
+            f"for each loss by itself, or let all inputs have the samples along the first axis."
+        )
+    graph = read([call.edge for call in calls])
+    begin = {edge: layout for part in parts for edge, layout in part.begin.items()}
+    thoroughly = prepared.owners.is_thorough
+    are_parts = any(isinstance(layout, Scattered) for layout in begin.values())
+    with muted():
+        owners = find_owners(graph, begin, torch.Generator(), prepared.owners.owned if are_parts else None, thoroughly)
+    return _planned(graph, begin, owners, prepared, parts[0].n)
+
+
+def _planned(graph: Graph, begin: Mapping[Edge, AnyLayout], owners: Owners, prepared: Prepared, n: int) -> Prepared:
+    """With the uses of those parameters that are in a graph, a part of the one that is known."""
+    plan = make_plan(graph, owners, n, {leaf for leaf in prepared.plan.expected if leaf in graph.edges})
+    plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
+    return Prepared(graph, begin, owners, plan)
 
 
 def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
@@ -85,24 +137,22 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
     possible: list[AnyLayout] = list(layouts(shape, n, axes))
     if edge in prepared.begin:
         possible = [prepared.begin[edge]]
-    wanted = {leaf for leaf in prepared.plan.expected if leaf in graph.edges}
     if _is_one_sample(call):
         possible, n = [Layout(1, inner=shape[0])], 1
+    thoroughly = prepared.owners.is_thorough
     for layout in possible:
         with muted():
-            owners = find_owners(graph, {edge: layout}, torch.Generator())
-        if n == 1 or _agree(owners, prepared, graph, edge):
-            plan = make_plan(graph, owners, n, wanted)
-            plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
-            return Prepared(graph, {edge: layout}, owners, plan)
-    scattered = _rows_of_outputs(call, graph, prepared)
-    if scattered is not None:
+            owners = find_owners(graph, {edge: layout}, torch.Generator(), thoroughly=thoroughly)
+        if n == 1 or _agree(owners, prepared, graph):
+            return _planned(graph, {edge: layout}, owners, prepared, n)
+    rows = _rows_of_outputs(call, graph, prepared)
+    if rows is not None:
         with muted():
-            owners = find_owners(graph, {edge: scattered}, torch.Generator())
-        return Prepared(graph, {edge: scattered}, owners, make_plan(graph, owners, n, wanted))
+            owners = find_owners(graph, {edge: rows}, torch.Generator(), prepared.owners.owned, thoroughly)
+        return _planned(graph, {edge: rows}, owners, prepared, n)
     raise RuntimeError(
         f"The input of {type(call.loss).__name__}, of shape {list(shape)}, does not show where the {n} samples lie: "
-        f"let them be counted by its first axis, alone or together with the positions, and let nothing between the "
+        f"let each row come from one of them, or let them be counted by another axis, and let nothing between the "
         f"model and the loss mix samples."
     )
 
@@ -120,8 +170,9 @@ def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLay
             axes = [axis for axis in range(len(shape)) if axis not in classes]
         sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
         rows = torch.arange(prod(sizes)).reshape(sizes)
+        begin = {call.place: found_layout(rows.numel() + 1, rows)}  # one of none: so no entry counts to any
         with muted():
-            owners = find_owners(graph, {call.place: found_layout(rows.numel(), rows)}, torch.Generator())
+            owners = find_owners(graph, begin, torch.Generator(), {}, prepared.owners.is_thorough)
         sample = _samples_of_rows(rows.numel(), owners, prepared)
         if sample is not None:
             return found_layout(prepared.n, sample[rows], exactly=True)
@@ -134,7 +185,7 @@ def _samples_of_rows(rows: int, owners: Owners, prepared: Prepared) -> Tensor | 
     for edge, layout in prepared.begin.items():
         if edge in owners.mixed:
             return None
-        if edge not in owners.owned:
+        if edge not in owners.owned or prepared.owners.owned.get(edge) is not layout:
             continue
         shape = shape_of(*edge)
         row = owners.owned[edge].owners(shape, sample.device).expand(shape).flatten()
@@ -157,27 +208,30 @@ def _is_one_sample(call: LossCall) -> bool:
     return isinstance(call.loss, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)) and call.input.dim() == 1
 
 
-def _agree(owners: Owners, prepared: Prepared, graph: Graph, edge: Edge) -> bool:
+def _agree(owners: Owners, prepared: Prepared, graph: Graph) -> bool:
     """Whether the samples are where they were seen from the outputs of modules."""
-    known = {at: layout for at, layout in prepared.owners.owned.items() if at[0] in graph.edges and at != edge}
+    known = {at: layout for at, layout in prepared.owners.owned.items() if at[0] in graph.edges}
     begun = [at for at in prepared.begin if at in known]
     shared = [at for at in owners.owned if at in known]
     return bool(shared) and all(same(owners.owned.get(at), known[at]) for at in (*begun, *shared))
 
 
 def prepare_again(
-    edge: GradientEdge, layout: AnyLayout, instead: Mapping[Edge, Edge] | None = None
+    edges: Sequence[GradientEdge],
+    layouts: Sequence[AnyLayout],
+    instead: Mapping[Edge, Edge] | None = None,
+    thoroughly: bool = False,
 ) -> tuple[Prepared, Mapping[Edge, Note]]:
-    """What is known of a graph that was recorded anew, from an edge on whose samples lie as ``layout`` says."""
-    graph = read([edge], instead)
+    """What is known of a graph that was recorded anew, from edges on whose samples lie as the ``layouts`` say."""
+    graph = read(edges, instead)
     notes, calls = noted(graph)
-    (root,) = graph.roots
-    begin = {edge_of(root): layout}
+    begin = {edge_of(root): layout for root, layout in zip(graph.roots, layouts, strict=True)}
+    n = layouts[0].n
     with muted():
-        owners = find_owners(graph, begin, torch.Generator())
-        plan = make_plan(graph, owners, layout.n, wanted_leaves(graph))
-        if layout.n > 1 and plan.entries:
-            plan.mixed, _ = mixed_data(graph, owners, plan.entries, calls, layout.n)
+        owners = find_owners(graph, begin, torch.Generator(), thoroughly=thoroughly)
+        plan = make_plan(graph, owners, n, wanted_leaves(graph))
+        if n > 1 and plan.entries:
+            plan.mixed, _ = mixed_data(graph, owners, plan.entries, calls, n)
     return Prepared(graph, begin, owners, plan), _of_outputs(notes, graph)
 
 
@@ -208,17 +262,14 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
         "Call .eval() on layers that normalize by statistics of the batch, or replace them by GroupNorm, InstanceNorm "
         "or LayerNorm"
     )
-    for_all: set[int] = set()
-    n = plan.n if block.ids is None else None
-    if plan.entries:
-        with muted():
-            plan.mixed, for_all = mixed_data(graph, owners, plan.entries, calls, n)
     where = ", ".join(dict.fromkeys(plan.mixed.values()))
     for extension in block.first_order:
         if not extension.bounds_influence:
             continue
         with muted():
-            mixer = where or unproved(graph, owners, plan.entries, notes, n, for_all)
+            mixer = where or unproved(
+                graph, owners, plan.entries, notes, plan.n if block.ids is None else None, plan.for_all
+            )
         if mixer:
             raise RuntimeError(
                 f"{type(extension).__name__}: samples are mixed by {mixer}. A sample changes what is computed of "

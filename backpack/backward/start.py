@@ -20,7 +20,8 @@ from backpack.bystanders import observed, undisturbed
 from backpack.curvature import averaged_hessian as averaged_hessian  # it registers passes
 from backpack.curvature import hessian as hessian  # as well
 from backpack.curvature import products as products
-from backpack.curvature.loss_call import LossCall, Origin, losses_in
+from backpack.curvature.loss_call import LossCall, losses_in
+from backpack.curvature.terms import refuse_beside, terms_of
 from backpack.engine import Block
 from backpack.graph import Graph, count_outputs, forget_recomputed, read, variable_of
 from backpack.hooks import watch
@@ -138,11 +139,9 @@ class _Running:
     ) -> None:
         self.block, self.passages, self.first = block, passages, None
         self.graph = graph
-        self.origins: list[tuple[Edge, Origin]] = []
-        self._handles: list[Any] = []
-        for note in calls:
-            if (module := note.module()) is not None:
-                watch(module)
+        self.notes, self._handles = notes, list[Any]()
+        modules = [module for note in calls if (module := note.module()) is not None]
+        block.take_off({id(p): p for module in modules for p in watch(module)}.values())
         self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
             if block.second_order and calls and not losses:
@@ -156,8 +155,6 @@ class _Running:
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
             self.first = FirstOrderPass(block, self.prepared)
-        for node, number, call in losses if block.second_order else ():
-            self.origins.append(((node, number), origin_of(call, self.prepared, notes, passages)))
 
     @property
     def device(self) -> torch.device:
@@ -167,21 +164,25 @@ class _Running:
 
     def run_second_order(self, call: Call, asked: Sequence[Edge]) -> None:
         """Compute the extensions of second order, of the losses that the pass runs through, before it begins."""
-        executed = executed_for(self.graph, asked) if asked else None
-        wanted = [(edge, origin) for edge, origin in self.origins if executed is None or edge[0] in executed]
-        if len(wanted) > 1:
-            raise RuntimeError(
-                f"{' and '.join(type(origin.call.loss).__name__ for _, origin in wanted)} are both in one backward "
-                f"pass: second-order extensions are of one extended loss. Call backward() for each by itself."
-            )
-        for edge, origin in wanted:
-            with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(self.graph)):
-                outer = call.cotangent(edge)
-                try:
-                    if outer is not None:
-                        origin.run(self.block, outer, call.keeps_graph)
-                finally:
-                    forget_recomputed()
+        prepared, block, graph = self.prepared, self.block, self.graph
+        if prepared is None or not block.second_order:
+            return
+        terms = terms_of(graph, prepared, executed_for(graph, asked) if asked else None, asked)
+        if terms.beside and not terms.losses:
+            _refuse_other_losses(block)
+        if terms.beside:
+            names = ", ".join(type(extension).__name__ for extension in block.second_order)
+            refuse_beside(terms.beside, prepared, self.notes, names)
+        if not terms.losses:
+            return
+        with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(graph)):
+            outers = call.cotangents([edge for edge, _ in terms.losses])
+            found = [(own, outer) for (_, own), outer in zip(terms.losses, outers, strict=True) if outer is not None]
+            try:
+                if found:
+                    origin_of(found, prepared, self.notes, self.passages, call.keeps_graph).run(block)
+            finally:
+                forget_recomputed()
 
     def attach(self) -> None:
         """Put the prehooks on."""

@@ -19,7 +19,7 @@ from backpack.bystanders import forget_retained
 from backpack.compat import pull_back
 from backpack.curvature.columns import Columns
 from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES
+from backpack.curvature.loss_call import PASSES, LossCall
 from backpack.curvature.mean_curvature import (
     AFFINE,
     CONVOLUTIONS,
@@ -73,10 +73,12 @@ class AveragedPass(SeedPass):
         """Pull back the mean curvature and store the results.
 
         Raises:
-            RuntimeError: The model is no chain of modules, or running it once more gives something else.
+            RuntimeError: The model is no chain of modules, losses have different inputs, or running the model once
+                more gives something else.
             ValueError: A module has too many outputs for a dense curvature matrix.
         """
-        rows = self.extensions[0].subset.rows(self.layout.n, self.loss.input.device)
+        self.loss = self._common()
+        rows = self.extensions[0].subset.rows(self.n, self.device)
         self.modules = self._chain()
         self.learn = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
         self.maps = [self._map(module) for module in self.modules]
@@ -84,7 +86,8 @@ class AveragedPass(SeedPass):
         self.between = self._between(first)
         if self.between is None:
             self._forward(first, rows)
-        seeds = self._seeds(0, self.columns)
+        first_term, *others = self._seeds(0, self.columns)
+        seeds = sum(others, start=first_term)
         mean = Mean((seeds if rows is None else seeds[:, rows]).flatten(0, 1), True)
         mean = mean if len(mean.given) <= mean.given.shape[1] else Mean(mean.matrix)
         try:
@@ -93,6 +96,17 @@ class AveragedPass(SeedPass):
                 mean = self._step(place, mean)
         finally:
             self._clear()
+
+    def _common(self) -> LossCall:
+        """The call of a loss; the others, if there are any, have the same input."""
+        first, *others = [term.call for term in self.terms]
+        if any(other.place != first.place for other in others):
+            raise RuntimeError(
+                f"{type(self.extensions[0]).__name__} averages the curvature after each module of a chain, but the "
+                f"losses of this backward pass, {' and '.join(type(term.call.loss).__name__ for term in self.terms)}, "
+                f"have different inputs. Call backward() for each loss by itself, or use KFLR."
+            )
+        return first
 
     def _chain(self) -> list[Module]:
         """The modules of the model."""
@@ -133,7 +147,7 @@ class AveragedPass(SeedPass):
         for place in reversed(range(first, len(self.modules))):
             module = self.modules[place]
             node = self.maps[place] if place == first or is_one_of(module, (nn.Linear,)) else None
-            if node is not None and self.prepared.owners.owned[node, 0] == Layout(self.layout.n):
+            if node is not None and self.prepared.owners.owned[node, 0] == Layout(self.n):
                 shape = torch.Size(shape_of(node, 0))
                 if x is None and node is not self.loss.edge.node:
                     return None
@@ -226,8 +240,8 @@ class AveragedPass(SeedPass):
             with muted():
                 (slope,) = pull_back([out], [edge], [torch.ones_like(out)])
             forget_retained()
-            rows = self.extensions[0].subset.rows(self.layout.n, slope.device)
-            slope = slope.reshape(self.layout.n, -1)
+            rows = self.extensions[0].subset.rows(self.n, slope.device)
+            slope = slope.reshape(self.n, -1)
             return slope if rows is None else slope.index_select(0, rows)
         module, x = self.modules[place], self.inputs[place].detach().requires_grad_()
         with torch.enable_grad(), muted(), run_again(module):
@@ -297,9 +311,9 @@ class AveragedPass(SeedPass):
         edge = get_gradient_edge(out)
         prepared, joined = self.prepared, self.joined
         self.subset = Subset()
-        self._go_over(Joined(edge), Layout(len(out)))
+        self._go_over(Joined([edge]), [Layout(len(out))])
         ends = [get_gradient_edge(x)] if x.requires_grad else []
-        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.joined.must_loop(edge) else len(seeds))
+        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.joined.must_loop else len(seeds))
         found = []
         for number, piece in enumerate(pieces, start=1):
             self.final = final and number == len(pieces)

@@ -24,7 +24,7 @@ class AveragedHessianPass(AveragedPass):
     """As ``AveragedPass``, for a curvature that need not be positive semidefinite."""
 
     grad: Tensor | None = None
-    """Of the loss in a module's output, ``[n, d]``."""
+    """Of the losses in a module's output, ``[n, d]``."""
 
     def _between(self, first: int) -> None:
         """The residuals are those at the inputs."""
@@ -45,8 +45,9 @@ class AveragedHessianPass(AveragedPass):
         if not x.is_floating_point():
             return None
         if self.grad is None:
-            grad = self.loss.grad(self.layout, torch.ones_like(self.outer))
-            rows = self.extensions[0].subset.rows(self.layout.n, grad.device)
+            first, *others = [term.grad() for term in self.terms]
+            grad = sum(others, start=first)
+            rows = self.extensions[0].subset.rows(self.n, grad.device)
             self.grad = grad if rows is None else grad[rows]
         x = x.detach().requires_grad_()
         with torch.enable_grad(), muted(), run_again(module):

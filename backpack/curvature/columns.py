@@ -49,7 +49,7 @@ class Columns(Collector):
         self._deferred: list[tuple[PlannedUse, Arrival]] = []
         """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
         tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
-        self.captured = set(self.lowest([joined.start.node], tapped))
+        self.captured = set(self.lowest([start.node for start in joined.starts], tapped))
         self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
         self._hooked = [node for node in tapped if node not in self.captured]
 

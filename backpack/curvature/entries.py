@@ -17,7 +17,6 @@ from torch import Tensor
 
 from backpack.compat import vmap
 from backpack.curvature.residuals import WRONG_THIRD, base_name
-from backpack.samples import AnyLayout
 
 ENTRIES = 2**22
 """Entries of the vectors that are multiplied with the Hessian at a time."""
@@ -31,12 +30,12 @@ MANY = 16
 class Entries:
     """Diagonals ``[*p]``, or one for each sample ``[n, *p]``.
 
-    ``gradients``: of the parameters, as a function of the samples' weights; ``layout``: where the samples lie at the
-    loss's input; ``is_batchable``: whether several derivatives may be taken together.
+    ``gradients``: of the parameters, as a function of the samples' weights; ``n``: how many
+    samples there are; ``is_batchable``: whether several derivatives may be taken together.
     """
 
     gradients: Callable[[Tensor | None], Sequence[Tensor | None]]
-    layout: AnyLayout
+    n: int
     parameters: list[Tensor]
     create_graph: bool
     is_batchable: bool
@@ -79,8 +78,8 @@ class Entries:
         """Weights of the samples; zero but for one, they need no gradient."""
         like = self.parameters[0]
         if only is None:
-            return torch.ones(self.layout.n, dtype=like.dtype, device=like.device, requires_grad=True)
-        weights = torch.zeros(self.layout.n, dtype=like.dtype, device=like.device)
+            return torch.ones(self.n, dtype=like.dtype, device=like.device, requires_grad=True)
+        weights = torch.zeros(self.n, dtype=like.dtype, device=like.device)
         weights[only] = 1
         return weights
 
@@ -97,7 +96,7 @@ class Entries:
             rows = self._products(parameter, grad, units, weights is not None).reshape(len(number), -1)
             pieces.append(self._finished(rows[place, number], weights))
         if not pieces:
-            return parameter.new_zeros(parameter.shape if weights is None else (self.layout.n, *parameter.shape))
+            return parameter.new_zeros(parameter.shape if weights is None else (self.n, *parameter.shape))
         found = torch.cat(pieces, -1)
         return found.reshape(found.shape[:-1] + parameter.shape)
 

@@ -28,7 +28,7 @@ from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
 from backpack.curvature.loss_call import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, below_complex, has_autocast, is_linear
 from backpack.curvature.shortcuts import squares
-from backpack.curvature.twice import LossGradient, TwicePass
+from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
 from backpack.graph import is_recomputed, shape_of, variable_of
 from backpack.quantities import Curvature
@@ -47,7 +47,7 @@ class HessianPass(TwicePass):
         self._refuse_rules()
         self.parameters: dict[int, Tensor] = {}
         self.totals: dict[int, tuple[Tensor, Dense, Tensor]] = {}
-        rows = self.subset.rows(self.layout.n, self.loss.input.device)
+        rows = self.subset.rows(self.n, self.device)
         self._take_twice_differentiable(rows)
         create = torch.is_grad_enabled()
         if create:
@@ -125,10 +125,10 @@ class HessianPass(TwicePass):
         self.prepared = replace(prepared, plan=plan)
         self.running = Columns(self, self.joined)
         graph = ResidualGraph(self.joined, self.prepared, plan)
-        select = self.chosen
-        seeds = self.loss.grad(self.layout, self.outer)[None]
-        grad = self._place(seeds, rows, select)[0].to(dtype_at(self.joined.start))
-        for edges, columns, weights in self._columns(graph, plan, grad, rows, select):
+        chosen = rows if self.chosen is None else self.chosen
+        seeds = self._place([term.grad()[None] for term in self.terms], chosen)
+        grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.joined.starts, strict=True)]
+        for edges, columns, weights in self._columns(graph, plan, grads, chosen):
             self.weights = weights
             self.running.pull(edges, columns)
             self.running.finish()
@@ -138,23 +138,22 @@ class HessianPass(TwicePass):
         self.prepared = prepared
 
     def _by_entries(self, leaves: Sequence[Node]) -> None:
-        layout = self.prepared.begin[self.joined.start.node, self.joined.start.output_nr]
-        rows = self.subset.rows(layout.n, self.loss.input.device)
-        counts = None if rows is None else torch.bincount(rows, minlength=layout.n).to(self.loss.input.dtype)
-        start = self.start_tensor
-        gradient = LossGradient(self.loss, self.outer, layout, self.chosen)
+        n = self.prepared.n
+        rows = self.subset.rows(n, self.device)
+        counts = None if rows is None else torch.bincount(rows, minlength=n).to(self.dtype)
+        gradient = self._loss_gradients(self.chosen)
         parameters = [variable_of(leaf) for leaf in leaves]
         create = torch.is_grad_enabled()
 
         def gradients(weights: Tensor | None) -> Sequence[Tensor | None]:
             own = counts if weights is None else weights
-            return self.joined.grad([self.joined.start], parameters, [gradient(own, start)], create_graph=True)
+            seeds = gradient(own, self.start_tensors)
+            return self.joined.grad(self.joined.starts, parameters, seeds, create_graph=True)
 
         self._warn(parameters)
-        batchable = not self.joined.must_loop(self.joined.start)
-        entries = Entries(gradients, layout, parameters, create, batchable)
+        entries = Entries(gradients, n, parameters, create, not self.joined.must_loop)
         with torch.enable_grad():
-            chosen = None if not self._each else range(layout.n) if rows is None else rows.tolist()
+            chosen = None if not self._each else range(n) if rows is None else rows.tolist()
             found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
         for parameter, diagonal in zip(parameters, found, strict=True):
             if diagonal is not None:
@@ -200,7 +199,6 @@ class HessianPass(TwicePass):
         self.totals[id(parameter)] = (parameter, grads, total)
 
     def _add_total(self, parameter: Tensor, dense: Dense, total: Tensor) -> None:
-        self._begin(parameter)
         unfold = dense.unfold
         assert unfold is not None
         squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
@@ -221,34 +219,26 @@ class HessianPass(TwicePass):
         self._add(parameter, found, self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
-        self._begin(parameter)
+        self.parameters[id(parameter)] = parameter
         self.final = False
         super()._add(parameter, grads, extensions)
 
-    def _begin(self, parameter: Tensor) -> None:
-        """Drop the results of an earlier pass: their memory is needed for the new ones."""
-        if id(parameter) not in self.parameters:
-            for extension in self.extensions:
-                vars(parameter).pop(extension.savefield, None)
-        self.parameters[id(parameter)] = parameter
-
     def _columns(
-        self, graph: ResidualGraph, plan: Plan, grad: Tensor, rows: Tensor | None, select: Tensor | None
-    ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None]]:
-        """Where to start, columns, and their weights: of the loss, then of each node."""
-        start = 0
-        for stop, seeds in self._chunks(graph.edge):
-            signs = self.root.signs if not self.sampled else None
-            if signs is not None:
-                signs = signs[start:stop] if select is None else signs[start:stop, select]
-            yield [graph.edge], [self._place(seeds, rows, select)], signs
+        self, graph: ResidualGraph, plan: Plan, grads: Sequence[Tensor], rows: Tensor | None
+    ) -> Iterator[tuple[Sequence[GradientEdge], list[Tensor], Tensor | None]]:
+        """Where to start, columns, and their weights: of the losses, then of each node."""
+        start, signs = 0, None if self.sampled else self._signs
+        for stop, seeds in self._chunks():
+            own = None if signs is None else signs[start:stop]
+            own = own[:, rows] if own is not None and rows is not None and self.selected else own
+            yield self.joined.starts, self._place(seeds, rows), own
             start = stop
-        chunk = self._chunk(graph.edge)
+        chunk = self._chunk
         if self.sampled:
-            yield from self._drawn_columns(graph, grad, chunk)
+            yield from self._drawn_columns(graph, grads, chunk)
             return
         recomputed = any(map(is_recomputed, graph.joined.nodes))  # it is read only once
-        for residual in graph.residuals(grad):
+        for residual in graph.residuals(grads):
             known = None if recomputed else squares(graph, residual)
             if known is not None and self._add_squares(plan, known):
                 continue
@@ -257,19 +247,28 @@ class HessianPass(TwicePass):
                 yield residual.edges, columns, weights.expand(-1, graph.n)
 
     @property
+    def _signs(self) -> Tensor | None:
+        """Of the columns of all losses, ``[v, n]``; ``None``: all are positive."""
+        roots = [term.root for term in self.terms]
+        if all(root.signs is None for root in roots):
+            return None
+        ones = [torch.ones(root.columns, self.n, dtype=self.dtype, device=self.device) for root in roots]
+        return torch.cat([one if root.signs is None else root.signs for one, root in zip(ones, roots, strict=True)])
+
+    @property
     def sampled(self) -> bool:
         """Whether columns are drawn."""
         return self.extensions[0].seeds == "sampled"
 
     def _drawn_columns(
-        self, graph: ResidualGraph, grad: Tensor, chunk: int
+        self, graph: ResidualGraph, grads: Sequence[Tensor], chunk: int
     ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor]]:
         """``r`` and ``R r`` for random signs ``r`` at all nodes at a time, as a sum and a difference.
 
         The expectation of ``(J^T r) * (J^T R r)`` is the diagonal of ``J^T R J``, and signs of different nodes are
         independent.
         """
-        residuals = list(graph.residuals(grad))
+        residuals = list(graph.residuals(grads))
         edges = [edge for residual in residuals for edge in residual.edges]
         count = self.extensions[0].mc_samples
         for start in range(0, count if residuals else 0, chunk):
@@ -283,7 +282,7 @@ class HessianPass(TwicePass):
                 scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # both factors are of the same size
                 for sign, product in zip(signs, products, strict=True):
                     parts.append(torch.cat([sign * scale + product / scale, sign * scale - product / scale]))
-            weights = grad.new_ones(2 * drawn, graph.n) / (4 * count)
+            weights = grads[0].new_ones(2 * drawn, graph.n) / (4 * count)
             weights[drawn:] *= -1
             yield edges, parts, weights
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack.compat import pull_back
 from backpack.curvature.pooling import Pooling, poolings
 from backpack.curvature.residuals import Severed
-from backpack.graph.looped import edges_from, must_loop, nodes
+from backpack.graph.looped import must_loop, nodes
 
 
 def place_of(edge: GradientEdge) -> GradientEdge:
@@ -23,20 +23,20 @@ def place_of(edge: GradientEdge) -> GradientEdge:
 
 @dataclass
 class Joined:
-    """A graph from ``start`` on in which the outputs of modules lead to other graphs than those that they came from.
+    """A graph from some edges on in which the outputs of modules lead to other graphs than those that they came from.
 
     ``parts``: for each module that ran again, the last one first, the edges of its outputs as they were to what they
     are now. Its parameters are used in its part alone.
     """
 
-    start: GradientEdge
+    starts: Sequence[GradientEdge]
     parts: Sequence[Mapping[GradientEdge, GradientEdge]] = ()
     known: Sequence[Node] | None = None
     """Its nodes, if somebody has looked."""
     _nodes: dict[int, set[Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.start = self.now(self.start)
+        self.starts = [self.now(start) for start in self.starts]
 
     @cached_property
     def instead(self) -> dict[GradientEdge, GradientEdge]:
@@ -51,7 +51,7 @@ class Joined:
     @cached_property
     def nodes(self) -> list[Node]:
         """All of the graph."""
-        return list(self.known) if self.known is not None else nodes(self.start, self.instead)
+        return list(self.known) if self.known is not None else nodes(self.starts, self.instead)
 
     @cached_property
     def poolings(self) -> list[Pooling]:
@@ -100,9 +100,10 @@ class Joined:
                     starts[later + 1].append((self.instead[old], grad))
         return found
 
-    def must_loop(self, edge: GradientEdge) -> bool:
-        """Whether seeds are pulled back from an edge one by one."""
-        return must_loop(self.nodes if self.now(edge) == self.start else nodes(edge, self.instead))
+    @property
+    def must_loop(self) -> bool:
+        """Whether seeds are pulled back one by one."""
+        return must_loop(self.nodes)
 
     def _next(self, stage: int) -> list[tuple[int, GradientEdge]]:
         """Replaced outputs to which a part leads, each with the number of its own part."""
@@ -115,10 +116,9 @@ class Joined:
         return max(found or [self._stage(before) for before, _ in node.next_functions if before is not None], default=0)
 
     def _reached(self, stage: int) -> set[Node]:
-        """The nodes between the start, or the outputs of a part, and the next parts."""
+        """The nodes between the starts, or the outputs of a part, and the next parts."""
         if stage not in self._nodes:
-            begins = self.parts[stage - 1].values() if stage else [self.start]
-            if stage == 0 and self.start in self.instead.values():
-                begins = []
-            self._nodes[stage] = {e.node for begin in begins for e in edges_from(begin, dict.fromkeys(self.instead))}
+            now = self.instead.values()
+            begins = self.parts[stage - 1].values() if stage else [start for start in self.starts if start not in now]
+            self._nodes[stage] = set(nodes(begins, dict.fromkeys(self.instead)))
         return self._nodes[stage]

@@ -1,15 +1,16 @@
-"""A call of an extended loss: from its input on, seeds are pulled back.
+"""Calls of extended losses: from their inputs on, seeds are pulled back.
 
-What has to hold for that is checked here: the input comes from an extended module, and shows where its samples lie.
-Extensions that share their seeds share a pass.
+The curvature of a sum of losses is the sum of theirs, and its root has the columns of all their roots, in the order of
+the calls. So the losses of a backward pass share a pull-back. Extensions that share their seeds do too.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from backpack.engine import Block, muted, without_autocast
 from backpack.graph import Graph, edge_of
 from backpack.graph.looped import counts_backward_passes
 from backpack.losses import LossRoot, loss_root
-from backpack.samples import AnyLayout
+from backpack.samples import AnyLayout, Layout
 from backpack.samples.notes import Note, leaves_of
+from backpack.samples.owners import Edge
 
 PASSES: dict[str, Any] = {}
 """How curvature is pulled back: the root's columns by themselves (``SeedPass``), their mean over the batch, with second
@@ -48,34 +50,79 @@ class LossCall:
     edge: GradientEdge
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    is_certain: bool = True
+    """Otherwise it is a loss if what it returns, a value for each row, is only reduced from there on."""
 
     @property
-    def place(self) -> tuple[Node, int]:
+    def place(self) -> Edge:
         """The edge of the input, as a key."""
         return edge_of(self.edge)
 
-    def grad(self, layout: AnyLayout, outer: Tensor) -> Tensor:
-        """The gradient of the loss with respect to its input, by samples, ``[n, d]``."""
-        create = torch.is_grad_enabled()
+
+@dataclass(eq=False)
+class Term:
+    """What the call of an extended loss adds to the curvature.
+
+    ``outer``: the cotangent of the loss's output; ``layout``: where the samples lie in its input. Seeds are
+    ``[v, n, d]``.
+    """
+
+    call: LossCall
+    outer: Tensor
+    layout: AnyLayout
+
+    @cached_property
+    def root(self) -> LossRoot:
+        """Of the loss's Hessian with respect to its input."""
+        call = self.call
+        with muted(), without_autocast(call.input.device):
+            return loss_root(call.loss, call.input, self.layout, call.args, call.kwargs, self.outer)
+
+    def none(self, count: int) -> Tensor:
+        """So many seeds that are zero."""
+        size = prod(self.layout.split(self.call.input.detach().to("meta")).shape[1:])
+        return self.call.input.new_zeros(count, self.layout.n, size)
+
+    def grad(self) -> Tensor:
+        """The gradient of the loss with respect to its input, ``[n, d]``."""
+        call, create = self.call, torch.is_grad_enabled()
         with torch.enable_grad():
-            point = self.input if create else self.input.detach().requires_grad_()
-            value = self.loss.forward(point, *self.args, **self.kwargs)
-            (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=create)
-        return layout.split(grad).reshape(layout.n, -1)
+            point = call.input if create else call.input.detach().requires_grad_()
+            value = call.loss.forward(point, *call.args, **call.kwargs)
+            (grad,) = torch.autograd.grad(value, point, self.outer if value.dim() else None, create_graph=create)
+        return self.layout.split(grad).reshape(self.layout.n, -1)
+
+    def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
+        """``[v, n, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""
+        layout = self.layout
+        shape = layout.split(self.call.input).shape[1:]
+        if chosen is not None and is_selected:
+            seeds, layout = seeds[:, chosen], fewer(layout, len(chosen))
+        elif chosen is not None:
+            seeds = seeds * seeds.new_zeros(layout.n).index_fill(0, chosen, 1)[:, None]
+        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.call.input.dtype)
 
 
-def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor) -> None:
+def fewer(layout: AnyLayout, n: int) -> Layout:
+    """The layout of so many of the samples."""
+    assert isinstance(layout, Layout)
+    return Layout(n, layout.axis)
+
+
+def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain: bool) -> None:
     """Note at the node that computed the output of a loss what it was called with."""
     kwargs = dict(kwargs)
     input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
     if not isinstance(input, Tensor) or not input.requires_grad or output.grad_fn is None:
+        return
+    if not is_certain and input.shape[:1] != output.shape:
         return
     node = input.grad_fn
     if node is output.grad_fn:  # handed through: a node must not hold itself
         return
     edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
     metadata: Any = output.grad_fn.metadata
-    metadata[LOSS] = output.output_nr, LossCall(loss, input, edge, args, kwargs)
+    metadata[LOSS] = output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)
 
 
 def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:
@@ -87,30 +134,30 @@ def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:
 
 @dataclass(eq=False)
 class Origin:
-    """Where seeds begin: at the input of a loss.
+    """Where seeds begin: at the inputs of losses, whose curvatures add up.
 
-    ``notes``: of the calls of extended modules that it comes from, by the edge of their output; ``prepare``: gives
-    what is known of the graph from an edge on, with the notes of module calls in it.
+    ``terms``: of the losses, in the order of their calls; ``notes``: of the calls of extended modules that their inputs
+    come from, by the edge of their output; ``prepare``: gives what is known of the graph from some edges on, with the
+    notes of module calls in it.
     """
 
-    call: LossCall
+    terms: Sequence[Term]
     prepared: Prepared
-    notes: Mapping[tuple[Node, int], Note]
-    prepare: Callable[..., tuple[Prepared, Mapping[tuple[Node, int], Note]]]
+    notes: Mapping[Edge, Note]
+    prepare: Callable[..., tuple[Prepared, Mapping[Edge, Note]]]
     passed: dict[Node, list[Any]] = field(default_factory=dict)
     """The calls of modules, by the node that computed their output, where a block reads them."""
-    keeps_graph = False
+    keeps_graph: bool = False
     """Whether the graph is still there after the backward pass."""
 
-    def run(self, block: Block, outer: Tensor, keeps_graph: bool) -> None:
-        """Compute the second-order extensions of a block; ``outer`` is the cotangent of the loss."""
-        self.keeps_graph = keeps_graph
-        with undisturbed([self.call.input]):
-            self._run(block, outer)
+    def run(self, block: Block) -> None:
+        """Compute the second-order extensions of a block."""
+        with undisturbed([term.call.input for term in self.terms]):
+            self._run(block)
 
-    def _run(self, block: Block, outer: Tensor) -> None:
-        self._check(outer, block.loss_factor)
-        loss, input = self.call.loss, self.call.input
+    def _run(self, block: Block) -> None:
+        for term in self.terms:
+            self._check(term, block.loss_factor)
         modules = [module for note in self.notes.values() if (module := note.module()) is not None]
         for extension in block.second_order:
             if extension.backprop != "sqrt" and any(is_fully_sharded(m) for one in modules for m in one.modules()):
@@ -118,18 +165,14 @@ class Origin:
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
                 )
-        layout = self.prepared.begin[self.call.place]
-
-        @cache
-        def root() -> LossRoot:
-            with muted(), without_autocast(input.device):
-                return loss_root(loss, input, layout, self.call.args, self.call.kwargs, outer)
-
         if any(extension.semidefinite for extension in block.second_order):
-            root().require_semidefinite()
-            notice = root().notice
-            if notice is not None and any(extension.seeds != "gradient" for extension in block.second_order):
-                warnings.warn(notice, stacklevel=2)
+            notices = []
+            for term in self.terms:
+                term.root.require_semidefinite()
+                notices.append(term.root.notice)
+            if any(extension.seeds != "gradient" for extension in block.second_order):
+                for notice in dict.fromkeys(filter(None, notices)):
+                    warnings.warn(notice, stacklevel=2)
         groups: dict[Any, list[Any]] = {}
         for extension in block.second_order:
             how = (extension.seeds, extension.mc_samples, extension.chunk_size, extension.whole, extension.backprop)
@@ -137,18 +180,19 @@ class Origin:
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
             last = place == len(groups) - 1 and not block.first_order and not block.with_rules
-            with without_autocast(input.device):
-                PASSES[extensions[0].backprop](block, extensions, self, root, outer, last).run()
+            with without_autocast(self.terms[0].call.input.device):
+                PASSES[extensions[0].backprop](block, extensions, self, last).run()
 
-    def _check(self, outer: Tensor, factor: float) -> None:
-        loss = self.call.loss
+    def _check(self, term: Term, factor: float) -> None:
+        call, outer = term.call, term.outer
+        loss = call.loss
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and counts_backward_passes(self.call.edge):
+        if distributed and counts_backward_passes(call.edge):
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) would take the pull-back of seeds for its first backward "
                 "pass: leave static_graph out, or run one backward pass without second-order extensions before."
             )
-        for value in leaves_of((self.call.args, self.call.kwargs)):
+        for value in leaves_of((call.args, call.kwargs)):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
                     f"A further argument of {type(loss).__name__}, of shape {list(value.shape)}, requires a "

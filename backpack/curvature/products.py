@@ -24,7 +24,7 @@ from backpack.compat import shape_at
 from backpack.curvature.joined import Joined
 from backpack.curvature.loss_call import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, has_autocast
-from backpack.curvature.twice import LossGradient, TwicePass
+from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
 from backpack.graph import count_outputs, forget_recomputed, shape_of, variable_of
 from backpack.nodes import Place, use_of
@@ -72,18 +72,18 @@ class ProductPass(TwicePass):
     def run(self) -> None:
         """Store the functions; nothing is multiplied yet."""
         self._refuse_rules()
-        given = self.subset.rows(self.layout.n, self.loss.input.device)
+        given = self.subset.rows(self.n, self.device)
         rows, counts = (None, None) if given is None else given.unique(return_counts=True)
         chosen = rows if self._take_lasting(rows) else None
-        layout = self.prepared.begin[self.joined.start.node, self.joined.start.output_nr]
-        weights = None if counts is None else counts.to(self.loss.input.dtype)
+        weights = None if counts is None else counts.to(self.dtype)
         if weights is not None and rows is not None and chosen is None:
-            weights = weights.new_zeros(layout.n).index_copy(0, rows, weights)
-        gradient = LossGradient(self.loss, self.outer, layout, chosen)
-        tensors: list[ref[Tensor] | Tensor] = [ref(self.start_tensor), *observed(self.prepared.graph)]
-        curvature = CurvatureBlocks(self.joined, self.prepared, self.start_tensor, partial(gradient, weights), tensors)
+            weights = weights.new_zeros(self.prepared.n).index_copy(0, rows, weights)
+        gradient, starts = partial(self._loss_gradients(chosen), weights), self.start_tensors
+        tensors: list[ref[Tensor] | Tensor] = [*map(ref, starts), *observed(self.prepared.graph)]
+        curvature = CurvatureBlocks(self.joined, self.prepared, starts, gradient, tensors)
         module = next((module for note in self.notes.values() if (module := note.module()) is not None), None)
-        owner, handle, products = self.loss.loss if module is None else module, Handle(), list[Product]()
+        owner = self.terms[0].call.loss if module is None else module
+        handle, products = Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
         for leaf in self.prepared.plan.expected:
             parameter = variable_of(leaf)
@@ -98,14 +98,16 @@ class ProductPass(TwicePass):
             return True
         if self.origin.keeps_graph and not rounded and not self._has_fused():
             return False
-        alone = len({id(note.arguments) for note in self.notes.values()}) == 1 and self.loss.place in self.notes
-        if (alone or self.origin.keeps_graph) and self._join(rounded):
+        is_new = all(term.call.place in self.notes for term in self.terms)
+        if len({id(note.arguments) for note in self.notes.values()}) > 1:
+            is_new = is_new and all(note.attached is None for note in self.notes.values())
+        if (is_new or self.origin.keeps_graph) and self._join(rounded):
             return False
         raise RuntimeError(
             f"{self._name} needs a graph that outlives the backward pass, and running the model "
-            f"again does not give the input of the loss (as with dropout in training mode, a state that is kept from "
-            f"call to call, an output that is reshaped before the loss, or autocast in the model). Run the forward "
-            f"pass inside the backpack(...) block and without autocast, and call backward(retain_graph=True)."
+            f"again does not give the inputs of the losses (as with dropout in training mode, a state that is kept "
+            f"from call to call, an output that is reshaped before the loss, or autocast in the model). Run the "
+            f"forward pass inside the backpack(...) block and without autocast, and call backward(retain_graph=True)."
         )
 
 
@@ -129,7 +131,7 @@ class Entrance:
 class CurvatureBlocks:
     """Multiplies with blocks of the Hessian, of the GGN, and of the GGN with a part of the residuals.
 
-    ``gradient``: of the loss, at ``start``, where the graph starts, or at any other values.
+    ``gradient``: of the losses, at ``starts``, where the graph starts, or at any other values.
 
     Of a gradient that is a linear function of those at an output, these are differentiated instead: what is linear in
     the parameters need not be differentiated twice, and all parameters share one graph of first derivatives.
@@ -137,32 +139,32 @@ class CurvatureBlocks:
 
     joined: Joined
     prepared: Prepared
-    start: Tensor
-    gradient: Product
+    starts: Sequence[Tensor]
+    gradient: Callable[[Sequence[Tensor]], list[Tensor]]
     tensors: list[ref[Tensor] | Tensor]
     modified: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.edge = self.joined.start
+        self.edges = self.joined.starts
         self._pulled: dict[Any, dict[Any, Tensor]] = {}
 
     @cached_property
-    def _of_hessian(self) -> Tensor:
-        """The gradient of the loss as a function of the parameters."""
-        return self.gradient(self.start)
+    def _of_hessian(self) -> list[Tensor]:
+        """The gradients of the losses as functions of the parameters."""
+        return self.gradient(self.starts)
 
     @cached_property
-    def _of_ggn(self) -> tuple[Tensor, Tensor]:
-        """A point, and the gradient of the loss as a function of it."""
-        point = self.start.detach().requires_grad_()
-        return point, self.gradient(point)
+    def _of_ggn(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Points, and the gradients of the losses as functions of them."""
+        points = [start.detach().requires_grad_() for start in self.starts]
+        return points, self.gradient(points)
 
     def hessian(self, parameter: Tensor) -> Product:
         """Of the loss (Pearlmutter, 1994)."""
-        cotangent = self._of_hessian
+        cotangents = self._of_hessian
 
         def pull() -> tuple[Entrance, Tensor]:
-            return self._pull(parameter, [self.edge], [cotangent])
+            return self._pull(parameter, self.edges, cotangents)
 
         def product(vector: Tensor) -> Tensor:
             entrance, found = pull()
@@ -179,10 +181,11 @@ class CurvatureBlocks:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
             graph = ResidualGraph(self.joined, self.prepared, self.prepared.plan)
+            grads = [cotangent.detach() for cotangent in self._of_ggn[1]]
             with muted():
-                found = [(r.edges, r.modified(modify)) for r in graph.residuals(self._of_ggn[1].detach())]
+                found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(grads)]
             edges = [edge for own, _ in found for edge in own]
-            zeros = [self.start.new_zeros(shape_at(edge), requires_grad=True) for edge in edges]
+            zeros = [self.starts[0].new_zeros(shape_at(edge), requires_grad=True) for edge in edges]
             self.modified[modify] = found, zeros
         return self._semidefinite(parameter, *self.modified[modify])
 
@@ -190,18 +193,18 @@ class CurvatureBlocks:
         self, parameter: Tensor, residuals: list[tuple[list[GradientEdge], Any]], zeros: list[Tensor]
     ) -> Product:
         """The GGN and ``J^T R J`` for matrices ``R`` between the edges given with each; ``zeros``: at all these."""
-        edges = [self.edge, *(edge for own, _ in residuals for edge in own)]
-        point, cotangent = self._of_ggn
+        edges = [*self.edges, *(edge for own, _ in residuals for edge in own)]
+        points, cotangents = self._of_ggn
 
         def pull() -> tuple[Entrance, Tensor]:
-            return self._pull(parameter, edges, [cotangent, *zeros])
+            return self._pull(parameter, edges, [*cotangents, *zeros])
 
         def product(vector: Tensor) -> Tensor:
             entrance, found = pull()
-            inputs = [point, *zeros]
+            inputs = [*points, *zeros]
             grads = _grads(found, inputs, entrance.change(vector))
             pushed = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True)]
-            seeds, rest = pushed[:1], pushed[1:]
+            seeds, rest = pushed[: len(points)], pushed[len(points) :]
             for own, multiply in residuals:
                 seeds += multiply(rest[: len(own)])
                 rest = rest[len(own) :]
@@ -211,7 +214,9 @@ class CurvatureBlocks:
 
         return _of_one_or_several(product, pull, parameter, self.tensors)
 
-    def _pull(self, parameter: Tensor, edges: list[GradientEdge], cotangents: list[Tensor]) -> tuple[Entrance, Tensor]:
+    def _pull(
+        self, parameter: Tensor, edges: Sequence[GradientEdge], cotangents: list[Tensor]
+    ) -> tuple[Entrance, Tensor]:
         """Where a parameter enters, and the pull-back to there of cotangents at the edges, as a function of them."""
         entrance = self._entrances.get(id(parameter))
         entrances = list(self._entrances.values())
@@ -232,7 +237,8 @@ class CurvatureBlocks:
 
     def _outputs(self) -> Iterator[tuple[int, Entrance]]:
         """Of parameters: the output that all of the loss depends on them through, linear in them."""
-        if len(self.joined.parts) > 1 or any(self.edge not in part.values() for part in self.joined.parts):
+        parts = self.joined.parts
+        if len(parts) > 1 or any(edge not in part.values() for part in parts for edge in self.edges):
             return  # what functions have kept leads to graphs that others have taken the place of
         plan, graph = self.prepared.plan, self.prepared.graph
         for node, uses in plan.uses.items():

@@ -1,8 +1,8 @@
-"""The recorded graph between a loss's input and the uses of parameters: its nodes with second derivatives."""
+"""The recorded graph between the inputs of losses and the uses of parameters: its nodes with second derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,14 @@ from backpack.graph import LEAF, variable_of
 
 @dataclass(eq=False)
 class ResidualGraph:
-    """Nodes that lead from a loss's input, where a graph starts, to the uses of a plan."""
+    """Nodes that lead from the inputs of losses, where a graph starts, to the uses of a plan."""
 
     joined: Joined
     prepared: Prepared
     plan: Plan
 
     def __post_init__(self) -> None:
-        self.edge, self.n = self.joined.start, self.plan.n
+        self.n = self.plan.n
         graph, owned = self.prepared.graph, self.prepared.owners.owned
         self._leading: set[Node] = set(self.plan.uses)
         for node in reversed(graph.order):
@@ -43,8 +43,8 @@ class ResidualGraph:
             if node is not None and now[0] in self._leading and now in owned
         ]
 
-    def residuals(self, grad: Tensor) -> Iterator[Residual]:
-        """Of all nodes, given the gradient of the loss with respect to its input.
+    def residuals(self, grads: Sequence[Tensor]) -> Iterator[Residual]:
+        """Of all nodes, given the gradients of the losses with respect to their inputs.
 
         Raises:
             RuntimeError: PyTorch has no second derivative of a node.
@@ -56,14 +56,14 @@ class ResidualGraph:
             if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
         ]
         numbers = {node: sorted({number for _, _, number in graph.incoming[node]}) for node in curved}
-        if self.edge.node in numbers:
-            numbers[self.edge.node] = sorted({self.edge.output_nr, *numbers[self.edge.node]})
+        for start in self.joined.starts:
+            if start.node in numbers:
+                numbers[start.node] = sorted({start.output_nr, *numbers[start.node]})
         arrivals = [GradientEdge(node, number) for node in curved for number in numbers[node]]
         if not arrivals:
             return
-        grads = self.joined.grad([self.edge], arrivals, [grad])
         arrived: dict[Node, dict[int, Tensor]] = {}
-        for edge, found in zip(arrivals, grads, strict=True):
+        for edge, found in zip(arrivals, self.joined.grad(self.joined.starts, arrivals, grads), strict=True):
             if found is not None:
                 arrived.setdefault(edge.node, {})[edge.output_nr] = found
         for node, own in arrived.items():

@@ -6,23 +6,22 @@ input on, some at a time. They reach the uses of the parameters as cotangents do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.arrivals import Contributions
 from backpack.backward.first_order import name_of
 from backpack.curvature.columns import Columns
 from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES, Origin
+from backpack.curvature.loss_call import PASSES, Origin, Term, fewer
 from backpack.curvature.rerun import agree, outputs_again
 from backpack.engine import Block
 from backpack.graph import shape_of, variable_of
-from backpack.losses import LossRoot
 from backpack.memory import empty
 from backpack.passages import Passage, passed
 from backpack.quantities import Curvature
@@ -38,32 +37,27 @@ WIDEST = 2**23
 class SeedPass:
     """Seeds of one kind, for extensions that share them, pulled back chunk by chunk.
 
-    ``outer``: the cotangent of the loss. ``last``: nothing else will be computed for the block, so that modules are
-    done when this pass is through them.
+    ``last``: nothing else will be computed for the block, so that modules are done when this pass is through them.
     """
 
     twice = False
     """Whether the model is differentiated twice, so that it is run again where it has fused functions."""
 
-    def __init__(
-        self,
-        block: Block,
-        extensions: list[Any],
-        origin: Origin,
-        make_root: Callable[[], LossRoot],
-        outer: Tensor,
-        last: bool,
-    ) -> None:
-        self.block, self.extensions, self.origin, self.loss = block, extensions, origin, origin.call
-        self.make_root, self.outer, self.last = make_root, outer, last
+    def __init__(self, block: Block, extensions: list[Any], origin: Origin, last: bool) -> None:
+        self.block, self.extensions, self.origin, self.last = block, extensions, origin, last
+        self.terms = origin.terms
         self.prepared, self.notes, self.passed = origin.prepared, origin.notes, origin.passed
-        self.layout = origin.prepared.begin[self.loss.place]
-        order = self.prepared.graph.order
-        self.joined = Joined(self.loss.edge, known=order[order.index(self.loss.edge.node) :])
-        self.start_tensor = self.loss.input
+        self.n = self.prepared.n
+        like = self.terms[0].call.input
+        self.device, self.dtype = like.device, like.dtype
+        edges, order = [term.call.edge for term in self.terms], self.prepared.graph.order
+        self.joined = Joined(edges, known=order[min(order.index(edge.node) for edge in edges) :])
+        self.start_tensors = [term.call.input for term in self.terms]
         """Where the graph starts."""
+        self.layouts: Sequence[AnyLayout] = [term.layout for term in self.terms]
+        """Where the samples lie there."""
         self.results: dict[tuple[int, int], list[Any]] = {}
-        self.first, self.final = True, False
+        self.final = False
         self.gathered = self.selected = False
         self.batchable = True
         self.start = 0
@@ -96,41 +90,38 @@ class SeedPass:
 
     def run(self) -> None:
         """Pull back all seeds and store the results."""
-        edge = self.loss.edge
-        rows, select = self.subset.rows(self.layout.n, self.loss.input.device), None
+        rows = self.subset.rows(self.n, self.device)
         if rows is not None:
             own = self._rerun(rows)
             if own is not None:
-                edge, select, self.subset, self.selected = own, rows, Subset(), True
-                self._go_over(Joined(edge), fewer(self.layout, len(rows)))
-
+                self.subset, self.selected = Subset(), True
+                self._go_over(Joined(own), [fewer(layout, len(rows)) for layout in self.layouts])
         try:
-            self._pull_all(edge, rows, select)
+            self._pull_all(rows)
         finally:
             self._clear()
 
-    def _pull_all(self, edge: GradientEdge, rows: Tensor | None, select: Tensor | None) -> None:
+    def _pull_all(self, rows: Tensor | None) -> None:
         """Several seeds at a time; if that fails, one by one."""
         columns: Columns | None = None
         try:
-            for number, seeds in self._chunks(edge):
+            for number, seeds in self._chunks():
                 columns = columns or Columns(self, self.joined)
                 self.final = number >= self.columns
-                columns.pull([edge], [self._place(seeds, rows, select)])
+                columns.pull(self.joined.starts, self._place(seeds, rows))
                 if self.final or not self.gathered:
                     columns.finish()
-                    self.first = False
         except RuntimeError:
             if columns is None or not columns.batched:
                 raise
             self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
-            self.batchable, self.first = False, True
-            self._pull_all(edge, rows, select)
+            self.batchable = False
+            self._pull_all(rows)
 
-    def _go_over(self, joined: Joined, layout: AnyLayout) -> None:
+    def _go_over(self, joined: Joined, layouts: Sequence[AnyLayout]) -> None:
         """Go on with a graph that was recorded anew."""
-        self.joined = joined
-        self.prepared, self.notes = self.origin.prepare(joined.start, layout, joined.replaced)
+        self.joined, self.layouts = joined, layouts
+        self.prepared, self.notes = self.origin.prepare(joined.starts, layouts, joined.replaced)
         self.joined.known = self.prepared.graph.order
         self.passed = passed(self.prepared.graph) if self.passed else {}
 
@@ -149,12 +140,12 @@ class SeedPass:
         """Entries of the samples' gradients, of one seed, that are pulled through where samples are mixed."""
         plan = self.prepared.plan
         leaves = {leaf for entry in plan.mixed for leaf in plan.entries[entry]}
-        return self.layout.n * sum(variable_of(leaf).numel() for leaf in leaves)
+        return self.n * sum(variable_of(leaf).numel() for leaf in leaves)
 
-    def _chunks(self, edge: GradientEdge) -> Iterator[tuple[int, Tensor]]:
-        """Seeds ``[v, n, d]``, some at a time, and how many have been given by then."""
+    def _chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Seeds ``[v, r, d]`` of each term, some at a time, and how many have been given by then."""
         whole = self.extensions[0].whole
-        chunk = 1 if self.columns == 1 and not whole else self._chunk(edge)
+        chunk = 1 if self.columns == 1 and not whole else self._chunk
         self.gathered = whole and chunk == 1
         if whole and not self.gathered:
             chunk = self.columns
@@ -164,72 +155,90 @@ class SeedPass:
             self.start, stop = start, min(start + chunk, self.columns)
             yield stop, self._seeds(start, stop)
         if self.columns == 0:
-            yield 0, self.loss.input.new_zeros(1, self.layout.n, self.loss.input.numel() // self.layout.n)
+            yield 0, [term.none(1) for term in self.terms]
 
-    def _chunk(self, edge: GradientEdge) -> int:
-        """How many seeds are pulled back from an edge at a time."""
-        if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop(edge):
+    @property
+    def _chunk(self) -> int:
+        """How many seeds are pulled back at a time."""
+        if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop:
             return 1
         if self.prepared.plan.mixed:
             return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._individual))
         return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
 
-    def _seeds(self, start: int, stop: int) -> Tensor:
-        """Some of the seeds, ``[v, n, d]``."""
-        kind = self.extensions[0].seeds
-        if kind == "gradient":
-            return self.root.weighed(self.loss.grad(self.layout, self.outer))[None]
-        if kind == "sampled":
-            drawn = [self.root.sampled() for _ in range(start, stop)]
-            return torch.stack(drawn) / self.columns**0.5 if self.columns > 1 else drawn[0][None]
-        return getattr(self.root, kind)(start, stop)
+    def _seeds(self, start: int, stop: int) -> list[Tensor]:
+        """Some of the seeds, for each term ``[v, r, d]``: one after the other, with zeros for those of others."""
+        found, end = [], 0
+        for term, count in zip(self.terms, self.counts, strict=True):
+            begin, end = end, end + count
+            first, last = max(start, begin), min(stop, end)
+            if first >= last:
+                found.append(term.none(stop - start))
+                continue
+            own = self._columns_of(term, first - begin, last - begin)
+            around = term.none(first - start), term.none(stop - last)
+            found.append(own if len(own) == stop - start else torch.cat([around[0], own, around[1]]))
+        return found
 
-    @property
-    def root(self) -> LossRoot:
-        """Of the loss's Hessian."""
-        return self.make_root()
+    def _columns_of(self, term: Term, start: int, stop: int) -> Tensor:
+        """Some of the columns of a loss's root, ``[v, r, d]``."""
+        first = self.extensions[0]
+        if first.seeds == "gradient":
+            return term.root.weighed(term.grad())[None]
+        if first.seeds == "sampled":
+            drawn = [term.root.sampled() for _ in range(start, stop)]
+            return torch.stack(drawn) / first.mc_samples**0.5 if first.mc_samples > 1 else drawn[0][None]
+        return getattr(term.root, first.seeds)(start, stop)
 
     @cached_property
-    def columns(self) -> int:
-        """The number of seeds."""
+    def counts(self) -> list[int]:
+        """The number of seeds of each term."""
         first = self.extensions[0]
         if first.seeds in ("sampled", "gradient"):
-            return first.mc_samples if first.seeds == "sampled" else 1
-        return self.root.columns if first.seeds == "exact" else self.root.documented_columns
+            return [first.mc_samples if first.seeds == "sampled" else 1] * len(self.terms)
+        roots = [term.root for term in self.terms]
+        return [root.columns if first.seeds == "exact" else root.documented_columns for root in roots]
 
-    def _place(self, seeds: Tensor, rows: Tensor | None, select: Tensor | None) -> Tensor:
-        """``[v, n, d]`` in the form of the loss's input; of the selected samples only."""
-        layout: Any = self.layout
-        shape = layout.split(self.loss.input).shape[1:]
-        if select is not None:
-            seeds, layout = seeds[:, select], fewer(layout, len(select))
-        elif rows is not None:
-            chosen = torch.zeros(layout.n, dtype=seeds.dtype, device=seeds.device)
-            chosen[rows] = 1
-            seeds = seeds * chosen[:, None]
-        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.loss.input.dtype)
+    @property
+    def columns(self) -> int:
+        """The number of seeds."""
+        return sum(self.counts)
 
-    def _rerun(self, rows: Tensor, rounded: bool = False) -> GradientEdge | None:
-        """The graph of the selected samples alone, where running the module on them gives the same output.
+    def _place(self, seeds: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
+        """``[v, r, d]`` of each term in the form of the loss's input; of the selected samples only."""
+        return [term.placed(own, rows, self.selected) for term, own in zip(self.terms, seeds, strict=True)]
 
-        ``rounded``: it was computed in 16 bits before, and is not now.
+    def _rerun(self, rows: Tensor, rounded: bool = False) -> list[GradientEdge] | None:
+        """The graph of the selected samples alone, where running the module on them gives the same outputs.
+
+        ``rounded``: they were computed in 16 bits before, and are not now.
         """
-        note = self.notes.get(self.loss.place)
-        layout = self.layout
-        if note is None or len(self.notes) > 1 or not isinstance(layout, Layout) or layout.factor > 1:
+        notes = [self.notes.get(term.call.place) for term in self.terms]
+        calls = {id(note.arguments): note for note in (*self.notes.values(), *notes) if note is not None}
+        if (
+            None in notes
+            or len(calls) > 1
+            or any(not isinstance(term.layout, Layout) or term.layout.factor > 1 for term in self.terms)
+        ):
             return None
-        if note.attached is not None or self.prepared.plan.mixed:
+        (note,) = calls.values()
+        outputs = None
+        if note.attached is None and not self.prepared.plan.mixed:
+            outputs = self._run_again(note, rows)
+        if outputs is None:
             return None
-        outputs = self._run_again(note, rows)
-        again = None if outputs is None or note.place >= len(outputs) else outputs[note.place]
-        expected = self.loss.input.index_select(layout.axis, rows)
-        if not isinstance(again, Tensor) or again.grad_fn is None or not agree(again, expected, rounded):
-            return None
-        self.start_tensor = again
-        return GradientEdge(again.grad_fn, again.output_nr)
+        found: list[Tensor] = []
+        for term, own in zip(self.terms, notes, strict=True):
+            again = outputs[own.place] if own is not None and own.place < len(outputs) else None
+            expected = term.call.input.index_select(term.layout.axes[0], rows)
+            if not isinstance(again, Tensor) or again.grad_fn is None or not agree(again, expected, rounded):
+                return None
+            found.append(again)
+        self.start_tensors = found
+        return [get_gradient_edge(again) for again in found]
 
     def _run_again(self, note: Note, rows: Tensor | None) -> list[Any] | None:
-        return outputs_again(note, rows, self.layout.n, self.twice)
+        return outputs_again(note, rows, self.n, self.twice)
 
     def keep_for_rules(self, passages: list[Passage], grads: Mapping[int, Tensor]) -> None:
         """Note the columns ``[v, n, ...]`` at a module's output for a rule."""
@@ -243,7 +252,7 @@ class SeedPass:
                         f"a rule for it. Do without the rule: none is needed for any module."
                     )
                 own = grads[passage.numbers[0]]
-                rows = None if self.selected else self.subset.rows(self.layout.n, own.device)
+                rows = None if self.selected else self.subset.rows(self.n, own.device)
                 own = own if rows is None else own.index_select(1, rows)
                 self.block.pulled.setdefault((id(extension), id(passage.module)), []).append(own)
 
@@ -252,9 +261,6 @@ class SeedPass:
         parameter = contributions.tensor
         extensions = without_rules(self.extensions, parameter, name_of(parameter), last=self.final)
         if extensions:
-            if self.first:
-                for extension in extensions:
-                    vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
             grads = self._weighed(contributions.individual(self.subset))
             rooms = [self._room(extension, parameter, grads) for extension in extensions]
             grads.room = next((room for room in rooms if room is not None), None)
@@ -307,12 +313,6 @@ class SeedPass:
     def _value(self, extension: Curvature, grads: Individual) -> Any:
         """What some seeds give to the result of an extension."""
         return extension.compute(grads)
-
-
-def fewer(layout: AnyLayout, n: int) -> Layout:
-    """The layout of so many of the samples."""
-    assert isinstance(layout, Layout)
-    return Layout(n, layout.axis)
 
 
 PASSES["sqrt"] = SeedPass

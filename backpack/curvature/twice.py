@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,40 +10,44 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.curvature.joined import Joined, place_of
-from backpack.curvature.loss_call import LossCall
+from backpack.curvature.loss_call import Term, fewer
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
-from backpack.curvature.seeds import SeedPass, fewer
+from backpack.curvature.seeds import SeedPass
 from backpack.samples import AnyLayout, Subset
 from backpack.samples.notes import Note
 
 
 @dataclass(eq=False)
-class LossGradient:
-    """The gradient of a loss with respect to its input, as a function of this, of all samples or the ``chosen`` ones.
+class LossGradients:
+    """The gradients of losses with respect to their inputs, as functions of these, of all samples or the ``chosen``.
 
-    ``layout``: where these samples lie.
+    ``layouts``: where these samples lie in each.
     """
 
-    loss: LossCall
-    outer: Tensor
-    layout: AnyLayout
+    terms: Sequence[Term]
+    layouts: Sequence[AnyLayout]
     chosen: Tensor | None
 
-    def __call__(self, weights: Tensor | None, point: Tensor) -> Tensor:
+    def __call__(self, weights: Tensor | None, points: Sequence[Tensor]) -> list[Tensor]:
         """With the terms of the samples weighed by ``weights[n]``."""
-        loss = self.loss
+        return [
+            self._of(term, layout, weights, point)
+            for term, layout, point in zip(self.terms, self.layouts, points, strict=True)
+        ]
+
+    def _of(self, term: Term, layout: AnyLayout, weights: Tensor | None, point: Tensor) -> Tensor:
+        call = term.call
         with torch.enable_grad():
-            whole = point.to(loss.input.dtype).view_as(point)  # behind the hooks of the model's output
+            whole = point.to(call.input.dtype).view_as(point)  # behind the hooks of the model's output
             if self.chosen is not None:
-                (axis,) = self.layout.axes
-                whole = loss.input.detach().index_copy(axis, self.chosen, whole)
-            value = loss.loss.forward(whole, *loss.args, **loss.kwargs)
-            (found,) = torch.autograd.grad(value, whole, self.outer if value.dim() else None, create_graph=True)
-            found = found if self.chosen is None else found.index_select(axis, self.chosen)
+                whole = call.input.detach().index_copy(term.layout.axes[0], self.chosen, whole)
+            value = call.loss.forward(whole, *call.args, **call.kwargs)
+            (found,) = torch.autograd.grad(value, whole, term.outer if value.dim() else None, create_graph=True)
+            found = found if self.chosen is None else found.index_select(term.layout.axes[0], self.chosen)
             if weights is not None:
-                found = found * weights[self.layout.owners(found.shape, weights.device)]
+                found = found * weights[layout.owners(found.shape, weights.device)]
             return found.to(point.dtype)
 
 
@@ -70,12 +75,15 @@ class TwicePass(SeedPass):
         if rows is None:
             return False
         chosen, places = rows.unique(return_inverse=True)
-        edge = self._rerun(chosen, rounded)
-        if edge is None or (rounded and has_autocast(Joined(edge).nodes)):
+        edges = self._rerun(chosen, rounded)
+        if edges is None or (rounded and has_autocast(Joined(edges).nodes)):
             return False
         self.subset, self.selected, self.chosen = Subset(places), True, chosen
-        self._go_over(Joined(edge), fewer(self.layout, len(chosen)))
+        self._go_over(Joined(edges), [fewer(layout, len(chosen)) for layout in self.layouts])
         return True
+
+    def _loss_gradients(self, chosen: Tensor | None) -> LossGradients:
+        return LossGradients(self.terms, self.layouts, chosen)
 
     def _has_fused(self) -> bool:
         """Whether there are functions without second derivatives, but others that compute the same."""
@@ -92,22 +100,23 @@ class TwicePass(SeedPass):
         modules: dict[int, list[tuple[GradientEdge, Note]]] = {}
         for (node, number), note in self.notes.items():
             modules.setdefault(id(note.arguments), []).append((GradientEdge(node, number), note))
-        start, parts = place_of(self.loss.edge), []
+        starts, parts = [place_of(term.call.edge) for term in self.terms], []
         if not modules:
             return False
         for outputs in sorted(modules.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
             again = self._run_again(outputs[0][1], None)
             part = {}
             for edge, note in outputs:
-                expected = self.loss.input if edge == start else note.value
+                places = [place for place, start in enumerate(starts) if start == edge]
+                expected = self.terms[places[0]].call.input if places else note.value
                 found = None if again is None or note.place >= len(again) else again[note.place]
                 if not isinstance(found, Tensor) or found.grad_fn is None or expected is None:
                     return False
                 if not agree(found, expected, rounded):
                     return False
                 part[edge] = place_of(get_gradient_edge(found))
-                if edge == start:
-                    self.start_tensor = found
+                for place in places:
+                    self.start_tensors[place] = found
             parts.append(part)
-        self._go_over(Joined(self.loss.edge, parts), self.layout)
+        self._go_over(Joined(starts, parts), self.layouts)
         return not (rounded and has_autocast(self.joined.nodes))

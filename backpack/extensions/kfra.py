@@ -22,7 +22,8 @@ class KFRA(KroneckerExtension):
     of it is, for each sample. Over a data set, each batch has its own averages, and their factors are averaged.
 
     Raises (in the backward pass):
-        RuntimeError: The model is no such chain, or running it once more gives another output.
+        RuntimeError: The model is no such chain, losses have different inputs, or running the model once more gives
+            another output.
         ValueError: An output is too large.
     """
 

@@ -42,6 +42,8 @@ class KroneckerExtension(CurvatureExtension):
       factors: with individual gradients ``G[r c]``, the axes being divided where the factors are smallest, the sums
       over samples and columns of ``G G^T``, and of ``G^T G`` divided by its trace. The product has the block's trace,
       and is the block for one sample and position of a linear map or table (Morwani et al., 2024, section 3).
+    - Several extended losses in one backward pass: as of one loss with the columns of all. ``B`` is the sum over them,
+      ``A`` is there once.
     - A parameter with several uses: those of one form, as of an unrolled cell, count as further positions; the factors
       of others, as of an embedding that is the output layer as well, are summed. Rows of a parameter that are used by
       themselves, as in cross attention, count like groups.

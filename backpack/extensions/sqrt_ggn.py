@@ -15,8 +15,10 @@ class SqrtGGNExact(Concatenated):
     """Root of the GGN, ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
 
     ``C`` counts the columns of a root of the loss Hessian: classes for cross entropy (times positions), outputs for
-    the squared error. With ``V^T`` the results of all parameters as ``[C * N, P]``, the GGN is ``V V^T``, reduction
-    included. With ``subsampling``, ``N`` is replaced by the selected samples in the order given.
+    the squared error; if a loss is of several rows of a sample, as a mask selects them, each row has its own. With
+    ``V^T`` the results of all parameters as ``[C * N, P]``, the GGN is ``V V^T``, reduction included. Of several
+    extended losses in one pass, it has the columns of each, in the order of their calls. With ``subsampling``, ``N`` is
+    replaced by the selected samples in the order given.
     """
 
     savefield = "sqrt_ggn_exact"
@@ -34,7 +36,8 @@ class SqrtGGNExact(Concatenated):
 class SqrtGGNMC(SqrtGGNExact):
     """Monte-Carlo estimate of a root of the GGN, ``sqrt_ggn_mc`` of shape ``[mc_samples, N, *p]``.
 
-    Holds the factor ``1 / sqrt(mc_samples)``, so that ``V V^T`` estimates the GGN without a further one.
+    Of several extended losses in one pass, each has as many columns. Holds the factor ``1 / sqrt(mc_samples)``, so that
+    ``V V^T`` estimates the GGN without a further one.
     """
 
     savefield = "sqrt_ggn_mc"

@@ -61,9 +61,9 @@ Instead = Mapping[GradientEdge, GradientEdge | None]
 """Edges that others take the place of; ``None``: the graph ends there."""
 
 
-def edges_from(edge: GradientEdge, instead: Instead | None = None) -> Iterator[GradientEdge]:
-    """All edges of a graph, from this one on."""
-    pending, visited, followed = [edge], set(), set()
+def _edges(starts: Iterable[GradientEdge], instead: Instead | None = None) -> Iterator[GradientEdge]:
+    """All edges of a graph, from these on."""
+    pending, visited, followed = list(starts), set(), set()
     while pending:
         edge = pending.pop()
         if instead and edge in instead:
@@ -79,9 +79,9 @@ def edges_from(edge: GradientEdge, instead: Instead | None = None) -> Iterator[G
                 pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
 
 
-def nodes(edge: GradientEdge, instead: Instead | None = None) -> list[Node]:
-    """All nodes of a graph."""
-    return list(dict.fromkeys(edge.node for edge in edges_from(edge, instead)))
+def nodes(starts: Iterable[GradientEdge], instead: Instead | None = None) -> list[Node]:
+    """All nodes of a graph, from these edges on."""
+    return list(dict.fromkeys(edge.node for edge in _edges(starts, instead)))
 
 
 def _name(node: Node) -> str:
@@ -103,5 +103,5 @@ def counts_backward_passes(edge: GradientEdge) -> bool:
 
     It would take the pull-back of seeds for that pass, and exchange gradients before they are there.
     """
-    wrappers = [node.ddp_weakref() for node in nodes(edge) if node.name() == "_DDPSinkBackward"]  # type: ignore[attr-defined]
+    wrappers = [node.ddp_weakref() for node in nodes([edge]) if node.name() == "_DDPSinkBackward"]  # type: ignore[attr-defined]
     return any(ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued for ddp in wrappers)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, NLLLoss
 
 from backpack.samples import AnyLayout
 
@@ -77,11 +77,15 @@ def divided(grad: Tensor, weight: Tensor) -> Tensor:
 def term_weight(loss: Module, input: Tensor, layout: AnyLayout, outer: Tensor, terms: int | None = None) -> Tensor:
     """What the reduction of a loss of so many terms (default: one an entry) multiplies them by.
 
-    Broadcastable to ``[n, d]``; one where a loss does not say how it is reduced.
+    Broadcastable to ``[n, d]``; one where a loss does not say how it is reduced. One that is not reduced has a value
+    for each entry, for each position or for each row of its input, which ``outer`` weighs.
     """
     reduction = getattr(loss, "reduction", "sum")
-    if reduction == "none" and outer.shape == input.shape:
-        return by_sample(layout, outer)
+    if outer.dim():
+        weight = outer.unsqueeze(1) if isinstance(loss, NLLLoss) else outer
+        weight = weight.reshape(*weight.shape, *[1] * (input.dim() - weight.dim()))
+        if all(size in (1, whole) for size, whole in zip(weight.shape, input.shape, strict=True)):
+            return by_sample(layout, weight.expand_as(input))
     count = {"mean": terms or input.numel(), "batchmean": len(input)}.get(reduction, 1)
     return input.new_tensor(1 / count)
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.compat import is_packed
-from backpack.graph import LEAF, Graph, kind, saved, shape_of
+from backpack.graph import Graph, kind, saved, shape_of
 from backpack.samples.ids import SampleIds
 from backpack.samples.layouts import AnyLayout, Layout, same
 from backpack.samples.notes import Note, run_on_fewer
-from backpack.samples.owners import Edge, Owners
+from backpack.samples.owners import Edge, Owners, is_single_parameter
 from backpack.samples.table import onto
 
 Sweep = Callable[[dict[Edge, AnyLayout]], Owners]
@@ -165,18 +165,9 @@ class Choice:
 
 def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> tuple[Layout, Owners] | None:
     """The layout under which samples are mixed at fewer nodes, all of which are mixed under the others as well."""
-
-    def is_single_parameter(node: Node) -> bool:
-        while node.name() != LEAF:
-            following = [other for other, _ in graph.edges[node] if other is not None]
-            if len(following) != 1:
-                return False
-            node = following[0]
-        return True
-
     if len(attempts) < 2:
         return None
-    mixed = [{node for node, _ in owners.mixed if not is_single_parameter(node)} for _, owners in attempts]
+    mixed = [{node for node, _ in owners.mixed if not is_single_parameter(node, graph)} for _, owners in attempts]
     for attempt, own in zip(attempts, mixed, strict=True):
         if all(own < other for other in mixed if other is not own):
             return attempt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,67 +36,141 @@ class Owners:
     above: dict[Edge, None] = field(default_factory=dict)
     joined: dict[Edge, AnyLayout] = field(default_factory=dict)
     coded: list[Node] = field(default_factory=list)
+    is_thorough: bool = False
 
 
 class _Disputed(Exception):
     """Two nodes send rows of different samples to the same place, unless they send zeros there."""
 
 
-def find_owners(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Generator) -> Owners:
+MASKING = frozenset(("MaskedFill", "Where", "Softmax", "SafeSoftmax"))
+"""Kinds of nodes that send zeros where positions are masked, which the table counts to the samples beside them."""
+
+
+def find_owners(
+    graph: Graph,
+    begin: Mapping[Edge, AnyLayout],
+    generator: torch.Generator,
+    known: Mapping[Edge, AnyLayout] | None = None,
+    thoroughly: bool = False,
+) -> Owners:
     """Go down a graph from the edges where the samples begin.
 
     Below a mixed edge everything is mixed, whatever its own rows say: what comes through the mixed part would be
-    counted twice otherwise.
+    counted twice otherwise. ``known``: of some edges, from where there are more samples; it is taken where these agree.
+    ``thoroughly``: do not take for mixed what only values keep apart, such as positions behind a mask.
     """
-    try:
-        return _go_down(graph, begin, generator, exactly=False)
-    except _Disputed:
-        return _go_down(graph, begin, generator, exactly=True)
+    if known is None:
+        try:
+            return _Descent(graph, begin, generator, {}, False, thoroughly).run()
+        except _Disputed:
+            pass
+    return _Descent(graph, begin, generator, known or {}, True, thoroughly).run()
 
 
-def _go_down(graph: Graph, begin: Mapping[Edge, AnyLayout], generator: torch.Generator, exactly: bool) -> Owners:
-    """``exactly``: entries that a function does not select are told from those that it does."""
-    owners = Owners()
-    mixed, above = owners.mixed, owners.above
-    roots: dict[Node, list[int]] = {}
-    for root in graph.roots:
-        roots.setdefault(root.node, []).append(root.output_nr)
-    starts: dict[Node, list[int]] = {}
-    for node, number in begin:
-        starts.setdefault(node, []).append(number)
-    for node in graph.order:
-        arriving: dict[int, AnyLayout | None] = {}
-        outside = list(roots.get(node, ()))
-        for consumer, k, number in graph.incoming[node]:
-            sent = owners.sends.get(consumer)
-            if sent is not None:
-                arriving[number] = (
-                    _merged(arriving[number], sent[k], node, number, exactly) if number in arriving else sent[k]
-                )
-            elif (consumer, -1) in mixed:
-                arriving[number] = None
-            else:
-                outside.append(number)
-        if outside:
-            above.update(dict.fromkeys((node, number) for number in outside))
-            for number in starts.get(node, ()):
-                if number not in outside:
-                    continue
-                if number not in arriving:
-                    arriving[number] = begin[node, number]
-                    del above[node, number]
-                elif arriving[number] is None:
-                    owners.joined[node, number] = begin[node, number]
-        if not arriving:
-            continue
-        if node.name() != LEAF:
-            if None in arriving.values():
-                arriving = dict.fromkeys(arriving)
-                mixed.add((node, -1))
-            else:
-                owners.sends[node] = _sent(node, graph, arriving, owners, generator, exactly)
-        _note(owners, node, arriving)
-    return owners
+@dataclass(eq=False)
+class _Descent:
+    """One way down. ``exactly``: entries that a function does not select are told from those that it does."""
+
+    graph: Graph
+    begin: Mapping[Edge, AnyLayout]
+    generator: torch.Generator
+    known: Mapping[Edge, AnyLayout]
+    exactly: bool
+    thoroughly: bool
+
+    def run(self) -> Owners:
+        owners = Owners(is_thorough=self.thoroughly)
+        mixed, above, exactly = owners.mixed, owners.above, self.exactly
+        graph, begin, known = self.graph, self.begin, self.known
+        roots: dict[Node, list[int]] = {}
+        for root in graph.roots:
+            roots.setdefault(root.node, []).append(root.output_nr)
+        starts: dict[Node, list[int]] = {}
+        for node, number in begin:
+            starts.setdefault(node, []).append(number)
+        for node in graph.order:
+            arriving: dict[int, AnyLayout | None] = {}
+            outside = list(roots.get(node, ()))
+            for consumer, k, number in graph.incoming[node]:
+                sent = owners.sends.get(consumer)
+                if sent is not None:
+                    arriving[number] = (
+                        _merged(arriving[number], sent[k], node, number, exactly) if number in arriving else sent[k]
+                    )
+                elif (consumer, -1) in mixed:
+                    arriving[number] = None
+                else:
+                    outside.append(number)
+            if outside:
+                above.update(dict.fromkeys((node, number) for number in outside))
+                for number in starts.get(node, ()):
+                    if number not in outside:
+                        continue
+                    if number not in arriving:
+                        arriving[number] = begin[node, number]
+                        del above[node, number]
+                    elif arriving[number] is None:
+                        owners.joined[node, number] = begin[node, number]
+            if not arriving:
+                continue
+            for number in arriving if known else ():
+                arriving[number] = _completed(arriving[number], known.get((node, number)), shape_of(node, number))
+            if node.name() != LEAF:
+                if None in arriving.values():
+                    arriving = dict.fromkeys(arriving)
+                    mixed.add((node, -1))
+                else:
+                    owners.sends[node] = self._sent(node, arriving, owners)
+            _note(owners, node, arriving)
+        return owners
+
+    def _sent(self, node: Node, arriving: Mapping[int, Any], owners: Owners) -> list[AnyLayout | None]:
+        """Where the samples lie in what a node sends along its edges."""
+        number, layout = next(iter(arriving.items()))
+        edges = self.graph.edges[node]
+        if kind(node) in HANDED_ON:
+            return [arriving.get(k) for k in range(len(edges))]
+        if kind(node) == "CheckpointFunction":
+            raise RuntimeError(
+                "A part of the model is checkpointed with use_reentrant=True, which hides its graph until the backward "
+                "pass has come to it. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        try:
+            if len(arriving) > 1 and not all(same(layout, other) for other in arriving.values()):
+                raise Unknown
+            if (self.exactly and kind(node) in SELECTING) or (self.thoroughly and kind(node) in MASKING):
+                raise Unknown
+            sent = list(spread(node, edges, layout, number))
+            if self.thoroughly and any(
+                own is None and other is not None and not is_single_parameter(other, self.graph)
+                for own, (other, _) in zip(sent, edges, strict=True)
+            ):
+                raise Unknown
+            return sent
+        except Unknown:
+            owners.coded.append(node)
+            count = count_outputs(node)
+            exactly = self.exactly or kind(node) in MASKING
+            return coded(node, [arriving.get(k) for k in range(count)], self.generator, exactly)
+
+
+def is_single_parameter(node: Node, graph: Graph) -> bool:
+    """Whether nodes lead from here to one parameter, without a branch."""
+    while node.name() != LEAF:
+        following = [other for other, _ in graph.edges[node] if other is not None]
+        if len(following) != 1:
+            return False
+        node = following[0]
+    return True
+
+
+def _completed(layout: AnyLayout | None, known: AnyLayout | None, shape: Sequence[int]) -> AnyLayout | None:
+    """What is known of an edge that some of the samples reach, if it says the same of these."""
+    if layout is None or known is None or layout.n != known.n:
+        return layout
+    one, other = layout.scattered(shape).owner, known.scattered(shape).owner
+    return known if bool(((one == other) | (one < 0)).all()) else layout
 
 
 def _note(owners: Owners, node: Node, arriving: Mapping[int, AnyLayout | None]) -> None:
@@ -112,36 +186,6 @@ HANDED_ON = frozenset(("_DDPSink", "RegisterPostBackwardFunction"))
 
 SELECTING = frozenset(("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather"))
 """Kinds of nodes for which the table counts entries that were not selected to the samples of those beside them."""
-
-
-def _sent(
-    node: Node,
-    graph: Graph,
-    arriving: Mapping[int, Any],
-    owners: Owners,
-    generator: torch.Generator,
-    exactly: bool,
-) -> list[AnyLayout | None]:
-    """Where the samples lie in what a node sends along its edges."""
-    number, layout = next(iter(arriving.items()))
-    edges = graph.edges[node]
-    if kind(node) in HANDED_ON:
-        return [arriving.get(k) for k in range(len(edges))]
-    if kind(node) == "CheckpointFunction":
-        raise RuntimeError(
-            "A part of the model is checkpointed with use_reentrant=True, which hides its graph until the backward "
-            "pass has come to it. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-        )
-    try:
-        if len(arriving) > 1 and not all(same(layout, other) for other in arriving.values()):
-            raise Unknown
-        if exactly and kind(node) in SELECTING:
-            raise Unknown
-        return list(spread(node, edges, layout, number))
-    except Unknown:
-        owners.coded.append(node)
-        count = count_outputs(node)
-        return coded(node, [arriving.get(k) for k in range(count)], generator, exactly)
 
 
 def _merged(one: AnyLayout | None, other: AnyLayout | None, node: Node, number: int, exactly: bool) -> AnyLayout | None:

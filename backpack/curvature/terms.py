@@ -1,0 +1,119 @@
+"""What the total of a backward pass is made of: extended losses, and terms that go through the model beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.backward.collector import Prepared
+from backpack.backward.first_order import name_of
+from backpack.curvature.loss_call import LossCall, losses_in
+from backpack.curvature.residual_graph import is_linear
+from backpack.curvature.residuals import is_flat
+from backpack.graph import Graph, kind, variable_of
+from backpack.samples.notes import Note
+from backpack.samples.owners import Edge
+
+SUMS = ("Add", "Sub", "Rsub")
+"""Kinds of nodes that add terms."""
+
+
+@dataclass(eq=False)
+class Terms:
+    """Of one pass.
+
+    ``losses``: the calls of extended losses that it comes to first, in the order of these calls, with the edges of
+    their outputs; ``beside``: the way from the root to a use of a parameter that leads through none of them, if there
+    is one.
+    """
+
+    losses: list[tuple[Edge, LossCall]] = field(default_factory=list)
+    beside: list[Node] = field(default_factory=list)
+
+
+def terms_of(graph: Graph, prepared: Prepared, executed: set[Node] | None, asked: Sequence[Edge]) -> Terms:
+    """Go down from the roots, as far as to the losses.
+
+    ``executed``: the nodes that run in a pass with respect to the ``asked`` edges; ``None``: all. Below these edges, it
+    is continued.
+    """
+    known = {node: ((node, number), call) for node, number, call in losses_in(graph)}
+    must_be_linear = any(not call.is_certain for _, call in known.values())
+    ends = set(asked)
+    before: dict[Node, Node | None] = {root.node: None for root in graph.roots}
+    curved: set[Node] = set()
+    terms = Terms()
+    for node in graph.order:
+        if node not in before:
+            continue
+        if node in known and (known[node][1].is_certain or node not in curved):
+            terms.losses.append(known[node])
+            continue
+        if node in prepared.plan.uses:
+            terms.beside = terms.beside or _way(node, before)
+            continue
+        following = [
+            (other, number)
+            for other, number in graph.edges[node]
+            if other is not None
+            and (executed is None or node not in executed or other in executed or (other, number) in ends)
+        ]
+        bends = must_be_linear and (node in curved or not _is_linear(node, graph))
+        for other, _ in following:
+            before.setdefault(other, node)
+            if bends:
+                curved.add(other)
+    terms.losses.sort(key=lambda found: found[0][0]._sequence_nr())
+    return terms
+
+
+def _is_linear(node: Node, graph: Graph) -> bool:
+    """Whether a node is linear, piece by piece, in all that it has got together."""
+    live = [(k, GradientEdge(*edge)) for k, edge in enumerate(graph.edges[node]) if edge[0] is not None]
+    return is_flat(node, [edge for _, edge in live]) or (len(live) == 1 and is_linear(node, live[0][0]))
+
+
+def _way(node: Node | None, before: Mapping[Node, Node | None]) -> list[Node]:
+    way: list[Node] = []
+    while node is not None:
+        way.append(node)
+        node = before[node]
+    return way[::-1]
+
+
+def refuse_beside(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, Note], names: str) -> None:
+    """Raise for a term that is no extended loss.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    outputs = {node: note for (node, _), note in notes.items()}
+    words: list[str] = []
+    end = _used(way[-1], prepared)
+    for node in way:
+        if node in outputs:
+            module = outputs[node].module()
+            end = "the output of " + ("a module" if module is None else type(module).__name__)
+            break
+        if words or kind(node) not in SUMS:
+            words.append(kind(node))
+    if len(words) > 6:
+        words[3:-2] = ["..."]
+    raise RuntimeError(
+        f"{names}: what backward() was called for has a term that goes through the model and is no extended loss: "
+        f"{' of '.join([*words, end])}. Second-order extensions are of extended losses, whose results add up. Make the "
+        f"term a torch.nn.Module without parameters that takes the model's output and returns the term, and extend() "
+        f"it; or call backward() for it outside of the backpack(...) block."
+    )
+
+
+def _used(node: Node, prepared: Prepared) -> str:
+    """A parameter that a node uses."""
+    plan = prepared.plan
+    for planned in plan.uses[node]:
+        leaf = planned.leaf if planned.entry is None else plan.entries[planned.entry[0]][0]
+        if leaf is not None:
+            return f"{kind(node)} with the parameter {name_of(variable_of(leaf))}"
+    return kind(node)
