@@ -186,8 +186,9 @@ def documents_in_one_row(rng: random.Random) -> Case:
     document = grouped(rng, rng.randint(2, 3), least=2)[None]  # of one token, no gradient reaches query and key
     apart = document[:, :, None] != document[:, None, :]
     f = lambda s, tokens, apart: s.b(attention(s, s.table(tokens), apart))  # noqa: E731
-    m = Fn(f, table=nn.Embedding(4, 3, dtype=F64), b=L(3, 2), **heads_of_attention(3))
-    return Case(m, (torch.randint(4, document.shape), apart), document)
+    m = Fn(f, table=nn.Embedding(16, 3, dtype=F64), b=L(3, 2), **heads_of_attention(3))
+    tokens = torch.randperm(16)[: document.numel()].reshape(document.shape)  # of equal ones, none reaches a query
+    return Case(m, (tokens, apart), document)
 
 
 @case

@@ -89,7 +89,7 @@ class Layout:
     def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | Scattered | None:
         """The layout after ``reshape``; ``None``: unknown."""
         if 0 in after:
-            return Scattered(self.n, torch.full([1] * len(after), -1))
+            return _empty(self.n, after)
         if self.n == 1:
             return Layout(1, inner=after[0]) if after else Scattered(1, torch.zeros((), dtype=torch.int64))
         below = self.inner * prod(before[self.axis + 1 :])
@@ -111,7 +111,10 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Scattered:
-    """``n`` samples lie as a table says: ``owner``, of one entry or all along each axis; ``-1``: of no sample."""
+    """``n`` samples lie as a table says: ``owner``, of one entry or all along each axis; ``-1``: of no sample.
+
+    If all entries belong to one sample, it lies along the first axis, of which the table has all entries.
+    """
 
     n: int
     owner: Tensor
@@ -120,7 +123,8 @@ class Scattered:
     @property
     def axes(self) -> list[int]:
         """The axes along which entries of different samples lie."""
-        return [axis for axis, size in enumerate(self.owner.shape) if size != 1]
+        wide = [axis for axis, size in enumerate(self.owner.shape) if size != 1]
+        return wide or [0][: self.owner.dim()]
 
     @cached_property
     def _index(self) -> tuple[Tensor, Tensor]:
@@ -150,6 +154,8 @@ class Scattered:
         rows, inside = self._index
         front = tensor.movedim([leading + axis for axis in axes], list(range(leading, leading + len(axes))))
         front = front.reshape(*tensor.shape[:leading], prod(sizes), *front.shape[leading + len(axes) :])
+        if front.shape[leading] == 0:
+            return front.new_zeros(*front.shape[:leading], *rows.shape, *front.shape[leading + 1 :])
         found = front.index_select(leading, rows.flatten().to(tensor.device)).unflatten(leading, rows.shape)
         if inside.all():
             return found
@@ -175,11 +181,11 @@ class Scattered:
 
     def split_sizes(self, sizes: Sequence[int]) -> list[int]:
         """What ``split`` leaves of the axes of a tensor that has one entry for all samples."""
-        return [1, *(size for axis, size in enumerate(sizes) if self.owner.shape[axis] == 1)]
+        return [1, *(size for axis, size in enumerate(sizes) if axis not in self.axes)]
 
     def occupies(self, axes: Sequence[int]) -> bool:
         """Whether entries of different samples lie along one of these axes."""
-        return any(self.owner.shape[axis] != 1 for axis in axes)
+        return any(axis in axes for axis in self.axes)
 
     def moved(self, sources: Sequence[int | None]) -> Scattered | None:
         """The layout of a tensor whose axis ``k`` was ``sources[k]`` before; ``None``: samples' axes are gone."""
@@ -218,14 +224,14 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
     told from those of a sample.
     """
     if owner.numel() == 0:
-        return Scattered(n, torch.full([1] * owner.dim(), -1))
+        return _empty(n, owner.shape)
     if n == 1:
         return Layout(1, inner=owner.shape[0]) if owner.dim() else Scattered(1, owner)
     for lenient in (False,) if exactly else (False, True):
         for axis in range(owner.dim() - 1, -1, -1):
             wide = sum(size != 1 for size in owner.shape)
-            if owner.shape[axis] == 1 or wide == 1:  # one sample's entries alone are rows, too
-                continue
+            if owner.shape[axis] == 1 or (wide == 1 and (lenient or not axis)):
+                continue  # entries of none stay told from those of others, and those of one sample are rows
             largest = owner.amax(axis, keepdim=True)
             smallest = (owner.where(owner >= 0, n) if lenient else owner).amin(axis, keepdim=True)
             if bool(((largest == smallest) | (lenient & (largest < 0))).all()):
@@ -236,6 +242,12 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
         if regular is not None:
             return regular
     return Scattered(n, owner)
+
+
+def _empty(n: int, shape: Sequence[int]) -> Scattered:
+    """The layout of a tensor without entries."""
+    first = list(shape).index(0)
+    return Scattered(n, torch.zeros([int(axis != first) for axis in range(len(shape))], dtype=torch.int64))
 
 
 def _regular(n: int, axis: int, owner: Tensor) -> Layout | None:
