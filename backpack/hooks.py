@@ -185,11 +185,13 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         _watch_gathered(module)
     if here.root is None and (module is root or (root is None and _learns(module))):
         leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis, random)
+    if module._modules and root is None and not any(p.requires_grad for p in module.parameters()):
+        _leave_loss(module, args, kwargs, output)
     if module._modules and not (RULED and is_ruled(module)):
         return
     if LEFT:
         forget(module)
-    if root is None or _is_known_loss(module):
+    if not module._modules and (root is None or _is_known_loss(module)) and not trainable(module):
         _leave_loss(module, args, kwargs, output)
     leave_passage(module, args, kwargs, output, bool(here.blocks and here.blocks[-1].extension_hook))
 
@@ -208,11 +210,11 @@ def _is_known_loss(module: Module) -> bool:
 
 
 def _leave_loss(module: Module, args: Any, kwargs: Any, output: Any) -> None:
-    """Note the call of a loss: it has no trainable parameter; if it is none of PyTorch's, it returns a scalar.
+    """Note the call of a module without trainable parameters: a loss, if it is one of PyTorch's or returns a scalar.
 
     Whether one that returns a value for each row is a loss is known when a backward pass begins.
     """
-    if not isinstance(output, Tensor) or module._modules or trainable(module):
+    if not isinstance(output, Tensor):
         return
     is_certain = output.dim() == 0 or _is_known_loss(module)
     if is_certain or output.dim() == 1:

@@ -39,6 +39,7 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from backpack.extensions.module_extension import ModuleExtension
 
 F64 = torch.float64
 
@@ -672,6 +673,95 @@ def test_a_loss_that_returns_a_value_for_each_row_is_one(reduce):
             assert close(p.kfac[0], own.T @ (own / weights[weights > 0, None]), rtol=1e-9)
 
 
+class Weighted(nn.Module):
+    """A loss that is made of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")
+
+    def forward(self, z: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return 0.3 * self.one(z, y) + 2 * self.other(z.tanh(), target) + self.one(z[:, :2], y)
+
+
+def test_a_loss_that_is_made_of_others_is_one_loss():
+    torch.manual_seed(0)
+    x, y, target = rand(4, 3), torch.randint(2, (4,)), rand(4, 3)
+    model, lossfunc = nn.Sequential(nn.Linear(3, 3, dtype=F64), nn.Tanh(), nn.Linear(3, 3, dtype=F64)), Weighted()
+    call = lambda loss, z: loss(z, y, target)  # noqa: E731
+    truth = Truth(nn.ModuleList([model]), [model(x)], [(lossfunc, call)])
+    extend(model)
+    with backpack(DiagHessian(), HMP(), BatchDiagHessian()):
+        call(extend(lossfunc), model(x)).backward()
+    for label, p in zip(truth.parameters, model.parameters(), strict=True):
+        hessian = truth.ggn[label] + truth.residual[label]
+        assert close(p.diag_h_batch.flatten(1), hessian.diagonal(dim1=1, dim2=2), rtol=1e-9)
+        assert close(p.diag_h.flatten(), hessian.diagonal(dim1=1, dim2=2).sum(0), rtol=1e-9)
+        assert close(p.hmp(units(p)).detach().reshape(p.numel(), -1), hessian.sum(0), rtol=1e-9)
+
+
+def test_results_of_several_losses_can_be_differentiated():
+    torch.manual_seed(0)
+    x, y, z = rand(3, 2), torch.randint(3, (3,)), rand(3, 2)
+    model = Heads(nn.Sequential(nn.Linear(2, 3, dtype=F64), nn.Tanh()), *(nn.Linear(3, s, dtype=F64) for s in (3, 2)))
+    losses = [(nn.CrossEntropyLoss(), lambda loss, out: loss(out, y)), (nn.MSELoss(), lambda loss, out: loss(out, z))]
+
+    def total(model: nn.Module) -> Tensor:
+        truth = Truth(nn.ModuleList([model]), model(x), losses)
+        return sum(block.diagonal(dim1=1, dim2=2).sum() for block in truth.ggn.values())
+
+    ours = extend(copy.deepcopy(model))
+    values = [call(extend(loss), out) for (loss, call), out in zip(losses, ours(x), strict=True)]
+    with backpack(DiagGGNExact()):
+        torch.autograd.grad(values[0] + values[1], list(ours.parameters()), create_graph=True)
+    found = sum(p.diag_ggn_exact.sum() for p in ours.parameters())
+    assert close(found, total(model), rtol=1e-9)
+    directions = [torch.randn_like(p) for p in model.parameters()]
+    grads = torch.autograd.grad(found, list(ours.parameters()), materialize_grads=True)
+    step, moved = 1e-5, []
+    for sign in (1, -1):
+        there = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, direction in zip(there.parameters(), directions, strict=True):
+                p.add_(direction, alpha=sign * step)
+        moved.append(total(there))
+    slope = sum((g * direction).sum() for g, direction in zip(grads, directions, strict=True))
+    assert close(slope, (moved[0] - moved[1]) / (2 * step), rtol=1e-6)
+
+
+def test_hooks_and_rules_see_the_columns_of_all_losses():
+    class Columns(ModuleExtension):
+        def __init__(self) -> None:
+            super().__init__(["weight"])
+
+        def weight(self, ext: Any, module: nn.Module, g_inp: Any, g_out: Any, columns: Tensor) -> Tensor:
+            return torch.einsum("vno,ni->oi", columns.square(), module.input0.square())
+
+    torch.manual_seed(0)
+    x, y, z = rand(3, 2), torch.randint(3, (3,)), rand(3, 2)
+    model = Heads(nn.Sequential(nn.Linear(2, 3, dtype=F64), nn.Tanh()), *(nn.Linear(3, s, dtype=F64) for s in (3, 2)))
+    one, other, done = extend(nn.CrossEntropyLoss()), extend(nn.MSELoss()), []
+    ruled = DiagGGNExact()
+    ruled.savefield = "by_rule"
+    ruled.set_module_extension(nn.Linear, Columns())
+
+    def hook(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            done.append(id(module))
+            assert all(hasattr(p, "diag_ggn_exact") for p in module.parameters())
+
+    extend(model)
+    with backpack(DiagGGNExact(), extension_hook=hook):
+        outs = model(x)
+        (one(outs[0], y) + other(outs[1], z)).backward()
+    assert len(done) == 3 and len(set(done)) == 3
+    with backpack(ruled):
+        outs = model(x)
+        (one(outs[0], y) + other(outs[1], z)).backward()
+    for layer in (model.trunk[0], *model.heads):
+        assert close(layer.weight.by_rule, layer.weight.diag_ggn_exact, rtol=1e-9)
+
+
 @pytest.mark.parametrize("reduce", [lambda rows: rows.square().mean(), lambda rows: rows.exp().sum().log()])
 def test_a_loss_of_rows_that_is_changed_afterwards_is_none(reduce):
     torch.manual_seed(0)
@@ -828,7 +918,7 @@ def test_a_pass_that_fails_leaves_no_old_result():
     model, lossfunc, x, y = model_and_loss()
     with backpack(DiagGGNExact()):
         lossfunc(model(x), y).backward()
-    with pytest.raises(RuntimeError, match="no extended loss"), backpack(DiagGGNExact()):
+    with pytest.raises(RuntimeError, match="not an extended loss"), backpack(DiagGGNExact()):
         (lossfunc(model(x), y) + model(x).sum()).backward()
     assert not any(hasattr(p, "diag_ggn_exact") for p in model.parameters())
 

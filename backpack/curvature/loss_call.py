@@ -86,7 +86,7 @@ class Term:
     def grad(self) -> Tensor:
         """The gradient of the loss with respect to its input, ``[n, d]``."""
         call, create = self.call, torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), muted():
             point = call.input if create else call.input.detach().requires_grad_()
             value = call.loss.forward(point, *call.args, **call.kwargs)
             (grad,) = torch.autograd.grad(value, point, self.outer if value.dim() else None, create_graph=create)
@@ -122,7 +122,7 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain:
         return
     edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
     metadata: Any = output.grad_fn.metadata
-    metadata[LOSS] = output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)
+    metadata.setdefault(LOSS, (output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)))
 
 
 def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:

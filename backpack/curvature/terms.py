@@ -84,7 +84,7 @@ def _way(node: Node | None, before: Mapping[Node, Node | None]) -> list[Node]:
 
 
 def refuse_beside(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, Note], names: str) -> None:
-    """Raise for a term that is no extended loss.
+    """Raise for a term that is not an extended loss.
 
     Raises:
         RuntimeError: Always.
@@ -102,10 +102,10 @@ def refuse_beside(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, 
     if len(words) > 6:
         words[3:-2] = ["..."]
     raise RuntimeError(
-        f"{names}: what backward() was called for has a term that goes through the model and is no extended loss: "
-        f"{' of '.join([*words, end])}. Second-order extensions are of extended losses, whose results add up. Make the "
-        f"term a torch.nn.Module without parameters that takes the model's output and returns the term, and extend() "
-        f"it; or call backward() for it outside of the backpack(...) block."
+        f"{names}: the loss has a term that goes through the model and is not an extended loss: "
+        f"{' of '.join([*words, end])}. Second-order extensions add up the curvatures of extended losses and know no "
+        f"others. Write the term as a torch.nn.Module without parameters that takes the model's output, and extend() "
+        f"it; or call backward() for the term outside of the backpack(...) block."
     )
 
 

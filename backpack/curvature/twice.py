@@ -15,6 +15,7 @@ from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
+from backpack.engine import muted
 from backpack.samples import AnyLayout, Subset
 from backpack.samples.notes import Note
 
@@ -39,7 +40,7 @@ class LossGradients:
 
     def _of(self, term: Term, layout: AnyLayout, weights: Tensor | None, point: Tensor) -> Tensor:
         call = term.call
-        with torch.enable_grad():
+        with torch.enable_grad(), muted():
             whole = point.to(call.input.dtype).view_as(point)  # behind the hooks of the model's output
             if self.chosen is not None:
                 whole = call.input.detach().index_copy(term.layout.axes[0], self.chosen, whole)
