@@ -267,12 +267,6 @@ def test_a_parameter_whose_use_was_not_seen_is_an_error_that_names_it():
         (square(model(X)) + model[1].weight.sum()).backward()
 
 
-def test_an_empty_batch_is_an_error():
-    model = extend(net())
-    with pytest.raises(RuntimeError, match="batch of size 0"), backpack(BatchGrad()):
-        square(model(torch.zeros(0, 3, dtype=torch.float64))).backward()
-
-
 def test_rows_of_the_output_are_the_samples():
     class Shorter(nn.Module):
         def __init__(self):

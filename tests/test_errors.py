@@ -89,11 +89,6 @@ def test_a_loss_that_is_no_scalar_is_refused():
         refused(model, [extension], RuntimeError, "scalar outputs", lossfunc=lossfunc)
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_an_empty_batch_is_refused(extension):
-    refused(extend(net()), [extension()], RuntimeError, "batch of size 0", batch=lambda: batch(0))
-
-
 class Lost(nn.Module):
     def __init__(self):
         super().__init__()

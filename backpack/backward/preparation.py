@@ -18,11 +18,11 @@ from backpack.backward.first_order import name_of
 from backpack.backward.plan import make_plan
 from backpack.curvature.loss_call import LossCall, Origin, Term
 from backpack.engine import Block, muted
-from backpack.graph import LEAF, Graph, edge_of, read, shape_of, variable_of
+from backpack.graph import LEAF, Graph, count_outputs, edge_of, read, shape_of, variable_of
 from backpack.passages import Passage
 from backpack.samples import AnyLayout, Layout, SampleIds, Scattered, found_layout, layouts, same
 from backpack.samples.beginning import decide
-from backpack.samples.mixing import mixed_data, unproved
+from backpack.samples.mixing import behind, mixed_data, unproved
 from backpack.samples.notes import Note, noted
 from backpack.samples.owners import Edge, Owners, find_owners
 from backpack.watched import SHARDED, watched
@@ -245,6 +245,22 @@ def is_wanted(leaf: Tensor) -> bool:
     return watched(leaf) is not None or (bool(SHARDED) and leaf in SHARDED)
 
 
+def _passes(block: Block, prepared: Prepared) -> float:
+    """How many backward passes it takes to pull samples through mixed regions, for one column, by entries of tensors.
+
+    Subsets of different extensions are pulled by themselves.
+    """
+    graph, plan = prepared.graph, prepared.plan
+    size = {node: sum(prod(shape_of(node, number)) for number in range(count_outputs(node))) for node in graph.order}
+    below = {node for entry in plan.mixed for node in behind(entry, graph)}
+    subsets = {extension.subset.key: extension.subset for extension in block.extensions}
+    device = torch.device("cpu")
+    rows = [subset.rows(plan.n, device) for subset in subsets.values()]
+    return sum(plan.n if own is None else len(own) for own in rows) * (
+        sum(size[node] for node in below) / max(1, sum(size.values()))
+    )
+
+
 _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
 """What users have been told of what mixes the samples of a model."""
 
@@ -289,8 +305,8 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
     if where and module is not None and where not in _told.setdefault(module, set()):
         _told[module].add(where)
         warnings.warn(
-            f"Samples are mixed by {where}: what is computed of one depends on others. The gradient of each of the "
-            f"{plan.n} samples is pulled through the layers below by itself, which takes as many backward passes "
-            f"through them as there are samples. {ways}, or let subsampling= select fewer samples.",
+            f"Samples are mixed by {where}: what is computed of one depends on others. The gradient of each sample is "
+            f"pulled through the layers below by itself, for each column in second order, which costs about "
+            f"{_passes(block, prepared):.2g} times a backward pass. {ways}, or let subsampling= select fewer samples.",
             stacklevel=6,
         )

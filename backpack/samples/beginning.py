@@ -313,8 +313,8 @@ def proved(graph: Graph, owners: Owners, calls: Sequence[Note], n: int) -> bool 
             if own is None or own.n != n:
                 continue
             owner = own.owners(value.shape, torch.device("cpu"))
-            if owner.numel() == 1 and n > 1:
-                whole[storage, int(value.storage_offset())] = int(owner)
+            if n > 1 and len(samples := owner.unique()) == 1:
+                whole[storage, int(value.storage_offset())] = int(samples)
                 if len(set(whole.values())) > 1:
                     return True
             if storage in inputs:
