@@ -48,19 +48,17 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     block.clear()
     running = _Running(block, graph, notes, calls, losses, passages)
     block.ran = True
-    if running.prepared is not None:
-        seen = running.prepared.plan.expected.keys()
-        outside = {get_gradient_edge(parameter).node for parameter in running.prepared.plan.outside}
-        _refuse_unseen([variable_of(leaf) for leaf in _received(outside - seen, asked)])
+    if block.extensions:
+        _refuse_unseen([variable_of(leaf) for leaf in _received(running.unseen, asked)])
     try:
         running.run_second_order(call, asked)
         running.attach()
         first = running.first
         if not asked or first is None:
-            result = function(*args, **kwargs)
+            result = call.run(block.keeps_graph)
         elif call.is_for_parameters:
             first.is_partial = not first.plan.expected.keys() <= {node for node, _ in asked}
-            result = call.run(keep_graph=first.is_partial and first.may_defer)
+            result = call.run(block.keeps_graph or (first.is_partial and first.may_defer))
         else:
             result = _differentiate_by_others(first, call, Partial(graph, first.plan, notes, asked))
         with torch.set_grad_enabled(call.creates_graph):
@@ -113,10 +111,8 @@ class _Running:
                 watch(module)
         self.prepared = prepare(graph, notes, calls)
         if self.prepared is None:
-            if block.second_order and calls and not losses:
-                self._refuse_other_losses()
-            if block.extensions and (losses or calls):
-                _nothing_reached()
+            if block.extensions and losses and not calls and not _is_extended_beside(graph, losses):
+                _warn_of_no_model()
             return
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
@@ -126,6 +122,14 @@ class _Running:
             self.first = FirstOrderPass(block, self.prepared)
         for node, number, call in losses if block.second_order else ():
             self.origins.append(((node, number), origin_of(call, self.prepared, notes, passages)))
+
+    @property
+    def unseen(self) -> set[Node]:
+        """The nodes of parameters of extended modules that are used, but nowhere by samples."""
+        if self.prepared is None:
+            return wanted_leaves(self.graph)
+        outside = {get_gradient_edge(parameter).node for parameter in self.prepared.plan.outside}
+        return outside - self.prepared.plan.expected.keys()
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +158,7 @@ class _Running:
                 outer = call.cotangent(edge)
                 try:
                     if outer is not None:
-                        origin.run(self.block, outer, call.keeps_graph)
+                        origin.run(self.block, outer)
                 finally:
                     forget_recomputed()
 
@@ -175,11 +179,18 @@ class _Running:
             self.first.detach()
 
 
-def _nothing_reached() -> None:
-    raise RuntimeError(
-        "The backward pass reached no trainable parameter of an extended module, so nothing was computed. "
-        "Call extend(model) before the forward pass; of frozen parameters, requires_grad_() those whose "
-        "results are wanted."
+def _is_extended_beside(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> bool:
+    """Whether an extended module other than these losses ran, which must be frozen if it left no note."""
+    known = [call.loss for _, _, call in losses]
+    passages = (passage for own in passed(graph).values() for passage in own)
+    return any(all(passage.module is not loss for loss in known) for passage in passages)
+
+
+def _warn_of_no_model() -> None:
+    warnings.warn(
+        "The backward pass started from an extended loss, but reached no extended model, so nothing was computed. Call "
+        "extend(model) before the forward pass, and give the model's output to the loss.",
+        stacklevel=5,
     )
 
 
@@ -212,7 +223,7 @@ def _differentiate_by_others(running: FirstOrderPass, call: Call, partial: Parti
     beside = running.outputs_of(lowest) if call.function is torch.autograd.grad else []
     if beside:
         given = {**call.given, "inputs": [*call.inputs, *beside], "allow_unused": True}
-        if running.may_defer:
+        if running.may_defer or running.block.keeps_graph:
             given["retain_graph"] = True
         result = torch.autograd.grad(**given)
         result, more = result[: len(call.inputs)], result[len(call.inputs) :]
@@ -222,7 +233,7 @@ def _differentiate_by_others(running: FirstOrderPass, call: Call, partial: Parti
                 "if this is the desired behavior."
             )
     else:
-        result, more = call.run(keep_graph=running.may_defer), ()
+        result, more = call.run(running.may_defer or running.block.keeps_graph), ()
     with torch.set_grad_enabled(call.creates_graph):
         running.take(beside, more)
         if result is not None:

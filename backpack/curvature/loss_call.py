@@ -99,12 +99,9 @@ class Origin:
     prepare: Callable[..., tuple[Prepared, Mapping[tuple[Node, int], Note]]]
     passed: dict[Node, list[Any]] = field(default_factory=dict)
     """The calls of modules, by the node that computed their output, where a block reads them."""
-    keeps_graph = False
-    """Whether the graph is still there after the backward pass."""
 
-    def run(self, block: Block, outer: Tensor, keeps_graph: bool) -> None:
+    def run(self, block: Block, outer: Tensor) -> None:
         """Compute the second-order extensions of a block; ``outer`` is the cotangent of the loss."""
-        self.keeps_graph = keeps_graph
         with undisturbed([self.call.input]):
             self._run(block, outer)
 
