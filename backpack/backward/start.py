@@ -44,6 +44,7 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     if not calls and not losses and not passages:
         if block.extensions:
             _refuse_unseen([variable_of(leaf) for leaf in _received(wanted_leaves(graph), asked)])
+        block.ran |= bool(passed(graph))  # of frozen modules: nothing is to be computed
         return function(*args, **kwargs)
     block.clear()
     running = _Running(block, graph, notes, calls, losses, passages)
@@ -111,8 +112,8 @@ class _Running:
                 watch(module)
         self.prepared = prepare(graph, notes, calls)
         if self.prepared is None:
-            if block.extensions and losses and not calls and not _is_extended_beside(graph, losses):
-                _warn_of_no_model()
+            if block.extensions and not calls:
+                _warn_of_no_model(graph, losses)
             return
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
@@ -179,19 +180,16 @@ class _Running:
             self.first.detach()
 
 
-def _is_extended_beside(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> bool:
-    """Whether an extended module other than these losses ran, which must be frozen if it left no note."""
-    known = [call.loss for _, _, call in losses]
-    passages = (passage for own in passed(graph).values() for passage in own)
-    return any(all(passage.module is not loss for loss in known) for passage in passages)
-
-
-def _warn_of_no_model() -> None:
-    warnings.warn(
-        "The backward pass started from an extended loss, but reached no extended model, so nothing was computed. Call "
-        "extend(model) before the forward pass, and give the model's output to the loss.",
-        stacklevel=5,
-    )
+def _warn_of_no_model(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> None:
+    """Warn if only losses are extended. Others, that have left no note of their call, are frozen."""
+    known = {id(call.loss) for _, _, call in losses}
+    if known and all(id(passage.module) in known for own in passed(graph).values() for passage in own):
+        warnings.warn(
+            "The backward pass started from an extended loss, but reached no extended model, so nothing was computed. "
+            "Call extend(model) before the forward pass, and give the model's output to the loss. (Where the model is "
+            "frozen, there is nothing to compute.)",
+            stacklevel=6,
+        )
 
 
 class Partial:
