@@ -138,7 +138,7 @@ class Broken(FirstOrderModuleExtension):
 
 def test_a_broken_rule_is_caught():
     extension = BatchGrad()
-    extension.set_module_extension(nn.Linear, Broken())
+    extension.set_module_extension(nn.Linear, Broken(), overwrite=True)
     outcome = verify(*problem(), extension)
     assert not outcome.passed
     assert [row.parameter for row in outcome.rows if row.verdict == "wrong"] == ["5.weight"]

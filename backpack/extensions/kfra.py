@@ -30,5 +30,5 @@ class KFRA(KroneckerExtension):
     batches = FACTORS
     backprop = "average"
 
-    def __init__(self, subsampling: Any = None, approx: str | None = None) -> None:
-        super().__init__(subsampling=subsampling, approx=approx)
+    def __init__(self, subsampling: Any = None, approx: str | None = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling, approx=approx)
