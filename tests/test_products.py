@@ -92,6 +92,51 @@ def test_products_start_where_a_parameter_enters_linearly(retain):
     check_after_the_pass(Entrances().double(), values(3, 2, 3), retain)
 
 
+class Words(nn.Module):
+    """A table whose rows are looked up, alone or in bags; ``plain``: by functions that PyTorch differentiates twice."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.out, self.plain = table, nn.Linear(3, 3), False
+
+    def forward(self, index):
+        if not self.plain:
+            h = self.table(index)
+        else:
+            h = nn.functional.embedding(index, self.table.weight, self.table.padding_idx)
+            padding = -1 if self.table.padding_idx is None else self.table.padding_idx
+            seen = (index != padding)[..., None].expand_as(h).to(h.dtype)
+            mode = getattr(self.table, "mode", None)
+            h = h if mode is None else (h * seen).sum(1) / (seen.sum(1).clamp(min=1) if mode == "mean" else 1)
+        h = h.sin().sum(1) if h.dim() > 2 else h.sin()
+        return self.out(h.tanh())
+
+
+TABLES = {
+    "words": lambda: nn.Embedding(5, 3),
+    "with padding": lambda: nn.Embedding(5, 3, padding_idx=1),
+    "sparse": lambda: nn.Embedding(5, 3, sparse=True),
+    "sums": lambda: nn.EmbeddingBag(5, 3, mode="sum"),
+    "means with padding": lambda: nn.EmbeddingBag(5, 3, mode="mean", padding_idx=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("table", TABLES)
+def test_products_of_tables(table):
+    torch.manual_seed(0)
+    model, X = Words(TABLES[table]()).double(), torch.randint(0, 5, (4, 3))
+    y, lossfunc = labels(4), nn.CrossEntropyLoss()
+    model.plain = True
+    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    model.plain = False
+    extend(model), extend(lossfunc)
+    with backpack(HMP(), GGNMP()):
+        lossfunc(model(X), y).backward()
+    check(model, "hmp", hessian)
+    check(model, "ggnmp", ggn)
+
+
 def test_a_product_costs_less_than_twice_a_gradient_of_its_parameter():
     """Counted in multiplications: the first layer's gradient is not differentiated, nor those of the others taken."""
     model, lossfunc = (

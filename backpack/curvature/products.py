@@ -160,7 +160,7 @@ class CurvatureBlocks:
         def product(vector: Tensor) -> Tensor:
             entrance, found = pull()
             (result,) = _grads(found, [parameter], entrance.change(vector))
-            return torch.zeros_like(parameter) if result is None else result
+            return torch.zeros_like(parameter) if result is None else _dense(result)
 
         return _of_one_or_several(product, pull, parameter, self.tensors)
 
@@ -200,7 +200,7 @@ class CurvatureBlocks:
                 rest = rest[len(own) :]
             (result,) = self.joined.grad(edges, [parameter], seeds)
             assert result is not None
-            return result
+            return _dense(result)
 
         return _of_one_or_several(product, pull, parameter, self.tensors)
 
@@ -255,6 +255,11 @@ def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> Sequence[
     if not value.requires_grad:
         return [None] * len(inputs)
     return torch.autograd.grad(value, inputs, vector, retain_graph=True, allow_unused=True)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Those of tables may be sparse."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _of_one_or_several(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
@@ -98,12 +98,13 @@ def verify(
         and a verdict: ``right``, ``wrong``, ``refused`` with the reason, or ``not compared``. ``passed`` sums up.
 
     Raises:
-        TypeError: What the loss is to be called with is no tensor.
+        TypeError: What the loss is to be called with is no tensor, or the inputs hold none.
         ValueError: No extension is given, or the samples cannot be told apart in the output.
     """
     if not extensions:
         raise ValueError("verify() needs the extensions to verify, for example BatchGrad().")
     forward = forward or apply
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     model, batch, exact = _double(model, (inputs, targets), forward)
     rule = tolerance if tolerance is not None else (1e-6 if exact else 1e-2)
     lossfunc = copy.deepcopy(lossfunc).double() if exact else copy.deepcopy(lossfunc)
@@ -224,6 +225,8 @@ class Run:
         known = next((CHECKS[cls] for cls in type(self.extension).__mro__ if cls in CHECKS), None)
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in self.found:
+            if plain.parameters[name].numel() == 0:
+                continue  # there is nothing to compare
             try:
                 pairs[name] = list(self._pairs(known, name))
             except NoTruth as reason:

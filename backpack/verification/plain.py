@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, RNNBase
-from torch.utils._pytree import tree_leaves
+
+from backpack.dataset.contents import samples_of
 
 LARGEST_LOOP = 2**10
 """Up to how many backward passes a loop over the entries of the output may take."""
@@ -42,8 +43,7 @@ class Plain:
         if not isinstance(self.out, Tensor):
             raise TypeError(f"verify() needs a tensor that the loss is called with, got {type(self.out).__name__}.")
         axis = int(isinstance(self.model, RNNBase) and not self.model.batch_first)
-        tensors = [leaf for leaf in tree_leaves(self.batch[0]) if isinstance(leaf, Tensor) and leaf.dim() > axis]
-        self.n = tensors[0].shape[axis]
+        self.n = samples_of(self.batch[0], axis)
         if self.out.dim() <= axis or self.out.shape[axis] % self.n or (axis and self.out.shape[axis] != self.n):
             raise ValueError(
                 f"The {self.n} samples cannot be told apart in the model's output of shape {list(self.out.shape)}: let "
@@ -147,8 +147,8 @@ class Plain:
                     (found,) = torch.autograd.grad(slope, parameter, unit, retain_graph=True, allow_unused=True)
                 except RuntimeError as error:
                     raise NoTruth(f"PyTorch has no second derivative ({error})") from error
-            rows.append(torch.zeros_like(parameter) if found is None else found.to_dense())
-        return torch.stack(rows).flatten(1)[:, chosen]
+            rows.append((torch.zeros_like(parameter) if found is None else found.to_dense()).flatten())
+        return torch.stack(rows)[:, chosen]
 
     @cached_property
     def users(self) -> dict[Node, list[tuple[Node, int, int]]]:
