@@ -105,7 +105,7 @@ def verify(
         raise ValueError("verify() needs the extensions to verify, for example BatchGrad().")
     forward = forward or apply
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    model, batch, exact = _double(model, (inputs, targets), forward)
+    model, batch, exact = _double(model, lossfunc, (inputs, targets), forward)
     rule = tolerance if tolerance is not None else (1e-6 if exact else 1e-2)
     lossfunc = copy.deepcopy(lossfunc).double() if exact else copy.deepcopy(lossfunc)
     # The other kernels of attention have no second derivative.
@@ -120,8 +120,8 @@ def verify(
     return outcome
 
 
-def _double(model: Module, batch: Any, forward: Forward) -> tuple[Module, Any, bool]:
-    """Copies in float64, if the model runs in it."""
+def _double(model: Module, lossfunc: Module, batch: Any, forward: Forward) -> tuple[Module, Any, bool]:
+    """Copies in float64, if the model runs in it and has a finite gradient."""
 
     def double(value: Any) -> Any:
         return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -129,11 +129,13 @@ def _double(model: Module, batch: Any, forward: Forward) -> tuple[Module, Any, b
     try:
         wide = copy.deepcopy(model).double()
         doubled = tree_map(double, batch)
-        with torch.random.fork_rng(), torch.no_grad():
-            forward(copy.deepcopy(wide), doubled)
+        tried = copy.deepcopy(wide)
+        with torch.random.fork_rng():
+            copy.deepcopy(lossfunc).double()(*forward(tried, doubled)).backward()
+        finite = all(p.grad.to_dense().isfinite().all() for p in tried.parameters() if p.grad is not None)
     except (RuntimeError, TypeError, NotImplementedError):
-        return copy.deepcopy(model), batch, False
-    return wide, doubled, True
+        finite = False
+    return (wide, doubled, True) if finite else (copy.deepcopy(model), batch, False)
 
 
 class Shift(Module):
