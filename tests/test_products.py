@@ -416,11 +416,12 @@ def test_a_graph_that_is_kept_holds_one_copy_of_the_parameters_it_saved():
     """Of a weight that is shared by many steps, too."""
     cell, head, lossfunc = nn.RNNCell(4, 4), nn.Linear(4, 3), extend(nn.CrossEntropyLoss())
     extend(cell), extend(head)
-    h = torch.zeros(4, 4)
+    h = torch.rand(4, 4).requires_grad_()  # no parameter, although a leaf
     for _ in range(6):
         h = cell(values(4, 4).float(), h)
     loss = lossfunc(head(h), labels(4))
     before = StorageSizes(loss)
+    assert before.sizes
     with backpack(HMP()):
         loss.backward()
     added = StorageSizes(loss).sizes.items() - before.sizes.items()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from backpack.graph.nodes import LEAF, variable_of
@@ -29,6 +30,7 @@ def copy_saved_parameters(nodes: Sequence[Node]) -> None:
     all parameters in the graph.
     """
     parameters = [variable_of(node) for node in nodes if node.name() == LEAF]
+    parameters = [leaf for leaf in parameters if isinstance(leaf, Parameter)]  # no input whose gradient is asked for
     memory = {_memory(parameter) for parameter in parameters} - {None}
     copies: dict[Any, Any] = {}
     for node in nodes:
