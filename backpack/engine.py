@@ -81,6 +81,8 @@ class Block:
     applied: set[tuple[int, int]] = field(default_factory=set)
     stored: list[tuple[Tensor, str]] = field(default_factory=list)
     ran: bool = False
+    keeps_graph: bool = False
+    """Whether a result needs the graph after the backward pass, so that PyTorch must not free it."""
     loss_factor: float = 1.0
     """That of a scaler, by which the loss is multiplied before ``backward()``."""
     taker: Callable[[Tensor, str, Any], None] | None = None
@@ -104,6 +106,7 @@ class Block:
         for parameter, savefield in self.stored:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
+        self.keeps_graph = False
         for store in (self.hooked, self.finished, self.passages, self.pulled, self.applied):
             store.clear()
 

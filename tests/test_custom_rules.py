@@ -11,7 +11,7 @@ from truth import close
 
 from backpack import backpack, disable, extend, extensions, memory_cleanup
 from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SqrtGGNExact
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BUILT_IN, BackpropExtension
 from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
 from backpack.extensions.module_extension import ModuleExtension
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
@@ -219,7 +219,7 @@ def test_a_rule_stands_in_for_a_layer_that_mixes_samples():
     model, extension = net(lambda: nn.BatchNorm1d(3)), BatchGrad()
     model[1].bias.requires_grad_(False)
     model[0].requires_grad_(False)  # its gradients are mixed by what comes behind
-    extension.set_module_extension(nn.BatchNorm1d, Means())
+    extension.set_module_extension(nn.BatchNorm1d, Means(), overwrite=True)
     assert run(model, extension).grad_batch == "by rule"
 
 
@@ -253,6 +253,12 @@ def test_rules_that_cannot_hold_are_refused():
     with pytest.raises(ValueError, match="overwrite=True"):
         extension.set_module_extension(Scale, ScaleBatchGrad())
     extension.set_module_extension(Scale, ScaleBatchGrad(), overwrite=True)
+    for built_in in BUILT_IN:
+        with pytest.raises(ValueError, match=f"{built_in.__name__} .*its own.*overwrite=True"):
+            extension.set_module_extension(built_in, FirstOrderModuleExtension())
+        for other in (FirstOrderBackpropExtension("mine", {}), SecondOrderBackpropExtension("mine", {})):
+            other.set_module_extension(built_in, FirstOrderModuleExtension())  # made of rules alone
+    assert not extension.rules.keys() & set(BUILT_IN)
     with pytest.raises(TypeError, match="class of modules"):
         extension.set_module_extension(Scale(), ScaleBatchGrad())
     with pytest.raises(TypeError, match="instance of ModuleExtension"):
@@ -354,7 +360,7 @@ def test_names_that_a_module_has_of_its_own_stay_its_own():
 def test_keeping_for_a_rule_leaves_no_cycle_and_no_tensor_behind():
     extension = BatchGrad()
     for rule in (nn.Linear, nn.Identity, nn.ReLU):
-        extension.set_module_extension(rule, FirstOrderModuleExtension())
+        extension.set_module_extension(rule, FirstOrderModuleExtension(), overwrite=True)
     model = extend(nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.ReLU(), nn.LSTM(3, 2, batch_first=True)))
     gc.collect()
     gc.disable()

@@ -66,20 +66,51 @@ def test_what_is_no_subset_is_refused_at_once(extension, written):
         extension(subsampling=written)
 
 
-@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact])
-def test_a_model_without_trainable_parameters_is_refused_when_it_is_used(extension):
-    for model in (net().requires_grad_(False), nn.Sequential(nn.ReLU())):
-        X, y = batch()
-        loss = extend(nn.CrossEntropyLoss())(extend(model)(X.requires_grad_()), y)
-        with pytest.raises(RuntimeError, match="no trainable parameter of an extended module"), backpack(extension()):
-            loss.backward()
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_loss_of_a_tensor_that_no_extended_model_made_is_warned_of(extension):
+    (X, y), lossfunc, model = batch(), extend(nn.CrossEntropyLoss()), net()
+    for start in (lambda loss, x: loss.backward(), torch.autograd.grad):
+        with pytest.warns(UserWarning, match=r"extend\(model\)"), backpack(extension()):
+            x = X.clone().requires_grad_()
+            start(lossfunc(model(x), y), x)
 
 
-@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact])
-def test_a_model_that_was_not_extended_is_refused(extension):
-    X, y = batch()
-    with pytest.raises(RuntimeError, match=r"extend\(model\)"), backpack(extension()):
-        extend(nn.CrossEntropyLoss())(net()(X), y).backward()
+class Functional(nn.Module):
+    """Its frozen parameters are used outside of its layers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale = nn.Linear(3, 2), nn.Parameter(torch.rand(2))
+
+    def forward(self, x):
+        return self.first(x) * self.scale
+
+
+FROZEN = {
+    "layer": lambda: nn.Linear(3, 2),
+    "chain": net,
+    "without parameters": lambda: nn.Sequential(nn.Tanh()),
+    "normalized": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)),
+    "functional": Functional,
+}
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_gradient_by_the_input_of_a_frozen_model_is_as_in_plain_pytorch(name, extension):
+    (X, y), lossfunc, model = batch(), nn.CrossEntropyLoss(), FROZEN[name]().double()
+    expected, found = X.clone().requires_grad_(), X.clone().requires_grad_()
+    lossfunc(model(expected), y).backward()
+    extend(model).requires_grad_(False)
+    for loss in (extend(nn.CrossEntropyLoss()), nn.CrossEntropyLoss()):
+        with backpack(extension()):
+            loss(model(found), y).backward()
+        assert torch.equal(found.grad, expected.grad)
+        with backpack(extension()):
+            (grad,) = torch.autograd.grad(loss(model(found), y), found)
+        assert torch.equal(grad, expected.grad)
+        found.grad = None
+    assert not any(vars(p) for p in model.parameters())
 
 
 def test_a_loss_that_is_no_scalar_is_refused():

@@ -22,16 +22,19 @@ from backpack.utils.convert_parameters import vector_to_parameter_list
 from backpack.utils.subsampling import subsample
 
 PATHS = {
-    "backpack": "backpack extend disable memory_cleanup convert_module_to_backpack extensions verify summary",
+    "backpack": "backpack extend disable memory_cleanup convert_module_to_backpack extensions verify summary "
+    "CTX BackpropExtension",
     "backpack.context": "CTX",
     "backpack.core.derivatives.convnd": "weight_jac_t_save_memory",
     "backpack.custom_module.branching": "SumModule Parallel",
+    "backpack.custom_module.graph_utils": "BackpackTracer convert_module_to_backpack",
     "backpack.custom_module.pad": "Pad",
     "backpack.custom_module.permute": "Permute",
     "backpack.custom_module.reduce_tuple": "ReduceTuple",
     "backpack.custom_module.scale_module": "ScaleModule",
     "backpack.custom_module.slicing": "Slicing",
-    "backpack.extensions.backprop_extension": "BackpropExtension",
+    "backpack.extensions.backprop_extension": "BackpropExtension FAIL_ERROR FAIL_WARN FAIL_SILENT",
+    "backpack.extensions.curvature": "Curvature LossHessianStrategy BackpropStrategy ExpectationApproximation",
     "backpack.extensions.curvmatprod": "HMP GGNMP PCHMP",
     "backpack.extensions.curvmatprod.ggnmp": "GGNMP",
     "backpack.extensions.curvmatprod.hmp": "HMP",

@@ -683,8 +683,12 @@ def test_samples_of_a_model_with_a_state_of_all_are_selected_in_the_graph_of_all
     ):
         rows = [torch.autograd.grad(e, p, retain_graph=True)[0].flatten()[k] for k, e in enumerate(grad.flatten())]
         assert close(p.diag_h.flatten(), torch.stack(rows))
-    with pytest.raises(RuntimeError, match="from call to call"), backpack(HMP(subsampling=[0])):
+    model.state = state
+    with backpack(HMP(subsampling=[0])):
         lossfunc(model(X), y).backward()
+    for p, diagonal in zip(model.parameters(), [p.diag_h for p in model.parameters()], strict=True):
+        units = torch.eye(p.numel(), dtype=p.dtype).reshape(-1, *p.shape)
+        assert close(p.hmp(units).flatten(1).diagonal(), diagonal.flatten())
 
 
 class Two(nn.Module):

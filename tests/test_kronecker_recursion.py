@@ -159,12 +159,20 @@ def problem(name, loss):
     return model, X, lossfunc, y
 
 
+def extended(model, apart):
+    """As one, or module by module."""
+    for module in flattened(model) if apart else [model]:
+        extend(module)
+    return model
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("name", "loss"), [*((n, "cross_entropy") for n in CHAINS), ("mlp", "custom")])
-def test_kfra_is_the_averaged_recursion(name, loss):
+def test_kfra_is_the_averaged_recursion(name, loss, apart):
     model, X, lossfunc, y = problem(name, loss)
     for chosen in (None, [3, 1]):
         curvatures, outputs = recursion(model, X, lossfunc, y, chosen or range(4))
-        extend(model)
+        extended(model, apart)
         expand = HBP("ggn", "sum", "average", "E[J^T E(H) J]", approx="expand", subsampling=chosen)
         exact = KFAC(fisher="exact", approx="expand", subsampling=chosen)
         with backpack(KFRA(subsampling=chosen), expand, KFLR(subsampling=chosen), exact):
@@ -183,13 +191,14 @@ def test_kfra_is_the_averaged_recursion(name, loss):
                 assert close(module.weight.hbp[1 - place], module.weight.kfac[1 - place], size, 1e-12)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("curvature", ["hessian", "pch-abs", "pch-clip"])
 @pytest.mark.parametrize("name", ["mlp", "deep", "cnn", "smooth", "words", "hooked"])
-def test_second_derivatives_of_modules_are_added_to_the_averaged_recursion(name, curvature):
+def test_second_derivatives_of_modules_are_added_to_the_averaged_recursion(name, curvature, apart):
     model, X, lossfunc, y = problem(name, "cross_entropy")
     for chosen in (None, [3, 1]):
         curvatures, _ = recursion(model, X, lossfunc, y, chosen or range(4), curvature)
-        extend(model)
+        extended(model, apart)
         extension = HBP(curvature, "sum", "average", "E[J^T E(H) J]", subsampling=chosen)
         with backpack(extension, KFRA(subsampling=chosen)):
             extend(lossfunc)(model(X), y).backward()
@@ -222,6 +231,14 @@ def test_dropout_between_linear_layers_is_that_of_the_forward_pass(chosen):
     H = sum(torch.diag(masks[0][n]) @ H @ torch.diag(masks[0][n]) for n in rows) / len(rows)
     assert masks[0].eq(0).any()
     assert close(model[0].bias.kfra[0], H, rtol=1e-9)
+
+
+@pytest.mark.parametrize("between", [lambda h: 2 * h, lambda h: h.softmax(1), lambda h: h[:, [1, 0, 2, 3]]])
+def test_what_lies_between_the_modules_of_a_chain_is_not_overlooked(between):
+    first, last, lossfunc = nn.Linear(4, 4), nn.Linear(4, 3), extend(nn.CrossEntropyLoss())
+    extend(first), extend(last)
+    with pytest.raises(RuntimeError, match="no torch.nn.Sequential|another output"), backpack(KFRA()):
+        lossfunc(last(between(first(torch.rand(4, 4)))), LABELS).backward()
 
 
 def test_kfra_equals_kflr_for_one_sample():

@@ -1,7 +1,9 @@
 """Products with curvature matrices against explicit ones, in float64."""
 
 import gc
+import random
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hessians import blocks
 from test_hessian import NETWORKS, Concave, values
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from truth import close
 
@@ -87,6 +90,51 @@ class Entrances(nn.Module):
 @pytest.mark.parametrize("retain", [False, True])
 def test_products_start_where_a_parameter_enters_linearly(retain):
     check_after_the_pass(Entrances().double(), values(3, 2, 3), retain)
+
+
+class Words(nn.Module):
+    """A table whose rows are looked up, alone or in bags; ``plain``: by functions that PyTorch differentiates twice."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.out, self.plain = table, nn.Linear(3, 3), False
+
+    def forward(self, index):
+        if not self.plain:
+            h = self.table(index)
+        else:
+            h = nn.functional.embedding(index, self.table.weight, self.table.padding_idx)
+            padding = -1 if self.table.padding_idx is None else self.table.padding_idx
+            seen = (index != padding)[..., None].expand_as(h).to(h.dtype)
+            mode = getattr(self.table, "mode", None)
+            h = h if mode is None else (h * seen).sum(1) / (seen.sum(1).clamp(min=1) if mode == "mean" else 1)
+        h = h.sin().sum(1) if h.dim() > 2 else h.sin()
+        return self.out(h.tanh())
+
+
+TABLES = {
+    "words": lambda: nn.Embedding(5, 3),
+    "with padding": lambda: nn.Embedding(5, 3, padding_idx=1),
+    "sparse": lambda: nn.Embedding(5, 3, sparse=True),
+    "sums": lambda: nn.EmbeddingBag(5, 3, mode="sum"),
+    "means with padding": lambda: nn.EmbeddingBag(5, 3, mode="mean", padding_idx=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("table", TABLES)
+def test_products_of_tables(table):
+    torch.manual_seed(0)
+    model, X = Words(TABLES[table]()).double(), torch.randint(0, 5, (4, 3))
+    y, lossfunc = labels(4), nn.CrossEntropyLoss()
+    model.plain = True
+    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    model.plain = False
+    extend(model), extend(lossfunc)
+    with backpack(HMP(), GGNMP()):
+        lossfunc(model(X), y).backward()
+    check(model, "hmp", hessian)
+    check(model, "ggnmp", ggn)
 
 
 def test_a_product_costs_less_than_twice_a_gradient_of_its_parameter():
@@ -197,30 +245,218 @@ def test_what_is_no_modification_is_refused():
         PCHMP(modify="square")
 
 
-def test_a_graph_that_does_not_last_is_an_error_with_the_remedy():
+def test_products_are_of_the_masks_that_the_forward_pass_drew():
     model = extend(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double())
     lossfunc, X, y = extend(nn.CrossEntropyLoss()), values(3, 3), labels(3)
     loss = lossfunc(model(X), y)
-    with pytest.raises(RuntimeError, match="retain_graph=True"), backpack(HMP()):
-        loss.backward()
-    loss = lossfunc(model(X), y)
     grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with backpack(HMP()):
-        loss.backward(retain_graph=True)
+        loss.backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         vector = values(*p.shape)
         expected = torch.autograd.grad(g, p, vector, retain_graph=True, allow_unused=True)[0]
         assert close(p.hmp(vector), torch.zeros_like(p) if expected is None else expected, 1e-3, 1e-8)
 
 
-def test_parameters_that_were_changed_are_an_error():
-    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()), extend(nn.MSELoss())
+# Random chains: extended as one or layer by layer, reshaped before the loss, updated between the products
+
+FUNCTIONS = [nn.Sigmoid, nn.Tanh, nn.Softplus, nn.SiLU, nn.ReLU, partial(nn.Softmax, 1), partial(nn.LogSoftmax, 1)]
+RESHAPED = {
+    "as it is": lambda out: out,
+    "with positions": lambda out: out.reshape(len(out), 2, -1),
+    "classes last": lambda out: out.reshape(len(out), -1, 2).transpose(1, 2),
+    "a part": lambda out: out[:, 1:-1],
+    "positions as rows": lambda out: out.reshape(2 * len(out), -1),
+    "flat": lambda out: out.flatten(),
+    "transposed": lambda out: out.T,
+    "padded": lambda out: nn.functional.pad(out, (1, 0)),
+    "mean": lambda out: out.reshape(len(out), 2, -1).mean(1),
+}
+
+
+def set_data(p, new):
+    p.data = new
+
+
+UPDATES = {
+    "in place": lambda p, new: p.copy_(new),
+    "other memory": set_data,
+    "unseen by autograd": lambda p, new: p.data.copy_(new),
+    "in parts": lambda p, new: p.view(-1)[:1].fill_(new.sum()),
+}
+
+
+def random_chain(seed):
+    """Layers, and the shape of their output is ``[4, 6]``."""
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    layers, width = [], 3
+    for _ in range(choose.randrange(1, 4)):
+        size = choose.randrange(2, 5)
+        layers += [nn.Linear(width, size, bias=choose.random() < 0.8), choose.choice(FUNCTIONS)()]
+        width = size
+    layers.append(nn.Linear(width, 6))
+    return [layer.double() for layer in layers], choose
+
+
+def positive_blocks(layers, last, X, modify):
+    """Explicitly: the GGN, and for each function the part with modified eigenvalues of its second derivatives."""
+
+    def from_layer(start, h):
+        for layer in layers[start:]:
+            h = layer(h)
+        return last(h)
+
+    model = nn.Sequential(*layers)
+    truth = ggn_blocks(model, X, lambda out, _: last(out), None)
+    for place, layer in enumerate(layers):
+        if isinstance(layer, nn.Linear):
+            continue
+        h = nn.Sequential(*layers[:place])(X)
+        after = layer(h).detach().requires_grad_()
+        (arriving,) = torch.autograd.grad(from_layer(place + 1, after), after)
+        residual = torch.autograd.functional.hessian(lambda x, f=layer, g=arriving: (f(x) * g).sum(), h.detach())
+        eigenvalues, vectors = torch.linalg.eigh(residual.reshape(h.numel(), h.numel()))
+        residual = vectors @ modify(eigenvalues).diag() @ vectors.T
+        for k, p in enumerate(model.parameters()):
+            rows = [torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0] for entry in h.flatten()]
+            jacobian = torch.stack([torch.zeros(p.numel()).double() if r is None else r.flatten() for r in rows])
+            truth[k] = truth[k] + jacobian.T @ residual @ jacobian
+    return truth
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_products_of_random_chains_are_those_at_the_weights_of_the_pass(seed):
+    layers, choose = random_chain(seed)
+    reshape = RESHAPED[choose.choice(list(RESHAPED))]
+    modify, function = choose.choice([("clip", lambda e: e.clamp(min=0)), ("abs", torch.abs)])
+    X, parameters = values(4, 3), [p for layer in layers for p in layer.parameters()]
+    lossfunc, y = nn.MSELoss(), values(*reshape(torch.zeros(4, 6)).shape)
+    if choose.random() < 0.4:
+        reshape = RESHAPED[choose.choice(["as it is", "with positions", "classes last", "a part", "positions as rows"])]
+        shape = reshape(torch.zeros(4, 6)).shape
+        lossfunc, y = nn.CrossEntropyLoss(), torch.randint(shape[1], (shape[0], *shape[2:]))
+
+    def last(out):
+        return lossfunc(reshape(out), y)
+
+    chain = nn.Sequential(*layers)
+    truth = {
+        "hmp": blocks(chain, lambda: last(chain(X))),
+        "ggnmp": ggn_blocks(chain, X, lambda out, _: last(out), None),
+        "pchmp": positive_blocks(layers, last, X, function),
+    }
+    for part in (chain,) if choose.random() < 0.3 else layers:
+        extend(part)
+    extend(lossfunc)
+    h = X
+    for layer in layers:
+        h = layer(h)
+    with backpack(HMP(), GGNMP(), PCHMP(modify=modify)):
+        last(h).backward()
+    places = list(range(len(parameters)))
+    choose.shuffle(places)
+    for place in places:  # each is updated by its own curvature, or anyhow
+        p, vectors = parameters[place], values(2, *parameters[place].shape)
+        for field, matrices in truth.items():
+            size = 1e-3 * max(matrix.abs().max() for matrix in matrices)
+            expected = (vectors.flatten(1) @ matrices[place]).reshape(vectors.shape)
+            assert close(getattr(p, field)(vectors), expected, size, 1e-8), field
+            assert close(getattr(p, field)(vectors[0]), expected[0], size, 1e-8), field
+        with torch.no_grad():
+            UPDATES[choose.choice(list(UPDATES))](p, p - p.ggnmp(p.grad) + values(*p.shape))
+
+
+class Copied(nn.Module):
+    """Parameters that are saved in several ways: transposed, in part, by a user's function, in a region twice."""
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x * w
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, w = ctx.saved_tensors
+            return grad * w, (grad * x).sum_to_size(w.shape)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.cell = nn.Linear(3, 4), nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+        self.scale, self.table = nn.Parameter(values(4)), nn.Parameter(values(3, 4))
+
+    def forward(self, x):
+        x = self.first(x).sigmoid()
+        x = self.cell(x[:, None])[0][:, 0] * self.scale[:2].sum()
+        x = checkpoint(lambda h: self.inner(h).tanh(), x, use_reentrant=False)
+        x = self.Times.apply(x, self.scale)
+        return x @ self.table.T
+
+
+def test_products_outlive_updates_however_parameters_were_saved():
+    torch.manual_seed(0)
+    model, X, y = Copied().double(), values(4, 3), labels(4)
+    lossfunc = nn.CrossEntropyLoss()
+    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    extend(model), extend(lossfunc)
+    for way in UPDATES.values():
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with backpack(HMP(), GGNMP()):
+            lossfunc(model(X), y).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                way(p, torch.zeros_like(p))
+        check(model, "hmp", hessian)
+        check(model, "ggnmp", ggn)
+        model.load_state_dict(state)
+
+
+def test_a_graph_that_is_kept_holds_one_copy_of_the_parameters_it_saved():
+    """Of a weight that is shared by many steps, too."""
+    cell, head, lossfunc = nn.RNNCell(4, 4), nn.Linear(4, 3), extend(nn.CrossEntropyLoss())
+    extend(cell), extend(head)
+    h = torch.rand(4, 4).requires_grad_()  # no parameter, although a leaf
+    for _ in range(6):
+        h = cell(values(4, 4).float(), h)
+    loss = lossfunc(head(h), labels(4))
+    before = StorageSizes(loss)
+    assert before.sizes
     with backpack(HMP()):
-        lossfunc(model(values(3, 3)), values(3, 3)).backward()
-    with torch.no_grad():
-        model[2].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified"):
-        model[0].weight.hmp(values(3, 3))
+        loss.backward()
+    added = StorageSizes(loss).sizes.items() - before.sizes.items()
+    assert 0 < sum(size for _, size in added) <= 4 * sum(p.numel() for m in (cell, head) for p in m.parameters())
+
+
+class StorageSizes:
+    """Bytes of all memory that the nodes of a graph saved."""
+
+    def __init__(self, loss):
+        self.sizes, seen, pending = {}, set(), [loss.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            pending += [other for other, _ in node.next_functions]
+            for name in dir(node):
+                if name.startswith("_saved_") and isinstance(value := getattr(node, name), torch.Tensor):
+                    storage = value.untyped_storage()
+                    self.sizes[storage.data_ptr()] = storage.nbytes()
+
+
+def test_updates_between_two_passes_through_one_graph():
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()), extend(nn.MSELoss())
+    X, y = values(3, 3), values(3, 3)
+    truth = blocks(model, lambda: nn.functional.mse_loss(model(X), y))
+    loss = lossfunc(model(X), y)
+    for _ in range(2):
+        with backpack(HMP()):
+            loss.backward(retain_graph=True)
+        check(model, "hmp", truth)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(2)
 
 
 class Note(nn.Module):

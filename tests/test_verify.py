@@ -2,10 +2,15 @@
 
 import pydoc
 import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
 
 from backpack import extensions, summary, verify
 from backpack.extensions import (
@@ -46,6 +51,62 @@ def test_every_quantity_is_verified_and_the_model_left_as_it_is(subsampling, cap
     assert len(outcome.rows) == 6 * len(QUANTITIES) and str(outcome) in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
+class Scalars(nn.Module):
+    """Parameters without axes, and one without entries; the output is put into any container."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.a, self.b = form, nn.Linear(3, 4), nn.Linear(4, 2)
+        self.scale, self.shift = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(1.3))
+        self.empty = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x):
+        h = (self.a(x) * self.scale).tanh()
+        return self.form(self.b(torch.cat([h, h[:, :0] + self.empty], 1)) + self.shift)
+
+
+@dataclass
+class Scores:
+    loss: Any
+    scores: torch.Tensor
+
+
+@dataclass
+class Unnamed(ModelOutput):
+    prediction: torch.Tensor | None = None
+
+
+OUTPUTS = {
+    "tuple": lambda out: (torch.arange(3), out, 1),
+    "dictionary": lambda out: OrderedDict(count=len(out), scores=out),
+    "named in a dictionary": lambda out: {"hidden": out.sum(1), "logits": out},
+    "dataclass": lambda out: Scores(None, out),
+    "named in a dataclass": lambda out: SequenceClassifierOutput(logits=out, hidden_states=(2 * out,)),
+    "mapping and dataclass": lambda out: Unnamed(prediction=out),
+    "nested": lambda out: {"all": [Scores(None, out)]},
+}
+
+
+@pytest.mark.parametrize("form", OUTPUTS)
+def test_outputs_of_all_forms_and_parameters_without_axes_are_verified(form):
+    model, lossfunc = Scalars(OUTPUTS[form]), nn.CrossEntropyLoss()
+    arguments = {"ClippedGrad": (0.1,), "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]")}
+    exts = [
+        getattr(extensions, name)(*arguments.get(name, ()))
+        for name in extensions.__all__
+        if name not in ("KFRA", "DiagHessianMC")
+    ]
+    exts = exts if form == "dataclass" else exts[::6]
+    outcome = verify(model, lossfunc, torch.rand(5, 3), torch.tensor([0, 1, 1, 0, 1]), *exts)
+    assert {row.verdict for row in outcome.rows} == {"right"}, outcome
+    assert {row.parameter for row in outcome.rows} >= {"a.weight", "a.bias", "b.weight", "b.bias", "scale", "shift"}
+
+
+def test_an_output_without_a_tensor_is_an_error_with_the_remedy():
+    with pytest.raises(TypeError, match="holds no tensor .*forward=function"):
+        verify(Scalars(lambda out: [1]), nn.MSELoss(), torch.rand(5, 3), torch.rand(5, 2), BatchGrad())
 
 
 @pytest.mark.parametrize("subsampling", [None, [3, 0, 3]])
@@ -138,7 +199,7 @@ class Broken(FirstOrderModuleExtension):
 
 def test_a_broken_rule_is_caught():
     extension = BatchGrad()
-    extension.set_module_extension(nn.Linear, Broken())
+    extension.set_module_extension(nn.Linear, Broken(), overwrite=True)
     outcome = verify(*problem(), extension)
     assert not outcome.passed
     assert [row.parameter for row in outcome.rows if row.verdict == "wrong"] == ["5.weight"]

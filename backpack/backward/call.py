@@ -53,12 +53,6 @@ class Call:
         """Whether the gradients are to be differentiable."""
         return bool(self.given.get("create_graph", False))
 
-    @property
-    def keeps_graph(self) -> bool:
-        """Whether the graph is still there afterwards."""
-        kept = self.given.get("retain_graph")
-        return self.creates_graph if kept is None else bool(kept)
-
     def cotangents(self, at: Sequence[Edge]) -> Sequence[Tensor | None]:
         """What the pass will bring to some edges."""
         given = _listed(self.given.get(STARTS[self.function][1])) or [None] * len(self.roots)
@@ -73,7 +67,7 @@ class Call:
         return [edge_of(edge(value)) for value in self.inputs]
 
     def run(self, keep_graph: bool = False) -> Any:
-        """Do what was called for; ``keep_graph``: since nodes of it have to run by themselves afterwards."""
+        """Do what was called for; ``keep_graph``: its nodes have to run again afterwards."""
         return self.function(**({**self.given, "retain_graph": True} if keep_graph else self.given))
 
     @property

@@ -73,7 +73,6 @@ def origin_of(
     prepared: Prepared,
     notes: Mapping[Edge, Note],
     passages: dict[Node, list[Passage]],
-    keeps_graph: bool,
 ) -> Origin:
     """Where the samples lie at the inputs of losses, and what is known of the graph from there on.
 
@@ -101,7 +100,7 @@ def origin_of(
     terms = []
     for call, outer in found:
         terms.append(Term(call, outer, own.begin[call.place]))
-    return Origin(terms, own, _of_outputs(notes, own.graph), again, passages, keeps_graph)
+    return Origin(terms, own, _of_outputs(notes, own.graph), again, passages)
 
 
 def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared: Prepared) -> Prepared:

@@ -46,6 +46,7 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     if not calls and not losses and not passages:
         if block.extensions:
             _refuse_unseen([variable_of(leaf) for leaf in _received(wanted_leaves(graph), asked)])
+        block.ran |= bool(passed(graph))  # of frozen modules: nothing is to be computed
         return function(*args, **kwargs)
     block.clear()
     if has_no_entries(notes):
@@ -53,19 +54,17 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
         return _of_no_sample(block, call, graph, notes, losses)
     running = _Running(block, graph, notes, calls, losses, passages)
     block.ran = True
-    if running.prepared is not None:
-        seen = running.prepared.plan.expected.keys()
-        outside = {get_gradient_edge(parameter).node for parameter in running.prepared.plan.outside}
-        _refuse_unseen([variable_of(leaf) for leaf in _received(outside - seen, asked)])
+    if block.extensions:
+        _refuse_unseen([variable_of(leaf) for leaf in _received(running.unseen, asked)])
     try:
         running.run_second_order(call, asked)
         running.attach()
         first = running.first
         if not asked or first is None:
-            result = function(*args, **kwargs)
+            result = call.run(block.keeps_graph)
         elif call.is_for_parameters:
             first.is_partial = not first.plan.expected.keys() <= {node for node, _ in asked}
-            result = call.run(keep_graph=first.is_partial and first.may_defer)
+            result = call.run(block.keeps_graph or (first.is_partial and first.may_defer))
         else:
             result = _differentiate_by_others(first, call, Partial(graph, first.plan, notes, asked))
         with torch.set_grad_enabled(call.creates_graph):
@@ -144,10 +143,8 @@ class _Running:
         block.take_off({id(p): p for module in modules for p in watch(module)}.values())
         self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
-            if block.second_order and calls and not losses:
-                _refuse_other_losses(block)
-            if block.extensions and (losses or calls):
-                _nothing_reached()
+            if block.extensions and not calls:
+                _warn_of_no_model(graph, losses)
             return
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
@@ -155,6 +152,14 @@ class _Running:
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
             self.first = FirstOrderPass(block, self.prepared)
+
+    @property
+    def unseen(self) -> set[Node]:
+        """The nodes of parameters of extended modules that are used, but nowhere by samples."""
+        if self.prepared is None:
+            return wanted_leaves(self.graph)
+        outside = {get_gradient_edge(parameter).node for parameter in self.prepared.plan.outside}
+        return outside - self.prepared.plan.expected.keys()
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +185,7 @@ class _Running:
             found = [(own, outer) for (_, own), outer in zip(terms.losses, outers, strict=True) if outer is not None]
             try:
                 if found:
-                    origin_of(found, prepared, self.notes, self.passages, call.keeps_graph).run(block)
+                    origin_of(found, prepared, self.notes, self.passages).run(block)
             finally:
                 forget_recomputed()
 
@@ -201,12 +206,16 @@ class _Running:
             self.first.detach()
 
 
-def _nothing_reached() -> None:
-    raise RuntimeError(
-        "The backward pass reached no trainable parameter of an extended module, so nothing was computed. "
-        "Call extend(model) before the forward pass; of frozen parameters, requires_grad_() those whose "
-        "results are wanted."
-    )
+def _warn_of_no_model(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> None:
+    """Warn if only losses are extended. Others, that have left no note of their call, are frozen."""
+    known = {id(call.loss) for _, _, call in losses}
+    if known and all(id(passage.module) in known for own in passed(graph).values() for passage in own):
+        warnings.warn(
+            "The backward pass started from an extended loss, but reached no extended model, so nothing was computed. "
+            "Call extend(model) before the forward pass, and give the model's output to the loss. (Where the model is "
+            "frozen, there is nothing to compute.)",
+            stacklevel=6,
+        )
 
 
 class Partial:
@@ -238,7 +247,7 @@ def _differentiate_by_others(running: FirstOrderPass, call: Call, partial: Parti
     beside = running.outputs_of(lowest) if call.function is torch.autograd.grad else []
     if beside:
         given = {**call.given, "inputs": [*call.inputs, *beside], "allow_unused": True}
-        if running.may_defer:
+        if running.may_defer or running.block.keeps_graph:
             given["retain_graph"] = True
         result = torch.autograd.grad(**given)
         result, more = result[: len(call.inputs)], result[len(call.inputs) :]
@@ -248,7 +257,7 @@ def _differentiate_by_others(running: FirstOrderPass, call: Call, partial: Parti
                 "if this is the desired behavior."
             )
     else:
-        result, more = call.run(keep_graph=running.may_defer), ()
+        result, more = call.run(running.may_defer or running.block.keeps_graph), ()
     with torch.set_grad_enabled(call.creates_graph):
         running.take(beside, more)
         if result is not None:

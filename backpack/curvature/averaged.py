@@ -7,7 +7,7 @@ rows of a root of ``H`` for each sample, and so do parameters other than those o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,13 @@ from backpack.curvature.mean_curvature import (
 from backpack.curvature.rerun import agree, is_observed, run_again
 from backpack.curvature.seeds import WIDEST, SeedPass
 from backpack.engine import muted
-from backpack.graph import is_recomputed, shape_of, variable_of
+from backpack.graph import edge_of, is_recomputed, shape_of, variable_of
 from backpack.nodes import Place, use_of
+from backpack.passages import passed
 from backpack.quantities import Curvature
 from backpack.samples import Layout, Subset
+from backpack.samples.notes import Note
+from backpack.samples.owners import Edge
 from backpack.uses import Cotangents, DenseUse, Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors
@@ -60,6 +63,8 @@ class AveragedPass(SeedPass):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.modules: list[Module] = []
+        self.linked: list[Note] = []
+        """Of those that have left one, the last one first."""
         self.learn: list[bool] = []
         """Which of them have trainable parameters."""
         self.maps: list[Node | None] = []
@@ -111,22 +116,61 @@ class AveragedPass(SeedPass):
     def _chain(self) -> list[Module]:
         """The modules of the model."""
         name = type(self.extensions[0]).__name__
-        note = self.notes.get(self.loss.place)
-        root = None if note is None or len(self.notes) > 1 or not note.is_complete else note.module()
-        args, kwargs = ((), {}) if note is None else note.arguments
-        if root is None or len(args) != 1 or kwargs or (root._modules and not _is_sequential(root)):
+        modules = list(self._links())[::-1]
+        roots = [note.module() for note in self.linked]
+        unused = {id(note.arguments) for note in self.notes.values()} - {id(note.arguments) for note in self.linked}
+        is_one = len(roots) == 1 and roots[0] is not None and roots[0]._modules and not _is_sequential(roots[0])
+        if unused or not roots or is_one:
             raise RuntimeError(
                 f"{name} averages the curvature after each module of a chain, but the model, a {self._model_name}, "
-                f"is no torch.nn.Sequential of one input whose output is that of the loss. Write it as a Sequential, "
-                f"of any modules, or use KFLR."
+                f"is no torch.nn.Sequential of one input whose output is that of the loss, nor a chain of modules "
+                f"that were extended one by one. Write it as a Sequential, of any modules, or use KFLR."
             )
-        modules = list(_chain(root))
         parameters = [id(p) for module in modules for p in module.parameters()]
         if len(set(parameters)) < len(parameters):
             raise RuntimeError(f"{name}: two modules of the chain share a parameter. Use KFLR for such a model.")
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
         return modules
+
+    def _links(self) -> Iterator[Module]:
+        """The modules of a chain of extended ones, from the last one on, as far as each is called with one tensor.
+
+        Those with parameters have left a note of this tensor. Of those without, the graph leads to the next output.
+        """
+        calls: dict[Edge, list[Module]] = {}
+        for node, passages in passed(self.prepared.graph).items():
+            for passage in passages:
+                for number in passage.numbers:
+                    calls.setdefault((node, number), []).append(passage.module)
+        edge: Edge | None = self.loss.place
+        while edge is not None and (edge in calls or edge in self.notes):
+            note = self.notes.get(edge)
+            if note is None:
+                yield from reversed(calls[edge])
+                edge = self._first_below(self.prepared.graph.edges[edge[0]], calls)
+                continue
+            root, (args, kwargs) = note.module(), note.arguments
+            if not note.is_complete or root is None or len(args) != 1 or kwargs:
+                return
+            self.linked.append(note)
+            yield from reversed(list(_chain(root)))
+            (x,) = args if note.attached is None else note.attached[0]
+            if not isinstance(x, Tensor) or not x.requires_grad:
+                return
+            edge = self._first_below([edge_of(get_gradient_edge(x))], calls)
+
+    def _first_below(self, edges: Sequence[Edge], calls: Mapping[Edge, Any]) -> Edge | None:
+        """The only output of a module that all ways along these edges come to first."""
+        found, seen, pending = set[Edge](), set[Node](), list(edges)
+        while pending:
+            edge = pending.pop()
+            if edge in calls or edge in self.notes:
+                found.add(edge)
+            elif edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                pending += self.prepared.graph.edges[edge[0]]
+        return found.pop() if len(found) == 1 else None
 
     @property
     def _model_name(self) -> str:
@@ -139,8 +183,8 @@ class AveragedPass(SeedPass):
         It has not where, from the first module with parameters on, linear layers follow each other, with one
         elementwise function between two of them: its slopes are what the graph makes of ones.
         """
-        root = self._root_module
-        if any(is_observed(module) or "forward" in vars(module) for module in root.modules()):
+        modules = self._root_module.modules()
+        if len(self.linked) > 1 or any(is_observed(module) or "forward" in vars(module) for module in modules):
             return None
         found: dict[int, tuple[Tensor, GradientEdge]] = {}
         function, x = -1, None
@@ -176,9 +220,8 @@ class AveragedPass(SeedPass):
 
     @property
     def _root_module(self) -> Module:
-        module = self.notes[self.loss.place].module()
-        assert module is not None
-        return module
+        """All modules of the chain."""
+        return Sequential(*self.modules)
 
     def _check_size(self, module: Module, shape: torch.Size) -> None:
         size = shape[1:].numel()
@@ -191,7 +234,7 @@ class AveragedPass(SeedPass):
     def _forward(self, first: int, rows: Tensor | None) -> None:
         """Run the model again, of the selected samples, and note the inputs of its modules."""
         name, root = type(self.extensions[0]).__name__, self._root_module
-        args = self.notes[self.loss.place].arguments
+        args = self.linked[-1].arguments
         if any(module.training and module._buffers for module in root.modules()):
             raise RuntimeError(f"{name} runs the model once more, which would update running statistics: call eval().")
         x = args[0][0] if rows is None else args[0][0].index_select(0, rows)

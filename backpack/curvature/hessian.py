@@ -26,7 +26,7 @@ from backpack.compat import dtype_at
 from backpack.curvature.columns import Columns
 from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
 from backpack.curvature.loss_call import PASSES
-from backpack.curvature.residual_graph import ResidualGraph, below_complex, has_autocast, is_linear
+from backpack.curvature.residual_graph import ResidualGraph, below_complex, is_linear
 from backpack.curvature.shortcuts import squares
 from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
@@ -66,24 +66,6 @@ class HessianPass(TwicePass):
         finally:
             self.totals.clear()
             self._clear()
-
-    def _take_twice_differentiable(self, rows: Tensor | None) -> None:
-        """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
-
-        Raises:
-            RuntimeError: There is none.
-        """
-        rounded = has_autocast(self.joined.nodes)
-        if self._take_selected(rows, rounded):
-            return
-        if (self._has_fused() or rounded) and not self._join(rounded):
-            raise RuntimeError(
-                f"{self._name}: the model has a fused attention or recurrent layer, or was run "
-                f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
-                f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
-                f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
-                f"autocast, put the model into evaluation mode, or give it its state as an argument."
-            )
 
     def _alone(self) -> set[Node]:
         """The nodes of parameters that enter the graph once, linearly, and by samples."""

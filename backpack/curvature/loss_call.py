@@ -147,8 +147,6 @@ class Origin:
     prepare: Callable[..., tuple[Prepared, Mapping[Edge, Note]]]
     passed: dict[Node, list[Any]] = field(default_factory=dict)
     """The calls of modules, by the node that computed their output, where a block reads them."""
-    keeps_graph: bool = False
-    """Whether the graph is still there after the backward pass."""
 
     def run(self, block: Block) -> None:
         """Compute the second-order extensions of a block."""

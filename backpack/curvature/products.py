@@ -1,7 +1,8 @@
 """Products with curvature matrices that can be used after the backward pass, each parameter's block for itself.
 
-They need a graph that outlives the backward pass: that of the forward pass where it is kept, else the model is run
-once more.
+They need a graph that outlives the backward pass: that of the forward pass, which is kept, or that of the modules that
+were run again with functions that have second derivatives. Its nodes get copies of the parameters that they saved, so
+that the curvature stays that at the weights of the pass.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from backpack.bystanders import forget_retained, observed, undisturbed
 from backpack.compat import shape_at
 from backpack.curvature.joined import Joined
 from backpack.curvature.loss_call import PASSES
-from backpack.curvature.residual_graph import ResidualGraph, has_autocast
+from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
-from backpack.graph import count_outputs, forget_recomputed, shape_of, variable_of
+from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
 from backpack.nodes import Place, use_of
 
 Product = Callable[[Tensor], Tensor]
@@ -74,7 +75,9 @@ class ProductPass(TwicePass):
         self._refuse_rules()
         given = self.subset.rows(self.n, self.device)
         rows, counts = (None, None) if given is None else given.unique(return_counts=True)
-        chosen = rows if self._take_lasting(rows) else None
+        self._take_twice_differentiable(rows)
+        self._keep_graph()
+        chosen = None if self.chosen is None else rows
         weights = None if counts is None else counts.to(self.dtype)
         if weights is not None and rows is not None and chosen is None:
             weights = weights.new_zeros(self.prepared.n).index_copy(0, rows, weights)
@@ -91,24 +94,12 @@ class ProductPass(TwicePass):
                 self.block.store(parameter, extension.savefield, BlockProduct(handle, owner, len(products)))
                 products.append(extension.product(curvature, parameter))
 
-    def _take_lasting(self, rows: Tensor | None) -> bool:
-        """Go over to a graph that outlives the backward pass; returns whether it is of these samples alone."""
-        rounded = has_autocast(self.joined.nodes)
-        if self._take_selected(rows, rounded):
-            return True
-        if self.origin.keeps_graph and not rounded and not self._has_fused():
-            return False
-        is_new = all(term.call.place in self.notes for term in self.terms)
-        if len({id(note.arguments) for note in self.notes.values()}) > 1:
-            is_new = is_new and all(note.attached is None for note in self.notes.values())
-        if (is_new or self.origin.keeps_graph) and self._join(rounded):
-            return False
-        raise RuntimeError(
-            f"{self._name} needs a graph that outlives the backward pass, and running the model "
-            f"again does not give the inputs of the losses (as with dropout in training mode, a state that is kept "
-            f"from call to call, an output that is reshaped before the loss, or autocast in the model). Run the "
-            f"forward pass inside the backpack(...) block and without autocast, and call backward(retain_graph=True)."
-        )
+    def _keep_graph(self) -> None:
+        """See to it that the graph outlives the backward pass, and stays that at the present parameters."""
+        own = set(self.origin.prepared.graph.order)
+        if any(node in own and node.name() != LEAF for node in self.joined.nodes):
+            self.block.keeps_graph = True
+        copy_saved_parameters(self.joined.nodes)
 
 
 @dataclass(eq=False)
@@ -169,7 +160,7 @@ class CurvatureBlocks:
         def product(vector: Tensor) -> Tensor:
             entrance, found = pull()
             (result,) = _grads(found, [parameter], entrance.change(vector))
-            return torch.zeros_like(parameter) if result is None else result
+            return torch.zeros_like(parameter) if result is None else _dense(result)
 
         return _of_one_or_several(product, pull, parameter, self.tensors)
 
@@ -210,7 +201,7 @@ class CurvatureBlocks:
                 rest = rest[len(own) :]
             (result,) = self.joined.grad(edges, [parameter], seeds)
             assert result is not None
-            return result
+            return _dense(result)
 
         return _of_one_or_several(product, pull, parameter, self.tensors)
 
@@ -268,6 +259,11 @@ def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> Sequence[
     if not value.requires_grad:
         return [None] * len(inputs)
     return torch.autograd.grad(value, inputs, vector, retain_graph=True, allow_unused=True)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Those of tables may be sparse."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _of_one_or_several(

@@ -71,6 +71,24 @@ class TwicePass(SeedPass):
     def _name(self) -> str:
         return type(self.extensions[0]).__name__
 
+    def _take_twice_differentiable(self, rows: Tensor | None) -> None:
+        """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        rounded = has_autocast(self.joined.nodes)
+        if self._take_selected(rows, rounded):
+            return
+        if (self._has_fused() or rounded) and not self._join(rounded):
+            raise RuntimeError(
+                f"{self._name}: the model has a fused attention or recurrent layer, or was run "
+                f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
+                f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
+                f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
+                f"autocast, put the model into evaluation mode, or give it its state as an argument."
+            )
+
     def _take_selected(self, rows: Tensor | None, rounded: bool) -> bool:
         """Go over to a graph of the selected samples alone, if there is one."""
         if rows is None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
+from backpack.samples.notes import leaves_of
+
 
 def moved(value: Any, device: torch.device) -> Any:
     """All tensors in nested containers on this device; mappings become dictionaries."""
@@ -38,7 +40,7 @@ def samples_of(batch: Any, axis: int) -> int:
             return samples_of(leaf, axis)
         if isinstance(leaf, Tensor) and leaf.dim() > axis:
             return leaf.shape[axis]
-    raise TypeError(f"The batches of the data set hold no tensor: got {type(batch).__name__}.")
+    raise TypeError(f"The inputs hold no tensor that could count the samples: got {type(batch).__name__}.")
 
 
 def split(batch: Any) -> tuple[Any, Any]:
@@ -55,7 +57,13 @@ def split(batch: Any) -> tuple[Any, Any]:
 
 
 def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
-    """The model's output for a batch, and the targets."""
+    """The model's output for a batch, and the targets.
+
+    Of an output that is no tensor, ``logits`` are taken, or else its first tensor of floating-point numbers.
+
+    Raises:
+        TypeError: It holds none.
+    """
     inputs, target = split(batch)
     if isinstance(inputs, Mapping):
         output = model(**inputs)
@@ -64,6 +72,13 @@ def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
     else:
         output = model(inputs)
     if not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-        output = found if found is not None else next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        tensors = [t for t in leaves_of(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        if named is None and not tensors:
+            raise TypeError(
+                f"The output of {type(model).__name__}, a {type(output).__name__}, holds no tensor that a loss could "
+                f"take. Pass forward=function, a function of the model and a batch that returns the two arguments of "
+                f"the loss."
+            )
+        output = tensors[0] if named is None else named
     return output, target

@@ -6,7 +6,7 @@ import copy
 import warnings
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 
 from backpack.extensions.merging import Joined, Merging
@@ -18,6 +18,16 @@ from backpack.uses import Individual
 FIELDS: set[str] = set()
 """All savefields that extensions have had."""
 
+FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
+"""What an extension that has rules only does with a parameter without one."""
+
+BUILT_IN = (
+    *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+"""Modules whose results a user's rule replaces only on request: those that the original documents as supported. It does
+not know any others, so that scripts for it register rules for them."""
+
 
 class BackpropExtension:
     """A quantity that a backward pass inside ``backpack(...)`` stores on each parameter.
@@ -26,14 +36,15 @@ class BackpropExtension:
         savefield: Name of the attribute that receives the result (default: that of the class).
         module_exts: Class of modules to the rule that computes the results of its parameters.
         fail_mode: Of an extension that has rules only, and meets a parameter without one: ``"ERROR"``, ``"WARNING"``
-            or ``"SILENT"``.
+            or ``"SILENT"`` (``FAIL_ERROR``, ``FAIL_WARN``, ``FAIL_SILENT``).
         subsampling: The samples that contribute, as integers (negative ones count from the end), a boolean mask, a
             slice or a range; ``None``: all. The result is what it would be if only these samples contributed to the
             loss, with the normalization of the full batch unchanged.
 
     Raises:
         TypeError: ``subsampling`` holds something else, or ``module_exts`` is no such mapping.
-        ValueError: ``subsampling`` is empty or not one-dimensional; ``fail_mode`` is none of the three.
+        ValueError: ``subsampling`` is empty or not one-dimensional; ``fail_mode`` is none of the three; PyTorch
+            stores something else under ``savefield``, as ``"grad"``.
     """
 
     savefield: str = ""
@@ -65,7 +76,12 @@ class BackpropExtension:
             self.savefield = savefield
         if not self.savefield:
             raise ValueError(f"{type(self).__name__} needs a savefield, the attribute that receives its results.")
-        if fail_mode not in ("ERROR", "WARNING", "SILENT"):
+        if hasattr(getattr(Tensor, self.savefield, None), "__set__"):
+            raise ValueError(
+                f"{type(self).__name__}(savefield={self.savefield!r}): PyTorch stores something else under this name. "
+                f"Choose another one."
+            )
+        if fail_mode not in (FAIL_ERROR, FAIL_WARN, FAIL_SILENT):
             raise ValueError(f"fail_mode must be 'ERROR', 'WARNING' or 'SILENT', got {fail_mode!r}.")
         if not isinstance(module_exts or {}, dict):
             raise TypeError(f"module_exts must map classes of modules to rules, got {module_exts!r}.")
@@ -82,7 +98,7 @@ class BackpropExtension:
         """Whether nothing is computed but by rules."""
         self.rules: dict[type[Module], ModuleExtension] = {}
         for module, rule in (module_exts or {}).items():
-            self.set_module_extension(module, rule)
+            self.set_module_extension(module, rule, overwrite=True)
 
     def get_subsampling(self) -> Any:
         """The samples that contribute, as they were given; ``None`` for all."""
@@ -128,7 +144,8 @@ class BackpropExtension:
 
         Raises:
             TypeError: ``module`` is no class of modules, or ``extension`` no rule.
-            ValueError: There is a rule for the class already, and ``overwrite`` is not set.
+            ValueError: ``overwrite`` is not set, and there is a rule for the class already, or the extension computes
+                the results of this layer of PyTorch's by itself (``BUILT_IN``).
         """
         if not (isinstance(module, type) and issubclass(module, Module)):
             raise TypeError(f"A rule is for a class of modules, such as torch.nn.Linear; got {module!r}.")
@@ -136,10 +153,11 @@ class BackpropExtension:
             raise TypeError(
                 f"The rule for {module.__name__} must be an instance of ModuleExtension, got {extension!r}."
             )
-        if module in self.rules and not overwrite:
+        known = self.rules.get(module, "its own" if module in BUILT_IN and not self.has_rules_only else None)
+        if known is not None and not overwrite:
             raise ValueError(
-                f"{type(self).__name__} has a rule for {module.__name__} already, {self.rules[module]!r}: pass "
-                f"overwrite=True to replace it."
+                f"{type(self).__name__} has a rule for {module.__name__} already, {known}: pass overwrite=True to "
+                f"replace it."
             )
         self.rules[module] = extension
         RULED.add(module)
@@ -157,9 +175,9 @@ class BackpropExtension:
             f"{type(self).__name__} has no rule for the module of parameter {name}: register one with "
             f"set_module_extension(), or let the extension define compute()."
         )
-        if self.fail_mode == "ERROR":
+        if self.fail_mode == FAIL_ERROR:
             raise NotImplementedError(message)
-        if self.fail_mode == "WARNING":
+        if self.fail_mode == FAIL_WARN:
             warnings.warn(message, stacklevel=2)
 
     def compute(self, grads: Individual) -> Any:

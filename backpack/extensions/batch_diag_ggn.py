@@ -22,8 +22,8 @@ class BatchDiagGGNExact(CurvatureExtension):
     reads = ("sample_squares",)
     batches = Joined(1)
 
-    def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
-        super().__init__(subsampling=subsampling, chunk_size=chunk_size)
+    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling, chunk_size)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.sample_squares()
@@ -38,5 +38,7 @@ class BatchDiagGGNMC(BatchDiagGGNExact):
     savefield = "diag_ggn_mc_batch"
     seeds = "sampled"
 
-    def __init__(self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None) -> None:
-        CurvatureExtension.__init__(self, None, subsampling, chunk_size, mc_samples)
+    def __init__(
+        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
+    ) -> None:
+        CurvatureExtension.__init__(self, savefield, subsampling, chunk_size, mc_samples)

@@ -21,16 +21,14 @@ class BatchDotGrad(BackpropExtension):
 
     savefield = "batch_dot"
 
-    def __init__(self, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dots(grads)[0, :, 0]
 
     def on_batch(self, rows: list[int] | None, factor: float) -> BatchGrad:
-        part = BatchGrad(rows)
-        part.savefield = self.savefield
-        return part
+        return BatchGrad(rows, self.savefield)
 
     def of_whole(self, name: str, merged: Tensor) -> Tensor:
         flat = merged.flatten(1)

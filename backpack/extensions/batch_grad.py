@@ -23,8 +23,8 @@ class BatchGrad(BackpropExtension):
     reads = ("dense",)
     batches = Joined(1)
 
-    def __init__(self, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dense()[0]

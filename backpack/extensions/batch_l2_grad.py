@@ -22,8 +22,8 @@ class BatchL2Grad(BackpropExtension):
     reads = ("norms",)
     batches = Joined(2)
 
-    def __init__(self, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.norms()[0]

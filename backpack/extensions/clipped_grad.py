@@ -32,8 +32,8 @@ class ClippedGrad(BackpropExtension):
     batches = Summed(1)
     fixes_scale = True
 
-    def __init__(self, max_norm: float, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, max_norm: float, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
         if not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}.")
         self.max_norm = max_norm

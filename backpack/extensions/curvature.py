@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.strategies import BackpropStrategy, Curvature, ExpectationApproximation, LossHessianStrategy
 from backpack.uses import Individual
 from backpack.uses.base import accumulate
+
+__all__ = [
+    "BackpropStrategy",
+    "Concatenated",
+    "Curvature",
+    "CurvatureExtension",
+    "ExpectationApproximation",
+    "LossHessianStrategy",
+]
 
 
 class CurvatureExtension(BackpropExtension):

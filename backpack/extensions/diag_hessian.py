@@ -35,8 +35,8 @@ class DiagHessian(CurvatureExtension):
     backprop = "hessian"
     semidefinite = False
 
-    def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
-        super().__init__(subsampling=subsampling, chunk_size=chunk_size)
+    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling, chunk_size)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.sum_squares()
@@ -59,5 +59,7 @@ class DiagHessianMC(DiagHessian):
     seeds = "sampled"
     semidefinite = True
 
-    def __init__(self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None) -> None:
-        CurvatureExtension.__init__(self, None, subsampling, chunk_size, mc_samples)
+    def __init__(
+        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
+    ) -> None:
+        CurvatureExtension.__init__(self, savefield, subsampling, chunk_size, mc_samples)

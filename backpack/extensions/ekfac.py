@@ -36,9 +36,14 @@ class EKFAC(KroneckerExtension):
     )
 
     def __init__(
-        self, mc_samples: int = 1, subsampling: Any = None, fisher: str = "mc", approx: str | None = None
+        self,
+        mc_samples: int = 1,
+        subsampling: Any = None,
+        fisher: str = "mc",
+        approx: str | None = None,
+        savefield: str | None = None,
     ) -> None:
-        super().__init__(None, subsampling, None, mc_samples, approx, fisher)
+        super().__init__(savefield, subsampling, None, mc_samples, approx, fisher)
 
     def compute(self, grads: Individual) -> Eigen:
         factors = complete(grads, output_factors(grads, self.approx), self.approx)
@@ -49,13 +54,10 @@ class EKFAC(KroneckerExtension):
         return result
 
     def beforehand(self) -> KFAC:
-        factors = KFAC(self.mc_samples, self.subset.given, self.fisher, self.approx)
-        factors.savefield = self.savefield
-        return factors
+        return KFAC(self.mc_samples, self.subset.given, self.fisher, self.approx, savefield=self.savefield)
 
     def given(self, found: dict[str, list[Tensor]]) -> SecondMoments:
-        moments = SecondMoments(self.mc_samples, self.subset.given, self.fisher, self.approx)
-        moments.savefield = self.savefield
+        moments = SecondMoments(self.mc_samples, self.subset.given, self.fisher, self.approx, self.savefield)
         moments.bases = {name: eigenbases(factors) for name, factors in found.items()}
         return moments
 

@@ -24,16 +24,14 @@ class GGNGram(CurvatureExtension):
     seeds = "documented"
     whole = True
 
-    def __init__(self, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dots(grads).flatten(2, 3).flatten(0, 1)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> SqrtGGNExact:
-        part = SqrtGGNExact(rows)
-        part.savefield = self.savefield
-        return part
+        return SqrtGGNExact(rows, savefield=self.savefield)
 
     def of_whole(self, name: str, merged: Tensor) -> Tensor:
         columns, samples = merged.shape[:2]
@@ -42,13 +40,13 @@ class GGNGram(CurvatureExtension):
         return gram.permute(1, 0, 3, 2).reshape(columns * samples, -1)
 
     @staticmethod
-    def total(parameters: Iterable[Tensor]) -> Tensor:
-        """The Gram matrix over all these parameters that have one, ``[C * N, C * N]``.
+    def total(parameters: Iterable[Tensor], savefield: str = "ggn_gram") -> Tensor:
+        """The Gram matrix over all these parameters that have one as ``savefield``, ``[C * N, C * N]``.
 
         Raises:
             ValueError: None of them has one.
         """
-        grams = [vars(parameter)["ggn_gram"] for parameter in parameters if "ggn_gram" in vars(parameter)]
+        grams = [vars(parameter)[savefield] for parameter in parameters if savefield in vars(parameter)]
         if not grams:
-            raise ValueError("No parameter has .ggn_gram: run backward() inside backpack(GGNGram()) first.")
+            raise ValueError(f"No parameter has .{savefield}: run backward() inside backpack(GGNGram()) first.")
         return sum(grams[1:], start=grams[0])

@@ -6,37 +6,9 @@ import warnings
 from typing import Any
 
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
+from backpack.extensions.strategies import BackpropStrategy, Curvature, ExpectationApproximation, LossHessianStrategy
 
-
-class Curvature:
-    """The curvature of which there are factors."""
-
-    GGN = "ggn"
-    HESSIAN = "hessian"
-    PCH_ABS = "pch-abs"
-    PCH_CLIP = "pch-clip"
-
-
-class LossHessianStrategy:
-    """What is pulled back from the loss."""
-
-    EXACT = "exact"
-    SAMPLING = "sampling"
-    SUM = "sum"
-
-
-class BackpropStrategy:
-    """How it is pulled back."""
-
-    SQRT = "sqrt"
-    BATCH_AVERAGE = "average"
-
-
-class ExpectationApproximation:
-    """Where expectations over the batch are taken in a factor."""
-
-    BOTEV_MARTENS = "E[J^T E(H) J]"
-    CHEN = "E(J^T) E(H) E(J)"
+__all__ = ["HBP", "BackpropStrategy", "Curvature", "ExpectationApproximation", "LossHessianStrategy"]
 
 
 class HBP(KroneckerExtension):

@@ -25,5 +25,6 @@ class KFAC(KroneckerExtension):
         fisher: str = "mc",
         approx: str | None = None,
         chunk_size: int | None = None,
+        savefield: str | None = None,
     ) -> None:
-        super().__init__(None, subsampling, chunk_size, mc_samples, approx, fisher)
+        super().__init__(savefield, subsampling, chunk_size, mc_samples, approx, fisher)

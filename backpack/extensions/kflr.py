@@ -16,5 +16,11 @@ class KFLR(KroneckerExtension):
     savefield = "kflr"
     batches = FACTORS
 
-    def __init__(self, subsampling: Any = None, approx: str | None = None, chunk_size: int | None = None) -> None:
-        super().__init__(None, subsampling, chunk_size, approx=approx)
+    def __init__(
+        self,
+        subsampling: Any = None,
+        approx: str | None = None,
+        chunk_size: int | None = None,
+        savefield: str | None = None,
+    ) -> None:
+        super().__init__(savefield, subsampling, chunk_size, approx=approx)

@@ -15,8 +15,9 @@ class KFRA(KroneckerExtension):
     the sum over samples of the loss's Hessians on (Botev, Ritter & Barber, 2017, section 4). Within a module that holds
     others, nothing is averaged.
 
-    The model must be a ``torch.nn.Sequential``, of any modules; unless it is made of linear layers with elementwise
-    functions between them, it is run once more, module by module. A matrix with as many rows as a sample has entries is
+    The model must be a ``torch.nn.Sequential`` of any modules, or a chain of modules that were extended one by one.
+    Unless it is a ``Sequential`` of linear layers with elementwise functions between them, it is run once more, module
+    by module. A matrix with as many rows as a sample has entries is
     formed for each module's output: seconds for ten thousand. Where all samples have the same Jacobian, as in linear
     maps, and through elementwise functions and max pooling, it is pulled back as it is; through other modules, a root
     of it is, for each sample. Over a data set, each batch has its own averages, and their factors are averaged.
@@ -31,5 +32,5 @@ class KFRA(KroneckerExtension):
     batches = FACTORS
     backprop = "average"
 
-    def __init__(self, subsampling: Any = None, approx: str | None = None) -> None:
-        super().__init__(subsampling=subsampling, approx=approx)
+    def __init__(self, subsampling: Any = None, approx: str | None = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling, approx=approx)

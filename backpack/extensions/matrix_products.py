@@ -14,13 +14,16 @@ from backpack.extensions.curvature import CurvatureExtension
 class MatrixProduct(CurvatureExtension):
     """A function that multiplies vectors of a parameter's shape ``p``, or several ``[V, *p]``, with a matrix.
 
-    It can be used after the backward pass, as long as the parameters are not changed. It holds a graph: that of the
-    forward pass with ``backward(retain_graph=True)``, else one of its own, for which the model is run once more. That
-    memory is free when the functions of all parameters are deleted (``memory_cleanup(model)``) or replaced by those of
-    the next backward pass, and with the model.
+    The function can be used after the backward pass, also when parameters have been updated since: the matrix stays the
+    one at the weights of the pass. For that, the backward pass keeps the graph of the forward pass, as
+    ``backward(retain_graph=True)`` does, and one copy of each parameter that the graph saved. Of a model with fused
+    attention or recurrent layers, compiled parts or autocast, the graph is that of a second forward pass.
+
+    This memory is freed when the functions of all parameters are deleted (``memory_cleanup(model)``) or replaced by
+    those of the next backward pass, or with the model. Variables that hold the loss or an output keep it as well.
 
     Raises:
-        RuntimeError: The model can't be run again with the same result, and the graph is not kept.
+        RuntimeError: The model has to be run again, and that gives another output.
     """
 
     backprop = "products"

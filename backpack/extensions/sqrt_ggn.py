@@ -26,8 +26,8 @@ class SqrtGGNExact(Concatenated):
     batches = Joined(0.5, axis=1)
     seeds = "documented"
 
-    def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
-        super().__init__(subsampling=subsampling, chunk_size=chunk_size)
+    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling, chunk_size)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dense()
@@ -43,5 +43,7 @@ class SqrtGGNMC(SqrtGGNExact):
     savefield = "sqrt_ggn_mc"
     seeds = "sampled"
 
-    def __init__(self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None) -> None:
-        Concatenated.__init__(self, None, subsampling, chunk_size, mc_samples)
+    def __init__(
+        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
+    ) -> None:
+        Concatenated.__init__(self, savefield, subsampling, chunk_size, mc_samples)

@@ -22,8 +22,8 @@ class SumGradSquared(BackpropExtension):
     reads = ("sum_squares",)
     batches = Summed(2)
 
-    def __init__(self, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.sum_squares()

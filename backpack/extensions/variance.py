@@ -21,17 +21,15 @@ class Variance(BackpropExtension):
     savefield = "variance"
     reads = ("total", "sum_squares")
 
-    def __init__(self, subsampling: Any = None) -> None:
-        super().__init__(subsampling=subsampling)
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         n, total = max(1, grads.size[1]), grads.total()
         return grads.sum_squares().addcmul(total, total, value=-1 / n).div_(n).clamp_(min=0)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndSquares:
-        part = _SumAndSquares(rows)
-        part.savefield = self.savefield
-        return part
+        return _SumAndSquares(rows, self.savefield)
 
 
 class _SumAndSquares(Variance):

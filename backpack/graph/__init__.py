@@ -2,6 +2,7 @@
 
 from backpack.graph.nodes import LEAF, call, count_outputs, kind, shape_of, variable_of
 from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
+from backpack.graph.saved_parameters import copy_saved_parameters
 from backpack.graph.traversal import Graph, Incoming, edge_of, read
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Graph",
     "Incoming",
     "call",
+    "copy_saved_parameters",
     "count_outputs",
     "edge_of",
     "forget_recomputed",

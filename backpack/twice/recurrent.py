@@ -27,7 +27,7 @@ def _gru_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, 
     hr, hz, hn = h.chunk(3, -1)
     z = (xz + hz).sigmoid()
     n = (xn + (xr + hr).sigmoid() * hn).tanh()
-    return ((1 - z) * n + z * state[0],)
+    return ((state[0] - n) * z + n,)  # as PyTorch writes it: its parts have second derivatives of their own
 
 
 def _tanh_step(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -175,7 +175,7 @@ def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
         return grads.sum_squares()
     terms: list[Tensor] = []
     for piece in grads.chunks():
-        turned = piece.dense().flatten(2) @ bases[0] if len(bases) == 1 else _rows(piece, len(bases[0])) @ bases[1]
+        turned = _rows(piece, 1)[:, :, 0] @ bases[0] if len(bases) == 1 else _rows(piece, len(bases[0])) @ bases[1]
         turned = turned if len(bases) == 1 else bases[0].T @ turned
         accumulate(terms, turned.square().sum((0, 1)))
     return terms[0]
@@ -191,7 +191,7 @@ def _second_moments(grads: Individual) -> list[Tensor]:
     found: list[list[Tensor]] = [[], []]
     for piece in grads.chunks():
         rows = _rows(piece, height)
-        columns = partial(rows.reshape, -1, size // height)
+        columns = partial(rows.reshape, rows.shape[:-1].numel(), size // height)
         share = isinstance(piece, Explicit) and piece.summed and height == 1
         accumulate(found[1], moment_of_outputs(piece, size, columns) if share else second_moment(columns()))
         if not whole:

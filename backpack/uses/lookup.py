@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,6 +166,17 @@ class LookupUse(Use):
     padding: int | None = None
     weight: Tensor | None = None
     bag: bool = False
+
+    def forward(self) -> Callable[[Tensor, torch.Size], Tensor]:
+        def change(table: Tensor, shape: torch.Size) -> Tensor:
+            found = table[self.index]
+            if self.weight is not None:
+                found = found * self.weight.unsqueeze(-1)
+            if self.padding is not None:
+                found = found.masked_fill((self.index == self.padding).unsqueeze(-1), 0)
+            return (found.sum(-2) if self.bag else found).reshape(shape)
+
+        return change
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Lookup:
         index = rows.take(self.index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
@@ -101,13 +101,14 @@ def verify(
         and a verdict: ``right``, ``wrong``, ``refused`` with the reason, or ``not compared``. ``passed`` sums up.
 
     Raises:
-        TypeError: What the loss is to be called with is no tensor.
+        TypeError: What the loss is to be called with is no tensor, or the inputs hold none.
         ValueError: No extension is given, or the samples cannot be told apart in the output.
     """
     if not extensions:
         raise ValueError("verify() needs the extensions to verify, for example BatchGrad().")
     forward = forward or apply
-    model, batch, exact = _double(model, (inputs, targets), forward)
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    model, batch, exact = _double(model, lossfunc, (inputs, targets), forward)
     rule = tolerance if tolerance is not None else (1e-6 if exact else 1e-2)
     lossfunc = copy.deepcopy(lossfunc).double() if exact else copy.deepcopy(lossfunc)
     # The other kernels of attention have no second derivative.
@@ -122,8 +123,8 @@ def verify(
     return outcome
 
 
-def _double(model: Module, batch: Any, forward: Forward) -> tuple[Module, Any, bool]:
-    """Copies in float64, if the model runs in it."""
+def _double(model: Module, lossfunc: Module, batch: Any, forward: Forward) -> tuple[Module, Any, bool]:
+    """Copies in float64, if the model runs in it and has a finite gradient."""
 
     def double(value: Any) -> Any:
         return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -131,11 +132,13 @@ def _double(model: Module, batch: Any, forward: Forward) -> tuple[Module, Any, b
     try:
         wide = copy.deepcopy(model).double()
         doubled = tree_map(double, batch)
-        with torch.random.fork_rng(), torch.no_grad():
-            forward(copy.deepcopy(wide), doubled)
+        tried = copy.deepcopy(wide)
+        with torch.random.fork_rng():
+            copy.deepcopy(lossfunc).double()(*forward(tried, doubled)).backward()
+        finite = all(p.grad.to_dense().isfinite().all() for p in tried.parameters() if p.grad is not None)
     except (RuntimeError, TypeError, NotImplementedError):
-        return copy.deepcopy(model), batch, False
-    return wide, doubled, True
+        finite = False
+    return (wide, doubled, True) if finite else (copy.deepcopy(model), batch, False)
 
 
 class Shift(Module):
@@ -238,6 +241,8 @@ class Run:
         known = next((CHECKS[cls] for cls in type(self.extension).__mro__ if cls in CHECKS), None)
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in self.found:
+            if plain.parameters[name].numel() == 0:
+                continue  # there is nothing to compare
             try:
                 pairs[name] = list(self._pairs(known, name))
             except NoTruth as reason:

@@ -60,8 +60,10 @@ def _eigen(result: Any, truth: Truth) -> Pairs:
 def moments(truth: Truth, side: int, vectors: Tensor, result: list[Tensor]) -> Tensor:
     """The first or second of two factors, along ``vectors``: ``[k, k]``."""
     found = _maps(truth)
-    # What all samples look up is a table as others are, or a tensor that others are computed from.
-    if not found or (all(a.is_shared_table for a in found) and all(factor.dim() > 1 for factor in result)):
+    # What all samples look up is a table as others are, or a tensor that others are computed from. Of several matrices
+    # in one parameter (experts), the factors are those of all rows.
+    shared = all(a.is_shared_table for a in found) and all(factor.dim() > 1 for factor in result)
+    if shared or found[0].matrix(found[0].parameter).shape[side] != vectors.shape[1]:
         return _own_moments(truth, side, vectors)
     forms: dict[Any, list[Map]] = {}
     for a in found:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, RNNBase
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_leaves
 
+from backpack.dataset.contents import samples_of
 from backpack.samples import SampleIds
 
 LARGEST_LOOP = 2**10
@@ -66,8 +66,7 @@ class Plain:
             self.rows = [(numbers == number).nonzero().flatten() for number in range(self.n)]
             return
         axis = int(isinstance(self.model, RNNBase) and not self.model.batch_first)
-        tensors = [leaf for leaf in tree_leaves(self.batch[0]) if isinstance(leaf, Tensor) and leaf.dim() > axis]
-        self.n = tensors[0].shape[axis]
+        self.n = samples_of(self.batch[0], axis)
         if self.out.dim() <= axis or self.out.shape[axis] % self.n or (axis and self.out.shape[axis] != self.n):
             raise ValueError(
                 f"The {self.n} samples cannot be told apart in the model's output of shape {list(self.out.shape)}: let "
@@ -181,8 +180,8 @@ class Plain:
                     (found,) = torch.autograd.grad(slope, parameter, unit, retain_graph=True, allow_unused=True)
                 except RuntimeError as error:
                     raise NoTruth(f"PyTorch has no second derivative ({error})") from error
-            rows.append(torch.zeros_like(parameter) if found is None else found.to_dense())
-        return torch.stack(rows).flatten(1)[:, chosen]
+            rows.append((torch.zeros_like(parameter) if found is None else found.to_dense()).flatten())
+        return torch.stack(rows)[:, chosen]
 
     @cached_property
     def users(self) -> dict[Node, list[tuple[Node, int, int]]]:

@@ -71,6 +71,11 @@ class Truth:
         """Those that are compared."""
         return self.plain.chosen(self.plain.parameters[self.name].numel())
 
+    def at_entries(self, result: Tensor) -> Tensor:
+        """Of a result ``[..., *p]``, these: ``[..., k]``."""
+        shape = self.plain.parameters[self.name].shape
+        return result.reshape(*result.shape[: result.dim() - len(shape)], shape.numel())[..., self.entries]
+
     @property
     def weights(self) -> Tensor:
         """How often each sample was selected, ``[n]``."""
@@ -130,7 +135,7 @@ def check(*extensions: type[BackpropExtension]) -> Callable[[Check], Check]:
 
 @check(BatchGrad)
 def _batch_grad(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten(1)[:, truth.entries], truth.gradients()
+    yield truth.at_entries(result), truth.gradients()
 
 
 @check(BatchL2Grad)
@@ -147,20 +152,20 @@ def _batch_dot(result: Tensor, truth: Truth) -> Pairs:
 
 @check(SumGradSquared)
 def _sum_grad_squared(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten()[truth.entries], truth.gradients().square().sum(0)
+    yield truth.at_entries(result), truth.gradients().square().sum(0)
 
 
 @check(Variance)
 def _variance(result: Tensor, truth: Truth) -> Pairs:
     gradients = truth.gradients()
     # The mean of squares on both sides: the variance alone may be a small difference of large numbers.
-    yield result.flatten()[truth.entries] + gradients.mean(0).square(), gradients.square().mean(0)
+    yield truth.at_entries(result) + gradients.mean(0).square(), gradients.square().mean(0)
 
 
 @check(ClippedGrad)
 def _clipped(result: Tensor, truth: Truth) -> Pairs:
     factors = truth.extension.max_norm / truth.plain.norms[truth.rows].clamp(min=truth.extension.max_norm)
-    yield result.flatten()[truth.entries], factors @ truth.gradients()
+    yield truth.at_entries(result), factors @ truth.gradients()
 
 
 # The generalized Gauss-Newton matrix
@@ -168,24 +173,24 @@ def _clipped(result: Tensor, truth: Truth) -> Pairs:
 
 @check(DiagGGNExact, DiagGGNMC)
 def _diag_ggn(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten()[truth.entries], truth.curvatures().sum(0)
+    yield truth.at_entries(result), truth.curvatures().sum(0)
 
 
 @check(BatchDiagGGNExact, BatchDiagGGNMC)
 def _batch_diag_ggn(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten(1)[:, truth.entries], truth.curvatures()
+    yield truth.at_entries(result), truth.curvatures()
 
 
 @check(SqrtGGNExact)
 def _sqrt_ggn(result: Tensor, truth: Truth) -> Pairs:
-    root = result.flatten(2)[..., truth.entries]
+    root = truth.at_entries(result)
     yield torch.einsum("cnj,cnk->njk", root, root), truth.blocks()  # a root is unique up to rotations
 
 
 @check(SqrtGGNMC)
 def _sqrt_ggn_mc(result: Tensor, truth: Truth) -> Pairs:
     true = torch.einsum("mnd,knd->mnk", truth.run.drawn, truth.plain.columns(truth.name))[:, truth.rows]
-    yield result.flatten(2)[..., truth.entries], true
+    yield truth.at_entries(result), true
 
 
 @check(GGNGram)
@@ -196,7 +201,7 @@ def _ggn_gram(result: Tensor, truth: Truth) -> Pairs:
         truth.plain.gradient(truth.name, truth.plain.of_sample(drawn[int(k) // samples], int(truth.rows[k % samples])))
         for k in places
     ]
-    columns = torch.stack(pulled).flatten(1)
+    columns = torch.stack([pull.flatten() for pull in pulled])
     yield result[places][:, places], columns @ columns.T
 
 
@@ -217,7 +222,7 @@ def _hmp(result: Any, truth: Truth) -> Pairs:
 
 @check(DiagHessian)
 def _diag_hessian(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten()[truth.entries], truth.hessian(truth.weights).diagonal()
+    yield truth.at_entries(result), truth.hessian(truth.weights).diagonal()
 
 
 @check(BatchDiagHessian)
@@ -225,7 +230,7 @@ def _batch_diag_hessian(result: Tensor, truth: Truth) -> Pairs:
     for place in {0, len(truth.rows) - 1}:
         weights = torch.zeros_like(truth.weights)
         weights[truth.rows[place]] = 1
-        yield result.flatten(1)[place, truth.entries], truth.hessian(weights).diagonal()
+        yield truth.at_entries(result)[place], truth.hessian(weights).diagonal()
 
 
 @check(DiagHessianMC)
@@ -233,7 +238,7 @@ def _diag_hessian_mc(result: Tensor, truth: Truth) -> Pairs:
     """Within some standard errors of many draws."""
     true = truth.hessian(truth.weights).diagonal()
     for count in DRAWS:
-        draws = torch.stack([found[truth.name].flatten()[truth.entries] for found in truth.run.redrawn(count)])
+        draws = torch.stack([truth.at_entries(found[truth.name]) for found in truth.run.redrawn(count)])
         mean, error = draws.mean(0), draws.std(0) / count**0.5
         right = (mean - true).abs() <= SIGMAS * error
         if bool(right.all()):
@@ -244,4 +249,4 @@ def _diag_hessian_mc(result: Tensor, truth: Truth) -> Pairs:
 def multiplied(product: Any, truth: Truth) -> Tensor:
     """A matrix at the entries, ``[k, k]``, from its products with unit vectors."""
     parameter = truth.plain.parameters[truth.name]
-    return product(torch.stack(units(parameter, truth.entries))).detach().flatten(1)[:, truth.entries]
+    return truth.at_entries(product(torch.stack(units(parameter, truth.entries))).detach())

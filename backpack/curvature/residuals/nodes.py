@@ -50,6 +50,7 @@ FUSED = (
     "MkldnnRnnLayer",
     "ThnnFusedLstmCell",
     "ThnnFusedGruCell",
+    "CompiledFunction",
 )
 """How the names of nodes begin that have no second derivatives in PyTorch, but can be replaced by others that do."""
 

@@ -29,7 +29,7 @@ class SecondOrderBackpropExtension(CurvatureExtension):
         super().__init__(savefield, subsampling)
         self.fail_mode = fail_mode
         for module, rule in module_exts.items():
-            self.set_module_extension(module, rule)
+            self.set_module_extension(module, rule, overwrite=True)
         for rule in {id(rule): rule for rule in module_exts.values() if hasattr(rule, "backpropagate")}.values():
             warnings.warn(
                 f"{type(rule).__name__}.backpropagate is not called: the bpQuantities of {type(self).__name__} are "
