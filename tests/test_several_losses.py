@@ -743,7 +743,7 @@ def test_hooks_and_rules_see_the_columns_of_all_losses():
     one, other, done = extend(nn.CrossEntropyLoss()), extend(nn.MSELoss()), []
     ruled = DiagGGNExact()
     ruled.savefield = "by_rule"
-    ruled.set_module_extension(nn.Linear, Columns())
+    ruled.set_module_extension(nn.Linear, Columns(), overwrite=True)
 
     def hook(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -304,8 +304,8 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
     if where and module is not None and where not in _told.setdefault(module, set()):
         _told[module].add(where)
         warnings.warn(
-            f"Samples are mixed by {where}: what is computed of one depends on others. The gradient of each sample is "
-            f"pulled through the layers below by itself, for each column in second order, which costs about "
-            f"{_passes(block, prepared):.2g} times a backward pass. {ways}, or let subsampling= select fewer samples.",
+            f"Samples are mixed by {where}: what is computed of one depends on others. The gradient of each of the "
+            f"{plan.n} samples is pulled through the layers below by itself, in second order for each column, which "
+            f"costs about {_passes(block, prepared):.2g} times a backward pass. {ways}, or let subsampling= select fewer samples.",
             stacklevel=6,
         )
