@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+GRAPHS = ["-W", "ignore:`torch.jit.script`:DeprecationWarning"]  # when torch_geometric is imported
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL) for name, path in PAGES.items()}
@@ -17,7 +18,7 @@ BLOCKS = {name: blocks for name, blocks in BLOCKS.items() if blocks}
 
 def run(*arguments, folder):
     environment = {**os.environ, "MPLBACKEND": "agg"}
-    quiet = ["-W", "error", "-W", "ignore:FigureCanvasAgg is non-interactive"]
+    quiet = ["-W", "error", "-W", "ignore:FigureCanvasAgg is non-interactive", *GRAPHS]
     done = subprocess.run(
         [sys.executable, *quiet, *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
     )
