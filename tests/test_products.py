@@ -66,6 +66,19 @@ def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
     check_after_the_pass(build().double(), values(*shape), retain)
 
 
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+def test_products_through_fused_layers_whose_output_is_gone_before_the_loss(name):
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model, X = build().double(), values(*shape)
+    y, lossfunc = values(*model(X)[:, 1:].shape), nn.MSELoss()
+    truth = blocks(model, lambda: lossfunc(model(X)[:, 1:], y))
+    extend(model), extend(lossfunc)
+    with backpack(HMP()):
+        lossfunc(model(X)[:, 1:], y).backward()
+    check(model, "hmp", truth)
+
+
 class Entrances(nn.Module):
     """Parameters that enter linearly, in calls of each kind, and others that only seem to."""
 

@@ -48,8 +48,8 @@ class Note:
     """Whether the output is a packed sequence, whose rows are no samples."""
     is_of_base: bool = False
     """Whether it is not left at the output itself, but at what this is a view of."""
-    output: tuple[ref[Tensor], int] | None = None
-    """Weakly, with its version."""
+    output: tuple[Callable[[], Tensor | None], int] | None = None
+    """By a weak reference, or detached where the call may have to be compared with another; with its version."""
     attached: tuple[Any, Any] | None = None
     """The arguments with their graph, if a gradient flows on to them."""
     random: list[Tensor] | None = None
@@ -113,7 +113,7 @@ def leave_note(
             return
         if type(x) is Tensor and not x.requires_grad:
             note = Note(ref(module), ((x,), {}), True, axis, 0)
-            note.output, note.random = _weakly(output), random
+            note.output, note.random = _referred(output, random is not None), random
             left: Any = node.metadata
             left.setdefault(OUTPUT, {})[output.output_nr] = note
             return
@@ -136,7 +136,7 @@ def _leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int, 
         if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
             continue
         note = Note(ref(module), arguments, copied.is_complete, axis, place, packed)
-        note.output, note.attached, note.random = _weakly(tensor), attached, random
+        note.output, note.attached, note.random = _referred(tensor, random is not None), attached, random
         for value in (tensor, tensor._base):  # of a view, which an operation in place takes its own node from
             node = None if value is None else value.grad_fn
             if value is None or node is None:
@@ -174,8 +174,13 @@ class _Copy:
         return [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _weakly(tensor: Tensor) -> tuple[ref[Tensor], int]:
-    return ref(tensor), 0 if tensor.is_inference() else tensor._version
+def _referred(tensor: Tensor, hold: bool) -> tuple[Callable[[], Tensor | None], int]:
+    """What gives an output, as long as it is there or where it is to be held, and its version."""
+    version = 0 if tensor.is_inference() else tensor._version
+    if not hold:
+        return ref(tensor), version
+    detached = tensor.detach()  # a node must not hold itself
+    return (lambda: detached), version
 
 
 def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
