@@ -25,6 +25,13 @@ class Rows:
         """Keep those of one more batch; if they come twice, as when its pass began anew, the last ones."""
         if self.places and self.places[-1] is places:
             self.chunks.pop(), self.places.pop(), self.weights.pop()
+        if self.chunks and self.chunks[0].shape[1:] != rows.shape[1:]:
+            raise ValueError(
+                f"Results of samples have shape {list(self.chunks[0].shape[1:])} in one batch and "
+                f"{list(rows.shape[1:])} in another, so that they do not join: a root has as many columns as the "
+                f"sample with most positions needs. Let the samples of all batches have as many, or take "
+                f"BatchDiagGGNExact."
+            )
         self.chunks.append(rows if device is None else rows.to(device))
         self.places.append(places)
         self.weights.append(weight)
