@@ -306,6 +306,7 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
         warnings.warn(
             f"Samples are mixed by {where}: what is computed of one depends on others. The gradient of each of the "
             f"{plan.n} samples is pulled through the layers below by itself, in second order for each column, which "
-            f"costs about {_passes(block, prepared):.2g} times a backward pass. {ways}, or let subsampling= select fewer samples.",
+            f"costs about {_passes(block, prepared):.2g} times a backward pass. {ways}, or let subsampling= select "
+            f"fewer samples.",
             stacklevel=6,
         )

@@ -96,7 +96,7 @@ def spread(node: Node, edges: Sequence[Any], layout: AnyLayout, number: int) -> 
     if name in SAME:
         return [layout] * len(edges)
     found = RULES.get(name)
-    if found is None or (len(layout.axes) > 1 and found not in (reshaped, permuted, transposed)):
+    if found is None or (len(layout.axes) > 1 and found not in OF_SEVERAL_AXES):
         raise Unknown
     at = At(node, edges, layout, number)
     layouts = found(at)
@@ -185,12 +185,51 @@ def derivative_along_an_axis(at: At) -> AnyLayout:
 
 
 @rule("Gather")
-def gathered(at: At) -> AnyLayout:
+def gathered(at: At) -> AnyLayout | None:
     (dim,) = at.axes("dim", len(at.shape))
     given = at.given(0)
     if any(size != own for axis, (size, own) in enumerate(zip(at.shape, given, strict=True)) if axis != dim):
         raise Unknown
-    return apart(at, [dim])
+    if not at.layout.occupies([dim]):
+        return at.layout
+    index, owner = _aligned(at, dim)
+    sizes = [given[axis] if axis == dim else size for axis, size in enumerate(index.shape)]
+    found = torch.full(sizes, -1).scatter_(dim, index, owner)
+    is_alone = torch.equal(found.gather(dim, index), owner)
+    return found_layout(at.layout.n, found, exactly=True) if is_alone else None
+
+
+@rule("ScatterAdd")
+def scattered_sum(at: At) -> list[AnyLayout | None]:
+    """Entries of a source are added to those of a tensor along an axis."""
+    (dim,) = at.axes("dim", len(at.shape))
+    layout = at.layout
+    if at.edges[1][0] is None:
+        return [layout, None]
+    if any(size != own for axis, (size, own) in enumerate(zip(at.shape, at.given(1), strict=True)) if axis != dim):
+        raise Unknown
+    if not layout.occupies([dim]):
+        return [layout, layout]
+    if at.indices("index")[0].shape != at.given(1):
+        raise Unknown
+    index, owner = _aligned(at, dim)
+    return [layout, found_layout(layout.n, owner.gather(dim, index), exactly=True)]
+
+
+def _aligned(at: At, dim: int) -> tuple[Tensor, Tensor]:
+    """Saved indices along an axis, and the owners of the output's entries, with as many entries along all others.
+
+    That is one where both are the same along an axis.
+    """
+    (index,) = at.indices("index")
+    owner = at.layout.owners(at.shape, torch.device("cpu"))
+    sizes = list(owner.shape)
+    for axis, size in enumerate(index.shape):
+        if axis != dim and owner.shape[axis] == 1 and size and index.stride(axis) == 0:
+            index = index.narrow(axis, 0, 1)
+        elif axis != dim:
+            sizes[axis] = size
+    return index, owner.expand(sizes)
 
 
 @rule("Index")
@@ -484,9 +523,35 @@ def pooled(at: At) -> AnyLayout:
 )
 def attention(at: At) -> list[AnyLayout | None]:
     """``[b, heads, positions, channels]`` of query, key and value; a bias is expanded."""
+    if at.layout.occupies([2]) and not at.layout.occupies([1, 3]):
+        return _attention_along_positions(at)
     layout = apart(at, range(1, len(at.shape)))
     rest = at.each(lambda k: None if k < 3 else onto(layout, (*at.shape[:3], 0), (*at.given(k)[:-1], 0)))
     return [layout, layout, layout, *rest[3:]]
+
+
+def _attention_along_positions(at: At) -> list[AnyLayout | None]:
+    """Samples along the queries' positions: a key belongs to that of all queries from which no mask keeps it apart."""
+    if any(other is not None for other, _ in at.edges[3:]) or kind(at.node) != "ScaledDotProductFlashAttentionForCpu":
+        raise Unknown
+    (mask,) = at.indices("attn_mask") if at.saved("attn_mask") is not None else (None,)
+    queries, keys = at.shape[2], at.given(1)[2]
+    is_seen = torch.ones(1, queries, keys, dtype=torch.bool)
+    if at.saved("is_causal"):
+        is_seen = is_seen.tril()
+    if mask is not None:
+        allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+        is_seen = is_seen & allowed.reshape(-1, *allowed.shape[-3:]).any(1) if allowed.dim() > 2 else is_seen & allowed
+    owner = at.layout.owners(at.shape, torch.device("cpu"))[:, 0, :, 0].expand(-1, queries)
+    rows = max(len(owner), len(is_seen))
+    owner, is_seen = owner.expand(rows, -1), is_seen.expand(rows, -1, -1)
+    given = owner.unsqueeze(2).expand_as(is_seen)
+    largest = given.where(is_seen, -1).amax(1)
+    smallest = given.where(is_seen & (given >= 0), at.layout.n).amin(1)
+    if bool(((largest >= 0) & (smallest != largest)).any()):
+        raise Unknown  # numbers that are small enough mask as well
+    layout = found_layout(at.layout.n, largest[:, None, :, None], exactly=True)
+    return [at.layout, layout, layout, *[None] * (len(at.edges) - 3)]
 
 
 @rule("MkldnnRnnLayer")
@@ -524,3 +589,9 @@ def elementwise_loss(at: At) -> list[AnyLayout | None]:
 def _lost(at: At) -> Any:
     """A loss that is a single number."""
     raise Unknown
+
+
+OF_SEVERAL_AXES: frozenset[Rule] = frozenset(
+    (reshaped, permuted, transposed, indexed, selected_rows, rows_added, gathered, scattered_sum, attention)
+)
+"""Rules that also tell of samples along several axes."""
