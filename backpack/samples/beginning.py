@@ -37,7 +37,7 @@ def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
         return found if found and 1 not in sizes else [Layout(1, first)]
     found.insert(0, Layout(shape[first], first))
     if shape[first] not in sizes:
-        blocks = [n for n in sizes if 0 < n < shape[0] and shape[0] % n == 0 and (n > 1 or sizes == [1])]
+        blocks = [n for n in note.sizes_of_data if 0 < n < shape[0] and shape[0] % n == 0 and (n > 1 or sizes == [1])]
         found += [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
     return found
 

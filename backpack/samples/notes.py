@@ -74,6 +74,12 @@ class Note:
         """How many rows each of them has, as far as they differ."""
         return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in self.inputs if t.dim()))
 
+    @cached_property
+    def sizes_of_data(self) -> list[int]:
+        """The same of the first tensor, and of numbers that are no indices."""
+        found = [t for place, t in enumerate(self.inputs) if place == 0 or t.is_floating_point() or t.is_complex()]
+        return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in found if t.dim()))
+
     def axis_of(self, tensor: Tensor) -> int:
         """Which axis of an input counts its rows."""
         return self.axis if tensor.dim() > self.axis else 0
