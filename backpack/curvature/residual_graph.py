@@ -15,7 +15,7 @@ from backpack.backward.plan import Plan
 from backpack.compat import dtype_at, shape_at
 from backpack.curvature.joined import Joined
 from backpack.curvature.residuals import LocalHessian, Pairs, Residual, is_bilinear, is_flat, residual_of
-from backpack.graph import LEAF, variable_of
+from backpack.graph import is_complex
 from backpack.samples import Layout
 
 
@@ -57,6 +57,12 @@ class ResidualGraph:
             for node in graph.order
             if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
         ]
+        for node in filter(is_complex, curved):
+            raise RuntimeError(
+                f"{node.name()} is a function of complex numbers that is not linear: its second derivatives are no "
+                f"symmetric matrix of the samples' entries. Compute it of real and imaginary parts, or take the "
+                f"Hessian or the GGN."
+            )
         numbers = {node: sorted({number for _, _, number in graph.incoming[node]}) for node in curved}
         if self.edge.node in numbers:
             numbers[self.edge.node] = sorted({self.edge.output_nr, *numbers[self.edge.node]})
@@ -113,10 +119,7 @@ def below_complex(prepared: Prepared) -> set[Node]:
 
 def _is_curved_and_complex(node: Node) -> bool:
     following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
-    complex_numbers = [edge for edge in following if edge.node.name() != LEAF and dtype_at(edge).is_complex]
-    complex_numbers += [edge for edge in following if edge.node.name() == LEAF and variable_of(edge.node).is_complex()]
-    is_complex = bool(complex_numbers) or any(data.dtype.is_complex for data in node._input_metadata)
-    return is_complex and not is_flat(node, following)
+    return is_complex(node) and not is_flat(node, following)
 
 
 def is_linear(node: Node, k: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import pull_back, shape_at
+from backpack.compat import dtype_at, pull_back, shape_at
 from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.residuals.nodes import ELEMENTWISE, base_name
 from backpack.curvature.residuals.residual import Blocks, Residual
@@ -40,7 +40,7 @@ def squares(graph: ResidualGraph, residual: Residual) -> list[tuple[GradientEdge
     found = [(edge, total, mixed)]
     while live := graph.live(edge.node):
         shape = shape_at(live[0])
-        if len(live) > 1 or shape[:1] != total.shape[:1]:
+        if len(live) > 1 or shape[:1] != total.shape[:1] or dtype_at(live[0]).is_complex:
             return None
         matrix = matrix_of(edge.node, live[0])
         if matrix is not None and not mixed:

@@ -9,6 +9,7 @@ from torch import Tensor
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.batch_grad import BatchGrad
 from backpack.uses import Individual
+from backpack.uses.complex_numbers import as_real
 
 
 class BatchDotGrad(BackpropExtension):
@@ -33,5 +34,5 @@ class BatchDotGrad(BackpropExtension):
         return part
 
     def of_whole(self, name: str, merged: Tensor) -> Tensor:
-        flat = merged.flatten(1)
+        flat = as_real(merged.flatten(1))
         return flat @ flat.T

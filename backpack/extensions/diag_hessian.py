@@ -27,6 +27,7 @@ class DiagHessian(CurvatureExtension):
 
     Raises:
         RuntimeError: A function has no second derivative in PyTorch, or with ``create_graph=True`` a wrong third one.
+            Or a parameter is complex: each entry has a block of 2 x 2 second derivatives.
     """
 
     savefield = "diag_h"
@@ -34,6 +35,7 @@ class DiagHessian(CurvatureExtension):
     batches: Merging | Joined = Summed(1)
     backprop = "hessian"
     semidefinite = False
+    needs_real_parameters = True
 
     def __init__(self, subsampling: Any = None, chunk_size: int | None = None) -> None:
         super().__init__(subsampling=subsampling, chunk_size=chunk_size)

@@ -9,6 +9,7 @@ from torch import Tensor
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merging import Moments
 from backpack.uses import Individual
+from backpack.uses.complex_numbers import squared
 
 
 class Variance(BackpropExtension):
@@ -26,7 +27,7 @@ class Variance(BackpropExtension):
 
     def compute(self, grads: Individual) -> Tensor:
         n, total = grads.size[1], grads.total()
-        return grads.sum_squares().addcmul(total, total, value=-1 / n).div_(n).clamp_(min=0)
+        return grads.sum_squares().sub(squared(total), alpha=1 / n).div_(n).clamp_(min=0)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndSquares:
         part = _SumAndSquares(rows)
