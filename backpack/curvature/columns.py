@@ -83,7 +83,7 @@ class Columns(Collector):
                 pull(*(seed[0] for seed in seeds))
                 return
             poolings = () if self.running.block.reads_passages else self.joined.poolings
-            with pooled(poolings, self.count_of_seeds, [*edges, *self.ends]):
+            with pooled([*poolings, *self.joined.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
             HERE.inner, HERE.muted = before

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.first_order import name_of
-from backpack.backward.plan import Plan, PlannedUse, make_plan
+from backpack.backward.plan import PlannedUse, make_plan
 from backpack.compat import dtype_at
 from backpack.curvature.columns import Columns
 from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
@@ -57,15 +57,18 @@ class HessianPass(TwicePass):
         try:
             with muted():
                 if alone:
-                    self._by_columns(alone, rows)
+                    self._together_or_not(lambda: self._by_columns(alone, rows))
                 if others:
                     self._by_entries(others)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
                     self.block.store(parameter, extension.savefield, self.results[id(extension), key][0])
         finally:
-            self.totals.clear()
             self._clear()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.totals.clear()
 
     def _take_twice_differentiable(self, rows: Tensor | None) -> None:
         """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
@@ -123,19 +126,20 @@ class HessianPass(TwicePass):
         prepared = self.prepared
         plan = make_plan(prepared.graph, prepared.owners, prepared.n, alone)
         self.prepared = replace(prepared, plan=plan)
-        self.running = Columns(self, self.joined)
-        graph = ResidualGraph(self.joined, self.prepared, plan)
-        select = self.chosen
-        seeds = self.loss.grad(self.layout, self.outer)[None]
-        grad = self._place(seeds, rows, select)[0].to(dtype_at(self.joined.start))
-        for edges, columns, weights in self._columns(graph, plan, grad, rows, select):
-            self.weights = weights
-            self.running.pull(edges, columns)
-            self.running.finish()
-        self.weights = None
-        for parameter, dense, total in self.totals.values():
-            self._add_total(parameter, dense, total)
-        self.prepared = prepared
+        try:
+            self.running = running = Columns(self, self.joined)
+            graph = ResidualGraph(self.joined, self.prepared, plan)
+            select = self.chosen
+            seeds = self.loss.grad(self.layout, self.outer)[None]
+            grad = self._place(seeds, rows, select)[0].to(dtype_at(self.joined.start))
+            for edges, columns, weights in self._columns(running, graph, grad, rows, select):
+                self.weights = weights
+                running.pull(edges, columns)
+                running.finish()
+            for parameter, dense, total in self.totals.values():
+                self._add_total(parameter, dense, total)
+        finally:
+            self.prepared, self.weights = prepared, None
 
     def _by_entries(self, leaves: Sequence[Node]) -> None:
         layout = self.prepared.begin[self.joined.start.node, self.joined.start.output_nr]
@@ -233,7 +237,7 @@ class HessianPass(TwicePass):
         self.parameters[id(parameter)] = parameter
 
     def _columns(
-        self, graph: ResidualGraph, plan: Plan, grad: Tensor, rows: Tensor | None, select: Tensor | None
+        self, running: Columns, graph: ResidualGraph, grad: Tensor, rows: Tensor | None, select: Tensor | None
     ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor | None]]:
         """Where to start, columns, and their weights: of the loss, then of each node."""
         start = 0
@@ -250,7 +254,7 @@ class HessianPass(TwicePass):
         recomputed = any(map(is_recomputed, graph.joined.nodes))  # it is read only once
         for residual in graph.residuals(grad):
             known = None if recomputed else squares(graph, residual)
-            if known is not None and self._add_squares(plan, known):
+            if known is not None and self._add_squares(running, known):
                 continue
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
@@ -287,12 +291,12 @@ class HessianPass(TwicePass):
             weights[drawn:] *= -1
             yield edges, parts, weights
 
-    def _add_squares(self, plan: Plan, known: list[tuple[GradientEdge, Tensor, bool]]) -> bool:
+    def _add_squares(self, running: Columns, known: list[tuple[GradientEdge, Tensor, bool]]) -> bool:
         """Add what the sums of squared columns at edges give for the uses there, if that is all that these need."""
         found: list[tuple[Tensor, Arrival, Tensor]] = []
         for edge, total, mixed in known:
-            for planned in plan.uses.get(edge.node, ()):
-                arrival = self.running.arrival(edge.node, planned, Cotangents({0: total[None]}))
+            for planned in running.plan.uses.get(edge.node, ()):
+                arrival = running.arrival(edge.node, planned, Cotangents({0: total[None]}))
                 if not self._needs_squares_only(edge, planned, arrival, mixed):
                     return False
                 assert planned.leaf is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.compat import pull_back
-from backpack.curvature.pooling import Pooling, poolings
+from backpack.curvature.pooling import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals import Severed
 from backpack.graph.looped import edges_from, must_loop, nodes
 
@@ -55,8 +55,13 @@ class Joined:
 
     @cached_property
     def poolings(self) -> list[Pooling]:
-        """Nodes that several seeds go through by turns."""
+        """Nodes of max pooling, that several seeds go through by turns."""
         return poolings(self.nodes, self.instead)
+
+    @cached_property
+    def turns(self) -> list[Turns]:
+        """Nodes that several seeds cannot go through together."""
+        return turns(self.nodes)
 
     def now(self, edge: GradientEdge) -> GradientEdge:
         """The edge that has taken the place of one."""

@@ -66,6 +66,7 @@ class SeedPass:
         self.first, self.final = True, False
         self.gathered = self.selected = False
         self.batchable = True
+        self.running: Columns | None = None
         self.start = 0
         self.weights: Tensor | None = None
         self.finished: set[int] = set()
@@ -105,27 +106,29 @@ class SeedPass:
                 self._go_over(Joined(edge), fewer(self.layout, len(rows)))
 
         try:
-            self._pull_all(edge, rows, select)
+            self._together_or_not(lambda: self._pull_all(edge, rows, select))
         finally:
             self._clear()
 
-    def _pull_all(self, edge: GradientEdge, rows: Tensor | None, select: Tensor | None) -> None:
+    def _together_or_not(self, pull: Callable[[], None]) -> None:
         """Several seeds at a time; if that fails, one by one."""
-        columns: Columns | None = None
         try:
-            for number, seeds in self._chunks(edge):
-                columns = columns or Columns(self, self.joined)
-                self.final = number >= self.columns
-                columns.pull([edge], [self._place(seeds, rows, select)])
-                if self.final or not self.gathered:
-                    columns.finish()
-                    self.first = False
+            pull()
         except RuntimeError:
-            if columns is None or not columns.batched:
+            if self.running is None or not self.running.batched:
                 raise
             self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
-            self.batchable, self.first = False, True
-            self._pull_all(edge, rows, select)
+            self.batchable, self.first, self.running = False, True, None
+            pull()
+
+    def _pull_all(self, edge: GradientEdge, rows: Tensor | None, select: Tensor | None) -> None:
+        for number, seeds in self._chunks(edge):
+            self.running = columns = self.running or Columns(self, self.joined)
+            self.final = number >= self.columns
+            columns.pull([edge], [self._place(seeds, rows, select)])
+            if self.final or not self.gathered:
+                columns.finish()
+                self.first = False
 
     def _go_over(self, joined: Joined, layout: AnyLayout) -> None:
         """Go on with a graph that was recorded anew."""

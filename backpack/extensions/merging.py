@@ -157,11 +157,11 @@ class Moments(Merging):
         return result if factor == 1 else result * factor**2
 
 
-def _all_squared(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _all_squared(tensors: Sequence[Tensor]) -> list[Tensor]:
     """In one call, unless some are complex."""
     if any(tensor.is_complex() for tensor in tensors):
         return [squared(tensor) for tensor in tensors]
-    return torch._foreach_mul(tensors, tensors)
+    return list(torch._foreach_mul(tuple(tensors), tuple(tensors)))
 
 
 @dataclass(frozen=True)

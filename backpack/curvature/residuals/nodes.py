@@ -9,14 +9,15 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.graph import is_complex
 
 _PIECEWISE_LINEAR = """
-Abs Add Alias AsStrided AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
-Amax Amin AvgPool1D AvgPool2D AvgPool3D Cat Ceil Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical
-ConstantPadNd Copy Cumsum Diagonal Embedding Expand FftC2C FftC2R FftR2C Flip Floor Gather Hardshrink Hardsigmoid Hardtanh Im2Col Col2Im Imag Index IndexSelect LeakyRelu
-MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean Min Minimum Narrow NativeDropout Neg Permute
-PreluKernel Real ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D ReplicationPad2D
-ReplicationPad3D ReshapeAlias ResolveConj Roll Round Rsub Select Sign Slice Softshrink Split SplitWithSizes Squeeze Stack Sub Sum T
-Threshold ToCopy Transpose Tril Triu UnsafeSplit UnsafeView Unbind Unfold Unsqueeze UpsampleBicubic2D
-UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D View ViewAsComplex ViewAsReal Where
+Abs AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Alias Amax Amin
+AsStrided AvgPool1D AvgPool2D AvgPool3D Cat Ceil Clamp ClampMax ClampMin Clone Col2Im Complex Conj ConjPhysical
+ConstantPadNd Copy Cumsum Diagonal Embedding Expand FftC2C FftC2R FftR2C Flip Floor Gather Hardshrink Hardsigmoid
+Hardtanh Im2Col Imag Index IndexSelect LeakyRelu MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean
+Min Minimum Narrow NativeDropout Neg Permute PreluKernel Real ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu
+Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias ResolveConj Roll Round Rsub Select Sign Slice
+Softshrink Split SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose Tril Triu Unbind Unfold UnsafeSplit
+UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D View ViewAsComplex
+ViewAsReal Where
 """
 _BILINEAR = "Addmm Addmv Baddbmm Bmm Convolution Dot Linear Mm Mul Mv"
 _ELEMENTWISE = """
