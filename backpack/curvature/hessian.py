@@ -189,7 +189,7 @@ class HessianPass(TwicePass):
     def compute(self, contributions: Contributions) -> None:
         """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
         parameter = contributions.tensor
-        grads = self._weighed(contributions.individual(self.subset))
+        grads = self._weighed(contributions)
         if type(grads) is not Dense or grads.grad.shape[3] > 1:
             self._add(parameter, grads, self.extensions)
             return

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.compat import pull_back
+from backpack.compat import dtype_at, pull_back
 from backpack.curvature.pooling import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals import Severed
 from backpack.graph.looped import edges_from, must_loop, nodes
@@ -76,8 +76,9 @@ class Joined:
     ) -> Sequence[Tensor | None]:
         """``torch.autograd.grad`` through all parts, which keeps the graph; each node of a part runs once at most.
 
-        ``inputs``: edges, or tensors.
+        ``inputs``: edges, or tensors; ``seeds``: in any precision.
         """
+        seeds = [seed.to(dtype_at(self.now(edge))) for edge, seed in zip(edges, seeds, strict=True)]
         if not self.parts:
             return pull_back(edges, inputs, seeds, create_graph)
         ends = [self.now(get_gradient_edge(i) if isinstance(i, Tensor) else i) for i in inputs]

@@ -258,7 +258,7 @@ class SeedPass:
             if self.first:
                 for extension in extensions:
                     vars(parameter).pop(extension.savefield, None)  # its memory is needed for the new result
-            grads = self._weighed(contributions.individual(self.subset))
+            grads = self._weighed(contributions)
             rooms = [self._room(extension, parameter, grads) for extension in extensions]
             grads.room = next((room for room in rooms if room is not None), None)
             grads.prepare([name for extension in extensions for name in extension.reads])
@@ -267,11 +267,13 @@ class SeedPass:
             self.finished.add(id(parameter))
             self.block.owners_done(parameter, self.finished)
 
-    def _weighed(self, grads: Individual) -> Individual:
+    def _weighed(self, contributions: Contributions) -> Individual:
+        grads = contributions.individual(self.subset)
         if self.weights is None:
             return grads
         rows = self.subset.rows(self.weights.shape[1], self.weights.device)
-        return grads.weighted(self.weights if rows is None else self.weights[:, rows])
+        weights = self.weights.to(contributions.dtype)  # of parts in another precision as well
+        return grads.weighted(weights if rows is None else weights[:, rows])
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
         """Add what some seeds give to the results of a parameter."""

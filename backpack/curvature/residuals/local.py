@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from backpack.bystanders import forget_retained
+from backpack.compat import dtype_at
 
 
 class Severed:
@@ -87,11 +88,14 @@ class LocalHessian:
         """Whether the Hessian is zero whatever the values are."""
         if not self._first:
             return True
+        grads = dict(self._first)
         like = self._first[0][1]
-        return all(part is None for part in self.product([like.new_zeros(shape) for shape in shapes]))
+        zeros = [grads.get(k, like).new_zeros(shape) for k, shape in enumerate(shapes)]
+        return all(part is None for part in self.product(zeros))
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Times several vectors ``[v, ...]``."""
+        """Times several vectors ``[v, ...]``, in any precision."""
+        vectors = [vector.to(dtype_at(edge)) for vector, edge in zip(vectors, self.edges, strict=True)]
 
         def product(*one: Tensor) -> tuple[Tensor, ...]:
             found = self.product(one)
