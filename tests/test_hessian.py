@@ -314,11 +314,22 @@ def test_of_parameters_that_enter_nonlinearly_is_exact():
     check(Nonlinear().double(), values(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
 
 
-def test_what_many_entries_of_parameters_that_enter_nonlinearly_cost_is_said():
-    model = extend(nn.utils.parametrizations.weight_norm(nn.Linear(40, 30)).double())
-    lossfunc = extend(nn.CrossEntropyLoss())
-    with pytest.warns(UserWarning, match="costs 1230 derivatives of second order"), backpack(DiagHessian()):
-        lossfunc(model(values(3, 40)), torch.tensor([0, 2, 1])).backward()
+def test_what_takes_as_long_as_a_hundred_steps_is_said_once_with_its_causes(monkeypatch):
+    monkeypatch.setattr("backpack.curvature.cost.MOMENT", 0)
+    entries = extend(nn.utils.parametrizations.weight_norm(nn.Linear(60, 50)).double())
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten()
+    columns = extend(nn.Sequential(*layers, nn.Linear(8 * 64, 3)).double())
+    lossfunc, y = extend(nn.CrossEntropyLoss()), torch.tensor([0, 2, 1])
+    for model, X, message in (
+        (entries, values(3, 60), "costs 3050 derivatives of second order.*weight.original1.*DiagHessianMC"),
+        (columns, values(3, 1, 8, 8), "columns are pulled back.*Tanh of shape .3, 8, 8, 8.*DiagHessianMC"),
+    ):
+        with pytest.warns(UserWarning, match=message), backpack(DiagHessian()):
+            lossfunc(model(X), y).backward()
+        with backpack(DiagHessian()):
+            lossfunc(model(X), y).backward()
+        with backpack(DiagHessianMC(), BatchGrad()):
+            lossfunc(model(X), y).backward()
 
 
 def test_samples_without_a_gradient_have_no_residual_at_all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Size, Tensor
@@ -14,7 +15,16 @@ from backpack.backward.collector import Prepared
 from backpack.backward.plan import Plan
 from backpack.compat import dtype_at, shape_at
 from backpack.curvature.joined import Joined
-from backpack.curvature.residuals import LocalHessian, Pairs, Residual, is_bilinear, is_flat, residual_of
+from backpack.curvature.residuals import (
+    LocalHessian,
+    Pairs,
+    Residual,
+    count_columns,
+    is_bilinear,
+    is_flat,
+    positions_of,
+    residual_of,
+)
 from backpack.graph import is_complex
 from backpack.samples import Layout
 
@@ -30,10 +40,11 @@ class ResidualGraph:
     def __post_init__(self) -> None:
         self.edge, self.n = self.joined.start, self.plan.n
         graph, owned = self.prepared.graph, self.prepared.owners.owned
-        self._leading: set[Node] = set(self.plan.uses)
+        self.leading: set[Node] = set(self.plan.uses)
+        """Nodes from which ways lead to uses."""
         for node in reversed(graph.order):
-            if any(other in self._leading and (other, number) in owned for other, number in graph.edges[node]):
-                self._leading.add(node)
+            if any(other in self.leading and (other, number) in owned for other, number in graph.edges[node]):
+                self.leading.add(node)
 
     def live(self, node: Node) -> list[GradientEdge]:
         """The inputs of a node that hold samples and lead to a use; one that is given twice, twice."""
@@ -42,8 +53,33 @@ class ResidualGraph:
         return [
             GradientEdge(node, number)
             for (node, number), now in following
-            if node is not None and now[0] in self._leading and now in owned
+            if node is not None and now[0] in self.leading and now in owned
         ]
+
+    @cached_property
+    def curved(self) -> list[Node]:
+        """The nodes whose second derivatives may count."""
+        owners = self.prepared.owners
+        return [
+            node
+            for node in self.prepared.graph.order
+            if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
+        ]
+
+    def inputs(self, node: Node) -> tuple[list[GradientEdge], list[Size], list[Layout] | None]:
+        """The live inputs of a node, their shapes, and where the samples lie, if that is along one axis of each."""
+        edges = list(dict.fromkeys(self.live(node)))
+        places = [self.prepared.owners.owned[edge.node, edge.output_nr] for edge in map(self.joined.now, edges)]
+        known = [place for place in places if isinstance(place, Layout)]
+        return edges, [shape_at(edge) for edge in edges], known if len(known) == len(places) else None
+
+    def columns(self, node: Node) -> int:
+        """How many columns the residual of a curved node has, told before anything is computed of it."""
+        edges, shapes, layouts = self.inputs(node)
+        is_known = is_bilinear(node) or positions_of(node, len(shapes[0])) is not None
+        if not is_known and LocalHessian(node, edges, zero_outputs(node)).is_zero(shapes):
+            return 0
+        return count_columns(node, shapes, _of_one_sample(shapes) if layouts is None else layouts)
 
     def residuals(self, grad: Tensor) -> Iterator[Residual]:
         """Of all nodes, given the gradient of the loss with respect to its input.
@@ -51,12 +87,7 @@ class ResidualGraph:
         Raises:
             RuntimeError: PyTorch has no second derivative of a node.
         """
-        owners, graph = self.prepared.owners, self.prepared.graph
-        curved = [
-            node
-            for node in graph.order
-            if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
-        ]
+        graph, curved = self.prepared.graph, self.curved
         for node in filter(is_complex, curved):
             raise RuntimeError(
                 f"{node.name()} is a function of complex numbers that is not linear: its second derivatives are no "
@@ -75,15 +106,13 @@ class ResidualGraph:
             if found is not None:
                 arrived.setdefault(edge.node, {})[edge.output_nr] = found
         for node, own in arrived.items():
-            inputs = list(dict.fromkeys(self.live(node)))
+            inputs, shapes, layouts = self.inputs(node)
             local = LocalHessian(node, inputs, own)
-            if local.is_zero(shapes := [shape_at(edge) for edge in inputs]):
+            if local.is_zero(shapes):
                 continue
-            places = [owners.owned[edge.node, edge.output_nr] for edge in map(self.joined.now, inputs)]
             like = next(iter(own.values()))
-            known = [place for place in places if isinstance(place, Layout)]
-            if len(known) == len(places):
-                residual = residual_of(local, shapes, known, like, is_bilinear(node))
+            if layouts is not None:
+                residual = residual_of(local, shapes, layouts, like)
             elif any(bool(part.any()) for part in own.values()):
                 residual = self._by_entries(local, shapes, like)
             else:
@@ -100,9 +129,11 @@ class ResidualGraph:
             f"the samples along the first axis.",
             stacklevel=2,
         )
-        return Pairs(
-            local, shapes, [Layout(1, inner=shape[0]) if shape else Layout(1) for shape in shapes], like, False
-        )
+        return Pairs(local, shapes, _of_one_sample(shapes), like)
+
+
+def _of_one_sample(shapes: Sequence[Size]) -> list[Layout]:
+    return [Layout(1, inner=shape[0]) if shape else Layout(1) for shape in shapes]
 
 
 def below_complex(prepared: Prepared) -> set[Node]:
@@ -129,14 +160,18 @@ def is_linear(node: Node, k: int) -> bool:
     edge = GradientEdge(following, number)
     if is_flat(node, [edge]) or node.name().startswith(LINEAR_IN_PARAMETERS):
         return True
-    zeros = {
+    try:
+        return LocalHessian(node, [edge], zero_outputs(node)).is_zero([shape_at(edge)])
+    except RuntimeError:
+        return False
+
+
+def zero_outputs(node: Node) -> dict[int, Tensor]:
+    """Zero cotangents of all outputs of a node's function."""
+    return {
         number: torch.zeros(data.shape, dtype=data.dtype, device=data.device)
         for number, data in enumerate(node._input_metadata)
     }
-    try:
-        return LocalHessian(node, [edge], zeros).is_zero([shape_at(edge)])
-    except RuntimeError:
-        return False
 
 
 LINEAR_IN_PARAMETERS = (

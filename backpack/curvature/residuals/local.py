@@ -27,7 +27,12 @@ class Severed:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        self._handles = [node.register_prehook(_nothing) for node in self._nodes]
+        try:
+            for node in self._nodes:
+                self._handles.append(node.register_prehook(_nothing))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
