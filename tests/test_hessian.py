@@ -318,11 +318,11 @@ def test_what_takes_as_long_as_a_hundred_steps_is_said_once_with_its_causes(monk
     monkeypatch.setattr("backpack.curvature.cost.MOMENT", 0)
     entries = extend(nn.utils.parametrizations.weight_norm(nn.Linear(60, 50)).double())
     layers = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten()
-    columns = extend(nn.Sequential(*layers, nn.Linear(8 * 64, 3)).double())
+    columns = extend(nn.Sequential(*layers, nn.Linear(8 * 144, 3)).double())
     lossfunc, y = extend(nn.CrossEntropyLoss()), torch.tensor([0, 2, 1])
     for model, X, message in (
         (entries, values(3, 60), "costs 3050 derivatives of second order.*weight.original1.*DiagHessianMC"),
-        (columns, values(3, 1, 8, 8), "columns are pulled back.*Tanh of shape .3, 8, 8, 8.*DiagHessianMC"),
+        (columns, values(3, 1, 12, 12), "columns are pulled back.*Sigmoid of shape .3, 8, 12, 12.*DiagHessianMC"),
     ):
         with pytest.warns(UserWarning, match=message), backpack(DiagHessian()):
             lossfunc(model(X), y).backward()
