@@ -66,7 +66,8 @@ def warn_if_long(module: Module, names: str, shares: Iterable[Share], step: floa
     """Say what takes long in a model, and what to do instead; once."""
     shares = list(shares)
     steps = sum(share.steps for share in shares)
-    if steps <= LONG or steps * step <= MOMENT:
+    keeps_graphs = torch.is_grad_enabled()
+    if not keeps_graphs and (steps <= LONG or steps * step <= MOMENT):
         return
     shares = sorted(shares, key=lambda share: -share.steps)
     causes = ", ".join(f"{share.what} ({share.steps:.0f} steps)" for share in shares[:3])
@@ -77,14 +78,13 @@ def warn_if_long(module: Module, names: str, shares: Iterable[Share], step: floa
     _told[module].add(causes)
     parts = [f"{columns} columns are pulled back"] if columns else []
     if entries:
-        parts.append(
-            f"what enters the graph in several places, not linearly or below what mixes samples is taken entry by "
-            f"entry, which costs {entries} derivatives of second order"
-        )
-    graphs = ", whose graphs are all kept, for backward(create_graph=True)" if torch.is_grad_enabled() else ""
+        what = "what enters the graph in several places, not linearly or below what mixes samples"
+        what = "under backward(create_graph=True) the diagonal" if keeps_graphs else what
+        keeps = ", and keeps the graphs of all" if keeps_graphs else ""
+        parts.append(f"{what} is taken entry by entry, which costs {entries} derivatives of second order{keeps}")
     warnings.warn(
         f"{names} will take about as long as {steps:.0f} steps of training: "
-        f"{', and '.join(parts)}{graphs}. Most of it is for {causes}. DiagHessianMC() estimates the diagonal "
+        f"{', and '.join(parts)}. Most of it is for {causes}. DiagHessianMC() estimates the diagonal "
         f"from a few columns.",
         stacklevel=2,
     )
