@@ -69,13 +69,13 @@ def warn_if_long(module: Module, names: str, shares: Iterable[Share], step: floa
     keeps_graphs = torch.is_grad_enabled()
     if not keeps_graphs and (steps <= LONG or steps * step <= MOMENT):
         return
+    if names in _told.setdefault(module, set()):
+        return
+    _told[module].add(names)
     shares = sorted(shares, key=lambda share: -share.steps)
     causes = ", ".join(f"{share.what} ({share.steps:.0f} steps)" for share in shares[:3])
     columns = sum(share.count for share in shares if not share.by_entries)
     entries = sum(share.count for share in shares if share.by_entries)
-    if causes in _told.setdefault(module, set()):
-        return
-    _told[module].add(causes)
     parts = [f"{columns} columns are pulled back"] if columns else []
     if entries:
         what = "what enters the graph in several places, not linearly or below what mixes samples"
