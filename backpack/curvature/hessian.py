@@ -86,7 +86,8 @@ class HessianPass(TwicePass):
         rounded = has_autocast(self.joined.nodes)
         if self._take_selected(rows, rounded):
             return
-        if (self._has_fused() or rounded) and not self._join(rounded):
+        needed = self._has_fused() or rounded
+        if (needed or self._has_reordered()) and not self._join(rounded) and needed:
             raise RuntimeError(
                 f"{self._name}: the model has a fused attention or recurrent layer, or was run "
                 f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "

@@ -110,11 +110,14 @@ class Turns:
 
 def turns(graph: Sequence[Node]) -> list[Turns]:
     """Those among the nodes of a graph."""
-    return [Turns(node) for node in graph if node.name() == "NativeGroupNormBackward0" and _is_reordered(node)]
+    return [Turns(node) for node in graph if is_reordered(node)]
 
 
-def _is_reordered(node: Any) -> bool:
-    return not is_packed(node._raw_saved_input) and not node._saved_input.is_contiguous()
+def is_reordered(node: Any) -> bool:
+    """Whether a node normalizes groups in another memory format than the contiguous one."""
+    if node.name() != "NativeGroupNormBackward0" or is_packed(node._raw_saved_input):
+        return False
+    return not node._saved_input.is_contiguous()
 
 
 @contextmanager

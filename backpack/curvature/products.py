@@ -96,7 +96,7 @@ class ProductPass(TwicePass):
         rounded = has_autocast(self.joined.nodes)
         if self._take_selected(rows, rounded):
             return True
-        if self.origin.keeps_graph and not rounded and not self._has_fused():
+        if self.origin.keeps_graph and not rounded and not self._has_fused() and not self._has_reordered():
             return False
         alone = len({id(note.arguments) for note in self.notes.values()}) == 1 and self.loss.place in self.notes
         if (alone or self.origin.keeps_graph) and self._join(rounded):

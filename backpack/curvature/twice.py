@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.curvature.joined import Joined, place_of
 from backpack.curvature.loss_call import LossCall
+from backpack.curvature.pooling import is_reordered
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
@@ -86,6 +87,10 @@ class TwicePass(SeedPass):
             return sent is not None and sent[0] is not None
 
         return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.joined.nodes)
+
+    def _has_reordered(self) -> bool:
+        """Whether some second derivatives are slow, or fail, for the memory format that a tensor has."""
+        return any(map(is_reordered, self.joined.nodes))
 
     def _join(self, rounded: bool) -> bool:
         """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
