@@ -41,8 +41,8 @@ CHEAP = frozenset(_CHEAP.split())
 LONG = 100
 """Steps of training up to which nothing is said of what takes as long as these."""
 
-MOMENT = 2**33
-"""Multiplications up to which nothing is said either: a third of a second."""
+MOMENT = 2**35
+"""Multiplications up to which nothing is said either: about a second."""
 
 OPERANDS = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1}
 """The place of the left one of two matrices."""

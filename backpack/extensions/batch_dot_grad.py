@@ -15,9 +15,9 @@ from backpack.uses.complex_numbers import as_real
 class BatchDotGrad(BackpropExtension):
     """Pairwise dot products of the individual gradients, ``batch_dot`` of shape ``[N, N]``, per parameter.
 
-    Of the gradients as ``BatchGrad`` scales them; the diagonal is ``batch_l2``. The sum over all parameters is the
-    Gram matrix of the gradients (the empirical neural tangent kernel of the loss). Over a data set, individual
-    gradients of all samples are kept until the end.
+    Of the gradients as ``BatchGrad`` scales them, and of their real and imaginary parts; the diagonal is ``batch_l2``.
+    The sum over all parameters is the Gram matrix of the gradients (the empirical neural tangent kernel of the
+    loss). Over a data set, individual gradients of all samples are kept until the end.
     """
 
     savefield = "batch_dot"

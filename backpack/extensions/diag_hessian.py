@@ -21,6 +21,8 @@ class DiagHessian(CurvatureExtension):
     with functions that can be differentiated twice: without a warning, as nothing is approximated and there is nothing
     to do about it. Of a model under autocast, it is that of one in the parameters' data type.
 
+    Before it starts, the cost is estimated from the graph, with a warning above a hundred steps of training.
+
     With ``backward(create_graph=True)`` the result can be differentiated, at the price of a derivative of second order
     for each of its entries (of two for ``BatchDiagHessian``): the roots of the residuals have no derivatives where
     entries cross zero or eigenvalues meet.

@@ -16,7 +16,8 @@ from backpack.uses.complex_numbers import as_real
 class GGNGram(CurvatureExtension):
     """Gram matrix ``V^T V`` of the GGN's root ``V``, ``ggn_gram`` of shape ``[C * N, C * N]``, per parameter.
 
-    Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them. The sum over parameters
+    Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them; of complex ones, of their real
+    and imaginary parts. The sum over parameters
     (``total``) has the nonzero eigenvalues of the GGN (Dangel, Tatzel & Hennig, 2022, section 3). Over a data set, the
     columns of all samples are kept until the end.
     """

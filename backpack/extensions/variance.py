@@ -16,7 +16,8 @@ class Variance(BackpropExtension):
     """Population variance of the individual gradients over the samples, ``variance`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: mean of the squares minus square of the mean, over all samples or
-    the selected ones; never negative, whatever the rounding.
+    the selected ones; never negative, whatever the rounding. Of complex parameters, that of the real parts plus that of
+    the imaginary ones.
     """
 
     savefield = "variance"

@@ -110,7 +110,9 @@ class Plain:
         for unit in torch.eye(size, dtype=self.out.dtype):
             (grad,) = torch.autograd.grad(self.out, at, self.join(unit), retain_graph=True, allow_unused=True)
             rows.append(
-                torch.stack([(grad.to_dense() * d).sum() if grad is not None else d.sum() * 0 for d in directions])
+                torch.stack(
+                    [torch.real(grad.to_dense().conj() * d if grad is not None else d * 0).sum() for d in directions]
+                )
             )
         return torch.stack(rows, 1).reshape(len(directions), self.n, -1)
 
@@ -148,7 +150,7 @@ class Plain:
                 except RuntimeError as error:
                     raise NoTruth(f"PyTorch has no second derivative ({error})") from error
             rows.append(torch.zeros_like(parameter) if found is None else found.to_dense())
-        return torch.stack(rows).flatten(1)[:, chosen]
+        return at(torch.stack(rows).flatten(1), chosen)
 
     @cached_property
     def users(self) -> dict[Node, list[tuple[Node, int, int]]]:
@@ -174,7 +176,7 @@ class Plain:
             grads = torch.autograd.grad(
                 self.out, list(self.parameters.values()), own, retain_graph=True, allow_unused=True
             )
-            squares.append(sum(grad.to_dense().square().sum() for grad in grads if grad is not None))
+            squares.append(sum(grad.to_dense().abs().square().sum() for grad in grads if grad is not None))
         return torch.stack([torch.as_tensor(square) for square in squares]).sqrt()
 
     @cached_property
@@ -192,7 +194,14 @@ class Plain:
 
 
 def units(like: Tensor, entries: Tensor) -> list[Tensor]:
-    """Tensors of a shape that are one at an entry, and zero elsewhere."""
+    """Tensors of a shape that are one at an entry, and zero elsewhere; then, of complex ones, ``1j``."""
     found = like.new_zeros(len(entries), like.numel())
     found[torch.arange(len(entries)), entries] = 1
-    return list(found.reshape(len(entries), *like.shape))
+    found = torch.cat([found, 1j * found]) if like.is_complex() else found
+    return list(found.reshape(-1, *like.shape))
+
+
+def at(flat: Tensor, entries: Tensor) -> Tensor:
+    """The entries along the last axis, in the order of ``units``: of complex ones the real parts, then the others."""
+    found = flat[..., entries]
+    return torch.cat([found.real, found.imag], -1) if found.is_complex() else found

@@ -30,7 +30,8 @@ from backpack.extensions import (
     Variance,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.verification.plain import Plain, units
+from backpack.uses.complex_numbers import as_real
+from backpack.verification.plain import Plain, at, units
 
 SIGMAS = 6.0
 """Standard errors that the mean of estimates may be off."""
@@ -70,6 +71,14 @@ class Truth:
     def entries(self) -> Tensor:
         """Those that are compared."""
         return self.plain.chosen(self.plain.parameters[self.name].numel())
+
+    def at(self, flat: Tensor) -> Tensor:
+        """A result at these entries; of a complex parameter, real parts and imaginary ones."""
+        return at(flat, self.entries)
+
+    def folded(self, squares: Tensor) -> Tensor:
+        """Of a complex parameter, squares of real parts and of imaginary ones are added up."""
+        return squares.unflatten(-1, (-1, len(self.entries))).sum(-2)
 
     @property
     def weights(self) -> Tensor:
@@ -130,37 +139,38 @@ def check(*extensions: type[BackpropExtension]) -> Callable[[Check], Check]:
 
 @check(BatchGrad)
 def _batch_grad(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten(1)[:, truth.entries], truth.gradients()
+    yield truth.at(result.flatten(1)), truth.gradients()
 
 
 @check(BatchL2Grad)
 def _batch_l2(result: Tensor, truth: Truth) -> Pairs:
     for place in {0, len(truth.rows) - 1}:
-        yield result[place], truth.sample(place).square().sum()
+        yield result[place], truth.sample(place).abs().square().sum()
 
 
 @check(BatchDotGrad)
 def _batch_dot(result: Tensor, truth: Truth) -> Pairs:
-    yield result[0, -1], (truth.sample(0) * truth.sample(-1)).sum()
-    yield result[0, 0], truth.sample(0).square().sum()
+    yield result[0, -1], torch.real(truth.sample(0) * truth.sample(-1).conj()).sum()
+    yield result[0, 0], truth.sample(0).abs().square().sum()
 
 
 @check(SumGradSquared)
 def _sum_grad_squared(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten()[truth.entries], truth.gradients().square().sum(0)
+    yield result.flatten()[truth.entries], truth.folded(truth.gradients().square().sum(0))
 
 
 @check(Variance)
 def _variance(result: Tensor, truth: Truth) -> Pairs:
     gradients = truth.gradients()
     # The mean of squares on both sides: the variance alone may be a small difference of large numbers.
-    yield result.flatten()[truth.entries] + gradients.mean(0).square(), gradients.square().mean(0)
+    squared = truth.folded(gradients.mean(0).square())
+    yield result.flatten()[truth.entries] + squared, truth.folded(gradients.square().mean(0))
 
 
 @check(ClippedGrad)
 def _clipped(result: Tensor, truth: Truth) -> Pairs:
     factors = truth.extension.max_norm / truth.plain.norms[truth.rows].clamp(min=truth.extension.max_norm)
-    yield result.flatten()[truth.entries], factors @ truth.gradients()
+    yield truth.at(result.flatten()), factors @ truth.gradients()
 
 
 # The generalized Gauss-Newton matrix
@@ -168,24 +178,24 @@ def _clipped(result: Tensor, truth: Truth) -> Pairs:
 
 @check(DiagGGNExact, DiagGGNMC)
 def _diag_ggn(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten()[truth.entries], truth.curvatures().sum(0)
+    yield result.flatten()[truth.entries], truth.folded(truth.curvatures().sum(0))
 
 
 @check(BatchDiagGGNExact, BatchDiagGGNMC)
 def _batch_diag_ggn(result: Tensor, truth: Truth) -> Pairs:
-    yield result.flatten(1)[:, truth.entries], truth.curvatures()
+    yield result.flatten(1)[:, truth.entries], truth.folded(truth.curvatures())
 
 
 @check(SqrtGGNExact)
 def _sqrt_ggn(result: Tensor, truth: Truth) -> Pairs:
-    root = result.flatten(2)[..., truth.entries]
+    root = truth.at(result.flatten(2))
     yield torch.einsum("cnj,cnk->njk", root, root), truth.blocks()  # a root is unique up to rotations
 
 
 @check(SqrtGGNMC)
 def _sqrt_ggn_mc(result: Tensor, truth: Truth) -> Pairs:
     true = torch.einsum("mnd,knd->mnk", truth.run.drawn, truth.plain.columns(truth.name))[:, truth.rows]
-    yield result.flatten(2)[..., truth.entries], true
+    yield truth.at(result.flatten(2)), true
 
 
 @check(GGNGram)
@@ -196,7 +206,7 @@ def _ggn_gram(result: Tensor, truth: Truth) -> Pairs:
         truth.plain.gradient(truth.name, truth.plain.of_sample(drawn[int(k) // samples], int(truth.rows[k % samples])))
         for k in places
     ]
-    columns = torch.stack(pulled).flatten(1)
+    columns = as_real(torch.stack(pulled).flatten(1))
     yield result[places][:, places], columns @ columns.T
 
 
@@ -244,4 +254,4 @@ def _diag_hessian_mc(result: Tensor, truth: Truth) -> Pairs:
 def multiplied(product: Any, truth: Truth) -> Tensor:
     """A matrix at the entries, ``[k, k]``, from its products with unit vectors."""
     parameter = truth.plain.parameters[truth.name]
-    return product(torch.stack(units(parameter, truth.entries))).detach().flatten(1)[:, truth.entries]
+    return truth.at(product(torch.stack(units(parameter, truth.entries))).detach().flatten(1))
