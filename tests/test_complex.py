@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from truth import close
 
-from backpack import accumulate, backpack, extend
+from backpack import accumulate, backpack, extend, verify
 from backpack.extensions import (
     EKFAC,
     GGNMP,
@@ -561,3 +561,20 @@ def test_positive_curvature_of_complex_functions_that_are_not_linear_is_an_error
     with pytest.raises(RuntimeError, match="complex numbers that is not linear"), backpack(PCHMP()):
         lossfunc(model(torch.randn(2, 4, dtype=R)), torch.randn(2, 4, dtype=R)).backward()
         model.layers[0].weight.pchmp(torch.randn(4, 4, dtype=R))
+
+
+@pytest.mark.parametrize("name", ["positions", "real scale", "conv1d", "spectrum", "real matrix, positions", "table"])
+def test_verify_compares_complex_parameters(name):
+    model, x = case(name)
+    y = torch.randn(model(x).shape, dtype=R)
+    own = [*extensions(), DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), SqrtGGNMC(3), GGNGram(), HMP(), GGNMP()]
+    assert verify(model, nn.MSELoss(), x, y, *own).passed
+
+
+def test_verify_finds_a_conjugate_that_is_missing():
+    class Wrong(BatchGrad):
+        def compute(self, grads):
+            return super().compute(grads).conj()
+
+    model, x = case("linear")
+    assert not verify(model, nn.MSELoss(), x, torch.randn(model(x).shape, dtype=R), Wrong()).passed

@@ -89,8 +89,8 @@ class HessianPass(TwicePass):
         needed = self._has_fused() or rounded
         if (needed or self._has_reordered()) and not self._join(rounded) and needed:
             raise RuntimeError(
-                f"{self._name}: the model has a fused attention or recurrent layer, or was run "
-                f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
+                f"{self._name}: the model has a fused attention or recurrent layer, was run under autocast, or has "
+                f"parts in 16 bits, of which PyTorch has no second derivatives, and running it again in another form "
                 f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
                 f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
                 f"autocast, put the model into evaluation mode, or give it its state as an argument."

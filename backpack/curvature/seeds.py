@@ -118,7 +118,7 @@ class SeedPass:
             if self.running is None or not self.running.batched:
                 raise
             self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
-            self.batchable, self.first, self.running = False, True, None
+            self.batchable, self.first = False, True
             pull()
 
     def _pull_all(self, edge: GradientEdge, rows: Tensor | None, select: Tensor | None) -> None:
@@ -140,6 +140,7 @@ class SeedPass:
     def _clear(self) -> None:
         for store in (self.results, self.finished):
             store.clear()
+        self.running = None  # it refers to this pass, and both to the graph
 
     @property
     def widest(self) -> int:

@@ -27,10 +27,10 @@ class Dense(LinearMap):
     ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
     ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
     ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the ``inputs``
-    and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] conj(x[n g s j])``, with an axis
+    and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
     before, for less than from ``x``; ``gram``, of the ``inputs``, with the share of multiplications that are left,
-    ``sum_i conj(x[n g s i]) x[n g t i]``; ``direct``, of the ``inputs`` and one seed's cotangents ``[n, g, s, o]``,
-    the individual gradients in less time, without ``flipped``.
+    ``sum_i x[n g s i] x[n g t i]``, both of real numbers; ``direct``, of the ``inputs`` and one seed's cotangents
+    ``[n, g, s, o]``, the individual gradients in less time, without ``flipped``.
     """
 
     inputs: tuple[Tensor, ...]

@@ -69,7 +69,7 @@ class Windows:
         x = x.transpose(1, 2) if x.dim() > dims + 2 else x
         images, sizes = x.shape[2:-dims], x.shape[2:]
         pixels = x.reshape(len(x), groups, -1, prod(sizes))
-        gram = product(torch.matmul, pixels.mH, pixels, (*pixels.shape[:2], prod(sizes), prod(sizes)))
+        gram = product(torch.matmul, pixels.transpose(2, 3), pixels, (*pixels.shape[:2], prod(sizes), prod(sizes)))
         gram = gram.reshape(*pixels.shape[:2], *sizes, *sizes)
         for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             terms: list[Tensor] = []
@@ -82,7 +82,7 @@ class Windows:
         return gram.reshape(*pixels.shape[:2], prod(images) * prod(self.out), -1)
 
     def moments(self, x: Tensor, scale: float) -> Tensor:
-        """``scale`` times the sum over images and positions of products ``x_i conj(x_j)`` of the columns, ``[i, i]``.
+        """``scale`` times the sum over images and positions of outer products of the columns, ``[i, i]``.
 
         For stride 1 along the last axis, unless these are few: patches are formed along the others only, and what pairs
         of entries of the kernel that are equally far apart have in common is multiplied once.
@@ -104,11 +104,11 @@ class Windows:
         result = rows.new_zeros(inputs, size, inputs, size)
         for distance, apart, start, stop, pairs in _shared(size, out[-1], self.dilation[-1], before, width):
             left, right = rows[:, start:stop].flatten(1), rows[:, start + apart : stop + apart].flatten(1)
-            moment = scaled_product(left, right.mH, scale) if distance else second_moment(left.T, scale)
+            moment = scaled_product(left, right.T, scale) if distance else second_moment(left.T, scale)
             for place in pairs:
                 result[:, place, :, place + distance] += moment
                 if distance:
-                    result[:, place + distance, :, place] += moment.mH
+                    result[:, place + distance, :, place] += moment.T
         return result.reshape(inputs * size, inputs * size)
 
 
