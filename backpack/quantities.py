@@ -62,6 +62,7 @@ class Curvature(Ruled, Protocol):
     backprop: str
     semidefinite: bool
     needs_samples_apart: bool
+    needs_real_parameters: bool
 
     def compute(self, grads: Individual) -> Any:
         """The result of some seeds for one parameter."""

@@ -1,17 +1,20 @@
 """The diagonal of the Hessian against the explicit Hessian in float64."""
 
+import copy
+import random
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hessians import blocks, sample_diagonals
+from hessians import block, blocks, sample_diagonals
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from truth import close
 
 from backpack import backpack, extend
+from backpack.engine import HERE
 from backpack.extensions import (
     EKFAC,
     HMP,
@@ -25,6 +28,7 @@ from backpack.extensions import (
     DiagHessianMC,
     SqrtGGNExact,
 )
+from backpack.twice.attention import attention as replaced_attention
 
 
 def values(*shape):
@@ -314,11 +318,22 @@ def test_of_parameters_that_enter_nonlinearly_is_exact():
     check(Nonlinear().double(), values(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
 
 
-def test_what_many_entries_of_parameters_that_enter_nonlinearly_cost_is_said():
-    model = extend(nn.utils.parametrizations.weight_norm(nn.Linear(40, 30)).double())
-    lossfunc = extend(nn.CrossEntropyLoss())
-    with pytest.warns(UserWarning, match="costs 1230 derivatives of second order"), backpack(DiagHessian()):
-        lossfunc(model(values(3, 40)), torch.tensor([0, 2, 1])).backward()
+def test_what_takes_as_long_as_a_hundred_steps_is_said_once_with_its_causes(monkeypatch):
+    monkeypatch.setattr("backpack.curvature.cost.MOMENT", 0)
+    entries = extend(nn.utils.parametrizations.weight_norm(nn.Linear(60, 50)).double())
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten()
+    columns = extend(nn.Sequential(*layers, nn.Linear(8 * 144, 3)).double())
+    lossfunc, y = extend(nn.CrossEntropyLoss()), torch.tensor([0, 2, 1])
+    for model, X, message in (
+        (entries, values(3, 60), "costs 3050 derivatives of second order.*weight.original1.*DiagHessianMC"),
+        (columns, values(3, 1, 12, 12), "columns are pulled back.*Sigmoid of shape .3, 8, 12, 12.*DiagHessianMC"),
+    ):
+        with pytest.warns(UserWarning, match=message), backpack(DiagHessian()):
+            lossfunc(model(X), y).backward()
+        with backpack(DiagHessian()):
+            lossfunc(model(X), y).backward()
+        with backpack(DiagHessianMC(), BatchGrad()):
+            lossfunc(model(X), y).backward()
 
 
 def test_samples_without_a_gradient_have_no_residual_at_all():
@@ -747,3 +762,245 @@ def test_the_estimate_averages_to_the_diagonal(name):
         found = torch.stack(found)
         error = found.std(0) / len(found) ** 0.5
         assert bool(((found.mean(0) - expected.sum(0)).abs() <= 7 * error + 1e-10).all())
+
+
+# Attention whose rows may have no key at all
+
+
+def masks(seed, tokens, samples):
+    """A mask of a random kind, with rows that have no key; as booleans, and as what is given to attention."""
+    torch.manual_seed(seed)
+    seen = torch.rand(samples, 1, tokens, tokens) < 0.6
+    seen[torch.arange(samples) % 2 == seed % 2, :, :, 0] = False
+    seen[0, :, seed % tokens] = False
+    if seed % 4 == 3:
+        seen[-1] = False  # a sample without any
+    if seed % 2:
+        return torch.where(seen, torch.zeros((), dtype=torch.float64), -torch.inf)
+    return seen
+
+
+class Attending(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask, self.a, self.v = mask, nn.Linear(2, 8), nn.Linear(2, 4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x, rows=None):
+        n, mask = len(x), self.mask if rows is None else self.mask[rows]
+        q, k = self.a(x).unflatten(-1, (2, 4)).transpose(1, 2).chunk(2, -1)
+        v = self.v(x).unflatten(-1, (2, 2)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return self.last(attended.reshape(n, -1, 4).tanh().sum(1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_attention_with_rows_that_have_no_key(seed):
+    X, y, lossfunc = values(3, 4, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
+    model = Attending(masks(seed, 4, 3)).double()
+    parameters = list(model.parameters())
+    truth = [[] for _ in parameters]
+    for n in range(3):
+        with sdpa_kernel(SDPBackend.MATH):
+            value = lossfunc(model(X[n : n + 1], [n]), y[n : n + 1]) / 3
+        grads = torch.autograd.grad(value, parameters, create_graph=True)
+        for p, g, rows in zip(parameters, grads, truth, strict=True):
+            rows.append(block(g, p).diagonal().reshape(p.shape))
+    plain = torch.autograd.grad(lossfunc(model(X), y), parameters)
+    extend(model), extend(lossfunc)
+    with backpack(DiagHessian(), BatchDiagHessian(), DiagHessianMC()):
+        lossfunc(model(X), y).backward()
+    size = 1e-4 * max(torch.stack(t).abs().max() for t in truth)
+    for p, expected, grad in zip(parameters, truth, plain, strict=True):
+        assert torch.equal(p.grad, grad)
+        assert close(p.diag_h_batch, torch.stack(expected), size, 1e-8)
+        assert close(p.diag_h, sum(expected), size, 1e-8)
+        assert p.diag_h_mc.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_attention_with_second_derivatives_is_pytorchs_in_first_order(seed):
+    mask = masks(seed, 4, 3)
+    inputs = [values(3, 2, 4, 2).requires_grad_() for _ in range(3)]
+    weights = values(3, 2, 4, 2)
+    for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        given = [t.to(dtype) for t in inputs]
+        own = mask if mask.dtype == torch.bool else mask.to(dtype)
+        out = [function(*given, attn_mask=own) for function in (F.scaled_dot_product_attention, replaced_attention)]
+        grads = [torch.autograd.grad((o * weights).sum(), inputs, retain_graph=True) for o in out]
+        assert close(out[1], out[0], rtol=rtol)
+        for fused, replaced in zip(*grads, strict=True):
+            assert fused.isfinite().all()
+            assert close(replaced, fused, 1e-2, rtol)
+
+
+# Memory formats
+
+
+def convolutional(seed, dims):
+    """A random net of convolutions, normalizations, activations and poolings."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    conv, pool = (nn.Conv2d, nn.MaxPool2d) if dims == 2 else (nn.Conv3d, nn.MaxPool3d)
+    norms = [
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.GroupNorm(1, 4),
+        lambda: nn.GroupNorm(4, 4, affine=False),
+        lambda: (nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d)(4, affine=True),
+        lambda: (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(4).eval(),
+        nn.Identity,
+    ]
+    activations = [nn.SiLU, nn.Tanh, nn.ReLU, nn.Softplus, lambda: nn.Softmax(1)]
+    layers = [conv(1, 4, 2), draw.choice(norms)(), draw.choice(activations)()]
+    layers += [
+        conv(4, 4, 2, padding=1, groups=draw.choice([1, 2, 4])),
+        draw.choice(norms)(),
+        draw.choice(activations)(),
+    ]
+    layers += [pool(2) if draw.random() < 0.5 else nn.Identity(), nn.Flatten()]
+    model = nn.Sequential(*layers)
+    shape = (2, 1, *([4] * dims)) if dims == 2 else (2, 1, 3, 3, 3)
+    return nn.Sequential(*layers, nn.Linear(model(torch.randn(shape)).shape[1], 2)).double(), values(*shape)
+
+
+class InOrder(nn.Module):
+    def forward(self, x):
+        return x.new_empty(x.shape).copy_(x)  # of one channel, both forms count as contiguous
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_of_channels_last(seed, dims):
+    model, X = convolutional(seed, dims)
+    form = torch.channels_last if dims == 2 else torch.channels_last_3d
+    twin = nn.Sequential(InOrder(), copy.deepcopy(model))  # of the other form PyTorch's own derivatives crash
+    model, X, y = model.to(memory_format=form), X.to(memory_format=form), torch.tensor([1, 0])
+    check(model, X, nn.CrossEntropyLoss(), y, twin=twin)
+    vectors = [torch.randn_like(p) for p in model.parameters()]
+    lossfunc = nn.CrossEntropyLoss()
+    expected = [h @ v.flatten() for h, v in zip(blocks(twin, lambda: lossfunc(twin(X), y)), vectors, strict=True)]
+    with backpack(HMP()):
+        extend(lossfunc)(model(X), y).backward()
+    for p, v, product in zip(model.parameters(), vectors, expected, strict=True):
+        assert close(p.hmp(v).flatten(), product, 1e-3, 1e-8)
+
+
+def test_columns_that_cannot_be_pulled_back_together_are_pulled_back_one_by_one(monkeypatch):
+    monkeypatch.setattr("backpack.curvature.joined.turns", lambda nodes: [])
+    layers = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(16, 2)
+    model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
+    X = values(2, 1, 4, 4).to(memory_format=torch.channels_last)
+    monkeypatch.setattr("backpack.curvature.twice.is_reordered", lambda node: False)
+    twin = nn.Sequential(InOrder(), copy.deepcopy(model).to(memory_format=torch.contiguous_format))
+    check(model, X, nn.CrossEntropyLoss(), torch.tensor([1, 0]), twin=twin)
+
+
+def test_columns_go_by_turns_through_what_cannot_take_them_together(monkeypatch):
+    monkeypatch.setattr("backpack.curvature.twice.is_reordered", lambda node: False)
+    monkeypatch.setattr("backpack.curvature.hessian.HessianPass._together_or_not", lambda self, pull: pull())
+    model, X = convolutional(2, 2)
+    twin = nn.Sequential(InOrder(), copy.deepcopy(model))
+    model, X = model.to(memory_format=torch.channels_last), X.to(memory_format=torch.channels_last)
+    check(model, X, nn.CrossEntropyLoss(), torch.tensor([1, 0]), twin=twin)
+
+
+# What is shown, and what is left when it is interrupted
+
+
+class Interrupting(torch.autograd.Function):
+    """Raises in the backward pass that is counted."""
+
+    left = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Interrupting.left -= 1
+        if Interrupting.left == 0:
+            raise KeyboardInterrupt
+        return grad.clone()
+
+
+def state_of(model):
+    return [
+        (dict(m._forward_hooks), dict(m._backward_hooks), sorted(vars(m)), {k: id(p) for k, p in m._parameters.items()})
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_interrupt_leaves_everything_as_it_was(tied):
+    first, second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    second = first if tied else second
+    model = Net(
+        lambda m, x: m.c(Interrupting.apply(m.b(m.a(x).tanh())).sigmoid()), a=first, b=second, c=nn.Linear(3, 2)
+    )
+    model, lossfunc, X, y = extend(model.double()), extend(nn.CrossEntropyLoss()), values(2, 3), torch.tensor([0, 1])
+    loss = lossfunc(model(X), y)
+    with backpack(DiagHessian(), BatchDiagHessian(), BatchGrad()):
+        loss.backward(retain_graph=True)
+    expected = {name: (p.grad.clone(), p.diag_h, p.diag_h_batch) for name, p in model.named_parameters()}
+    before, grads = state_of(model), {name: p.grad for name, p in model.named_parameters()}
+    interrupted = 0
+    for number in range(1, 40):
+        Interrupting.left = number
+        try:
+            with backpack(DiagHessian(), BatchDiagHessian()):
+                loss.backward(retain_graph=True)
+        except KeyboardInterrupt:
+            interrupted += 1
+            assert state_of(model) == before
+            if number < 5:  # before PyTorch's own pass
+                assert all(p.grad is grads[name] for name, p in model.named_parameters())
+                assert all(torch.equal(p.grad, expected[name][0]) for name, p in model.named_parameters())
+            results = [(vars(p).get("diag_h"), expected[name][1]) for name, p in model.named_parameters()]
+            assert all(found is None or found is earlier for found, earlier in results)
+            assert not HERE.muted and HERE.inner is None
+            assert torch.equal(torch.vmap(torch.sin)(X), X.sin())
+        model.zero_grad()
+        Interrupting.left = 0
+        loss.backward(retain_graph=True)
+        assert all(torch.equal(p.grad, expected[name][0]) for name, p in model.named_parameters())
+        grads = {name: p.grad for name, p in model.named_parameters()}
+    assert interrupted > 3
+    model.zero_grad()
+    with backpack(DiagHessian(), BatchDiagHessian()):
+        loss.backward()
+    for name, p in model.named_parameters():
+        assert all(map(torch.equal, (p.grad, p.diag_h, p.diag_h_batch), expected[name]))
+
+
+def test_a_bar_on_a_terminal_shows_how_far_it_is(monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, total, **kwargs):
+            shown.append([total, kwargs["delay"], 0])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def update(self, count=1):
+            shown[-1][2] += count
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    model, lossfunc = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3)),
+        extend(nn.CrossEntropyLoss()),
+    )
+    models = [model, nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))]
+    for own in map(extend, models):
+        for terminal in (True, False):
+            monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+            with backpack(DiagHessian()):
+                lossfunc(own.double()(values(2, 3)), torch.tensor([0, 1])).backward()
+    assert len(shown) == 2
+    for total, delay, done in shown:
+        assert total == done > 0
+        assert delay > 1

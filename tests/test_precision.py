@@ -1,10 +1,12 @@
 """Lower precision, scaled losses, recomputed activations: the same results, to what the data type holds."""
 
 import copy
+import random
 
 import pytest
 import torch
 from dataset_truth import giant, parameters_of, problem
+from hessians import sample_diagonals
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from truth import close
@@ -12,11 +14,14 @@ from truth import close
 from backpack import accumulate, across_processes, backpack, extend
 from backpack.extensions import (
     EKFAC,
+    BatchDiagHessian,
     BatchDotGrad,
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
+    DiagHessian,
+    DiagHessianMC,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
@@ -189,3 +194,52 @@ def test_results_can_be_kept_on_another_device():
     found = accumulate(model, lossfunc, data, BatchGrad(), Variance(), offload="cpu")
     for name, g in truth["individual"].items():
         assert close(found["grad_batch"][name], g) and close(found["variance"][name], g.var(0, correction=0))
+
+
+class Mixed(nn.Module):
+    """Layers of float32 and float64 in a random order, with functions of tensors in both between."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = random.Random(seed)
+        self.kinds = [draw.choice(["chain", "product", "quotient", "sum", "joined"]) for _ in range(3)]
+        dtypes = [draw.choice([torch.float32, torch.float64]) for _ in range(7)]
+        dtypes[seed % 7] = torch.float32
+        self.layers = nn.ModuleList(nn.Linear(3, 3, dtype=dtype) for dtype in dtypes)
+        self.scale = nn.Parameter(torch.rand(3, dtype=draw.choice([torch.float32, torch.float64])) + 0.5)
+
+    def forward(self, x):
+        for number, kind in enumerate(self.kinds):
+            one, other = self.layers[2 * number : 2 * number + 2]
+            a, b = one(x.to(one.weight.dtype)).tanh(), other(x.to(other.weight.dtype))
+            if kind == "chain":
+                x = other(a.to(other.weight.dtype)).sigmoid()
+            elif kind == "product":
+                x = a * b * self.scale
+            elif kind == "quotient":
+                x = a / (b.cos() + 2)
+            elif kind == "sum":
+                x = (a + self.scale * b).sin()
+            else:
+                x = torch.cat([a, b], 1).softmax(1)[:, 1:4]
+        return self.layers[-1](x.to(self.layers[-1].weight.dtype)).double()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_hessian_of_parts_in_two_precisions_is_that_in_the_higher_one(seed):
+    torch.manual_seed(seed)
+    model, lossfunc = Mixed(seed), nn.MSELoss()
+    X, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    truth = sample_diagonals(copy.deepcopy(model).double(), X, lossfunc, y)
+    extend(model), extend(lossfunc)
+    with backpack(DiagHessian(), BatchDiagHessian(), DiagHessianMC(2), DiagGGNExact(), BatchGrad()):
+        lossfunc(model(X), y).backward()
+    size = 0.1 * max(t.abs().max() for t in truth)
+    for p, expected in zip(model.parameters(), truth, strict=True):
+        if p.grad is None:  # it is not used
+            continue
+        assert p.diag_h.dtype == p.diag_h_batch.dtype == p.diag_h_mc.dtype == p.dtype
+        assert p.diag_ggn_exact.dtype == p.grad_batch.dtype == p.dtype
+        assert close(p.diag_h_batch.double(), expected, size, 1e-4)
+        assert close(p.diag_h.double(), expected.sum(0), size, 1e-4)
+        assert p.diag_h_mc.isfinite().all()

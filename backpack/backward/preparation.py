@@ -260,6 +260,24 @@ def _passes(block: Block, prepared: Prepared) -> float:
     )
 
 
+def refuse_complex(block: Block, prepared: Prepared) -> None:
+    """Say which extensions are not defined for complex parameters.
+
+    Raises:
+        RuntimeError: There are both.
+    """
+    names = [name_of(p) for leaf in prepared.plan.expected if (p := variable_of(leaf)).is_complex()]
+    for extension in block.second_order if names else ():
+        if extension.needs_real_parameters:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise RuntimeError(
+                f"{type(extension).__name__} is not defined for complex parameters, as {', '.join(names[:3])}{more}: "
+                f"each of their entries has four second derivatives. Hold their real and imaginary parts in a real "
+                f"parameter and take torch.view_as_complex of it in forward(); or freeze these parameters with "
+                f"requires_grad_(False); or take an extension of the GGN."
+            )
+
+
 _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
 """What users have been told of what mixes the samples of a model."""
 

@@ -15,7 +15,7 @@ from backpack.backward.call import Call, executed_for
 from backpack.backward.empty_batch import has_no_entries, store_results
 from backpack.backward.first_order import FirstOrderPass, name_of
 from backpack.backward.plan import Plan
-from backpack.backward.preparation import look_for_mixed, origin_of, prepare, wanted_leaves
+from backpack.backward.preparation import look_for_mixed, origin_of, prepare, refuse_complex, wanted_leaves
 from backpack.bystanders import observed, undisturbed
 from backpack.curvature import averaged_hessian as averaged_hessian  # it registers passes
 from backpack.curvature import hessian as hessian  # as well
@@ -149,6 +149,7 @@ class _Running:
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
             _refuse_other_losses(block)
+        refuse_complex(block, self.prepared)
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
             self.first = FirstOrderPass(block, self.prepared)

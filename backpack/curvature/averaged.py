@@ -33,7 +33,7 @@ from backpack.curvature.mean_curvature import (
 from backpack.curvature.rerun import agree, is_observed, run_again
 from backpack.curvature.seeds import WIDEST, SeedPass
 from backpack.engine import muted
-from backpack.graph import edge_of, is_recomputed, shape_of, variable_of
+from backpack.graph import edge_of, is_complex, is_recomputed, shape_of, variable_of
 from backpack.nodes import Place, use_of
 from backpack.passages import passed
 from backpack.quantities import Curvature
@@ -129,6 +129,10 @@ class AveragedPass(SeedPass):
         parameters = [id(p) for module in modules for p in module.parameters()]
         if len(set(parameters)) < len(parameters):
             raise RuntimeError(f"{name}: two modules of the chain share a parameter. Use KFLR for such a model.")
+        if any(map(is_complex, self.joined.nodes)):
+            raise RuntimeError(
+                f"{name} averages the curvature of real numbers, but the model has complex ones. Use KFLR."
+            )
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
         return modules

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -75,15 +75,17 @@ class Columns(Collector):
 
         self.count_of_seeds = len(seeds[0])
         self.batched = self.count_of_seeds > 1
-        handles = [node.register_prehook(partial(self._arrived, node)) for node in self._hooked]
+        handles: list[Any] = []
         before = HERE.inner, HERE.muted
         HERE.inner, HERE.muted = self, False
         try:
+            for node in self._hooked:
+                handles.append(node.register_prehook(partial(self._arrived, node)))
             if not self.batched:
                 pull(*(seed[0] for seed in seeds))
                 return
             poolings = () if self.running.block.reads_passages else self.joined.poolings
-            with pooled(poolings, self.count_of_seeds, [*edges, *self.ends]):
+            with pooled([*poolings, *self.joined.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
             HERE.inner, HERE.muted = before

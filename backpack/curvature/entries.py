@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Entries:
     parameters: list[Tensor]
     create_graph: bool
     is_batchable: bool
+    advance: Callable[..., Any]
+    """Shows that so many entries are done."""
 
     def exact(self, chosen: Sequence[int] | None) -> list[Tensor | None]:
         """By unit vectors; of each of the ``chosen`` samples, ``None``: of all together.
@@ -95,6 +98,7 @@ class Entries:
             units = units.reshape(len(number), *parameter.shape)
             rows = self._products(parameter, grad, units, weights is not None).reshape(len(number), -1)
             pieces.append(self._finished(rows[place, number], weights))
+            self.advance(len(number))
         if not pieces:
             return parameter.new_zeros(parameter.shape if weights is None else (self.n, *parameter.shape))
         found = torch.cat(pieces, -1)

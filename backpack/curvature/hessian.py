@@ -10,10 +10,11 @@ That is for parameters that enter the graph once, linearly, by samples. Those of
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +25,28 @@ from backpack.backward.first_order import name_of
 from backpack.backward.plan import Plan, PlannedUse, make_plan
 from backpack.compat import dtype_at
 from backpack.curvature.columns import Columns
-from backpack.curvature.entries import Entries, refuse_wrong_third, signs_like
+from backpack.curvature.cost import Costs, Share, warn_if_long
+from backpack.curvature.entries import MANY, Entries, refuse_wrong_third, signs_like
 from backpack.curvature.loss_call import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, below_complex, is_linear
-from backpack.curvature.shortcuts import squares
+from backpack.curvature.shortcuts import Way, squares, way
 from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
-from backpack.graph import is_recomputed, shape_of, variable_of
+from backpack.graph import is_recomputed, kind, shape_of, variable_of
+from backpack.progress import bar
 from backpack.quantities import Curvature
 from backpack.samples import Layout, Rows
 from backpack.uses import Cotangents, Dense, DenseUse, ElementwiseUse, Explicit, Individual
 
-FEW = 1000
-"""Derivatives of second order up to which nothing is said of what they cost."""
+PATIENCE = 5.0
+"""Seconds after which it is shown how far the passes are."""
 
 
 class HessianPass(TwicePass):
     """The Hessian's diagonal for extensions that share a subset."""
+
+    advance: Callable[..., Any]
+    """Shows that so many columns or entries are done."""
 
     def run(self) -> None:
         """Pull back all columns and store the results."""
@@ -55,17 +61,21 @@ class HessianPass(TwicePass):
         alone = set() if create else self._alone()
         others = [leaf for leaf in self.prepared.plan.expected if leaf not in alone]
         try:
-            with muted():
+            with muted(), self._said(alone, others):
                 if alone:
-                    self._by_columns(alone, rows)
+                    self._together_or_not(lambda: self._by_columns(alone, rows))
                 if others:
                     self._by_entries(others)
             for extension in self.extensions:
                 for key, parameter in self.parameters.items():
                     self.block.store(parameter, extension.savefield, self.results[id(extension), key][0])
         finally:
-            self.totals.clear()
             self._clear()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.totals.clear()
+        self.weights = None
 
     def _alone(self) -> set[Node]:
         """The nodes of parameters that enter the graph once, linearly, and by samples."""
@@ -102,22 +112,20 @@ class HessianPass(TwicePass):
         return found
 
     def _by_columns(self, alone: set[Node], rows: Tensor | None) -> None:
-        prepared = self.prepared
-        plan = make_plan(prepared.graph, prepared.owners, prepared.n, alone)
-        self.prepared = replace(prepared, plan=plan)
-        self.running = Columns(self, self.joined)
-        graph = ResidualGraph(self.joined, self.prepared, plan)
-        chosen = rows if self.chosen is None else self.chosen
-        seeds = self._place([term.grad()[None] for term in self.terms], chosen)
-        grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.joined.starts, strict=True)]
-        for edges, columns, weights in self._columns(graph, plan, grads, chosen):
-            self.weights = weights
-            self.running.pull(edges, columns)
-            self.running.finish()
-        self.weights = None
-        for parameter, dense, total in self.totals.values():
-            self._add_total(parameter, dense, total)
-        self.prepared = prepared
+        with self._of_these(alone) as plan:
+            self.running = running = Columns(self, self.joined)
+            graph = ResidualGraph(self.joined, self.prepared, plan)
+            chosen = rows if self.chosen is None else self.chosen
+            seeds = self._place([term.grad()[None] for term in self.terms], chosen)
+            grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.joined.starts, strict=True)]
+            for edges, columns, weights in self._columns(running, graph, grads, chosen):
+                self.weights = weights
+                running.pull(edges, columns)
+                running.finish()
+                self.advance(len(columns[0]))
+            self.weights = None
+            for parameter, dense, total in self.totals.values():
+                self._add_total(parameter, dense, total)
 
     def _by_entries(self, leaves: Sequence[Node]) -> None:
         n = self.prepared.n
@@ -132,8 +140,7 @@ class HessianPass(TwicePass):
             seeds = gradient(own, self.start_tensors)
             return self.joined.grad(self.joined.starts, parameters, seeds, create_graph=True)
 
-        self._warn(parameters)
-        entries = Entries(gradients, n, parameters, create, not self.joined.must_loop)
+        entries = Entries(gradients, n, parameters, create, not self.joined.must_loop, self.advance)
         with torch.enable_grad():
             chosen = None if not self._each else range(n) if rows is None else rows.tolist()
             found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
@@ -141,23 +148,57 @@ class HessianPass(TwicePass):
             if diagonal is not None:
                 self._add_diagonal(parameter, diagonal if self._each else diagonal[None])
 
-    def _warn(self, parameters: list[Tensor]) -> None:
-        count = sum(parameter.numel() for parameter in parameters)
-        names = " and ".join(type(extension).__name__ for extension in self.extensions)
-        if self.sampled or (count <= FEW and not torch.is_grad_enabled()):
+    @contextmanager
+    def _said(self, alone: set[Node], others: Sequence[Node]) -> Iterator[None]:
+        """Say before what takes long, and show on a terminal how far it is."""
+        if self.sampled:
+            with bar(False, None) as self.advance:
+                yield
             return
-        shown = ", ".join(name_of(parameter) for parameter in parameters[:3]) + ", ..." * (len(parameters) > 3)
-        which = (
-            f"that of {shown}, which enter the graph in several places, not linearly or below what mixes samples, is"
-        )
-        keeps = ""
-        if torch.is_grad_enabled():
-            which, keeps = "under backward(create_graph=True), the diagonal is", " and keeps the graphs of all"
-        warnings.warn(
-            f"{names}: {which} taken entry by entry, which costs {count} derivatives of second order{keeps}. "
-            f"DiagHessianMC needs as many as it draws samples, for each parameter.",
-            stacklevel=2,
-        )
+        with self._of_these(alone) as plan:
+            running, graph = Columns(self, self.joined), ResidualGraph(self.joined, self.prepared, plan)
+            costs = Costs(self.prepared.graph, plan.n, plan.uses, running.captured)
+            shares = [*self._of_columns(costs, running, graph), *self._of_entries(costs, others)]
+        names = " and ".join(type(extension).__name__ for extension in self.extensions)
+        warn_if_long(self._owner, names, shares, costs.step)
+        with bar(None, sum(share.count for share in shares), unit="column", delay=PATIENCE) as self.advance:
+            yield
+
+    def _of_columns(self, costs: Costs, running: Columns, graph: ResidualGraph) -> Iterator[Share]:
+        """What columns of the losses take, and of each node with second derivatives."""
+        if not running.plan.uses:
+            return
+        chunk = self._chunk
+        steps = costs.columns(self.joined.starts, self.columns, chunk, graph.leading) / costs.step
+        losses = dict.fromkeys(type(term.call.loss).__name__ for term in self.terms)
+        yield Share(" and ".join(losses), self.columns, steps)
+        for node in graph.curved:
+            count = 1 if self._shortcut(running, graph, node) is not None else graph.columns(node)
+            edges = [self.joined.now(edge) for edge in graph.live(node)]
+            steps = costs.columns(edges, count, chunk, graph.leading) / costs.step
+            yield Share(f"{kind(node)} of shape {list(shape_of(node, 0))}", count, steps)
+
+    def _of_entries(self, costs: Costs, leaves: Sequence[Node]) -> Iterator[Share]:
+        """What each parameter takes whose diagonal is taken entry by entry."""
+        samples = self.prepared.n if self._each else 1
+        one_by_one = torch.is_grad_enabled() or samples > MANY or not self.batchable
+        samples = 1 if samples > MANY else samples
+        for leaf in leaves:
+            parameter = variable_of(leaf)
+            count = parameter.numel() * samples
+            steps = costs.entries(count, samples, one_by_one) / costs.step
+            yield Share(name_of(parameter), count, steps, by_entries=True)
+
+    @contextmanager
+    def _of_these(self, leaves: set[Node]) -> Iterator[Plan]:
+        """Only the uses of these parameters count inside."""
+        prepared = self.prepared
+        plan = make_plan(prepared.graph, prepared.owners, prepared.n, leaves)
+        self.prepared = replace(prepared, plan=plan)
+        try:
+            yield plan
+        finally:
+            self.prepared = prepared
 
     @cached_property
     def _count(self) -> int:
@@ -166,7 +207,7 @@ class HessianPass(TwicePass):
     def compute(self, contributions: Contributions) -> None:
         """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
         parameter = contributions.tensor
-        grads = self._weighed(contributions.individual(self.subset))
+        grads = self._weighed(contributions)
         if type(grads) is not Dense or grads.grad.shape[3] > 1:
             self._add(parameter, grads, self.extensions)
             return
@@ -206,7 +247,7 @@ class HessianPass(TwicePass):
         super()._add(parameter, grads, extensions)
 
     def _columns(
-        self, graph: ResidualGraph, plan: Plan, grads: Sequence[Tensor], rows: Tensor | None
+        self, running: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[tuple[Sequence[GradientEdge], list[Tensor], Tensor | None]]:
         """Where to start, columns, and their weights: of the losses, then of each node."""
         start, signs = 0, None if self.sampled else self._signs
@@ -221,8 +262,10 @@ class HessianPass(TwicePass):
             return
         recomputed = any(map(is_recomputed, graph.joined.nodes))  # it is read only once
         for residual in graph.residuals(grads):
-            known = None if recomputed else squares(graph, residual)
-            if known is not None and self._add_squares(plan, known):
+            simple = None if recomputed else self._shortcut(running, graph, residual.local.node)
+            if simple is not None:
+                self._add_squares(squares(residual, simple[0]), simple[1])
+                self.advance(1)
                 continue
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
@@ -268,17 +311,25 @@ class HessianPass(TwicePass):
             weights[drawn:] *= -1
             yield edges, parts, weights
 
-    def _add_squares(self, plan: Plan, known: list[tuple[GradientEdge, Tensor, bool]]) -> bool:
-        """Add what the sums of squared columns at edges give for the uses there, if that is all that these need."""
-        found: list[tuple[Tensor, Arrival, Tensor]] = []
-        for edge, total, mixed in known:
-            for planned in plan.uses.get(edge.node, ()):
-                arrival = self.running.arrival(edge.node, planned, Cotangents({0: total[None]}))
+    def _shortcut(
+        self, running: Columns, graph: ResidualGraph, node: Node
+    ) -> tuple[Way, list[tuple[int, Tensor, Arrival]]] | None:
+        """The way from a node along which sums of squares are all that uses need, and these: where, and of what."""
+        found = way(graph, node)
+        uses: list[tuple[int, Tensor, Arrival]] = []
+        for place, (edge, mixed) in enumerate(() if found is None else found.edges):
+            for planned in running.plan.uses.get(edge.node, ()):
+                arrival = running.arrival(edge.node, planned, Cotangents({0: self.start_tensors[0]}))
                 if not self._needs_squares_only(edge, planned, arrival, mixed):
-                    return False
+                    return None
                 assert planned.leaf is not None
-                found.append((variable_of(planned.leaf), arrival, total))
-        for parameter, arrival, total in found:
+                uses.append((place, variable_of(planned.leaf), arrival))
+        return None if found is None else (found, uses)
+
+    def _add_squares(self, totals: Sequence[Tensor], uses: list[tuple[int, Tensor, Arrival]]) -> None:
+        """Add what the sums of squared columns at the edges of a way give for the uses there."""
+        for place, parameter, arrival in uses:
+            total = totals[place]
             rows = Rows(arrival.layout, self.subset.rows(arrival.layout.n, total.device))
             own = rows.take(total[None], leading=1).to(parameter.dtype)
             shape = parameter.shape[::-1] if arrival.turned else parameter.shape
@@ -287,7 +338,6 @@ class HessianPass(TwicePass):
             elif isinstance(arrival.use, DenseUse):
                 dense = arrival.use.bind(own, rows, shape)
                 self._note_total(parameter, dense, dense.grad[0])
-        return True
 
     def _needs_squares_only(self, edge: GradientEdge, planned: PlannedUse, arrival: Arrival, mixed: bool) -> bool:
         use, layout = arrival.use, arrival.layout

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.compat import pull_back
-from backpack.curvature.pooling import Pooling, poolings
+from backpack.compat import dtype_at, pull_back
+from backpack.curvature.pooling import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals import Severed
 from backpack.graph.looped import must_loop, nodes
 
@@ -55,8 +55,13 @@ class Joined:
 
     @cached_property
     def poolings(self) -> list[Pooling]:
-        """Nodes that several seeds go through by turns."""
+        """Nodes of max pooling, that several seeds go through by turns."""
         return poolings(self.nodes, self.instead)
+
+    @cached_property
+    def turns(self) -> list[Turns]:
+        """Nodes that several seeds cannot go through together."""
+        return turns(self.nodes)
 
     def now(self, edge: GradientEdge) -> GradientEdge:
         """The edge that has taken the place of one."""
@@ -71,8 +76,9 @@ class Joined:
     ) -> Sequence[Tensor | None]:
         """``torch.autograd.grad`` through all parts, which keeps the graph; each node of a part runs once at most.
 
-        ``inputs``: edges, or tensors.
+        ``inputs``: edges, or tensors; ``seeds``: in any precision.
         """
+        seeds = [seed.to(dtype_at(self.now(edge))) for edge, seed in zip(edges, seeds, strict=True)]
         if not self.parts:
             return pull_back(edges, inputs, seeds, create_graph)
         ends = [self.now(get_gradient_edge(i) if isinstance(i, Tensor) else i) for i in inputs]

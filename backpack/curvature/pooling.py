@@ -1,9 +1,12 @@
-"""Max pooling, for several seeds at a time.
+"""Nodes that several seeds go through by turns, since ``torch.vmap`` is slow in them or fails.
 
-``torch.vmap`` copies the input of a pooling layer and the places of its maxima for each seed, which takes two thirds of
-the time of their pull-back. Here seeds take turns, each into its place of the result. A ReLU whose output is pooled
-passes on what is selected where that is positive, of which there is less than of its entries. A node's function cannot
-be replaced; it is given a single zero, and its result is replaced.
+Max pooling: ``torch.vmap`` copies the input of a pooling layer and the places of its maxima for each seed, which takes
+two thirds of the time of their pull-back. Here seeds take turns, each into its place of the result. A ReLU whose output
+is pooled passes on what is selected where that is positive, of which there is less than of its entries.
+
+Group normalization of tensors in another memory format than the contiguous one: ``torch.vmap`` fails.
+
+A node's function cannot be replaced; it is given a single zero, and its result is replaced.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.compat import inside_vmap, is_mapped, is_packed, outside_vmap
+from backpack.graph import call
 from backpack.graph.looped import Instead
 from backpack.memory import empty
 
@@ -80,8 +84,44 @@ def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:
     return [Pooling(node, _below(node, arriving, instead)) for node in found]
 
 
+@dataclass(eq=False)
+class Turns:
+    """A node with one output that is used, and which several seeds go through one by one."""
+
+    node: Any
+
+    def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
+        """Pull back ``count`` seeds, one by one."""
+        results: list[Tensor] = []
+        handles.callback(self.node.register_prehook(partial(self._pull, results, count)).remove)
+        handles.callback(self.node.register_hook(partial(_replace, results)).remove)
+
+    def _pull(self, results: list[Tensor], count: int, grads: tuple[Tensor | None, ...]) -> Any:
+        grad = grads[0]
+        if grad is None or not is_mapped(grad):
+            return None
+        with outside_vmap([grad], count) as (seeds,):
+            rows = [call(self.node, [seed, *grads[1:]])[0] for seed in seeds]
+            zero = seeds.new_zeros(()).expand(seeds.shape[1:])
+            found = torch.stack([row for row in rows if row is not None])
+        results.append(inside_vmap(found, grad))
+        return (zero, *grads[1:])
+
+
+def turns(graph: Sequence[Node]) -> list[Turns]:
+    """Those among the nodes of a graph."""
+    return [Turns(node) for node in graph if is_reordered(node)]
+
+
+def is_reordered(node: Any) -> bool:
+    """Whether a node normalizes groups in another memory format than the contiguous one."""
+    if node.name() != "NativeGroupNormBackward0" or is_packed(node._raw_saved_input):
+        return False
+    return not node._saved_input.is_contiguous()
+
+
 @contextmanager
-def pooled(found: Iterable[Pooling], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
+def pooled(found: Iterable[Pooling | Turns], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
     """Pull-backs of ``count`` seeds under ``torch.vmap``, between these edges, go by turns through these nodes."""
     taken = {GradientEdge(end.node, end.output_nr) for end in ends}
     with ExitStack() as handles:

@@ -84,9 +84,7 @@ class ProductPass(TwicePass):
         gradient, starts = partial(self._loss_gradients(chosen), weights), self.start_tensors
         tensors: list[ref[Tensor] | Tensor] = [*map(ref, starts), *observed(self.prepared.graph)]
         curvature = CurvatureBlocks(self.joined, self.prepared, starts, gradient, tensors)
-        module = next((module for note in self.notes.values() if (module := note.module()) is not None), None)
-        owner = self.terms[0].call.loss if module is None else module
-        handle, products = Handle(), list[Product]()
+        owner, handle, products = self._owner, Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
         for leaf in self.prepared.plan.expected:
             parameter = variable_of(leaf)

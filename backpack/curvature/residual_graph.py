@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.backward.plan import Plan
 from backpack.compat import dtype_at, shape_at
 from backpack.curvature.joined import Joined
-from backpack.curvature.residuals import LocalHessian, Residual, is_bilinear, is_flat, residual_of
-from backpack.graph import LEAF, variable_of
+from backpack.curvature.residuals import (
+    LocalHessian,
+    Residual,
+    count_columns,
+    is_bilinear,
+    is_flat,
+    positions_of,
+    residual_of,
+)
+from backpack.graph import is_complex
+from backpack.samples import AnyLayout
 
 
 @dataclass(eq=False)
@@ -28,10 +38,11 @@ class ResidualGraph:
     def __post_init__(self) -> None:
         self.n = self.plan.n
         graph, owned = self.prepared.graph, self.prepared.owners.owned
-        self._leading: set[Node] = set(self.plan.uses)
+        self.leading: set[Node] = set(self.plan.uses)
+        """Nodes from which ways lead to uses."""
         for node in reversed(graph.order):
-            if any(other in self._leading and (other, number) in owned for other, number in graph.edges[node]):
-                self._leading.add(node)
+            if any(other in self.leading and (other, number) in owned for other, number in graph.edges[node]):
+                self.leading.add(node)
 
     def live(self, node: Node) -> list[GradientEdge]:
         """The inputs of a node that hold samples and lead to a use; one that is given twice, twice."""
@@ -40,8 +51,32 @@ class ResidualGraph:
         return [
             GradientEdge(node, number)
             for (node, number), now in following
-            if node is not None and now[0] in self._leading and now in owned
+            if node is not None and now[0] in self.leading and now in owned
         ]
+
+    @cached_property
+    def curved(self) -> list[Node]:
+        """The nodes whose second derivatives may count."""
+        owners = self.prepared.owners
+        return [
+            node
+            for node in self.prepared.graph.order
+            if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
+        ]
+
+    def inputs(self, node: Node) -> tuple[list[GradientEdge], list[Size], list[AnyLayout]]:
+        """The live inputs of a node, their shapes, and where the samples lie in each."""
+        edges = list(dict.fromkeys(self.live(node)))
+        layouts = [self.prepared.owners.owned[edge.node, edge.output_nr] for edge in map(self.joined.now, edges)]
+        return edges, [shape_at(edge) for edge in edges], layouts
+
+    def columns(self, node: Node) -> int:
+        """How many columns the residual of a curved node has, told before anything is computed of it."""
+        edges, shapes, layouts = self.inputs(node)
+        is_known = is_bilinear(node) or positions_of(node, len(shapes[0])) is not None
+        if not is_known and LocalHessian(node, edges, zero_outputs(node)).is_zero(shapes):
+            return 0
+        return count_columns(node, shapes, layouts)
 
     def residuals(self, grads: Sequence[Tensor]) -> Iterator[Residual]:
         """Of all nodes, given the gradients of the losses with respect to their inputs.
@@ -49,12 +84,13 @@ class ResidualGraph:
         Raises:
             RuntimeError: PyTorch has no second derivative of a node.
         """
-        owners, graph = self.prepared.owners, self.prepared.graph
-        curved = [
-            node
-            for node in graph.order
-            if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
-        ]
+        graph, curved = self.prepared.graph, self.curved
+        for node in filter(is_complex, curved):
+            raise RuntimeError(
+                f"{node.name()} is a function of complex numbers that is not linear: its second derivatives are no "
+                f"symmetric matrix of the samples' entries. Compute it of real and imaginary parts, or take the "
+                f"Hessian or the GGN."
+            )
         numbers = {node: sorted({number for _, _, number in graph.incoming[node]}) for node in curved}
         for start in self.joined.starts:
             if start.node in numbers:
@@ -67,13 +103,12 @@ class ResidualGraph:
             if found is not None:
                 arrived.setdefault(edge.node, {})[edge.output_nr] = found
         for node, own in arrived.items():
-            inputs = list(dict.fromkeys(self.live(node)))
+            inputs, shapes, layouts = self.inputs(node)
             local = LocalHessian(node, inputs, own)
-            if local.is_zero(shapes := [shape_at(edge) for edge in inputs]):
+            if local.is_zero(shapes):
                 continue
-            places = [owners.owned[edge.node, edge.output_nr] for edge in map(self.joined.now, inputs)]
             like = next(iter(own.values()))
-            residual = residual_of(local, shapes, places, like, is_bilinear(node))
+            residual = residual_of(local, shapes, layouts, like)
             if residual is not None:
                 yield residual
 
@@ -92,10 +127,7 @@ def below_complex(prepared: Prepared) -> set[Node]:
 
 def _is_curved_and_complex(node: Node) -> bool:
     following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
-    complex_numbers = [edge for edge in following if edge.node.name() != LEAF and dtype_at(edge).is_complex]
-    complex_numbers += [edge for edge in following if edge.node.name() == LEAF and variable_of(edge.node).is_complex()]
-    is_complex = bool(complex_numbers) or any(data.dtype.is_complex for data in node._input_metadata)
-    return is_complex and not is_flat(node, following)
+    return is_complex(node) and not is_flat(node, following)
 
 
 def is_linear(node: Node, k: int) -> bool:
@@ -105,14 +137,18 @@ def is_linear(node: Node, k: int) -> bool:
     edge = GradientEdge(following, number)
     if is_flat(node, [edge]) or node.name().startswith(LINEAR_IN_PARAMETERS):
         return True
-    zeros = {
+    try:
+        return LocalHessian(node, [edge], zero_outputs(node)).is_zero([shape_at(edge)])
+    except RuntimeError:
+        return False
+
+
+def zero_outputs(node: Node) -> dict[int, Tensor]:
+    """Zero cotangents of all outputs of a node's function."""
+    return {
         number: torch.zeros(data.shape, dtype=data.dtype, device=data.device)
         for number, data in enumerate(node._input_metadata)
     }
-    try:
-        return LocalHessian(node, [edge], zeros).is_zero([shape_at(edge)])
-    except RuntimeError:
-        return False
 
 
 LINEAR_IN_PARAMETERS = (

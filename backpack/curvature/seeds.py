@@ -6,7 +6,7 @@ input on, some at a time. They reach the uses of the parameters as cotangents do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,7 @@ class SeedPass:
         self.final = False
         self.gathered = self.selected = False
         self.batchable = True
+        self.running: Columns | None = None
         self.start = 0
         self.weights: Tensor | None = None
         self.finished: set[int] = set()
@@ -97,26 +98,28 @@ class SeedPass:
                 self.subset, self.selected = Subset(), True
                 self._go_over(Joined(own), [fewer(layout, len(rows)) for layout in self.layouts])
         try:
-            self._pull_all(rows)
+            self._together_or_not(lambda: self._pull_all(rows))
         finally:
             self._clear()
 
-    def _pull_all(self, rows: Tensor | None) -> None:
+    def _together_or_not(self, pull: Callable[[], None]) -> None:
         """Several seeds at a time; if that fails, one by one."""
-        columns: Columns | None = None
         try:
-            for number, seeds in self._chunks():
-                columns = columns or Columns(self, self.joined)
-                self.final = number >= self.columns
-                columns.pull(self.joined.starts, self._place(seeds, rows))
-                if self.final or not self.gathered:
-                    columns.finish()
+            pull()
         except RuntimeError:
-            if columns is None or not columns.batched:
+            if self.running is None or not self.running.batched:
                 raise
             self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
             self.batchable = False
-            self._pull_all(rows)
+            pull()
+
+    def _pull_all(self, rows: Tensor | None) -> None:
+        for number, seeds in self._chunks():
+            self.running = columns = self.running or Columns(self, self.joined)
+            self.final = number >= self.columns
+            columns.pull(self.joined.starts, self._place(seeds, rows))
+            if self.final or not self.gathered:
+                columns.finish()
 
     def _go_over(self, joined: Joined, layouts: Sequence[AnyLayout]) -> None:
         """Go on with a graph that was recorded anew."""
@@ -128,6 +131,7 @@ class SeedPass:
     def _clear(self) -> None:
         for store in (self.results, self.finished):
             store.clear()
+        self.running = None  # it refers to this pass, and both to the graph
 
     @property
     def widest(self) -> int:
@@ -261,7 +265,7 @@ class SeedPass:
         parameter = contributions.tensor
         extensions = without_rules(self.extensions, parameter, name_of(parameter), last=self.final)
         if extensions:
-            grads = self._weighed(contributions.individual(self.subset))
+            grads = self._weighed(contributions)
             rooms = [self._room(extension, parameter, grads) for extension in extensions]
             grads.room = next((room for room in rooms if room is not None), None)
             grads.prepare([name for extension in extensions for name in extension.reads])
@@ -270,11 +274,13 @@ class SeedPass:
             self.finished.add(id(parameter))
             self.block.owners_done(parameter, self.finished)
 
-    def _weighed(self, grads: Individual) -> Individual:
+    def _weighed(self, contributions: Contributions) -> Individual:
+        grads = contributions.individual(self.subset)
         if self.weights is None:
             return grads
         rows = self.subset.rows(self.weights.shape[1], self.weights.device)
-        return grads.weighted(self.weights if rows is None else self.weights[:, rows])
+        weights = self.weights.to(contributions.dtype)  # of parts in another precision as well
+        return grads.weighted(weights if rows is None else weights[:, rows])
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
         """Add what some seeds give to the results of a parameter."""

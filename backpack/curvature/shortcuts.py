@@ -7,14 +7,16 @@ squared entries of the Jacobians.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import pull_back, shape_at
+from backpack.compat import dtype_at, pull_back, shape_at
 from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.residuals.nodes import ELEMENTWISE, base_name
-from backpack.curvature.residuals.residual import Blocks, Residual
+from backpack.curvature.residuals.residual import Blocks, Residual, block_axes
 from backpack.samples import Layout
 
 _LINEAR_BY_ENTRIES = (
@@ -27,41 +29,69 @@ SELECTING = {f"{name}Backward" for name in _SELECTING.split()}
 """Each output is one of the inputs."""
 
 
-def squares(graph: ResidualGraph, residual: Residual) -> list[tuple[GradientEdge, Tensor, bool]] | None:
-    """For each edge from the residual to the first parameter the sum of the columns' squares, weighed, ``[n, ...]``.
+@dataclass(frozen=True)
+class Step:
+    """From a node's output to its only live input: a product with a ``matrix``, a choice, or entry by entry."""
 
-    Last: whether the columns are more than multiples of unit vectors there; they are ``[n, d]`` then. ``None``: the
-    way is not that simple.
+    above: GradientEdge
+    below: GradientEdge
+    matrix: bool
+    selecting: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """The edges from a curved node to the first parameter, and the steps between.
+
+    With each edge: whether columns that begin as unit vectors are more than multiples of such there.
     """
-    if not isinstance(residual, Blocks) or residual.width > 1 or residual.layouts[0] != Layout(graph.n):
+
+    edges: list[tuple[GradientEdge, bool]]
+    steps: list[Step]
+
+
+def way(graph: ResidualGraph, node: Node) -> Way | None:
+    """From the input of a curved node to the first parameter; ``None``: the way is not that simple."""
+    edges, shapes, layouts = graph.inputs(node)
+    if len(edges) > 1 or layouts != [Layout(graph.n)] or block_axes(node, shapes, layouts) != ():
         return None
-    edge, mixed = graph.joined.now(residual.edges[0]), False
-    total = residual.values[..., 0].reshape(residual.shapes[0])
-    found = [(edge, total, mixed)]
+    edge = graph.joined.now(edges[0])
+    shape, mixed, steps, passed = shapes[0], False, list[Step](), [(edge, False)]
     while live := graph.live(edge.node):
-        shape = shape_at(live[0])
-        if len(live) > 1 or shape[:1] != total.shape[:1]:
+        below = shape_at(live[0])
+        if len(live) > 1 or below[:1] != shape[:1] or dtype_at(live[0]).is_complex:
             return None
-        matrix = matrix_of(edge.node, live[0])
-        if matrix is not None and not mixed:
-            total, mixed = total @ matrix.square(), True
-        elif base_name(edge.node) in BY_ENTRIES and shape == total.shape:
-            (slope,) = pull_back([edge], live, [torch.ones_like(total)])
-            total = total * slope.square()
-        elif base_name(edge.node) in SELECTING and not mixed:
-            (total,) = pull_back([edge], live, [total])
-        else:
+        matrix = _is_matrix(edge.node, live[0])
+        selecting = base_name(edge.node) in SELECTING
+        if not (base_name(edge.node) in BY_ENTRIES and below == shape) and (mixed or not (matrix or selecting)):
             return None
+        shape, mixed = below, mixed or matrix
+        steps.append(Step(edge, live[0], matrix, selecting))
         edge = graph.joined.now(live[0])
-        found.append((edge, total, mixed))
+        passed.append((edge, mixed))
+    return Way(passed, steps)
+
+
+def squares(residual: Residual, simple: Way) -> list[Tensor]:
+    """At each edge of a way from a residual the sum of the columns' squares, weighed, ``[n, ...]``."""
+    assert isinstance(residual, Blocks)
+    total = residual.values[..., 0].reshape(residual.shapes[0])
+    found = [total]
+    for step in simple.steps:
+        if step.matrix:
+            total = total @ step.above.node._saved_mat2.T.square()  # type: ignore[attr-defined]
+        elif step.selecting:
+            (total,) = pull_back([step.above], [step.below], [total])
+        else:
+            (slope,) = pull_back([step.above], [step.below], [torch.ones_like(total)])
+            total = total * slope.square()
+        found.append(total)
     return found
 
 
-def matrix_of(node: Node, data: GradientEdge) -> Tensor | None:
-    """The matrix ``[o, i]`` by which a node multiplies the rows of its data; ``None``: it does something else."""
+def _is_matrix(node: Node, data: GradientEdge) -> bool:
+    """Whether a node multiplies the rows of its data by a matrix."""
     place = {"AddmmBackward": 1, "MmBackward": 0}.get(base_name(node))
     if place is None or node.next_functions[place][0] is not data.node:
-        return None
-    if place == 1 and node._saved_alpha != 1:  # type: ignore[attr-defined]
-        return None
-    return node._saved_mat2.T  # type: ignore[attr-defined]
+        return False
+    return place == 0 or node._saved_alpha == 1  # type: ignore[attr-defined]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Module
 
 from backpack.curvature.joined import Joined, place_of
 from backpack.curvature.loss_call import Term, fewer
+from backpack.curvature.pooling import is_reordered
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
@@ -71,6 +73,12 @@ class TwicePass(SeedPass):
     def _name(self) -> str:
         return type(self.extensions[0]).__name__
 
+    @property
+    def _owner(self) -> Module:
+        """One of the modules whose graph it is; a loss, if there are no others."""
+        modules = [module for note in self.notes.values() if (module := note.module()) is not None]
+        return modules[0] if modules else self.terms[0].call.loss
+
     def _take_twice_differentiable(self, rows: Tensor | None) -> None:
         """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
 
@@ -80,10 +88,11 @@ class TwicePass(SeedPass):
         rounded = has_autocast(self.joined.nodes)
         if self._take_selected(rows, rounded):
             return
-        if (self._has_fused() or rounded) and not self._join(rounded):
+        needed = self._has_fused() or rounded
+        if (needed or self._has_reordered()) and not self._join(rounded) and needed:
             raise RuntimeError(
-                f"{self._name}: the model has a fused attention or recurrent layer, or was run "
-                f"under autocast, of which PyTorch has no second derivatives, and running it again in another form "
+                f"{self._name}: the model has a fused attention or recurrent layer, was run under autocast, or has "
+                f"parts in 16 bits, of which PyTorch has no second derivatives, and running it again in another form "
                 f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
                 f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
                 f"autocast, put the model into evaluation mode, or give it its state as an argument."
@@ -114,12 +123,17 @@ class TwicePass(SeedPass):
 
         return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.joined.nodes)
 
+    def _has_reordered(self) -> bool:
+        """Whether some second derivatives are slow, or fail, for the memory format that a tensor has."""
+        return any(map(is_reordered, self.joined.nodes))
+
     def _join(self, rounded: bool) -> bool:
         """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
         modules: dict[int, list[tuple[GradientEdge, Note]]] = {}
         for (node, number), note in self.notes.items():
             modules.setdefault(id(note.arguments), []).append((GradientEdge(node, number), note))
         starts, parts = [place_of(term.call.edge) for term in self.terms], []
+        start_tensors = list(self.start_tensors)
         if not modules:
             return False
         for outputs in sorted(modules.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
@@ -135,7 +149,8 @@ class TwicePass(SeedPass):
                     return False
                 part[edge] = place_of(get_gradient_edge(found))
                 for place in places:
-                    self.start_tensors[place] = found
+                    start_tensors[place] = found
             parts.append(part)
+        self.start_tensors = start_tensors
         self._go_over(Joined(starts, parts), self.layouts)
         return not (rounded and has_autocast(self.joined.nodes))

@@ -23,11 +23,11 @@ from backpack.dataset.identity import identity
 from backpack.dataset.interruption import Counts, Interruption
 from backpack.dataset.merged import merged
 from backpack.dataset.processes import Processes
-from backpack.dataset.progress import bar
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import chosen_samples, open_files, survey, writable
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.hooks import EXTENDED
+from backpack.progress import bar
 
 
 @dataclass(eq=False)

@@ -54,6 +54,8 @@ class BackpropExtension:
     bounds_influence = False
     needs_samples_apart = False
     """Whether it is not defined for parameters below what mixes samples."""
+    needs_real_parameters = False
+    """Whether it is not defined for complex parameters."""
     reads: tuple[str, ...] = ()
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
     batches: Merging | Joined | None = None

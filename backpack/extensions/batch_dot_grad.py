@@ -9,14 +9,15 @@ from torch import Tensor
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.batch_grad import BatchGrad
 from backpack.uses import Individual
+from backpack.uses.complex_numbers import as_real
 
 
 class BatchDotGrad(BackpropExtension):
     """Pairwise dot products of the individual gradients, ``batch_dot`` of shape ``[N, N]``, per parameter.
 
-    Of the gradients as ``BatchGrad`` scales them; the diagonal is ``batch_l2``. The sum over all parameters is the
-    Gram matrix of the gradients (the empirical neural tangent kernel of the loss). Over a data set, individual
-    gradients of all samples are kept until the end.
+    Of the gradients as ``BatchGrad`` scales them, and of their real and imaginary parts; the diagonal is ``batch_l2``.
+    The sum over all parameters is the Gram matrix of the gradients (the empirical neural tangent kernel of the
+    loss). Over a data set, individual gradients of all samples are kept until the end.
     """
 
     savefield = "batch_dot"
@@ -31,5 +32,5 @@ class BatchDotGrad(BackpropExtension):
         return BatchGrad(rows, self.savefield)
 
     def of_whole(self, name: str, merged: Tensor) -> Tensor:
-        flat = merged.flatten(1)
+        flat = as_real(merged.flatten(1))
         return flat @ flat.T

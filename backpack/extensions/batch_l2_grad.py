@@ -14,8 +14,9 @@ from backpack.uses import Individual
 class BatchL2Grad(BackpropExtension):
     """Squared Euclidean norms of the individual gradients, ``batch_l2`` of shape ``[N]``, per parameter.
 
-    Of the gradients as ``BatchGrad`` scales them. They are not stored: norms come from the factors of each use, by
-    Gram matrices of positions where these are smaller (Goodfellow, 2015, for one position; Rochette et al., 2019).
+    Of the gradients as ``BatchGrad`` scales them; real, also of complex parameters. They are not stored: norms come
+    from the factors of each use, by Gram matrices of positions where these are smaller (Goodfellow, 2015, for one
+    position; Rochette et al., 2019).
     """
 
     savefield = "batch_l2"

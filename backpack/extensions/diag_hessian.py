@@ -21,12 +21,15 @@ class DiagHessian(CurvatureExtension):
     with functions that can be differentiated twice: without a warning, as nothing is approximated and there is nothing
     to do about it. Of a model under autocast, it is that of one in the parameters' data type.
 
+    Before it starts, the cost is estimated from the graph, with a warning above a hundred steps of training.
+
     With ``backward(create_graph=True)`` the result can be differentiated, at the price of a derivative of second order
     for each of its entries (of two for ``BatchDiagHessian``): the roots of the residuals have no derivatives where
     entries cross zero or eigenvalues meet.
 
     Raises:
         RuntimeError: A function has no second derivative in PyTorch, or with ``create_graph=True`` a wrong third one.
+            Or a parameter is complex: each entry has a block of 2 x 2 second derivatives.
     """
 
     savefield = "diag_h"
@@ -34,6 +37,7 @@ class DiagHessian(CurvatureExtension):
     batches: Merging | Joined = Summed(1)
     backprop = "hessian"
     semidefinite = False
+    needs_real_parameters = True
 
     def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
         super().__init__(savefield, subsampling, chunk_size)

@@ -10,12 +10,14 @@ from torch import Tensor
 from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.sqrt_ggn import SqrtGGNExact
 from backpack.uses import Individual
+from backpack.uses.complex_numbers import as_real
 
 
 class GGNGram(CurvatureExtension):
     """Gram matrix ``V^T V`` of the GGN's root ``V``, ``ggn_gram`` of shape ``[C * N, C * N]``, per parameter.
 
-    Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them. The sum over parameters
+    Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them; of complex ones, of their real
+    and imaginary parts. The sum over parameters
     (``total``) has the nonzero eigenvalues of the GGN (Dangel, Tatzel & Hennig, 2022, section 3). Over a data set, the
     columns of all samples are kept until the end.
     """
@@ -35,7 +37,7 @@ class GGNGram(CurvatureExtension):
 
     def of_whole(self, name: str, merged: Tensor) -> Tensor:
         columns, samples = merged.shape[:2]
-        flat = merged.movedim(1, 0).flatten(0, 1).flatten(1)  # in the order in which they are stored: no copy
+        flat = as_real(merged.movedim(1, 0).flatten(0, 1).flatten(1))  # in the order in which they are stored: no copy
         gram = (flat @ flat.T).unflatten(0, (samples, columns)).unflatten(2, (samples, columns))
         return gram.permute(1, 0, 3, 2).reshape(columns * samples, -1)
 

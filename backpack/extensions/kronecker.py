@@ -48,6 +48,9 @@ class KroneckerExtension(CurvatureExtension):
       of others, as of an embedding that is the output layer as well, are summed. Rows of a parameter that are used by
       themselves, as in cross attention, count like groups.
 
+    - Complex parameters: Hermitian factors, of the sum of ``g g^H`` over samples and columns ``g``. ``A`` is the mean
+      of ``conj(x) x^T``. Real parameters that are used as complex ones count as "all else".
+
     ``approx`` says what is done with ``S`` positions of a sample, inputs ``x_s`` and cotangents ``g_s``. The default is
     that of the original, ``sum_s x_s x_s^T`` and ``(sum_s g_s) (sum_s g_s)^T`` (Grosse & Martens, 2016, with this
     simplification of ``B``). Eschenhagen et al. (2023): ``"expand"``, ``1/S sum_s x_s x_s^T`` and ``sum_s g_s g_s^T``

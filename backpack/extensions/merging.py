@@ -7,12 +7,14 @@ The loss of the whole is the sum over batches of ``factor`` times the batch's ow
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from backpack.uses.complex_numbers import squared
 
 Reduction = Generator[list[Tensor], list[Tensor], list[Tensor]]
 """Yields tensors, is sent their sums over all processes, and returns a state."""
@@ -118,7 +120,7 @@ class Moments(Merging):
     def state(self, result: tuple[Tensor, Tensor], factor: float, samples: int) -> list[Tensor]:
         total, squares = (wide(moment.detach()) for moment in result)
         n = torch.tensor(samples, dtype=torch.float64)
-        deviation = (squares * factor**2).addcmul_(total, total, value=-(factor**2) / samples)
+        deviation = (squares * factor**2).sub_(squared(total), alpha=factor**2 / samples)
         return [n, total * (factor / samples), deviation]
 
     def add(
@@ -132,8 +134,8 @@ class Moments(Merging):
             total, squares = zip(*(results[place] for place in places), strict=True)
             difference = torch._foreach_sub(mean, total, alpha=factor / samples)
             torch._foreach_add_(deviation, squares, alpha=factor**2)
-            torch._foreach_addcmul_(deviation, total, total, value=-(factor**2) / samples)
-            torch._foreach_addcmul_(deviation, difference, difference, value=before * samples / (before + samples))
+            torch._foreach_sub_(deviation, _all_squared(total), alpha=factor**2 / samples)
+            torch._foreach_add_(deviation, _all_squared(difference), alpha=before * samples / (before + samples))
             torch._foreach_sub_(mean, difference, alpha=samples / (before + samples))
             torch._foreach_add_(n, samples)
 
@@ -141,18 +143,25 @@ class Moments(Merging):
         n, mean, deviation = state
         total, common = yield [n, mean * n.item()]
         common = common / max(1.0, total.item())
-        (deviation,) = yield [deviation + (mean - common).square() * n.item()]
+        (deviation,) = yield [deviation + squared(mean - common) * n.item()]
         return [total, common, deviation]
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
         n = state[0].item()
         if n < samples:  # of the others, the gradient is zero
-            zero = torch.zeros_like(state[1])
-            self.add([state], [(zero, zero)], 1.0, int(samples - n))
+            zeros = torch.zeros_like(state[1]), torch.zeros_like(state[2])
+            self.add([state], [zeros], 1.0, int(samples - n))
         return state[2].mul_(factor**2 / samples).clamp_(min=0)
 
     def scale(self, result: Tensor, factor: float) -> Tensor:
         return result if factor == 1 else result * factor**2
+
+
+def _all_squared(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In one call, unless some are complex."""
+    if any(tensor.is_complex() for tensor in tensors):
+        return [squared(tensor) for tensor in tensors]
+    return list(torch._foreach_mul(tuple(tensors), tuple(tensors)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class SumGradSquared(BackpropExtension):
     """Sum over samples of the squared individual gradients, ``sum_grad_squared`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: with a loss that averages over ``N`` samples, ``1/N^2`` times the
-    sum of the squared gradients of the samples' own losses.
+    sum of the squared gradients of the samples' own losses. Of complex parameters: of squared absolute values, real.
     """
 
     savefield = "sum_grad_squared"

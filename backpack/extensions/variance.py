@@ -9,13 +9,15 @@ from torch import Tensor
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merging import Moments
 from backpack.uses import Individual
+from backpack.uses.complex_numbers import squared
 
 
 class Variance(BackpropExtension):
     """Population variance of the individual gradients over the samples, ``variance`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: mean of the squares minus square of the mean, over all samples or
-    the selected ones; never negative, whatever the rounding.
+    the selected ones; never negative, whatever the rounding. Of complex parameters, that of the real parts plus that of
+    the imaginary ones.
     """
 
     savefield = "variance"
@@ -26,7 +28,7 @@ class Variance(BackpropExtension):
 
     def compute(self, grads: Individual) -> Tensor:
         n, total = max(1, grads.size[1]), grads.total()
-        return grads.sum_squares().addcmul(total, total, value=-1 / n).div_(n).clamp_(min=0)
+        return grads.sum_squares().sub(squared(total), alpha=1 / n).div_(n).clamp_(min=0)
 
     def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndSquares:
         return _SumAndSquares(rows, self.savefield)

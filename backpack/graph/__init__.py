@@ -1,6 +1,6 @@
 """PyTorch's recorded graph: its traversal, and what is known of its nodes."""
 
-from backpack.graph.nodes import LEAF, call, count_outputs, kind, shape_of, variable_of
+from backpack.graph.nodes import LEAF, call, count_outputs, is_complex, kind, shape_of, variable_of
 from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
 from backpack.graph.saved_parameters import copy_saved_parameters
 from backpack.graph.traversal import Graph, Incoming, edge_of, read
@@ -14,6 +14,7 @@ __all__ = [
     "count_outputs",
     "edge_of",
     "forget_recomputed",
+    "is_complex",
     "is_recomputed",
     "kind",
     "read",

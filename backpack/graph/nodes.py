@@ -48,6 +48,18 @@ def shape_of(node: Node, number: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[number].shape)
 
 
+def dtype_of(node: Node, number: int) -> torch.dtype:
+    """The data type of output ``number`` of the function whose node it is."""
+    return variable_of(node).dtype if node.name() == LEAF else node._input_metadata[number].dtype
+
+
+def is_complex(node: Node) -> bool:
+    """Whether a function takes or returns complex numbers."""
+    edges = [(node, number) for number in range(count_outputs(node))]
+    edges += [(other, number) for other, number in node.next_functions if other is not None]
+    return any(dtype_of(*edge).is_complex for edge in edges)
+
+
 def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The cotangents that a node sends along each of its edges, given one for each output of its function.
 

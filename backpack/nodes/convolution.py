@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.nodes.registry import Place, form, is_complex
+from backpack.nodes.registry import Place, form
 from backpack.uses import DenseUse, ElementwiseUse, Use
 from backpack.uses.windows import Size, Windows, each
 
@@ -26,8 +26,6 @@ def convolution(place: Place) -> Use | None:
     if place.k != 1:
         return None
     input = place.saved("input")
-    if is_complex(input):
-        return None
     stride, padding, dilation = (tuple(place.saved(name)) for name in ("stride", "padding", "dilation"))
     groups = place.saved("groups")
     if place.saved("transposed"):

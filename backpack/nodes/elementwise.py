@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backpack.nodes.registry import Place, form, is_complex
+from backpack.nodes.registry import Place, form
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, ElementwiseUse, Individual, Use
 
@@ -19,7 +19,7 @@ def _shift(place: Place, sign: int = 1) -> Use | None:
 
 def _scale(place: Place, factor: Tensor | None) -> Use | None:
     own = place.aligned()
-    if own is None or factor is None or is_complex(factor):
+    if own is None or factor is None:
         return None
     return ElementwiseUse(own, factor.expand(place.out))
 

@@ -14,6 +14,7 @@ from backpack.graph import call
 from backpack.graph.looped import is_looped
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, Explicit, Individual, Use
+from backpack.uses.complex_numbers import converted
 
 ENTRIES = 2**22
 """Entries of the outputs' cotangents, over all samples that are sent through a node at a time."""
@@ -83,7 +84,7 @@ class GeneralUse(Use):
                 ]
                 grad = call_for_each(self.node, given)[self.k]
                 if grad is not None:
-                    part = grad.unflatten(0, (-1, len(own))).to(dtype)
+                    part = converted(grad.unflatten(0, (-1, len(own))), dtype)
                     value = _put(value, part, v, start)
         return Explicit(value)
 
@@ -128,7 +129,7 @@ class PlacedUse(Use):
         if sent is None:
             sent = torch.zeros(len(first), *shape, device=first.device)
         index = torch.arange(self.layout.n, device=first.device) if rows.index is None else rows.index
-        return Explicit(only(sent.to(dtype), self.layout, index))
+        return Explicit(only(converted(sent, dtype), self.layout, index))
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
         raise NotImplementedError("What a node sends is computed from the cotangents of all its outputs.")

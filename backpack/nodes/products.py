@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from backpack.nodes.registry import Place, form, is_complex
+from backpack.nodes.registry import Place, form
 from backpack.samples import Layout
 from backpack.samples.table import is_bilinear
 from backpack.uses import DenseUse, ElementwiseUse, Use
@@ -38,12 +38,10 @@ def _factors(place: Place, left: int, first: str, second: str) -> Use | None:
     axes = place.layout.axes
     if place.k == left + 1 and axes == [0]:
         x = place.saved(first)
-        return (
-            None if is_complex(x) else DenseUse((x,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, x))
-        )
+        return DenseUse((x,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, x))
     if place.k == left and axes == [1] and isinstance(place.layout, Layout):
         x = place.saved(second)
-        return None if is_complex(x) else DenseUse((x,), columns_of, grad_columns_of)
+        return DenseUse((x,), columns_of, grad_columns_of)
     return None
 
 
@@ -89,10 +87,10 @@ def _batched_factors(place: Place, left: int, first: str, second: str) -> Use | 
         return None
     if place.k == left + 1 and axes == [1]:
         x = place.saved(first)
-        return None if is_complex(x) else DenseUse((x,), groups_of_rows, grad_groups_of_rows, flipped=True)
+        return DenseUse((x,), groups_of_rows, grad_groups_of_rows, flipped=True)
     if place.k == left and axes == [2]:
         x = place.saved(second)
-        return None if is_complex(x) else DenseUse((x,), groups_of_columns, grad_groups_of_columns)
+        return DenseUse((x,), groups_of_columns, grad_groups_of_columns)
     return None
 
 
@@ -115,7 +113,7 @@ def bilinear(place: Place) -> Use | None:
     if place.k != 1 or place.layout.axes != [0] or len(place.shape) != 3 or not is_bilinear(place.node):
         return None
     one, other = place.saved("i1"), place.saved("i3")
-    if one.dim() != 2 or other.dim() != 2 or is_complex(one):
+    if one.dim() != 2 or other.dim() != 2:
         return None
 
     def pairs(x: Tensor, y: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.graph import kind, saved, shape_of
@@ -67,8 +65,3 @@ def use_of(place: Place) -> Use | None:
     """The normal form of a use; ``None``: the general form is to be taken."""
     found = FORMS.get(kind(place.node))
     return None if found is None else found(place)
-
-
-def is_complex(*tensors: Tensor) -> bool:
-    """Whether one of these is complex: closed forms are for real numbers."""
-    return any(isinstance(tensor, torch.Tensor) and tensor.is_complex() for tensor in tensors)

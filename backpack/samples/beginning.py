@@ -331,11 +331,14 @@ def _follows_rows(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> boo
 
     ``None``: there are entries that several samples have in common.
     """
-    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = tensor.untyped_storage().nbytes()
+    size = memory // tensor.element_size()
     rows = torch.full((size,), -1)
     index = torch.arange(tensor.shape[axis]).reshape([-1 if a == axis else 1 for a in range(tensor.dim())])
     rows.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(index.expand(tensor.shape))
-    entries = torch.arange(size).as_strided(like.shape, like.stride(), like.storage_offset()).flatten()
+    own = torch.arange(memory // like.element_size())  # real parts are smaller than complex entries
+    own = own * like.element_size() // tensor.element_size()
+    entries = own.as_strided(like.shape, like.stride(), like.storage_offset()).flatten()
     owner = owner.flatten()
     of_entry = torch.full((size,), -1).index_put((entries,), owner)
     if bool((of_entry[entries] != owner).any()):

@@ -277,6 +277,22 @@ def rows_added(at: At) -> list[AnyLayout | None]:
     return [layout, source]
 
 
+@rule("FftR2C FftC2C FftC2R")
+def spectrum(at: At) -> AnyLayout:
+    return apart(at, at.axes("dim", len(at.shape)))
+
+
+@rule("ViewAsReal")
+def real_parts(at: At) -> AnyLayout | None:
+    """The output has an axis more, of real and imaginary parts."""
+    return apart(at, [len(at.shape) - 1]).moved(range(len(at.shape) - 1))
+
+
+@rule("ViewAsComplex")
+def complex_parts(at: At) -> AnyLayout | None:
+    return at.layout.moved([*range(len(at.shape)), None])
+
+
 @rule("Flip Roll")
 def along_axes(at: At) -> AnyLayout:
     dims = at.axes("dims", len(at.shape))

@@ -32,9 +32,11 @@ def attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = scores.softmax(-1)
-    if attn_mask is not None:
-        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0)  # a row without any key
+    if attn_mask is None:
+        weights = scores.softmax(-1)
+    else:  # rows without any key are zero, and so are their derivatives
+        empty = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     return torch.dropout(weights, dropout_p, dropout_p > 0) @ value
 
 

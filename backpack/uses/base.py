@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows
+from backpack.uses.complex_numbers import as_real, squared
 
 if TYPE_CHECKING:
     from backpack.uses.linear_map import LinearMap
@@ -48,6 +49,11 @@ class Individual(ABC):
     def size(self) -> tuple[int, int]:
         """Number of seeds and of samples, ``(v, n)``."""
 
+    @property
+    @abstractmethod
+    def is_complex(self) -> bool:
+        """Whether they are complex numbers; reductions to squares and products are real all the same."""
+
     @abstractmethod
     def _dense(self) -> Tensor:
         """The individual gradients themselves, ``[v, n, *p]``."""
@@ -76,11 +82,11 @@ class Individual(ABC):
         return self._read("total")
 
     def sum_squares(self) -> Tensor:
-        """Sum of squares over seeds and samples, ``[*p]``."""
+        """Sum of squared absolute values over seeds and samples, ``[*p]``."""
         return self._read("sum_squares")
 
     def sample_squares(self) -> Tensor:
-        """Sum of squares over seeds, ``[n, *p]``."""
+        """Sum of squared absolute values over seeds, ``[n, *p]``."""
         return self._read("sample_squares")
 
     def norms(self) -> Tensor:
@@ -132,7 +138,7 @@ class Individual(ABC):
             dense = piece.dense()
             if "total" in collected:
                 accumulate(collected["total"], dense.sum((0, 1)))
-            squares = dense.square() if names != ["total"] else dense
+            squares = squared(dense) if names != ["total"] else dense
             if "norms" in collected:
                 collected["norms"].append(flat(squares).sum(2))
             if piece.weights is not None:
@@ -175,7 +181,10 @@ class Individual(ABC):
         return []
 
     def dots(self, other: Individual) -> Tensor:
-        """Dot products with other individual gradients of the same parameter, ``[v, n, w, m]``."""
+        """Dot products with other individual gradients of the same parameter, ``[v, n, w, m]``.
+
+        Complex numbers count as pairs of real ones: these are the real parts of their inner products.
+        """
         rows = []
         for a in self.chunks():
             left = flat(a.dense())
@@ -189,7 +198,7 @@ class Individual(ABC):
         for a in self.chunks():
             start = sum(p.shape[1] for p in pieces)
             b = other.narrow(start, start + a.size[1])
-            pieces.append(flat(a.dense() * b.dense()).sum(2))
+            pieces.append((flat(a.dense()) * flat(b.dense())).sum(2))
         return torch.cat(pieces, 1)
 
 
@@ -207,9 +216,13 @@ class Use(ABC):
 
     def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
-        found = self.bind(rows.take(cotangents[0], leading=1).to(dtype), rows, shape)
+        grad = rows.take(cotangents[0], leading=1)
+        needed = dtype.to_complex() if grad.is_complex() else dtype
+        found = self.bind(grad.to(needed).resolve_conj(), rows, shape)
         filled = rows.filled
-        found.filled = filled if filled is None else filled.to(cotangents[0].device, dtype)
+        found.filled = filled if filled is None else filled.to(grad.device, dtype.to_real())
+        if grad.is_complex():
+            return _of_parameter(found, dtype)
         if rows.index is None:
             found.shared = cotangents.shared.setdefault(dtype, {})
         return found
@@ -232,9 +245,38 @@ class Use(ABC):
         return None
 
 
+class RealPart(Individual):
+    """Individual gradients of a real parameter that is used as a complex one: it has those of the real part."""
+
+    def __init__(self, inner: Individual) -> None:
+        self.inner, self.shape = inner, inner.shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.inner.size
+
+    @property
+    def is_complex(self) -> bool:
+        return False
+
+    def narrow(self, start: int, stop: int) -> RealPart:
+        return RealPart(self.inner.narrow(start, stop))
+
+    def scaled(self, factor: Tensor) -> RealPart:
+        return RealPart(self.inner.scaled(factor))
+
+    def _dense(self) -> Tensor:
+        return self.inner.dense().real.contiguous()
+
+
+def _of_parameter(found: Individual, dtype: torch.dtype) -> Individual:
+    """What complex cotangents give for a parameter of this data type."""
+    return found if dtype.is_complex else RealPart(found)
+
+
 def flat(gradients: Tensor) -> Tensor:
-    """``[v, n, *p]`` to ``[v, n, p]``, also of a parameter without axes."""
-    return gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(2)
+    """``[v, n, *p]`` to ``[v, n, p]``, also of a parameter without axes; of complex numbers to pairs of real ones."""
+    return as_real(gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(2))
 
 
 def accumulate(terms: list[Tensor], term: Tensor) -> None:

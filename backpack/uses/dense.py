@@ -13,6 +13,7 @@ from torch import Tensor
 from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, SampleSum, Use, accumulate
+from backpack.uses.complex_numbers import as_real, conjugated, squared
 from backpack.uses.linear_map import LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 
 SMALL = 2**22
@@ -21,15 +22,15 @@ SMALL = 2**22
 
 @dataclass(eq=False)
 class Dense(LinearMap):
-    """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``.
+    """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``; ``x`` are the inputs, conjugated where complex.
 
     ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
     ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
-    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the
-    ``inputs`` and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
+    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the ``inputs``
+    and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
     before, for less than from ``x``; ``gram``, of the ``inputs``, with the share of multiplications that are left,
-    ``sum_i x[n g s i] x[n g t i]``; ``direct``, of the ``inputs`` and one seed's cotangents ``[n, g, s, o]``, the
-    individual gradients in less time, without ``flipped``.
+    ``sum_i x[n g s i] x[n g t i]``, both of real numbers; ``direct``, of the ``inputs`` and one seed's cotangents
+    ``[n, g, s, o]``, the individual gradients in less time, without ``flipped``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -56,6 +57,10 @@ class Dense(LinearMap):
         """Those of the axes ``v n g s o i``."""
         v, n, g, s, o = self.grad.shape
         return v, n, g, s, o, self.x.shape[3] if self.unfold is None else self.shape.numel() // max(1, g * o)
+
+    @property
+    def is_complex(self) -> bool:
+        return self.grad.is_complex()
 
     def narrow(self, start: int, stop: int) -> Dense:
         part = self._with(tuple([tensor[start:stop] for tensor in self.inputs]), self.grad[:, start:stop], self.unfold)
@@ -126,16 +131,16 @@ class Dense(LinearMap):
             return None
         if name == "norms":
             if g == 1:
-                own = self.share(("norms", o), lambda: self.grad.square().sum((2, 3, 4)))
-                return own * self.x.square().sum((1, 2, 3))
-            return (self.grad.square().sum((3, 4)) * self.x.square().sum((2, 3))).sum(2)
+                own = self.share(("norms", o), lambda: squared(self.grad).sum((2, 3, 4)))
+                return own * squared(self.x).sum((1, 2, 3))
+            return (squared(self.grad).sum((3, 4)) * squared(self.x).sum((2, 3))).sum(2)
         x, grad = self.x, self.grad
         if name == "total":
             grad = _over_seeds(grad)
         elif self.weights is None:
-            x, grad = x.square(), _over_seeds(grad.square())
+            x, grad = squared(x), _over_seeds(squared(grad))
         else:
-            x, grad = x.square(), torch.einsum("vngso,vn->ngso", grad.square(), self.weights)
+            x, grad = squared(x), torch.einsum("vngso,vn->ngso", squared(grad), self.weights)
         if name == "sample_squares":
             return self._to_parameter(product(torch.matmul, grad.transpose(2, 3), x, (n, g, o, i)))
         left, right = grad[:, :, 0].permute(1, 2, 0), x[:, :, 0].transpose(0, 1)
@@ -167,7 +172,7 @@ class Dense(LinearMap):
             yield part
 
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:
-        if "dense" in self._known:
+        if "dense" in self._known or self.is_complex:
             return super()._sweep(names)
         o = self.grad.shape[4]
         summed = {name: SampleSum() for name in names if name in ("total", "sum_squares")}
@@ -221,14 +226,16 @@ class Dense(LinearMap):
         for start in range(0, n, step):
             a = self.narrow(start, start + step)
             b = a if other is self else other.narrow(start, start + step)
-            inputs = a.gram[0](*a.inputs) if a.gram and share < 1 else a.x @ b.x.transpose(2, 3)
+            inputs = a.gram[0](*a.inputs) if a.gram and share < 1 else a.x.conj() @ b.x.transpose(2, 3)
             left, right = a.grad, b.grad
             if left.stride(4) == 1:
                 right = product(torch.matmul, inputs, right, left.shape)
             else:  # as convolutions have them
                 left = left.transpose(3, 4)
                 right = product(torch.matmul, right.transpose(3, 4), inputs.transpose(2, 3), left.shape)
-            pieces.append((right * left if torch.is_grad_enabled() else right.mul_(left)).sum((2, 3, 4)))
+            left = left.conj()
+            total = (right * left if torch.is_grad_enabled() else right.mul_(left)).sum((2, 3, 4))
+            pieces.append(torch.real(total))
         return torch.cat(pieces, 1)
 
     @property
@@ -244,15 +251,15 @@ class Dense(LinearMap):
         if s == t == g == 1 and other is self:
             inputs, outputs = self.x[:, 0, 0], self.grad[:, :, 0, 0].flatten(0, 1)
             outputs = second_moment(outputs.T).unflatten(1, (v, n)).unflatten(0, (v, n))
-            return outputs * (inputs @ inputs.T)[None, :, None]
+            return torch.real(outputs * (inputs @ inputs.mH)[None, :, None])
         if s == t == 1:
-            inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0])
-            outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :])
-            return (outputs * inputs[None, :, None]).sum(4)
+            inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0].conj())
+            outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :].conj())
+            return torch.real((outputs * inputs[None, :, None]).sum(4))
         if n * m * s * t * (v * w * o + i) < (v * n + w * m) * s * o * i:
-            inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x)
-            outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad)
-            return (outputs * inputs).sum((4, 5, 6)).permute(0, 2, 1, 3)
+            inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x.conj())
+            outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad.conj())
+            return torch.real((outputs * inputs).sum((4, 5, 6)).permute(0, 2, 1, 3))
         step = max(1, SCRATCH // max(1, (v * n + w * m) * g * i))
         terms: list[Tensor] = []
         for start in range(0, o, step):  # a few rows of all samples' matrices at a time
@@ -330,9 +337,9 @@ class Dense(LinearMap):
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
         outputs, inputs = (columns, rows) if self.flipped else (rows, columns)
-        grad = self.grad @ diagonal_blocks(outputs, self.grad.shape[2])
+        grad = self.grad @ diagonal_blocks(outputs, self.grad.shape[2]).conj()
         shape = torch.Size((rows.shape[1], columns.shape[1]))
-        return replace(self, inputs=(self.x @ inputs,), grad=grad, shape=shape, unfold=None, other=None)
+        return replace(self, inputs=(self.x @ inputs.conj(),), grad=grad, shape=shape, unfold=None, other=None)
 
     def transposed(self) -> Dense | None:
         if self.grad.shape[2] > 1 or self.other is not None:
@@ -340,10 +347,10 @@ class Dense(LinearMap):
         return replace(self, flipped=not self.flipped, shape=torch.Size(self.matrix[::-1]))
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        """Rows of all samples' and seeds' matrices, ``[n v, ...]``."""
+        """Rows of all samples' and seeds' matrices, ``[n v, ...]``, real."""
         part = self._with((self.x,), self.grad[..., start:stop])
         matrices = part._matrices().unflatten(3, (self.grad.shape[0], -1))
-        return matrices.movedim(3, 1).reshape(self.grad.shape[0] * self.grad.shape[1], -1)
+        return as_real(matrices.movedim(3, 1).reshape(self.grad.shape[0] * self.grad.shape[1], -1))
 
 
 class Transposed(Dense):
@@ -373,7 +380,7 @@ class Transposed(Dense):
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
         blocks = diagonal_blocks(columns, self.grad.shape[2])
-        return replace(self, inputs=(self.x @ blocks,), grad=self.grad @ rows)
+        return replace(self, inputs=(self.x @ blocks.conj(),), grad=self.grad @ rows.conj())
 
 
 def _over_seeds(grad: Tensor) -> Tensor:
@@ -382,7 +389,7 @@ def _over_seeds(grad: Tensor) -> Tensor:
 
 
 def _moments(rows: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * sum_ns rows[n g s a] rows[n g s b]``, ``[g, a, b]``."""
+    """``scale * sum_ns rows[n g s a] conj(rows[n g s b])``, ``[g, a, b]``."""
     if rows.shape[1] == 1:
         return second_moment(rows.reshape(-1, rows.shape[3]), scale)[None]
     return second_moment(rows.transpose(0, 1).flatten(1, 2), scale)
@@ -409,7 +416,7 @@ class DenseUse(Use):
     apply: Callable[[Tensor], Tensor] | None = None
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
-        inputs = tuple([rows.take(tensor).to(grad.dtype) for tensor in self.inputs])
+        inputs = tuple([conjugated(rows.take(tensor).to(grad.dtype)) for tensor in self.inputs])
         other: Callable[[], Dense] | None = None
         if self.other is not None:
             unfold, fold = self.other

@@ -35,6 +35,10 @@ class Derived(Individual):
     def size(self) -> tuple[int, int]:
         return self.inner.size
 
+    @property
+    def is_complex(self) -> bool:
+        return self.parameter.is_complex()
+
     def narrow(self, start: int, stop: int) -> Derived:
         return replace(self, inner=self.inner.narrow(start, stop))
 
@@ -47,6 +51,8 @@ class Derived(Individual):
     def maps(self) -> Sequence[LinearMap]:
         """Those of a transposed parameter, of some of its rows, and of rows looked up for all samples alike."""
         own, shape = self.inner.shape, self.shape
+        if self.is_complex or self.inner.is_complex:
+            return []  # entries may be conjugated, or be parts of complex ones
         if self.index is not None and self.mask is not None:
             return [self._lookup(self.index, self.mask)]
         found = self._entries() if len(shape) > 1 and len(own) > 1 else None
@@ -131,6 +137,10 @@ class Rows(LinearMap):
     @property
     def matrix(self) -> tuple[int, int]:  # type: ignore[override]
         return self.count, self.inner.matrix[1]
+
+    @property
+    def is_complex(self) -> bool:
+        return self.inner.is_complex
 
     def narrow(self, start: int, stop: int) -> Rows:
         raise NotImplementedError("Only Kronecker factors are read of a map.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backpack.samples import Rows
 from backpack.uses.base import Individual, Use, flat
+from backpack.uses.complex_numbers import conjugated, squared
 
 
 @dataclass(eq=False)
@@ -28,6 +29,10 @@ class Explicit(Individual):
     def size(self) -> tuple[int, int]:
         return self.value.shape[0], self.value.shape[1]
 
+    @property
+    def is_complex(self) -> bool:
+        return self.value.is_complex()
+
     def narrow(self, start: int, stop: int) -> Explicit:
         return Explicit(self.value[:, start:stop])
 
@@ -40,7 +45,7 @@ class Explicit(Individual):
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
         if name != "norms" or not self.summed or swept:
             return None
-        return self.share(("norms", self.shape.numel()), lambda: flat(self.value.square()).sum(2))
+        return self.share(("norms", self.shape.numel()), lambda: flat(squared(self.value)).sum(2))
 
     def chunks(self) -> Iterator[Explicit]:
         yield self
@@ -76,7 +81,7 @@ class ElementwiseUse(Use):
         if self.x is not None:
             x = rows.take(self.x).to(grad.dtype)
             more = [rows.take(tensor).to(grad.dtype) for tensor in self.more]
-            grad = grad * (x if self.factor is None else self.factor(x, *more))
+            grad = grad * conjugated(x if self.factor is None else self.factor(x, *more))
         return self._reduce(grad, rows, shape, summed=self.x is None and self.sign > 0)
 
     def squares(self, total: Tensor, rows: Rows, shape: torch.Size) -> Tensor:

@@ -31,6 +31,10 @@ class Joint(Individual):
     def size(self) -> tuple[int, int]:
         return self.parts[0].size
 
+    @property
+    def is_complex(self) -> bool:
+        return self.parts[0].is_complex
+
     def narrow(self, start: int, stop: int) -> Joint:
         return Joint([part.narrow(start, stop) for part in self.parts])
 

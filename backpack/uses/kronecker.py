@@ -4,6 +4,9 @@ A parameter that is the matrix ``W[r c]`` of a linear map has the factors ``[F_r
 that ``F_r kron F_c`` approximates its curvature in row-major order. One of them is the *output factor*, a sum over
 seeds of outer products of cotangents; the other, the *input factor*, a mean over samples, does not depend on the seeds.
 Those of a large parameter that is no such matrix are second moments of its individual gradients' rows and columns.
+
+Factors of complex parameters are Hermitian: what they approximate is ``sum_v g_v g_v^H``, with ``g_v`` the columns that
+are pulled back. Of a real parameter that is used as a complex one, they are those of any other large parameter.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from backpack.memory import contiguous
 from backpack.uses.base import Individual, accumulate
+from backpack.uses.complex_numbers import double, squared
 from backpack.uses.elementwise import Explicit
 from backpack.uses.joint import join
 from backpack.uses.linear_map import MOMENT, LinearMap, diagonal_blocks, moment_of_outputs, second_moment
@@ -131,16 +135,16 @@ def _basis(factor: Tensor, rank: int, blocks: int, grads: Individual | None) -> 
     if factor.dim() == 1:
         return torch.ones_like(factor)
     if blocks > 1:
-        return torch.block_diag(*torch.linalg.eigh(diagonal_blocks(factor, blocks).double()).eigenvectors.to(factor))
+        return torch.block_diag(*torch.linalg.eigh(double(diagonal_blocks(factor, blocks))).eigenvectors.to(factor))
     moment = None if grads is None or grads.shared is None else grads.shared.get((MOMENT, len(factor)))
     if grads is None or moment is None or not torch.equal(moment, factor):
-        return eigenvectors(factor.double(), rank).to(factor)
+        return eigenvectors(double(factor), rank).to(factor)
     # A bias and its matrix have the same output factor, unless positions are summed in one of them only.
-    return grads.share(("basis", len(factor)), lambda: eigenvectors(factor.double(), rank).to(factor)).clone()
+    return grads.share(("basis", len(factor)), lambda: eigenvectors(double(factor), rank).to(factor)).clone()
 
 
 def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
-    """Of a symmetric matrix whose rank has this bound, in the order of ``torch.linalg.eigh``.
+    """Of a symmetric or Hermitian matrix whose rank has this bound, in the order of ``torch.linalg.eigh``.
 
     The images of a few more random vectors than that span the range, and all vectors of any basis of its complement
     are eigenvectors (Halko, Martinsson & Tropp, 2011, section 4.1): the decomposition is of a matrix as small as that.
@@ -152,7 +156,7 @@ def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     images = matrix @ torch.randn(size, probes, generator=generator, dtype=matrix.dtype, device=matrix.device)
     reflectors, scales = torch.geqrf(images)
     span = torch.linalg.householder_product(reflectors, scales)
-    vectors = torch.linalg.eigh(span.T @ matrix @ span).eigenvectors
+    vectors = torch.linalg.eigh(span.mH @ matrix @ span).eigenvectors
     within = matrix.new_zeros(size, size)
     within[probes:, : size - probes].fill_diagonal_(1)
     within[:probes, size - probes :] = vectors
@@ -175,9 +179,10 @@ def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
         return grads.sum_squares()
     terms: list[Tensor] = []
     for piece in grads.chunks():
-        turned = _rows(piece, 1)[:, :, 0] @ bases[0] if len(bases) == 1 else _rows(piece, len(bases[0])) @ bases[1]
-        turned = turned if len(bases) == 1 else bases[0].T @ turned
-        accumulate(terms, turned.square().sum((0, 1)))
+        rows = _rows(piece, 1)[:, :, 0] if len(bases) == 1 else _rows(piece, len(bases[0]))
+        turned = rows @ bases[-1].conj()
+        turned = turned if len(bases) == 1 else bases[0].mH @ turned
+        accumulate(terms, squared(turned).sum((0, 1)))
     return terms[0]
 
 

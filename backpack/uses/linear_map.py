@@ -61,16 +61,16 @@ LARGE = 3 * 2**15
 
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * sum_r rows[... r a] rows[... r b]``."""
+    """``scale * sum_r rows[... r a] conj(rows[... r b])``."""
     if rows.dim() > 2:
-        return torch.baddbmm(rows.new_zeros(()), rows.transpose(1, 2), rows, beta=0, alpha=scale)
+        return torch.baddbmm(rows.new_zeros(()), rows.transpose(1, 2), rows.conj(), beta=0, alpha=scale)
     if torch.is_grad_enabled():
-        return scaled_product(rows.T, rows, scale)
-    return symmetric_product(rows.T, rows, scale)
+        return scaled_product(rows.T, rows.conj(), scale)
+    return symmetric_product(rows.T, rows.conj(), scale)
 
 
 def symmetric_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * left[a r] right[r b]``, which is known to be symmetric."""
+    """``scale * left[a r] right[r b]``, which is known to be symmetric, or Hermitian."""
     size = len(left)
     result = empty((size, size), right)
     number = BLOCKS if size >= 64 * BLOCKS and right.numel() >= LARGE else 1
@@ -79,7 +79,7 @@ def symmetric_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor
     for start, stop in pairwise(size * block // number for block in range(number + 1)):
         upper = result[:stop, start:stop]
         torch.addmm(upper, left[:stop], right[:, start:stop], beta=0, alpha=scale, out=upper)
-        result[start:stop, :start] = upper[:start].T
+        result[start:stop, :start] = upper[:start].mH
     return result
 
 

@@ -33,6 +33,10 @@ class Lookup(LinearMap):
     def size(self) -> tuple[int, int]:
         return self.grad.shape[0], self.grad.shape[1]
 
+    @property
+    def is_complex(self) -> bool:
+        return False  # PyTorch has no such embeddings
+
     def narrow(self, start: int, stop: int) -> Lookup:
         return replace(self, index=self.index[start:stop], grad=self.grad[:, start:stop], mask=self.mask[start:stop])
 

@@ -26,6 +26,10 @@ class Parts(Individual):
     def size(self) -> tuple[int, int]:
         return next(iter(self.parts.values())).size
 
+    @property
+    def is_complex(self) -> bool:
+        return next(iter(self.parts.values())).is_complex
+
     def narrow(self, start: int, stop: int) -> Parts:
         return self._each(lambda part: part.narrow(start, stop))
 

@@ -2,7 +2,7 @@
 
 A factor is a matrix, or of one axis: then it stands for a diagonal matrix. Inverses, eigenvalues and determinants are
 computed in float64, since factors in float32 are often nearly singular; results have the data type of the factors. All
-factors are taken for symmetric where something is inverted or decomposed.
+factors are taken for symmetric (complex ones for Hermitian) where something is inverted or decomposed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from backpack.uses.complex_numbers import double
 
 Shift = float | Tensor | Sequence[float | Tensor] | None
 """What is added to the diagonals: the same for each factor, or one a factor."""
@@ -79,7 +81,7 @@ def inv_kfacs(factors: Sequence[Tensor], shift: Shift = None) -> list[Tensor]:
     Raises:
         ValueError: A shifted factor is singular, or the number of shifts is not that of the factors.
     """
-    return [_inverse(double).to(factor.dtype) for double, factor in zip(_shifted(factors, shift), factors, strict=True)]
+    return [_inverse(own).to(factor.dtype) for own, factor in zip(_shifted(factors, shift), factors, strict=True)]
 
 
 def apply_inv_kfac_mat_prod(factors: Sequence[Tensor], mat: Tensor, shift: Shift = None) -> Tensor:
@@ -97,10 +99,10 @@ def kfac_logdet(factors: Sequence[Tensor], shift: Shift = None) -> Tensor:
     shifted = _shifted(factors, shift)
     size = prod(map(len, shifted))
     terms = []
-    for double in shifted:
-        logdet = double.abs().log().sum() if is_vector(double) else torch.linalg.slogdet(double).logabsdet
-        terms.append(logdet * (size // len(double)))
-    return torch.stack(terms).sum().to(factors[0].dtype)
+    for own in shifted:
+        logdet = own.abs().log().sum() if is_vector(own) else torch.linalg.slogdet(own).logabsdet
+        terms.append(logdet * (size // len(own)))
+    return torch.stack(terms).sum().to(factors[0].real.dtype)
 
 
 def pi_damping(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
@@ -115,17 +117,17 @@ def pi_damping(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
     _check(factors)
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}.")
-    means = torch.stack([_diagonal(factor).double().mean() for factor in factors])
+    means = torch.stack([torch.real(_diagonal(factor)).double().mean() for factor in factors])
     means = torch.where(means > 0, means, torch.ones_like(means))
     # Relative to its mean, each factor is shifted by the same amount.
     shifts = means * (damping / means.log().sum().exp()) ** (1 / len(factors))
-    return [shift.to(factor.dtype) for shift, factor in zip(shifts, factors, strict=True)]
+    return [shift.to(factor.real.dtype) for shift, factor in zip(shifts, factors, strict=True)]
 
 
 class Eigen(NamedTuple):
-    """A symmetric matrix in a Kronecker-factored orthonormal basis ``Q = Q_1 kron Q_2 kron ...``.
+    """A symmetric or Hermitian matrix in a Kronecker-factored orthonormal basis ``Q = Q_1 kron Q_2 kron ...``.
 
-    It is ``Q diag(eigenvalues.flatten()) Q^T``. ``bases`` has one matrix for each axis of ``eigenvalues`` (of one axis:
+    It is ``Q diag(eigenvalues.flatten()) Q^H``. ``bases`` has one matrix for each axis of ``eigenvalues`` (of one axis:
     the identity).
     """
 
@@ -135,7 +137,7 @@ class Eigen(NamedTuple):
     def dense(self) -> Tensor:
         """The matrix."""
         basis = kfacs_to_mat(self.bases)
-        return (basis * self.eigenvalues.flatten()) @ basis.T
+        return (basis * self.eigenvalues.flatten()) @ basis.mH
 
     def apply(self, mat: Tensor) -> Tensor:
         """The matrix times ``mat``, ``[D]`` or ``[D, V]``."""
@@ -150,7 +152,7 @@ class Eigen(NamedTuple):
         damped = self.eigenvalues.double() + damping
         if bool((damped == 0).any()):
             raise ValueError("The matrix has the eigenvalue zero: add a positive damping to invert it.")
-        return self._apply((1 / damped).to(mat.dtype), mat)
+        return self._apply((1 / damped).to(mat.real.dtype), mat)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Logarithm of the absolute determinant of the damped matrix."""
@@ -158,7 +160,7 @@ class Eigen(NamedTuple):
 
     def _apply(self, eigenvalues: Tensor, mat: Tensor) -> Tensor:
         values = eigenvalues.reshape(-1, *[1] * (mat.dim() - 1))
-        inner = apply_kfac_mat_prod([basis.T if is_matrix(basis) else basis for basis in self.bases], mat)
+        inner = apply_kfac_mat_prod([basis.mH if is_matrix(basis) else basis for basis in self.bases], mat)
         return apply_kfac_mat_prod(self.bases, values * inner)
 
 
@@ -173,15 +175,15 @@ def eigh_kfacs(factors: Sequence[Tensor]) -> Eigen:
     for factor in factors:
         if is_vector(factor):
             bases.append(torch.ones_like(factor))
-            values.append(factor.double())
+            values.append(torch.real(factor).double())
         else:
-            own, basis = torch.linalg.eigh(factor.double())
+            own, basis = torch.linalg.eigh(double(factor))
             bases.append(basis.to(factor.dtype))
             values.append(own)
     product = values[0]
     for own in values[1:]:
         product = product.unsqueeze(-1) * own
-    return Eigen(bases, product.to(factors[0].dtype))
+    return Eigen(bases, product.to(factors[0].real.dtype))
 
 
 def _check(factors: Sequence[Tensor]) -> None:
@@ -203,7 +205,7 @@ def _diagonal(factor: Tensor) -> Tensor:
 def _shifted(factors: Sequence[Tensor], shift: Shift) -> list[Tensor]:
     """In float64."""
     _check(factors)
-    doubles = [factor.double() for factor in factors]
+    doubles = [double(factor) for factor in factors]
     if shift is None:
         return doubles
     if isinstance(shift, Tensor) and shift.dim() > 0:
@@ -211,7 +213,7 @@ def _shifted(factors: Sequence[Tensor], shift: Shift) -> list[Tensor]:
     shifts = list(shift) if isinstance(shift, Sequence) else [shift] * len(factors)
     if len(shifts) != len(factors):
         raise ValueError(f"There are {len(shifts)} shifts for {len(factors)} factors: give one shift, or one a factor.")
-    return [_shift(double, own) for double, own in zip(doubles, shifts, strict=True)]
+    return [_shift(factor, own) for factor, own in zip(doubles, shifts, strict=True)]
 
 
 def _shift(factor: Tensor, shift: float | Tensor) -> Tensor:
@@ -220,17 +222,17 @@ def _shift(factor: Tensor, shift: float | Tensor) -> Tensor:
     return factor + shift * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
 
 
-def _inverse(double: Tensor) -> Tensor:
+def _inverse(factor: Tensor) -> Tensor:
     """By a Cholesky decomposition, where there is one."""
-    if is_vector(double):
-        _check_regular(double)
-        return 1 / double
-    root, info = torch.linalg.cholesky_ex(double)
-    if not bool(info) and bool(_ratio(root.diagonal()) > sqrt(len(double) * torch.finfo(double.dtype).eps)):
+    if is_vector(factor):
+        _check_regular(factor)
+        return 1 / factor
+    root, info = torch.linalg.cholesky_ex(factor)
+    if not bool(info) and bool(_ratio(root.diagonal()) > sqrt(len(factor) * torch.finfo(factor.dtype).eps)):
         return torch.cholesky_inverse(root)
-    values, basis = torch.linalg.eigh(double)
+    values, basis = torch.linalg.eigh(factor)
     _check_regular(values)
-    return (basis / values) @ basis.T
+    return (basis / values) @ basis.mH
 
 
 def _ratio(values: Tensor) -> Tensor:

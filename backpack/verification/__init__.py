@@ -127,10 +127,13 @@ def _double(model: Module, lossfunc: Module, batch: Any, forward: Forward) -> tu
     """Copies in float64, if the model runs in it and has a finite gradient."""
 
     def double(value: Any) -> Any:
-        return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        return value.double() if value.is_floating_point() else value.cdouble() if value.is_complex() else value
 
     try:
-        wide = copy.deepcopy(model).double()
+        wide = copy.deepcopy(model).double()._apply(lambda t: t.cdouble() if t.is_complex() else t)
         doubled = tree_map(double, batch)
         tried = copy.deepcopy(wide)
         with torch.random.fork_rng():

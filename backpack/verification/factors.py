@@ -20,6 +20,7 @@ LARGEST = 2**9
 
 @check(KFAC, KFLR, KFRA, HBP)
 def _factors(result: list[Tensor], truth: Truth) -> Pairs:
+    _refuse_complex(truth)
     if truth.extension.backprop != "sqrt":
         stage, name = stage_of(truth)
         truth = stage.truth(name)
@@ -34,6 +35,7 @@ def _factors(result: list[Tensor], truth: Truth) -> Pairs:
 @check(EKFAC)
 def _eigen(result: Any, truth: Truth) -> Pairs:
     """The bases are orthonormal, factors are diagonal in them, and the curvature along them is the eigenvalue."""
+    _refuse_complex(truth)
     chosen = [truth.plain.chosen(len(basis)) for basis in result.bases]
     vectors = [
         torch.eye(len(basis), dtype=basis.dtype)[own] if basis.dim() == 1 else basis.T[own]
@@ -55,6 +57,11 @@ def _eigen(result: Any, truth: Truth) -> Pairs:
             yield basis.T @ basis, torch.eye(len(basis), dtype=basis.dtype)
         true = blocks if len(vectors) == 1 else moments(truth, side, own, result.bases)
         yield torch.diag(true.diagonal()), true
+
+
+def _refuse_complex(truth: Truth) -> None:
+    if truth.plain.parameters[truth.name].is_complex():
+        raise NoTruth("factors of complex parameters are not looked into")
 
 
 def moments(truth: Truth, side: int, vectors: Tensor, result: list[Tensor]) -> Tensor:

@@ -188,6 +188,8 @@ def maps(plain: Plain, name: str) -> list[Map]:
     for node, way in pending:
         for user, place, number in plain.users.get(node, ()):
             step = [(node, number), *way] if node != start else []
+            if dtype_at(GradientEdge(user, 0)).is_complex:
+                return []  # it is used as a complex matrix
             if (kind(user), place) in CHANNELS:
                 found.append(Map(plain, plain.parameters[name], user, place, step))
             elif kind(user) in VIEWS:

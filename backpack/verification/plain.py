@@ -143,7 +143,9 @@ class Plain:
                 self.out, at, unit.reshape(self.out.shape), retain_graph=True, allow_unused=True
             )
             rows.append(
-                torch.stack([(grad.to_dense() * d).sum() if grad is not None else d.sum() * 0 for d in directions])
+                torch.stack(
+                    [torch.real(grad.to_dense().conj() * d if grad is not None else d * 0).sum() for d in directions]
+                )
             )
         return torch.stack([self.split(row) for row in torch.stack(rows, 1).reshape(-1, *self.out.shape)])
 
@@ -181,7 +183,7 @@ class Plain:
                 except RuntimeError as error:
                     raise NoTruth(f"PyTorch has no second derivative ({error})") from error
             rows.append((torch.zeros_like(parameter) if found is None else found.to_dense()).flatten())
-        return torch.stack(rows)[:, chosen]
+        return at(torch.stack(rows), chosen)
 
     @cached_property
     def users(self) -> dict[Node, list[tuple[Node, int, int]]]:
@@ -207,7 +209,7 @@ class Plain:
             grads = torch.autograd.grad(
                 self.out, list(self.parameters.values()), own, retain_graph=True, allow_unused=True
             )
-            squares.append(sum(grad.to_dense().square().sum() for grad in grads if grad is not None))
+            squares.append(sum(grad.to_dense().abs().square().sum() for grad in grads if grad is not None))
         return torch.stack([torch.as_tensor(square) for square in squares]).sqrt()
 
     @cached_property
@@ -225,7 +227,14 @@ class Plain:
 
 
 def units(like: Tensor, entries: Tensor) -> list[Tensor]:
-    """Tensors of a shape that are one at an entry, and zero elsewhere."""
+    """Tensors of a shape that are one at an entry, and zero elsewhere; then, of complex ones, ``1j``."""
     found = like.new_zeros(len(entries), like.numel())
     found[torch.arange(len(entries)), entries] = 1
-    return list(found.reshape(len(entries), *like.shape))
+    found = torch.cat([found, 1j * found]) if like.is_complex() else found
+    return list(found.reshape(-1, *like.shape))
+
+
+def at(flat: Tensor, entries: Tensor) -> Tensor:
+    """The entries along the last axis, in the order of ``units``: of complex ones the real parts, then the others."""
+    found = flat[..., entries]
+    return torch.cat([found.real, found.imag], -1) if found.is_complex() else found

@@ -30,7 +30,8 @@ from backpack.extensions import (
     Variance,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.verification.plain import Plain, units
+from backpack.uses.complex_numbers import as_real
+from backpack.verification.plain import Plain, at, units
 
 SIGMAS = 6.0
 """Standard errors that the mean of estimates may be off."""
@@ -72,9 +73,13 @@ class Truth:
         return self.plain.chosen(self.plain.parameters[self.name].numel())
 
     def at_entries(self, result: Tensor) -> Tensor:
-        """Of a result ``[..., *p]``, these: ``[..., k]``."""
+        """Of a result ``[..., *p]``, these: ``[..., k]``; if it is complex, real parts and then imaginary ones."""
         shape = self.plain.parameters[self.name].shape
-        return result.reshape(*result.shape[: result.dim() - len(shape)], shape.numel())[..., self.entries]
+        return at(result.reshape(*result.shape[: result.dim() - len(shape)], shape.numel()), self.entries)
+
+    def folded(self, squares: Tensor) -> Tensor:
+        """Of a complex parameter, squares of real parts and of imaginary ones are added up."""
+        return squares.unflatten(-1, (-1, len(self.entries))).sum(-2)
 
     @property
     def weights(self) -> Tensor:
@@ -141,25 +146,26 @@ def _batch_grad(result: Tensor, truth: Truth) -> Pairs:
 @check(BatchL2Grad)
 def _batch_l2(result: Tensor, truth: Truth) -> Pairs:
     for place in {0, len(truth.rows) - 1}:
-        yield result[place], truth.sample(place).square().sum()
+        yield result[place], truth.sample(place).abs().square().sum()
 
 
 @check(BatchDotGrad)
 def _batch_dot(result: Tensor, truth: Truth) -> Pairs:
-    yield result[0, -1], (truth.sample(0) * truth.sample(-1)).sum()
-    yield result[0, 0], truth.sample(0).square().sum()
+    yield result[0, -1], torch.real(truth.sample(0) * truth.sample(-1).conj()).sum()
+    yield result[0, 0], truth.sample(0).abs().square().sum()
 
 
 @check(SumGradSquared)
 def _sum_grad_squared(result: Tensor, truth: Truth) -> Pairs:
-    yield truth.at_entries(result), truth.gradients().square().sum(0)
+    yield truth.at_entries(result), truth.folded(truth.gradients().square().sum(0))
 
 
 @check(Variance)
 def _variance(result: Tensor, truth: Truth) -> Pairs:
     gradients = truth.gradients()
     # The mean of squares on both sides: the variance alone may be a small difference of large numbers.
-    yield truth.at_entries(result) + gradients.mean(0).square(), gradients.square().mean(0)
+    squared = truth.folded(gradients.mean(0).square())
+    yield truth.at_entries(result) + squared, truth.folded(gradients.square().mean(0))
 
 
 @check(ClippedGrad)
@@ -173,12 +179,12 @@ def _clipped(result: Tensor, truth: Truth) -> Pairs:
 
 @check(DiagGGNExact, DiagGGNMC)
 def _diag_ggn(result: Tensor, truth: Truth) -> Pairs:
-    yield truth.at_entries(result), truth.curvatures().sum(0)
+    yield truth.at_entries(result), truth.folded(truth.curvatures().sum(0))
 
 
 @check(BatchDiagGGNExact, BatchDiagGGNMC)
 def _batch_diag_ggn(result: Tensor, truth: Truth) -> Pairs:
-    yield truth.at_entries(result), truth.curvatures()
+    yield truth.at_entries(result), truth.folded(truth.curvatures())
 
 
 @check(SqrtGGNExact)
@@ -201,7 +207,7 @@ def _ggn_gram(result: Tensor, truth: Truth) -> Pairs:
         truth.plain.gradient(truth.name, truth.plain.of_sample(drawn[int(k) // samples], int(truth.rows[k % samples])))
         for k in places
     ]
-    columns = torch.stack([pull.flatten() for pull in pulled])
+    columns = as_real(torch.stack([pull.flatten() for pull in pulled]))
     yield result[places][:, places], columns @ columns.T
 
 

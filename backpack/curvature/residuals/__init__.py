@@ -8,8 +8,9 @@ from backpack.curvature.residuals.nodes import (
     is_bilinear,
     is_flat,
     is_fused_node,
+    positions_of,
 )
-from backpack.curvature.residuals.residual import Blocks, Pairs, Residual, residual_of
+from backpack.curvature.residuals.residual import Blocks, Pairs, Residual, count_columns, residual_of
 
 __all__ = [
     "WRONG_THIRD",
@@ -19,9 +20,11 @@ __all__ = [
     "Residual",
     "Severed",
     "base_name",
+    "count_columns",
     "is_batch_norm",
     "is_bilinear",
     "is_flat",
     "is_fused_node",
+    "positions_of",
     "residual_of",
 ]

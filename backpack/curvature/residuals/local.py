@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from backpack.bystanders import forget_retained
+from backpack.compat import dtype_at
 
 
 class Severed:
@@ -26,7 +27,12 @@ class Severed:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        self._handles = [node.register_prehook(_nothing) for node in self._nodes]
+        try:
+            for node in self._nodes:
+                self._handles.append(node.register_prehook(_nothing))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -87,11 +93,14 @@ class LocalHessian:
         """Whether the Hessian is zero whatever the values are."""
         if not self._first:
             return True
+        grads = dict(self._first)
         like = self._first[0][1]
-        return all(part is None for part in self.product([like.new_zeros(shape) for shape in shapes]))
+        zeros = [grads.get(k, like).new_zeros(shape) for k, shape in enumerate(shapes)]
+        return all(part is None for part in self.product(zeros))
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Times several vectors ``[v, ...]``."""
+        """Times several vectors ``[v, ...]``, in any precision."""
+        vectors = [vector.to(dtype_at(edge)) for vector, edge in zip(vectors, self.edges, strict=True)]
 
         def product(*one: Tensor) -> tuple[Tensor, ...]:
             found = self.product(one)

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph import is_complex
+
 _PIECEWISE_LINEAR = """
-Abs Add Alias AsStrided AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
-Amax Amin AvgPool1D AvgPool2D AvgPool3D Cat Ceil Clamp ClampMax ClampMin Clone ConstantPadNd Copy Cumsum Diagonal
-Embedding Expand Flip Floor Gather Hardshrink Hardsigmoid Hardtanh Im2Col Col2Im Index IndexSelect LeakyRelu
-MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean Min Minimum Narrow NativeDropout Neg Permute
-PreluKernel ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D ReplicationPad2D
-ReplicationPad3D ReshapeAlias Roll Round Rsub Select Sign Slice Softshrink Split SplitWithSizes Squeeze Stack Sub Sum T
-Threshold ToCopy Transpose Tril Triu UnsafeSplit UnsafeView Unbind Unfold Unsqueeze UpsampleBicubic2D
-UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D View Where
+Abs AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Alias Amax Amin
+AsStrided AvgPool1D AvgPool2D AvgPool3D Cat Ceil Clamp ClampMax ClampMin Clone Col2Im Complex Conj ConjPhysical
+ConstantPadNd Copy Cumsum Diagonal Embedding Expand FftC2C FftC2R FftR2C Flip Floor Gather Hardshrink Hardsigmoid
+Hardtanh Im2Col Imag Index IndexSelect LeakyRelu MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean
+Min Minimum Narrow NativeDropout Neg Permute PreluKernel Real ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu
+Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias ResolveConj Roll Round Rsub Select Sign Slice
+Softshrink Split SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose Tril Triu Unbind Unfold UnsafeSplit
+UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D View ViewAsComplex
+ViewAsReal Where
 """
 _BILINEAR = "Addmm Addmv Baddbmm Bmm Convolution Dot Linear Mm Mul Mv"
 _ELEMENTWISE = """
@@ -32,7 +35,7 @@ def _nodes(names: str) -> frozenset[str]:
 
 
 FLAT = _nodes(_PIECEWISE_LINEAR)
-"""Piecewise linear. (That a node is linear is found out without a list, but not for nothing.)"""
+"""Piecewise linear, of real numbers. (That a node is linear is found out without a list, but not for nothing.)"""
 
 BILINEAR = _nodes(_BILINEAR)
 """Linear in each operand: flat where only one of them is data."""
@@ -78,6 +81,8 @@ def is_flat(node: Node, live: Sequence[GradientEdge]) -> bool:
     name = base_name(node)
     if name in BATCH_NORM:
         return not node._saved_training  # type: ignore[attr-defined]
+    if name == "AbsBackward" and is_complex(node):
+        return False
     return name in FLAT or (name in BILINEAR and len(live) == 1)
 
 
@@ -91,7 +96,7 @@ def positions_of(node: Node, dims: int) -> tuple[int, ...] | None:
     name = base_name(node)
     if name in ELEMENTWISE:
         return ()
-    if name in ("SoftmaxBackward", "LogSoftmaxBackward"):
+    if name in ("SoftmaxBackward", "LogSoftmaxBackward", "SafeSoftmaxBackward"):
         dim = node._saved_dim  # type: ignore[attr-defined]
         return ((dim if dim < 2**31 else dim - 2**64) % dims,)  # it is shown as an unsigned number
     if name == "NativeLayerNormBackward":

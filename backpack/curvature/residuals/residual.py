@@ -12,9 +12,10 @@ from math import prod
 
 import torch
 from torch import Size, Tensor
+from torch.autograd.graph import Node
 
 from backpack.curvature.residuals.local import LocalHessian
-from backpack.curvature.residuals.nodes import positions_of
+from backpack.curvature.residuals.nodes import is_bilinear, positions_of
 from backpack.samples import AnyLayout, Layout
 
 WIDEST = 512
@@ -48,7 +49,7 @@ class Residual(ABC):
 
     def sizes(self) -> list[int]:
         """Entries of each input that belong to one sample."""
-        return [prod(_split_shape(*pair)) for pair in zip(self.shapes, self.layouts, strict=True)]
+        return _sizes(self.shapes, self.layouts)
 
     def split(self, place: int, tensor: Tensor) -> Tensor:
         """``[v, ...]`` at an edge to ``[v, n, d]``."""
@@ -58,6 +59,10 @@ class Residual(ABC):
         """Undo ``split``."""
         rest = _split_shape(self.shapes[place], self.layouts[place])
         return self.layouts[place].join(tensor.reshape(*tensor.shape[:2], *rest), 1)
+
+
+def _sizes(shapes: Sequence[Size], layouts: Sequence[AnyLayout]) -> list[int]:
+    return [prod(_split_shape(*pair)) for pair in zip(shapes, layouts, strict=True)]
 
 
 def _split_shape(shape: Size, layout: AnyLayout) -> Sequence[int]:
@@ -166,12 +171,10 @@ class Pairs(Residual):
     structure of ``R``, and two columns an entry.
     """
 
-    def __init__(
-        self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor, bilinear: bool
-    ) -> None:
+    def __init__(self, local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor) -> None:
         super().__init__(local, shapes, layouts, like)
         sizes = self.sizes()
-        places = [sizes.index(min(sizes))] if bilinear and len(sizes) == 2 else list(range(len(sizes)))
+        places = operands(local.node, sizes)
         self.entries = [(place, sizes[place]) for place in places]
         self.factor = 1.0 if len(places) < len(sizes) else 0.5
         self.columns = 2 * sum(size for _, size in self.entries)
@@ -216,23 +219,42 @@ class Pairs(Residual):
         return [self.join(place, column) for place, column in enumerate(columns)], weights
 
 
+def block_axes(node: Node, shapes: Sequence[Size], layouts: Sequence[AnyLayout]) -> tuple[int, ...] | None:
+    """The axes along which entries interact; ``None``: the blocks of such entries are too large to diagonalize."""
+    if len(set(zip(shapes, layouts, strict=True))) > 1:
+        return None
+    shape, layout = shapes[0], layouts[0]
+    axes = positions_of(node, len(shape))
+    if not isinstance(layout, Layout):
+        if axes is None or layout.occupies(axes):
+            return None
+    elif axes is None:
+        if layout.factor > 1:
+            return None
+        axes = tuple(axis for axis in range(len(shape)) if axis != layout.axis)
+    width = len(shapes) * prod(shape[axis] for axis in axes)
+    return axes if width <= WIDEST and len(shapes) * shape.numel() * width <= LARGEST else None
+
+
+def operands(node: Node, sizes: Sequence[int]) -> list[int]:
+    """Those inputs of a node over whose entries pairs go: of two in which it is linear each, the smaller one."""
+    return [sizes.index(min(sizes))] if is_bilinear(node) and len(sizes) == 2 else list(range(len(sizes)))
+
+
+def count_columns(node: Node, shapes: Sequence[Size], layouts: Sequence[AnyLayout]) -> int:
+    """How many columns the residual of a node has, if it is not zero."""
+    sizes = _sizes(shapes, layouts)
+    if block_axes(node, shapes, layouts) is not None:
+        return sum(sizes)
+    return 2 * sum(sizes[place] for place in operands(node, sizes))
+
+
 def residual_of(
-    local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor, bilinear: bool
+    local: LocalHessian, shapes: Sequence[Size], layouts: Sequence[AnyLayout], like: Tensor
 ) -> Residual | None:
     """The residual in its cheapest form; ``None``: it is zero."""
-    if len(set(zip(shapes, layouts, strict=True))) == 1:
-        positions = positions_of(local.node, len(shapes[0]))
-        layout = layouts[0]
-        if isinstance(layout, Layout):
-            flattened = positions is None and layout.factor > 1
-        else:
-            flattened = positions is None or layout.occupies(positions)
-        if positions is None:
-            positions = tuple(axis for axis in range(len(shapes[0])) if flattened or not layout.occupies([axis]))
-        width = len(shapes)
-        for axis in positions:
-            width *= shapes[0][axis]
-        if not flattened and width <= WIDEST and len(shapes) * shapes[0].numel() * width <= LARGEST:
-            blocks = Blocks(local, shapes, layouts, like, positions)
-            return None if blocks.is_zero else blocks
-    return Pairs(local, shapes, layouts, like, bilinear)
+    axes = block_axes(local.node, shapes, layouts)
+    if axes is None:
+        return Pairs(local, shapes, layouts, like)
+    blocks = Blocks(local, shapes, layouts, like, axes)
+    return None if blocks.is_zero else blocks

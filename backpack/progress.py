@@ -1,0 +1,28 @@
+"""What is shown of work that takes long."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def bar(
+    wanted: bool | None, total: int | None, done: int = 0, unit: str = "batch", delay: float = 0.0
+) -> Iterator[Callable[..., Any]]:
+    """A progress bar, on a terminal unless ``wanted`` says otherwise; yields what advances it, by a number or by one.
+
+    It is shown after ``delay`` seconds, if ``tqdm`` is installed.
+    """
+    if not (sys.stderr and sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda count=1: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda count=1: None
+        return
+    with tqdm(total=total, initial=done, unit=unit, leave=False, delay=delay) as shown:
+        yield shown.update
