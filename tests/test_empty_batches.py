@@ -135,3 +135,30 @@ def test_rows_of_an_output_can_be_told_to_be_samples():
     with backpack(E.BatchGrad(), sample_ids=torch.arange(4)):
         model(x).square().sum().backward()
     torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+
+
+def test_cross_entropy_of_a_vector_tells_that_it_is_of_one_sample():
+    make, _ = MODELS["perceptron"]
+    model, x, lossfunc = extend(make()), torch.randn(3, **F64), extend(nn.CrossEntropyLoss())
+    with backpack(E.BatchGrad(), E.BatchDiagGGNExact()):
+        lossfunc(model(x), torch.tensor(2)).backward()
+    whole = [(p.grad_batch, p.diag_ggn_exact_batch) for p in model.parameters()]
+    with backpack(E.BatchGrad(), E.BatchDiagGGNExact()):
+        lossfunc(model(x[None]), torch.tensor([2])).backward()
+    for p, (grad, diagonal) in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(grad, p.grad_batch)
+        torch.testing.assert_close(diagonal, p.diag_ggn_exact_batch)
+
+
+def test_cross_entropy_of_one_row_is_that_of_its_sample():
+    make, _ = MODELS["perceptron"]
+    model, x, lossfunc = extend(make()), torch.randn(4, 3, **F64), extend(nn.CrossEntropyLoss())
+    with backpack(E.BatchGrad(), E.BatchDiagGGNExact()):
+        lossfunc(model(x)[2], torch.tensor(1)).backward()
+    found = [(p.grad_batch, p.diag_ggn_exact_batch) for p in model.parameters()]
+    with backpack(E.BatchGrad(), E.BatchDiagGGNExact()):
+        lossfunc(model(x[2:3]), torch.tensor([1])).backward()
+    for p, results in zip(model.parameters(), found, strict=True):
+        for result, own in zip(results, (p.grad_batch, p.diag_ggn_exact_batch), strict=True):
+            assert not result[[0, 1, 3]].any()
+            torch.testing.assert_close(result[2:3], own)

@@ -16,11 +16,11 @@ from torch.nn import Module
 from backpack.backward.collector import Prepared
 from backpack.backward.first_order import name_of
 from backpack.backward.plan import make_plan
-from backpack.curvature.loss_call import LossCall, Origin, Term
+from backpack.curvature.loss_call import LossCall, Origin, Term, losses_in
 from backpack.engine import Block, muted
 from backpack.graph import LEAF, Graph, count_outputs, edge_of, read, shape_of, variable_of
 from backpack.passages import Passage
-from backpack.samples import AnyLayout, Layout, SampleIds, Scattered, found_layout, layouts, same
+from backpack.samples import AnyLayout, SampleIds, Scattered, found_layout, layouts, same
 from backpack.samples.beginning import decide
 from backpack.samples.mixing import behind, mixed_data, unproved
 from backpack.samples.notes import Note, noted
@@ -41,7 +41,7 @@ def prepare(
 
     wanted = wanted_leaves(graph)
     with muted():
-        begin, owners = decide(graph, dict(notes), calls, sweep, wanted, ids)
+        begin, owners = decide(graph, dict(notes), calls, sweep, wanted, ids, _of_one_sample(graph))
     counts = {layout.n for edge, layout in begin.items() if owners.owned.get(edge) is layout}
     if len(counts) > 1:
         raise RuntimeError(
@@ -84,7 +84,7 @@ def origin_of(
     """
     own = prepared
     starts = {at for at, layout in prepared.begin.items() if prepared.owners.owned.get(at) is layout}
-    if starts != {call.place for call, _ in found} or any(_is_one_sample(call) for call, _ in found):
+    if starts != {call.place for call, _ in found}:
         graphs = [(call, outer, read([call.edge])) for call, outer in found]
         reaching = [each for each in graphs if any(leaf in each[2].edges for leaf in prepared.plan.expected)]
         if not reaching:
@@ -136,8 +136,6 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
     possible: list[AnyLayout] = list(layouts(shape, n, axes))
     if edge in prepared.begin:
         possible = [prepared.begin[edge]]
-    if _is_one_sample(call):
-        possible, n = [Layout(1, inner=shape[0])], 1
     thoroughly = prepared.owners.is_thorough
     for layout in possible:
         with muted():
@@ -202,9 +200,13 @@ def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:
     return {place: note for place, note in notes.items() if place[0] in graph.edges and not note.is_of_base}
 
 
-def _is_one_sample(call: LossCall) -> bool:
-    """Whether the input of a loss has no axis of samples, but of classes alone."""
-    return isinstance(call.loss, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)) and call.input.dim() == 1
+def _of_one_sample(graph: Graph) -> set[Edge]:
+    """The inputs of losses that have no axis of samples, but of classes alone."""
+    return {
+        call.place
+        for _, _, call in losses_in(graph)
+        if isinstance(call.loss, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)) and call.input.dim() == 1
+    }
 
 
 def _agree(owners: Owners, prepared: Prepared, graph: Graph) -> bool:

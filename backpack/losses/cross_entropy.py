@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
 from backpack.losses.base import LossRoot, divided, root_of
-from backpack.samples import AnyLayout, Layout
+from backpack.samples import AnyLayout, found_layout
 
 
 class SoftmaxRoot(LossRoot):
@@ -108,7 +108,8 @@ def cross_entropy(
     assert isinstance(loss, CrossEntropyLoss)
     target = args[0] if args else kwargs["target"]
     if input.dim() == 1:  # of one sample, without a batch axis
-        input, target, layout = input[None], target[None], Layout(1)
+        sample = layout.owners(input.shape, torch.device("cpu")).max()
+        input, target, layout = input[None], target[None], found_layout(layout.n, sample.reshape(1, 1))
     classes = input.shape[min(1, input.dim() - 1)]
     weight, smoothing = None if loss.weight is None else loss.weight.to(input.dtype), loss.label_smoothing
     if target.is_floating_point():

@@ -9,7 +9,7 @@ gradients, and the axis that shrinks is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +49,12 @@ def decide(
     sweep: Sweep,
     wanted: set[Node],
     ids: SampleIds | None = None,
+    single: Container[Edge] = (),
 ) -> tuple[dict[Edge, AnyLayout], Owners]:
     """Where the samples begin, and what follows from that for all other edges.
 
-    ``calls``: of extended modules; ``wanted``: the nodes of parameters; ``ids``: as a user numbers the samples.
+    ``calls``: of extended modules; ``wanted``: the nodes of parameters; ``ids``: as a user numbers the samples;
+    ``single``: outputs that are of one sample.
 
     Raises:
         RuntimeError: It cannot be told.
@@ -66,7 +68,10 @@ def decide(
     shapes = {edge: shape for edge in notes if (shape := shape_of(*edge))}
     possible: dict[Edge, Sequence[Layout]] = {}
     if ids is None:
-        possible = {edge: candidates(shape, notes[edge]) for edge, shape in shapes.items()}
+        possible = {
+            edge: [Layout(1, inner=shape[0])] if edge in single else candidates(shape, notes[edge])
+            for edge, shape in shapes.items()
+        }
         chosen: dict[Edge, AnyLayout] = {edge: layouts[0] for edge, layouts in possible.items()}
     else:
         chosen = {edge: ids.layout(shape) for edge, shape in shapes.items() if ids.fits(shape)}
