@@ -16,7 +16,7 @@ from backpack.nodes import GeneralUse, PlacedUse
 from backpack.nodes.convolution import Convolution
 from backpack.samples import Layout, Subset
 from backpack.samples.owners import find_owners
-from backpack.uses import Cotangents, Dense, Derived, Explicit, Individual, Lookup, join
+from backpack.uses import Cotangents, Dense, Derived, Explicit, Individual, Lookup, Parts, join
 from backpack.uses.dense import Transposed
 from backpack.uses.windows import Windows
 
@@ -252,7 +252,7 @@ def dense(v, n, s, g, o, i):
     return x, grad, [torch.einsum("vngso,ngsi->vngoi", f(grad), f(x)) for f in (torch.Tensor.clone, torch.abs)]
 
 
-KINDS = ("rows", "columns", "sums", "lookup", "stored", "computed")
+KINDS = ("rows", "columns", "sums", "lookup", "stored", "parts", "computed")
 
 
 def individual(kind, v, n, s, g, r, c):
@@ -276,6 +276,13 @@ def individual(kind, v, n, s, g, r, c):
     if kind == "stored":
         value = randn(v, n, r, c)
         return lambda: Explicit(value), value, value.abs()
+    if kind == "parts":
+        value, places = randn(v, n, 2, c), [int(place) for place in torch.randperm(r)[:2]]
+        found = torch.zeros(v, n, r, c, dtype=value.dtype)
+        found[:, :, places] = value[:, :, : len(places)]
+        parts = {place: value[:, :, k] for k, place in enumerate(places)}
+        whole = torch.Size((r, c))
+        return lambda: Parts({place: Explicit(own) for place, own in parts.items()}, whole), found, found.abs()
     left, parameter, (inner, *found) = randn(r, r), randn(r, c), individual("rows", v, n, s, 1, r, c)
     return lambda: Derived(inner(), parameter, left.T.__matmul__), left.T @ found[0], left.T.abs() @ found[1]
 
