@@ -8,6 +8,7 @@ rows of a root of ``H`` for each sample, and so do parameters other than those o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -82,6 +83,12 @@ class AveragedPass(SeedPass):
                 more gives something else.
             ValueError: A module has too many outputs for a dense curvature matrix.
         """
+        ids = self.block.ids
+        if ids is not None and prod(ids.shape) != self.n:
+            raise RuntimeError(
+                f"{type(self.extensions[0]).__name__} averages the curvature over the rows of a module's output, so "
+                f"that each row must be a sample of its own: leave sample_ids out, or use KFLR."
+            )
         self.loss = self._common()
         rows = self.extensions[0].subset.rows(self.n, self.device)
         self.modules = self._chain()
