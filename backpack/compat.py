@@ -27,6 +27,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 _warn_of_loops: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 
@@ -79,8 +80,23 @@ def dtype_at(edge: GradientEdge) -> torch.dtype:
 
 
 def is_packed(saved: Any) -> bool:
-    """Whether a node has saved a tensor through ``saved_tensors_hooks``; so it is taken for where that is not told."""
-    return getattr(saved, "unpack_hook", saved) is not None
+    """Whether a node has saved a tensor through ``saved_tensors_hooks``; older versions of PyTorch do not tell."""
+    return getattr(saved, "unpack_hook", None) is not None
+
+
+@contextmanager
+def checkpoints_explained() -> Iterator[None]:
+    """Say why checkpointed regions fail with versions of PyTorch that do not tell which saved tensors are theirs."""
+    try:
+        yield
+    except CheckpointError as error:
+        if hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
+            raise
+        raise RuntimeError(
+            f"torch.utils.checkpoint does not work inside of a backpack(...) block with PyTorch {torch.__version__}, "
+            f"which does not tell which saved tensors are recomputed. Use a later version (2.13 is tested), or do "
+            f"without checkpointing."
+        ) from error
 
 
 def is_active(mode: TorchFunctionMode) -> bool:

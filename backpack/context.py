@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack.backward import STARTS, differentiate
 from backpack.bystanders import guarded, note_retained
-from backpack.compat import is_active
+from backpack.compat import checkpoints_explained, is_active
 from backpack.engine import HERE, Block
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
 from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
@@ -158,7 +158,8 @@ class Starts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in STARTS and HERE.blocks and HERE.blocks[-1] is self._block and not HERE.muted:
-            return differentiate(self._block, func, args, kwargs or {})
+            with checkpoints_explained():
+                return differentiate(self._block, func, args, kwargs or {})
         if func is Tensor.register_hook:
             args = (args[0], guarded(args[1]))
         elif func is Tensor.retain_grad:
