@@ -20,8 +20,7 @@ from backpack import extensions
 from backpack.context import CTX, backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
 from backpack.dataset import accumulate, across_processes
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.summaries import summary
-from backpack.verification import verify
+from backpack.inspection import summary, verify
 
 __all__ = [
     "CTX",

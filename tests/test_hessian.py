@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from truth import close
 
 from backpack import backpack, extend
-from backpack.engine import HERE
+from backpack.curvature.replacements.attention import attention as replaced_attention
 from backpack.extensions import (
     EKFAC,
     HMP,
@@ -28,7 +28,7 @@ from backpack.extensions import (
     DiagHessianMC,
     SqrtGGNExact,
 )
-from backpack.twice.attention import attention as replaced_attention
+from backpack.modules.thread_state import HERE
 
 
 def values(*shape):

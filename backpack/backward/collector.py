@@ -12,10 +12,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.plan import Plan, PlannedUse
-from backpack.graph import Graph, count_outputs, variable_of
+from backpack.graph import Edge, Graph, count_outputs, variable_of
 from backpack.nodes import GeneralUse, Place, PlacedUse, use_of
 from backpack.samples import AnyLayout
-from backpack.samples.owners import Edge, Owners
+from backpack.samples.owners import Owners
 from backpack.uses import Cotangents, Use
 
 

@@ -15,19 +15,19 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Collector, Prepared
 from backpack.backward.plan import PlannedUse
 from backpack.backward.region import place_in, pull_through
-from backpack.bystanders import observed, undisturbed
-from backpack.compat import pull_back
-from backpack.engine import HERE, Block, without_autocast
-from backpack.graph import count_outputs, kind, variable_of
+from backpack.extensions.interface import Quantity, without_rules
+from backpack.graph import Edge, count_outputs, kind, variable_of
+from backpack.graph.users_hooks import observed, undisturbed
+from backpack.modules.parameters import name_of
+from backpack.modules.thread_state import HERE
 from backpack.nodes import FORMS, GeneralUse, PlacedUse
-from backpack.quantities import Quantity
 from backpack.samples import Subset
-from backpack.samples.owners import Edge
+from backpack.torch_internals import pull_back
 from backpack.uses import Cotangents, Explicit, Parts
-from backpack.watched import watched, without_rules
 
 
 class FirstOrderPass(Collector):
@@ -228,9 +228,3 @@ class FirstOrderPass(Collector):
     def missed(self) -> list[Tensor]:
         """Parameters of which not all uses were reached."""
         return [variable_of(leaf) for leaf in self.plan.expected if leaf not in self.complete]
-
-
-def name_of(parameter: Tensor) -> str:
-    """The path of a parameter in the model that was extended."""
-    known = watched(parameter)
-    return "of an extended module" if known is None else known.name

@@ -11,28 +11,35 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack.backward.block import Block
 from backpack.backward.call import Call, executed_for
+from backpack.backward.collector import Prepared
 from backpack.backward.empty_batch import has_no_entries, store_results
-from backpack.backward.first_order import FirstOrderPass, name_of
+from backpack.backward.first_order import FirstOrderPass
 from backpack.backward.plan import Plan
-from backpack.backward.preparation import look_for_mixed, origin_of, prepare, refuse_complex, wanted_leaves
-from backpack.bystanders import observed, undisturbed
-from backpack.curvature import averaged_hessian as averaged_hessian  # it registers passes
-from backpack.curvature import hessian as hessian  # as well
-from backpack.curvature import products as products
-from backpack.curvature.loss_call import LossCall, losses_in
-from backpack.curvature.terms import refuse_beside, terms_of
-from backpack.engine import Block
-from backpack.graph import Graph, count_outputs, forget_recomputed, read, variable_of
-from backpack.hooks import watch
-from backpack.passages import Passage, passed
-from backpack.samples.notes import Note, noted
-from backpack.samples.owners import Edge
-from backpack.watched import SHARDED, watched
+from backpack.backward.preparation import look_for_mixed, prepare, refuse_complex, refuse_other_losses, wanted_leaves
+from backpack.graph import Edge, Graph, count_outputs, read, variable_of
+from backpack.modules.calls import Note, noted
+from backpack.modules.forward_hooks import watch
+from backpack.modules.loss_calls import LossCall, losses_in
+from backpack.modules.module_io import Passage, passed
+from backpack.modules.parameters import SHARDED, name_of, watched
+
+ComputeCurvature = Callable[[Block, Call, Prepared, Mapping[Edge, Note], "dict[Node, list[Passage]]"], None]
+"""What computes the extensions of second order."""
 
 
-def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run a backward pass, with the extensions of a block."""
+def differentiate(
+    block: Block,
+    compute_curvature: ComputeCurvature,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a backward pass, with the extensions of a block.
+
+    ``compute_curvature``: computes those of second order, before the pass itself begins.
+    """
     call = Call(function, args, kwargs)
     if not call.roots or call.given.get("is_grads_batched"):
         return function(*args, **kwargs)
@@ -57,7 +64,8 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     if block.extensions:
         _refuse_unseen([variable_of(leaf) for leaf in _received(running.unseen, asked)])
     try:
-        running.run_second_order(call, asked)
+        if running.prepared is not None and block.second_order:
+            compute_curvature(block, call, running.prepared, notes, passages)
         running.attach()
         first = running.first
         if not asked or first is None:
@@ -86,7 +94,7 @@ def _of_no_sample(
             watch(module)
     try:
         if block.second_order and not losses:
-            _refuse_other_losses(block)
+            refuse_other_losses(block)
         leaves = [node for node in graph.order if node in wanted_leaves(graph)]
         store_results(block, notes, losses, _received(leaves, call.asked if call.is_for_parameters else ()))
         result = call.run()
@@ -95,14 +103,6 @@ def _of_no_sample(
         return result
     finally:
         block.clear()
-
-
-def _refuse_other_losses(block: Block) -> None:
-    names = ", ".join(type(extension).__name__ for extension in block.second_order)
-    raise RuntimeError(
-        f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) before the "
-        f"forward pass, and call backward() on its output."
-    )
 
 
 def _received(leaves: Iterable[Node], asked: Sequence[Edge]) -> list[Node]:
@@ -148,7 +148,7 @@ class _Running:
             return
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
-            _refuse_other_losses(block)
+            refuse_other_losses(block)
         refuse_complex(block, self.prepared)
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
@@ -167,28 +167,6 @@ class _Running:
         """That of the parameters."""
         assert self.prepared is not None
         return variable_of(next(iter(self.prepared.plan.expected))).device
-
-    def run_second_order(self, call: Call, asked: Sequence[Edge]) -> None:
-        """Compute the extensions of second order, of the losses that the pass runs through, before it begins."""
-        prepared, block, graph = self.prepared, self.block, self.graph
-        if prepared is None or not block.second_order:
-            return
-        terms = terms_of(graph, prepared, executed_for(graph, asked) if asked else None, asked)
-        if terms.beside and not terms.losses:
-            _refuse_other_losses(block)
-        if terms.beside:
-            names = ", ".join(type(extension).__name__ for extension in block.second_order)
-            refuse_beside(terms.beside, prepared, self.notes, names)
-        if not terms.losses:
-            return
-        with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(graph)):
-            outers = call.cotangents([edge for edge, _ in terms.losses])
-            found = [(own, outer) for (_, own), outer in zip(terms.losses, outers, strict=True) if outer is not None]
-            try:
-                if found:
-                    origin_of(found, prepared, self.notes, self.passages).run(block)
-            finally:
-                forget_recomputed()
 
     def attach(self) -> None:
         """Put the prehooks on."""

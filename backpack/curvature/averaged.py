@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Sequential
 
-from backpack.bystanders import forget_retained
-from backpack.compat import pull_back
 from backpack.curvature.columns import Columns
 from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES, LossCall
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.mean_curvature import (
     AFFINE,
     CONVOLUTIONS,
@@ -32,14 +30,16 @@ from backpack.curvature.mean_curvature import (
 )
 from backpack.curvature.rerun import agree, is_observed, run_again
 from backpack.curvature.seeds import WIDEST, SeedPass
-from backpack.engine import muted
-from backpack.graph import edge_of, is_complex, is_recomputed, shape_of, variable_of
+from backpack.extensions.interface import Curvature
+from backpack.graph import Edge, edge_of, is_complex, is_recomputed, shape_of, variable_of
+from backpack.graph.users_hooks import forget_retained
+from backpack.modules.calls import Note
+from backpack.modules.loss_calls import LossCall
+from backpack.modules.module_io import passed
+from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
-from backpack.passages import passed
-from backpack.quantities import Curvature
 from backpack.samples import Layout, Subset
-from backpack.samples.notes import Note
-from backpack.samples.owners import Edge
+from backpack.torch_internals import pull_back
 from backpack.uses import Cotangents, DenseUse, Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors

@@ -17,13 +17,13 @@ from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.plan import PlannedUse
 from backpack.backward.region import place_in, pull_through
-from backpack.bystanders import forget_retained
-from backpack.compat import outside_vmap, vmap
 from backpack.curvature.joined import Joined
 from backpack.curvature.pooling import pooled
-from backpack.engine import HERE, muted
 from backpack.graph import count_outputs, kind, saved, variable_of
+from backpack.graph.users_hooks import forget_retained
+from backpack.modules.thread_state import HERE, muted
 from backpack.nodes import GeneralUse, PlacedUse
+from backpack.torch_internals import outside_vmap, vmap
 from backpack.uses import Cotangents, Derived, Explicit, Individual, Parts
 
 if TYPE_CHECKING:

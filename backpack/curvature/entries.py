@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.compat import vmap
 from backpack.curvature.residuals import WRONG_THIRD, base_name
+from backpack.torch_internals import vmap
 
 ENTRIES = 2**22
 """Entries of the vectors that are multiplied with the Hessian at a time."""

@@ -21,22 +21,22 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
-from backpack.backward.first_order import name_of
 from backpack.backward.plan import Plan, PlannedUse, make_plan
-from backpack.compat import dtype_at
 from backpack.curvature.columns import Columns
 from backpack.curvature.cost import Costs, Share, warn_if_long
 from backpack.curvature.entries import MANY, Entries, refuse_wrong_third, signs_like
-from backpack.curvature.loss_call import PASSES
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, below_complex, is_linear
 from backpack.curvature.shortcuts import Way, squares, way
 from backpack.curvature.twice import TwicePass
-from backpack.engine import muted
+from backpack.extensions.interface import Curvature
 from backpack.graph import is_recomputed, kind, shape_of, variable_of
-from backpack.progress import bar
-from backpack.quantities import Curvature
+from backpack.modules.parameters import name_of
+from backpack.modules.thread_state import muted
 from backpack.samples import Layout, Rows
+from backpack.torch_internals import dtype_at
 from backpack.uses import Cotangents, Dense, DenseUse, ElementwiseUse, Explicit, Individual
+from backpack.utils.progress_bar import bar
 
 PATIENCE = 5.0
 """Seconds after which it is shown how far the passes are."""

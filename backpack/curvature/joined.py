@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.compat import dtype_at, pull_back
 from backpack.curvature.pooling import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals import Severed
 from backpack.graph.looped import must_loop, nodes
+from backpack.torch_internals import dtype_at, pull_back
 
 
 def place_of(edge: GradientEdge) -> GradientEdge:

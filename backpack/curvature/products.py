@@ -20,15 +20,15 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 
 from backpack.backward.collector import Prepared
-from backpack.bystanders import forget_retained, observed, undisturbed
-from backpack.compat import shape_at
 from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.twice import TwicePass
-from backpack.engine import muted
 from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
+from backpack.graph.users_hooks import forget_retained, observed, undisturbed
+from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
+from backpack.torch_internals import shape_at
 
 Product = Callable[[Tensor], Tensor]
 

@@ -18,11 +18,11 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-from backpack.bystanders import Guarding
-from backpack.compat import is_fully_sharded, uncompiled
+from backpack.curvature.replacements import TwiceDifferentiable
 from backpack.graph import read, regions
-from backpack.samples.notes import Note, leaves_of
-from backpack.twice import TwiceDifferentiable
+from backpack.graph.users_hooks import Guarding
+from backpack.modules.calls import Note, leaves_of
+from backpack.torch_internals import is_fully_sharded, uncompiled
 
 NOT_TAKEN = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError)
 """What a module raises that does not take fewer samples."""
@@ -57,11 +57,6 @@ def run_again(root: Module) -> Iterator[list[str]]:
                     delattr(module, name)
                 elif value is not attributes[name]:
                     vars(module)[name] = attributes[name]
-
-
-def random_state() -> list[Tensor]:
-    """Of PyTorch's generators."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.backward.plan import Plan
-from backpack.compat import dtype_at, shape_at
 from backpack.curvature.joined import Joined
 from backpack.curvature.residuals import (
     LocalHessian,
@@ -25,6 +24,7 @@ from backpack.curvature.residuals import (
 )
 from backpack.graph import is_complex
 from backpack.samples import AnyLayout
+from backpack.torch_internals import dtype_at, shape_at
 
 
 @dataclass(eq=False)

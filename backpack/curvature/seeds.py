@@ -15,20 +15,19 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.arrivals import Contributions
-from backpack.backward.first_order import name_of
+from backpack.backward.block import Block
 from backpack.curvature.columns import Columns
 from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES, Origin, Term, fewer
+from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
 from backpack.curvature.rerun import agree, outputs_again
-from backpack.engine import Block
+from backpack.extensions.interface import Curvature, without_rules
 from backpack.graph import shape_of, variable_of
 from backpack.memory import empty
-from backpack.passages import Passage, passed
-from backpack.quantities import Curvature
+from backpack.modules.calls import Note
+from backpack.modules.module_io import Passage, passed
+from backpack.modules.parameters import name_of, trainable
 from backpack.samples import AnyLayout, Layout, Subset
-from backpack.samples.notes import Note
 from backpack.uses import Individual
-from backpack.watched import trainable, without_rules
 
 WIDEST = 2**23
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import dtype_at, pull_back, shape_at
 from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.residuals.nodes import ELEMENTWISE, base_name
 from backpack.curvature.residuals.residual import Blocks, Residual, block_axes
 from backpack.samples import Layout
+from backpack.torch_internals import dtype_at, pull_back, shape_at
 
 _LINEAR_BY_ENTRIES = (
     "Abs Add Clamp ClampMax ClampMin Hardshrink Hardsigmoid Hardtanh LeakyRelu NativeDropout Neg Relu Softshrink Sub "

@@ -11,15 +11,15 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
 from backpack.curvature.joined import Joined, place_of
-from backpack.curvature.loss_call import Term, fewer
+from backpack.curvature.loss_term import Term, fewer
 from backpack.curvature.pooling import is_reordered
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
-from backpack.engine import muted
+from backpack.modules.calls import Note
+from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Subset
-from backpack.samples.notes import Note
 
 
 @dataclass(eq=False)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import pull_back
 from backpack.graph import call, count_outputs, kind
 from backpack.samples.layouts import AnyLayout, found_layout
+from backpack.torch_internals import pull_back
 
 MIXED = -2
 

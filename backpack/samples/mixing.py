@@ -13,11 +13,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
-from backpack.graph import LEAF, Graph, kind, read, saved, tensor_names, variable_of
+from backpack.graph import LEAF, Edge, Graph, kind, read, saved, tensor_names, variable_of
 from backpack.graph.saved import kept
-from backpack.samples.notes import Note, run_on_fewer
-from backpack.samples.owners import Edge, Owners
-from backpack.watched import WATCHED
+from backpack.modules.calls import Note, run_on_fewer
+from backpack.modules.parameters import WATCHED
+from backpack.samples.owners import Owners
 
 DRAWN = ("NativeDropout",)
 """Kinds of nodes that save what they draw."""

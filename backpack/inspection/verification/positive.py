@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import dtype_at, shape_at
 from backpack.extensions import PCHMP
 from backpack.extensions.matrix_products import MODIFICATIONS
-from backpack.verification.linear_maps import kind, layout_at
-from backpack.verification.plain import NoTruth, Plain, units
-from backpack.verification.truths import Pairs, Truth, check, multiplied
+from backpack.inspection.verification.linear_maps import kind, layout_at
+from backpack.inspection.verification.plain import NoTruth, Plain, units
+from backpack.inspection.verification.truths import Pairs, Truth, check, multiplied
+from backpack.torch_internals import dtype_at, shape_at
 
 LARGEST = 2**9
 """Entries of all inputs of a function, over the batch, up to which their second derivatives are formed."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 from weakref import ref
 
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from backpack.quantities import Ruled
-
-R = TypeVar("R", bound=Ruled)
 
 
 @dataclass(eq=False)
@@ -59,6 +54,12 @@ def watched(parameter: Tensor) -> Watched | None:
     return found
 
 
+def name_of(parameter: Tensor) -> str:
+    """The path of a parameter in the model that was extended."""
+    known = watched(parameter)
+    return "of an extended module" if known is None else known.name
+
+
 def unwatch(parameter: Tensor) -> None:
     """Forget a parameter."""
     _by_number.pop(id(parameter), None)
@@ -72,30 +73,3 @@ SHARDED: Any = WeakTensorKeyDictionary()
 def trainable(module: Module) -> list[Tensor]:
     """The parameters of the module itself that receive gradients."""
     return [p for p in module._parameters.values() if p is not None and p.requires_grad]
-
-
-def by_rule(extension: Ruled, parameter: Tensor) -> bool:
-    """Whether a user's rule computes the result of a parameter."""
-    if not extension.rules or parameter not in WATCHED:
-        return False
-    for module in WATCHED[parameter].owners:
-        rule = extension.rule_for(module)
-        if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
-            return True
-    return False
-
-
-def without_rules(extensions: Iterable[R], parameter: Tensor, name: str, last: bool = True) -> list[R]:
-    """Those of which no user's rule computes the result of a parameter of this name.
-
-    Of those that have rules only nothing does: they say so, when it is the ``last`` time that they are asked.
-    """
-    found = []
-    for extension in extensions:
-        if by_rule(extension, parameter):
-            continue
-        if not extension.has_rules_only:
-            found.append(extension)
-        elif last:
-            extension.missing(name)
-    return found

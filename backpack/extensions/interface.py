@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from torch.nn import Module
 
+from backpack.modules.parameters import WATCHED
 from backpack.samples import Subset
 from backpack.uses import Individual
 
@@ -72,3 +74,33 @@ class Curvature(Ruled, Protocol):
 
     def complete(self, result: Any, grads: Individual) -> Any:
         """Add to the result of all seeds what does not depend on them."""
+
+
+R = TypeVar("R", bound=Ruled)
+
+
+def by_rule(extension: Ruled, parameter: Tensor) -> bool:
+    """Whether a user's rule computes the result of a parameter."""
+    if not extension.rules or parameter not in WATCHED:
+        return False
+    for module in WATCHED[parameter].owners:
+        rule = extension.rule_for(module)
+        if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
+            return True
+    return False
+
+
+def without_rules(extensions: Iterable[R], parameter: Tensor, name: str, last: bool = True) -> list[R]:
+    """Those of which no user's rule computes the result of a parameter of this name.
+
+    Of those that have rules only nothing does: they say so, when it is the ``last`` time that they are asked.
+    """
+    found = []
+    for extension in extensions:
+        if by_rule(extension, parameter):
+            continue
+        if not extension.has_rules_only:
+            found.append(extension)
+        elif last:
+            extension.missing(name)
+    return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, NLLLoss
 
+from backpack.modules.loss_calls import WITH_ROOTS
 from backpack.samples import AnyLayout
 
 
@@ -102,6 +103,7 @@ def root_of(*losses: type[Module]) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         ROOTS.update(dict.fromkeys(losses, rule))
+        WITH_ROOTS.update(losses)
         return rule
 
     return register

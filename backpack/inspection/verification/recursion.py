@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Module, Sequential
 
 from backpack.extensions import KFLR
-from backpack.verification.plain import NoTruth, Plain
-from backpack.verification.truths import Truth
+from backpack.inspection.verification.plain import NoTruth, Plain
+from backpack.inspection.verification.truths import Truth
 
 LARGEST = 2**9
 """Entries of a sample up to which the curvature in an output is formed."""

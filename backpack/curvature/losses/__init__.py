@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from backpack.losses import cross_entropy, elementwise
-from backpack.losses.base import ROOTS, LossRoot, root_of
-from backpack.losses.functional import functional
+from backpack.curvature.losses import cross_entropy, elementwise
+from backpack.curvature.losses.base import ROOTS, LossRoot, root_of
+from backpack.curvature.losses.functional import functional
 from backpack.samples import AnyLayout
 
 __all__ = ["ROOTS", "LossRoot", "cross_entropy", "elementwise", "loss_root", "root_of"]

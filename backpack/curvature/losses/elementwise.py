@@ -21,8 +21,8 @@ from torch.nn import (
     SoftMarginLoss,
 )
 
-from backpack.losses.base import Diagonal, LossRoot, by_sample, root_of, term_weight
-from backpack.losses.functional import hessian_product
+from backpack.curvature.losses.base import Diagonal, LossRoot, by_sample, root_of, term_weight
+from backpack.curvature.losses.functional import hessian_product
 from backpack.samples import AnyLayout
 
 

@@ -20,8 +20,7 @@ from torch.nn import Module
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
-from backpack.graph import Graph
-from backpack.samples.owners import Edge
+from backpack.graph import Edge, Graph
 
 OUTPUT = "backpack output"
 INPUT = "backpack input"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 from weakref import ref
 
@@ -15,41 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import Module
 
-from backpack.passages import Passage, serve
-from backpack.quantities import Quantity
+from backpack.extensions.interface import Quantity
+from backpack.modules.module_io import Passage, serve
+from backpack.modules.parameters import SHARDED, WATCHED, trainable
+from backpack.modules.thread_state import HERE, muted
 from backpack.samples import SampleIds
-from backpack.watched import SHARDED, WATCHED, trainable
-
-
-class _Thread(threading.local):
-    """What one thread is doing.
-
-    ``root``: the outermost extended module whose forward pass runs, ``depth`` times, called from ``frame``; ``random``:
-    the state of the generators when it began, if it may have to run again; ``inner``: a pass of our own that runs.
-    """
-
-    def __init__(self) -> None:
-        self.blocks: list[Block] = []
-        self.root: Module | None = None
-        self.depth = 0
-        self.frame: FrameType | None = None
-        self.random: list[Tensor] | None = None
-        self.disabled = 0
-        self.muted = False
-        self.inner: Any = None
-
-
-HERE = _Thread()
-
-
-@contextmanager
-def muted() -> Iterator[None]:
-    """Forward passes inside leave no notes, and no cotangents are taken."""
-    HERE.muted, before = True, HERE.muted
-    try:
-        yield
-    finally:
-        HERE.muted = before
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -81,6 +49,8 @@ class Block:
     applied: set[tuple[int, int]] = field(default_factory=set)
     stored: list[tuple[Tensor, str]] = field(default_factory=list)
     ran: bool = False
+    may_rerun_model: bool = False
+    """Whether an extension may have to run the model again, with functions that have second derivatives."""
     keeps_graph: bool = False
     """Whether a result needs the graph after the backward pass, so that PyTorch must not free it."""
     loss_factor: float = 1.0

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from backpack.extensions import EKFAC, HBP, KFAC, KFLR, KFRA
+from backpack.inspection.verification.linear_maps import Map, kind, maps
+from backpack.inspection.verification.plain import NoTruth
+from backpack.inspection.verification.recursion import stage_of
+from backpack.inspection.verification.truths import Pairs, Truth, check
 from backpack.uses import kronecker
-from backpack.verification.linear_maps import Map, kind, maps
-from backpack.verification.plain import NoTruth
-from backpack.verification.recursion import stage_of
-from backpack.verification.truths import Pairs, Truth, check
 
 LARGEST = 2**9
 """Pull-backs of single samples' columns that are made of parameters that are no matrices; rows that are looked up."""

@@ -15,19 +15,16 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from backpack.compat import caller, gathered_parameters, interpreted, is_fully_sharded
-from backpack.curvature.loss_call import has_second_derivatives_of_model, leave_loss
-from backpack.curvature.rerun import random_state
-from backpack.engine import HERE
-from backpack.losses import ROOTS
-from backpack.passages import LEFT, RULED, forget, is_ruled, leave_passage
-from backpack.samples.notes import leave_note
-from backpack.watched import SHARDED, WATCHED, Watched, trainable, unwatch
+from backpack.modules.calls import leave_note
+from backpack.modules.loss_calls import is_known_loss, leave_loss
+from backpack.modules.module_io import LEFT, RULED, forget, is_ruled, leave_passage
+from backpack.modules.parameters import SHARDED, WATCHED, Watched, trainable, unwatch
+from backpack.modules.thread_state import HERE
+from backpack.torch_internals import caller, gathered_parameters, interpreted, is_fully_sharded
 
 
 @dataclass(eq=False)
@@ -126,12 +123,17 @@ def _enter(module: Module, args: Any) -> None:
     if here.root is not None:
         here.depth += module is here.root
     elif not (here.disabled or here.muted) and torch.is_grad_enabled() and _learns(module):
-        if here.blocks and has_second_derivatives_of_model(here.blocks[-1]):
+        if here.blocks and here.blocks[-1].may_rerun_model:
             here.random = random_state()  # the module may have to run again
         here.frame, here.depth = caller(), 1
         here.root = module
     if "torch.distributed.fsdp" in sys.modules and is_fully_sharded(module):
         _watch_gathered(module)
+
+
+def random_state() -> list[Tensor]:
+    """Of PyTorch's generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def _learns(module: Module) -> bool:
@@ -191,22 +193,9 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         return
     if LEFT:
         forget(module)
-    if not module._modules and (root is None or _is_known_loss(module)) and not trainable(module):
+    if not module._modules and (root is None or is_known_loss(module)) and not trainable(module):
         _leave_loss(module, args, kwargs, output)
     leave_passage(module, args, kwargs, output, bool(here.blocks and here.blocks[-1].extension_hook))
-
-
-_losses: dict[type[Module], bool] = {}
-"""Which classes are known as losses."""
-
-
-def _is_known_loss(module: Module) -> bool:
-    """Whether a module is one of PyTorch's losses."""
-    cls = type(module)
-    known = _losses.get(cls)
-    if known is None:
-        known = _losses[cls] = isinstance(module, _Loss) or not ROOTS.keys().isdisjoint(cls.__mro__)
-    return known
 
 
 def _leave_loss(module: Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -216,6 +205,6 @@ def _leave_loss(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """
     if not isinstance(output, Tensor):
         return
-    is_certain = output.dim() == 0 or _is_known_loss(module)
+    is_certain = output.dim() == 0 or is_known_loss(module)
     if is_certain or output.dim() == 1:
         leave_loss(module, args, kwargs, output, is_certain)

@@ -22,8 +22,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Identity, Module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from backpack.bystanders import PASSED, undisturbed
 from backpack.graph import Graph
+from backpack.graph.users_hooks import PASSED, undisturbed
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""

@@ -19,11 +19,11 @@ from backpack.context import backpack, extend, unextend
 from backpack.dataset.contents import apply
 from backpack.extensions import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.inspection.verification import factors as factors  # they register checks
+from backpack.inspection.verification import positive as positive
+from backpack.inspection.verification.plain import Forward, NoTruth, Plain
+from backpack.inspection.verification.truths import CHECKS, SIGMAS, Check, Truth
 from backpack.samples import SampleIds
-from backpack.verification import factors as factors  # they register checks
-from backpack.verification import positive as positive
-from backpack.verification.plain import Forward, NoTruth, Plain
-from backpack.verification.truths import CHECKS, SIGMAS, Check, Truth
 
 SEED = 0
 """Of what models draw: both forward passes draw the same."""

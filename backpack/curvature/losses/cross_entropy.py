@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
-from backpack.losses.base import LossRoot, divided, root_of
+from backpack.curvature.losses.base import LossRoot, divided, root_of
 from backpack.samples import AnyLayout, found_layout
 
 

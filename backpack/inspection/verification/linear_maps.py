@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.compat import dtype_at, shape_at
+from backpack.inspection.verification.plain import NoTruth, Plain
 from backpack.samples import AnyLayout, Layout, found_layout, layouts
-from backpack.verification.plain import NoTruth, Plain
+from backpack.torch_internals import dtype_at, shape_at
 
 CHANNELS = {
     ("Addmm", 1): (0, 0),

@@ -30,8 +30,8 @@ from backpack.extensions import (
     Variance,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.inspection.verification.plain import Plain, at, units
 from backpack.uses.complex_numbers import as_real
-from backpack.verification.plain import Plain, at, units
 
 SIGMAS = 6.0
 """Standard errors that the mean of estimates may be off."""

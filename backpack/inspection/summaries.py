@@ -18,17 +18,17 @@ from torch.utils._pytree import tree_map
 
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.collector import Collector
-from backpack.backward.first_order import name_of
 from backpack.backward.plan import PlannedUse
 from backpack.backward.preparation import prepare
 from backpack.context import extend, unextend
-from backpack.engine import muted
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.graph import kind as node_kind
 from backpack.graph import read, variable_of
+from backpack.modules.calls import leaves_of, noted
+from backpack.modules.parameters import name_of
+from backpack.modules.thread_state import muted
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples.mixing import mixed_data
-from backpack.samples.notes import leaves_of, noted
 from backpack.uses import Cotangents, DenseUse, ElementwiseUse, Individual, LookupUse
 
 

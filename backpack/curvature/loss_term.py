@@ -7,7 +7,7 @@ the calls. So the losses of a backward pass share a pull-back. Extensions that s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -15,48 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.nn import Module
+from torch.autograd.graph import Node
 
+from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Prepared
-from backpack.bystanders import undisturbed
-from backpack.compat import is_fully_sharded
-from backpack.engine import Block, muted, without_autocast
-from backpack.graph import Graph, edge_of
+from backpack.curvature.losses import LossRoot, loss_root
+from backpack.graph import Edge
 from backpack.graph.looped import counts_backward_passes
-from backpack.losses import LossRoot, loss_root
+from backpack.graph.users_hooks import undisturbed
+from backpack.modules.calls import Note, leaves_of
+from backpack.modules.loss_calls import LossCall
+from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Layout
-from backpack.samples.notes import Note, leaves_of
-from backpack.samples.owners import Edge
+from backpack.torch_internals import is_fully_sharded
 
 PASSES: dict[str, Any] = {}
 """How curvature is pulled back: the root's columns by themselves (``SeedPass``), their mean over the batch, with second
 derivatives of the model. The files of the passes add them."""
-
-LOSS = "backpack loss"
-
-
-def has_second_derivatives_of_model(block: Block) -> bool:
-    """Whether an extension of a block may have to run the model again, with functions that have second derivatives."""
-    return any(PASSES[extension.backprop].twice for extension in block.second_order)
-
-
-@dataclass(eq=False)
-class LossCall:
-    """One call of an extended loss."""
-
-    loss: Module
-    input: Tensor
-    edge: GradientEdge
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    is_certain: bool = True
-    """Otherwise it is a loss if what it returns, a value for each row, is only reduced from there on."""
-
-    @property
-    def place(self) -> Edge:
-        """The edge of the input, as a key."""
-        return edge_of(self.edge)
 
 
 @dataclass(eq=False)
@@ -107,29 +82,6 @@ def fewer(layout: AnyLayout, n: int) -> Layout:
     """The layout of so many of the samples."""
     assert isinstance(layout, Layout)
     return Layout(n, layout.axis)
-
-
-def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain: bool) -> None:
-    """Note at the node that computed the output of a loss what it was called with."""
-    kwargs = dict(kwargs)
-    input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
-    if not isinstance(input, Tensor) or not input.requires_grad or output.grad_fn is None:
-        return
-    if not is_certain and input.shape[:1] != output.shape:
-        return
-    node = input.grad_fn
-    if node is output.grad_fn:  # handed through: a node must not hold itself
-        return
-    edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
-    metadata: Any = output.grad_fn.metadata
-    metadata.setdefault(LOSS, (output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)))
-
-
-def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:
-    """The calls of losses whose outputs are in a graph."""
-    for node, left in graph.notes.items():
-        if LOSS in left:
-            yield node, *left[LOSS]
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.losses.base import LossRoot, divided, term_weight
+from backpack.curvature.losses.base import LossRoot, divided, term_weight
 from backpack.samples import AnyLayout
 
 TOLERANCE = 1e-4

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from backpack.twice.registry import EXPANDED, REPLACED, looked_into
+from backpack.curvature.replacements.registry import EXPANDED, REPLACED, looked_into
 
 
 class TwiceDifferentiable(TorchFunctionMode):
