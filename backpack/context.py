@@ -19,7 +19,7 @@ from backpack.curvature import compute_curvature, may_rerun_model
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
 from backpack.graph.users_hooks import guarded, note_retained
 from backpack.memory import keep_what_is_freed
-from backpack.modules.forward_hooks import EXTENDED, attach, detach, drop_interrupted, watch
+from backpack.modules.forward_hooks import EXTENDED, attach, detach, drop_interrupted, note_parameters
 from backpack.modules.module_io import forget
 from backpack.modules.thread_state import HERE
 from backpack.samples import SampleIds
@@ -61,7 +61,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         if debug:
             print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
         attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
-    watch(module)
+    note_parameters(module)
     return module
 
 

@@ -44,7 +44,7 @@ def when_loaded(body):
 
 
 def imported(name, statements=None):
-    """The files of the package that a file imports anywhere, or by some statements, without the packages around them."""
+    """The files of the package that a file imports, or that some statements do, without the packages around them."""
     for node in ast.walk(ast.parse(FILES[name].read_text())) if statements is None else statements:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} has a relative import"
@@ -84,22 +84,15 @@ def test_imports_go_in_no_circle():
     TopologicalSorter({name: set(imported_when_loaded(name)) - {name} for name in FILES}).prepare()
 
 
+def within_functions(name):
+    for function in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from ast.walk(function)
+
+
 def test_no_import_of_the_package_waits_for_a_call():
     """Inside of functions, imports would hide circles."""
-    late = {
-        name: set(
-            imported(
-                name,
-                [node for one in ast.walk(ast.parse(path.read_text())) if is_function(one) for node in ast.walk(one)],
-            )
-        )
-        for name, path in FILES.items()
-    }
-    assert not {name: found for name, found in late.items() if found}
-
-
-def is_function(node):
-    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    assert not [(name, one) for name in FILES for one in imported(name, within_functions(name))]
 
 
 def files(*names):

@@ -14,8 +14,8 @@ from torch.autograd.graph import Node
 from torch.nn import Module
 
 from backpack.extensions.interface import Quantity
-from backpack.modules.module_io import Passage, serve
-from backpack.modules.parameters import SHARDED, WATCHED, trainable
+from backpack.modules.module_io import ModuleIO, serve
+from backpack.modules.parameters import PARAMETERS, SHARDED, trainable
 from backpack.modules.thread_state import HERE, muted
 from backpack.samples import SampleIds
 
@@ -31,7 +31,7 @@ class Block:
     """One ``with backpack(...)``: its extensions, and what the running backward pass has computed so far.
 
     ``finished``: parameters with all their results, of the extensions of first order; ``hooked``: modules that the
-    user was told of; ``passages``: calls of modules whose results are not complete yet; ``pulled``: columns at the
+    user was told of; ``module_io``: calls of modules whose results are not complete yet; ``pulled``: columns at the
     outputs of modules with a rule; ``applied``: rules that were; ``stored``: results. ``ran``: whether a backward pass
     of an extended module has.
     """
@@ -44,7 +44,7 @@ class Block:
     """Which sample each leading entry of a model's output belongs to; ``None``: their first axis counts them."""
     hooked: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
-    passages: dict[int, Passage] = field(default_factory=dict)
+    module_io: dict[int, ModuleIO] = field(default_factory=dict)
     pulled: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     applied: set[tuple[int, int]] = field(default_factory=set)
     stored: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Block:
             groups.setdefault(extension.subset.key, []).append(extension)
         self.groups = list(groups.values())
         """Those of first order, by the samples that they are of."""
-        self.reads_passages = bool(self.extension_hook or self.retain_graph or self.with_rules)
+        self.reads_module_io = bool(self.extension_hook or self.retain_graph or self.with_rules)
 
     def clear(self) -> None:
         """Forget what a backward pass delivered; of one that has failed, also what it stored."""
@@ -77,7 +77,7 @@ class Block:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
         self.keeps_graph = False
-        for store in (self.hooked, self.finished, self.passages, self.pulled, self.applied):
+        for store in (self.hooked, self.finished, self.module_io, self.pulled, self.applied):
             store.clear()
 
     def take_off(self, parameters: Iterable[Tensor]) -> None:
@@ -102,49 +102,49 @@ class Block:
 
     def owners_done(self, parameter: Tensor, finished: set[int]) -> None:
         """Tell the user of the modules that have all their results now."""
-        if self.extension_hook is None or parameter not in WATCHED:
+        if self.extension_hook is None or parameter not in PARAMETERS:
             return
-        for module in WATCHED[parameter].owners:
+        for module in PARAMETERS[parameter].owners:
             if all(id(p) in finished for p in trainable(module)):
                 self.module_done(module)
 
-    def module_passed(self, passage: Passage, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+    def outputs_arrived(self, io: ModuleIO, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """The cotangents of a module's outputs have arrived at the node that computed the first."""
         if HERE.muted or HERE.inner is not None:
             return
         if self.retain_graph:
-            passage.leave()
-        g_out = tuple(grads[number] for number in passage.numbers)
+            io.leave()
+        g_out = tuple(grads[number] for number in io.numbers)
         for extension in self.with_rules:
-            rule = extension.rule_for(passage.module)
+            rule = extension.rule_for(io.module)
             if rule is not None:
-                self._apply(extension, rule, passage, node, g_out)
-        if not trainable(passage.module) or not self.first_order:
-            self.module_done(passage.module, passage)
+                self._apply(extension, rule, io, node, g_out)
+        if not trainable(io.module) or not self.first_order:
+            self.module_done(io.module, io)
         elif self.extension_hook is not None:
-            passage.hold()
-            self.passages[id(passage.module)] = passage
+            io.hold()
+            self.module_io[id(io.module)] = io
 
     def _apply(
-        self, extension: Quantity, rule: Any, passage: Passage, node: Node, g_out: tuple[Tensor | None, ...]
+        self, extension: Quantity, rule: Any, io: ModuleIO, node: Node, g_out: tuple[Tensor | None, ...]
     ) -> None:
         """Let a user's rule compute the results of a module's parameters."""
-        module, key = passage.module, (id(extension), id(passage.module))
+        module, key = io.module, (id(extension), id(io.module))
         if key in self.applied:
             raise RuntimeError(
                 f"{type(module).__name__} was called several times, and the results of {type(rule).__name__} for each "
                 f"call can't be joined. Call it once, or do without the rule: none is needed for any module."
             )
         self.applied.add(key)
-        g_inp = passage.gradients(node, g_out)
+        g_inp = io.gradients(node, g_out)
         columns = torch.cat(self.pulled.pop(key)) if key in self.pulled else None
-        with muted(), passage.served():
+        with muted(), io.served():
             rule.check_hyperparameters_module_extension(extension, module, g_inp, g_out)
             for name in rule.params:
                 parameter = module._parameters.get(name)
                 if parameter is None or not parameter.requires_grad:
                     continue
-                if parameter in WATCHED and len(WATCHED[parameter].owners) > 1:
+                if parameter in PARAMETERS and len(PARAMETERS[parameter].owners) > 1:
                     raise RuntimeError(
                         f"Parameter {name} of {type(module).__name__} belongs to several modules: the result of "
                         f"{type(rule).__name__} can't be joined with that of the others. Do without the rule."
@@ -152,11 +152,11 @@ class Block:
                 value = getattr(rule, name)(extension, module, g_inp, g_out, columns)
                 self.store(parameter, extension.savefield, value)
 
-    def module_done(self, module: Module, passage: Passage | None = None) -> None:
+    def module_done(self, module: Module, io: ModuleIO | None = None) -> None:
         """Tell the user that a module has all its results."""
         if self.extension_hook is not None and id(module) not in self.hooked:
             self.hooked.add(id(module))
-            with muted(), serve(passage or self.passages.pop(id(module), None)):
+            with muted(), serve(io or self.module_io.pop(id(module), None)):
                 self.extension_hook(module)
 
     def hand_over(self) -> None:

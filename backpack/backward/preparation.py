@@ -18,7 +18,7 @@ from backpack.backward.plan import make_plan
 from backpack.graph import LEAF, Edge, Graph, count_outputs, shape_of, variable_of
 from backpack.modules.calls import Note
 from backpack.modules.loss_calls import losses_in
-from backpack.modules.parameters import SHARDED, name_of, watched
+from backpack.modules.parameters import SHARDED, info_of, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
 from backpack.samples.beginning import decide
@@ -82,7 +82,7 @@ def wanted_leaves(graph: Graph) -> set[Node]:
 
 def is_wanted(leaf: Tensor) -> bool:
     """Whether a leaf is a parameter of an extended module."""
-    return watched(leaf) is not None or (bool(SHARDED) and leaf in SHARDED)
+    return info_of(leaf) is not None or (bool(SHARDED) and leaf in SHARDED)
 
 
 def _passes(block: Block, prepared: Prepared) -> float:

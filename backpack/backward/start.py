@@ -20,12 +20,12 @@ from backpack.backward.plan import Plan
 from backpack.backward.preparation import look_for_mixed, prepare, refuse_complex, refuse_other_losses, wanted_leaves
 from backpack.graph import Edge, Graph, count_outputs, read, variable_of
 from backpack.modules.calls import Note, noted
-from backpack.modules.forward_hooks import watch
+from backpack.modules.forward_hooks import note_parameters
 from backpack.modules.loss_calls import LossCall, losses_in
-from backpack.modules.module_io import Passage, passed
-from backpack.modules.parameters import SHARDED, name_of, watched
+from backpack.modules.module_io import ModuleIO, module_io_of
+from backpack.modules.parameters import SHARDED, info_of, name_of
 
-ComputeCurvature = Callable[[Block, Call, Prepared, Mapping[Edge, Note], "dict[Node, list[Passage]]"], None]
+ComputeCurvature = Callable[[Block, Call, Prepared, Mapping[Edge, Note], "dict[Node, list[ModuleIO]]"], None]
 """What computes the extensions of second order."""
 
 
@@ -49,23 +49,23 @@ def differentiate(
     if call.creates_graph and not call.is_for_parameters and not any(edge in notes for edge in asked):
         return function(*args, **kwargs)  # a derivative inside of what is to be differentiated
     losses = list(losses_in(graph))
-    passages = passed(graph) if block.reads_passages else {}
-    if not calls and not losses and not passages:
+    module_io = module_io_of(graph) if block.reads_module_io else {}
+    if not calls and not losses and not module_io:
         if block.extensions:
             _refuse_unseen([variable_of(leaf) for leaf in _received(wanted_leaves(graph), asked)])
-        block.ran |= bool(passed(graph))  # of frozen modules: nothing is to be computed
+        block.ran |= bool(module_io_of(graph))  # of frozen modules: nothing is to be computed
         return function(*args, **kwargs)
     block.clear()
     if has_no_entries(notes):
         block.ran = True
         return _of_no_sample(block, call, graph, notes, losses)
-    running = _Running(block, graph, notes, calls, losses, passages)
+    running = _Running(block, graph, notes, calls, losses, module_io)
     block.ran = True
     if block.extensions:
         _refuse_unseen([variable_of(leaf) for leaf in _received(running.unseen, asked)])
     try:
         if running.prepared is not None and block.second_order:
-            compute_curvature(block, call, running.prepared, notes, passages)
+            compute_curvature(block, call, running.prepared, notes, module_io)
         running.attach()
         first = running.first
         if not asked or first is None:
@@ -91,7 +91,7 @@ def _of_no_sample(
     """A pass for a batch without a sample."""
     for note in notes.values():
         if (module := note.module()) is not None:
-            watch(module)
+            note_parameters(module)
     try:
         if block.second_order and not losses:
             refuse_other_losses(block)
@@ -134,13 +134,13 @@ class _Running:
         notes: Mapping[Edge, Note],
         calls: Sequence[Note],
         losses: Sequence[tuple[Node, int, LossCall]],
-        passages: dict[Node, list[Passage]],
+        module_io: dict[Node, list[ModuleIO]],
     ) -> None:
-        self.block, self.passages, self.first = block, passages, None
+        self.block, self.module_io, self.first = block, module_io, None
         self.graph = graph
         self.notes, self._handles = notes, list[Any]()
         modules = [module for note in calls if (module := note.module()) is not None]
-        block.take_off({id(p): p for module in modules for p in watch(module)}.values())
+        block.take_off({id(p): p for module in modules for p in note_parameters(module)}.values())
         self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
             if block.extensions and not calls:
@@ -170,9 +170,9 @@ class _Running:
 
     def attach(self) -> None:
         """Put the prehooks on."""
-        for node, passages in self.passages.items():
-            for passage in passages:
-                self._handles.append(node.register_prehook(partial(self.block.module_passed, passage, node)))
+        for node, module_io in self.module_io.items():
+            for io in module_io:
+                self._handles.append(node.register_prehook(partial(self.block.outputs_arrived, io, node)))
         if self.first is not None:
             self.first.attach()
 
@@ -188,7 +188,7 @@ class _Running:
 def _warn_of_no_model(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> None:
     """Warn if only losses are extended. Others, that have left no note of their call, are frozen."""
     known = {id(call.loss) for _, _, call in losses}
-    if known and all(id(passage.module) in known for own in passed(graph).values() for passage in own):
+    if known and all(id(io.module) in known for own in module_io_of(graph).values() for io in own):
         warnings.warn(
             "The backward pass started from an extended loss, but reached no extended model, so nothing was computed. "
             "Call extend(model) before the forward pass, and give the model's output to the loss. (Where the model is "
@@ -294,7 +294,7 @@ def _warn_of_outside(parameters: Sequence[Tensor]) -> None:
     """Say once, in each mode of training, that parameters are used where no samples are."""
     named = []
     for parameter in parameters:
-        known = watched(parameter)
+        known = info_of(parameter)
         if known is not None and known.training not in known.explained:
             known.explained.add(known.training)
             named.append(known.name)

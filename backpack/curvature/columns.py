@@ -17,8 +17,8 @@ from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.plan import PlannedUse
 from backpack.backward.region import place_in, pull_through
-from backpack.curvature.joined import Joined
 from backpack.curvature.pooling import pooled
+from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.graph.users_hooks import forget_retained
 from backpack.modules.thread_state import HERE, muted
@@ -36,9 +36,9 @@ class Columns(Collector):
     ``keep``: they stay until all columns have been.
     """
 
-    def __init__(self, running: SeedPass, joined: Joined, further: Sequence[GradientEdge] = ()) -> None:
+    def __init__(self, running: SeedPass, spliced: SplicedGraph, further: Sequence[GradientEdge] = ()) -> None:
         super().__init__(running.prepared)
-        self.running, self.joined, self.further = running, joined, list(further)
+        self.running, self.spliced, self.further = running, spliced, list(further)
         self.ruled, self.told = running.ruled, running.told
         self.reached: list[Tensor | None] = []
         """The columns at the ``further`` edges."""
@@ -49,7 +49,7 @@ class Columns(Collector):
         self._deferred: list[tuple[PlannedUse, Arrival]] = []
         """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
         tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
-        self.captured = set(self.lowest([start.node for start in joined.starts], tapped))
+        self.captured = set(self.lowest([start.node for start in spliced.starts], tapped))
         self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
         self._hooked = [node for node in tapped if node not in self.captured]
 
@@ -64,7 +64,7 @@ class Columns(Collector):
         create = torch.is_grad_enabled()
 
         def pull(*seed: Tensor) -> Tensor:
-            found = self.joined.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
+            found = self.spliced.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
             self.reached = [self._outside(grad) for grad in found[len(self.ends) :]]
             arrived: dict[Node, list[Tensor | None]] = {}
             for end, grad in zip(self.ends, found, strict=False):
@@ -84,8 +84,8 @@ class Columns(Collector):
             if not self.batched:
                 pull(*(seed[0] for seed in seeds))
                 return
-            poolings = () if self.running.block.reads_passages else self.joined.poolings
-            with pooled([*poolings, *self.joined.turns], self.count_of_seeds, [*edges, *self.ends]):
+            poolings = () if self.running.block.reads_module_io else self.spliced.poolings
+            with pooled([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
             HERE.inner, HERE.muted = before
@@ -117,8 +117,8 @@ class Columns(Collector):
             if node in self.ruled:
                 self.running.keep_for_rules(self.ruled[node], grads)
             if self.running.final:
-                for passage in self.told.get(node, ()):
-                    self.running.tell(passage)
+                for io in self.told.get(node, ()):
+                    self.running.tell(io)
             if node not in self.plan.uses:
                 return
             if self.keep:

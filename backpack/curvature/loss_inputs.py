@@ -17,7 +17,7 @@ from backpack.curvature.loss_term import Origin, Term
 from backpack.graph import Edge, Graph, edge_of, read, shape_of
 from backpack.modules.calls import Note, noted
 from backpack.modules.loss_calls import LossCall
-from backpack.modules.module_io import Passage
+from backpack.modules.module_io import ModuleIO
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Scattered, found_layout, layouts, same
 from backpack.samples.mixing import mixed_data
@@ -28,7 +28,7 @@ def origin_of(
     found: Sequence[tuple[LossCall, Tensor]],
     prepared: Prepared,
     notes: Mapping[Edge, Note],
-    passages: dict[Node, list[Passage]],
+    module_io: dict[Node, list[ModuleIO]],
 ) -> Origin:
     """Where the samples lie at the inputs of losses, and what is known of the graph from there on.
 
@@ -56,7 +56,7 @@ def origin_of(
     terms = []
     for call, outer in found:
         terms.append(Term(call, outer, own.begin[call.place]))
-    return Origin(terms, own, _of_outputs(notes, own.graph), again, passages)
+    return Origin(terms, own, _of_outputs(notes, own.graph), again, module_io)
 
 
 def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared: Prepared) -> Prepared:

@@ -21,8 +21,8 @@ from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Prepared
 from backpack.curvature.losses import LossRoot, loss_root
 from backpack.graph import Edge
-from backpack.graph.looped import counts_backward_passes
 from backpack.graph.users_hooks import undisturbed
+from backpack.graph.vmap_limits import counts_backward_passes
 from backpack.modules.calls import Note, leaves_of
 from backpack.modules.loss_calls import LossCall
 from backpack.modules.thread_state import muted
@@ -97,7 +97,7 @@ class Origin:
     prepared: Prepared
     notes: Mapping[Edge, Note]
     prepare: Callable[..., tuple[Prepared, Mapping[Edge, Note]]]
-    passed: dict[Node, list[Any]] = field(default_factory=dict)
+    module_io: dict[Node, list[Any]] = field(default_factory=dict)
     """The calls of modules, by the node that computed their output, where a block reads them."""
 
     def run(self, block: Block) -> None:

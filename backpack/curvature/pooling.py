@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph import call
-from backpack.graph.looped import Instead
+from backpack.graph.vmap_limits import Instead
 from backpack.memory import empty
 from backpack.torch_internals import inside_vmap, is_mapped, is_packed, outside_vmap
 

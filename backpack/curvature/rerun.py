@@ -77,10 +77,10 @@ def is_observed(module: Module) -> bool:
     return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 
-def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[Any] | None:
+def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool) -> list[Any] | None:
     """All outputs of a module, of the selected samples alone, if it can run again.
 
-    ``twice``: with functions that have second derivatives.
+    ``double_backward``: with functions that have second derivatives.
     """
     root = note.module()
     if root is None or not note.is_complete:
@@ -102,7 +102,7 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[
     with torch.enable_grad(), drawing_again(note.random), run_again(root) as changed, ExitStack() as contexts:
         if (stance := uncompiled()) is not None:
             contexts.enter_context(stance)
-        if twice:
+        if double_backward:
             contexts.enter_context(TwiceDifferentiable())
         try:
             outputs = leaves_of(root(*args, **kwargs))
@@ -110,7 +110,7 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[
             return None
     if changed and rows is not None:
         return None  # it computes with what its last forward pass has left
-    if twice:
+    if double_backward:
         _recompute_twice_differentiably(outputs, leaves_of((args, kwargs)))
     return outputs
 

@@ -17,16 +17,16 @@ from backpack.curvature.terms import refuse_beside, terms_of
 from backpack.graph import Edge, forget_recomputed
 from backpack.graph.users_hooks import observed, undisturbed
 from backpack.modules.calls import Note
-from backpack.modules.module_io import Passage
+from backpack.modules.module_io import ModuleIO
 
 
 def may_rerun_model(block: Block) -> bool:
     """Whether an extension of a block may have to run the model again, with functions that have second derivatives."""
-    return any(PASSES[extension.backprop].twice for extension in block.second_order)
+    return any(PASSES[extension.backprop].double_backward for extension in block.second_order)
 
 
 def compute_curvature(
-    block: Block, call: Call, prepared: Prepared, notes: Mapping[Edge, Note], passages: dict[Node, list[Passage]]
+    block: Block, call: Call, prepared: Prepared, notes: Mapping[Edge, Note], module_io: dict[Node, list[ModuleIO]]
 ) -> None:
     """Compute the extensions of second order, of the losses that a call runs through, before its pass begins."""
     graph, asked = prepared.graph, call.asked
@@ -43,6 +43,6 @@ def compute_curvature(
         found = [(own, outer) for (_, own), outer in zip(terms.losses, outers, strict=True) if outer is not None]
         try:
             if found:
-                origin_of(found, prepared, notes, passages).run(block)
+                origin_of(found, prepared, notes, module_io).run(block)
         finally:
             forget_recomputed()

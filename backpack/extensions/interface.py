@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.modules.parameters import WATCHED
+from backpack.modules.parameters import PARAMETERS
 from backpack.samples import Subset
 from backpack.uses import Individual
 
@@ -81,9 +81,9 @@ R = TypeVar("R", bound=Ruled)
 
 def by_rule(extension: Ruled, parameter: Tensor) -> bool:
     """Whether a user's rule computes the result of a parameter."""
-    if not extension.rules or parameter not in WATCHED:
+    if not extension.rules or parameter not in PARAMETERS:
         return False
-    for module in WATCHED[parameter].owners:
+    for module in PARAMETERS[parameter].owners:
         rule = extension.rule_for(module)
         if rule is not None and any(module._parameters.get(name) is parameter for name in rule.params):
             return True

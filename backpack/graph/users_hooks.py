@@ -69,7 +69,7 @@ def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return guard
 
 
-PASSED = "backpack passages"
+MODULE_IO = "backpack module io"
 """At the node that computed a module's outputs: what came in and out, for each of its calls."""
 
 RETAINED = "backpack retained"
@@ -85,7 +85,7 @@ def note_retained(tensor: Tensor) -> None:
 def observed(graph: Graph) -> Iterator[ref[Tensor] | Tensor]:
     """The tensors that nodes know of."""
     for left in graph.notes.values():
-        for _, inputs, output, last, *_ in left.get(PASSED, ()):
+        for _, inputs, output, last, *_ in left.get(MODULE_IO, ()):
             if isinstance(inputs, ref):
                 yield inputs
                 yield last

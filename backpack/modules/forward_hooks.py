@@ -21,8 +21,8 @@ from torch.utils.weak import TensorWeakRef
 
 from backpack.modules.calls import leave_note
 from backpack.modules.loss_calls import is_known_loss, leave_loss
-from backpack.modules.module_io import LEFT, RULED, forget, is_ruled, leave_passage
-from backpack.modules.parameters import SHARDED, WATCHED, Watched, trainable, unwatch
+from backpack.modules.module_io import LEFT, RULED, forget, is_ruled, leave_module_io
+from backpack.modules.parameters import PARAMETERS, SHARDED, ParameterInfo, forget_parameter, trainable
 from backpack.modules.thread_state import HERE
 from backpack.torch_internals import caller, gathered_parameters, interpreted, is_fully_sharded
 
@@ -64,7 +64,7 @@ def detach(module: Module) -> None:
     _take_off_copies(module)
     for parameter in module._parameters.values():
         if parameter is not None:
-            unwatch(parameter)
+            forget_parameter(parameter)
 
 
 def _take_off_copies(module: Module) -> None:
@@ -76,7 +76,7 @@ def _take_off_copies(module: Module) -> None:
                 further.pop(key, None)
 
 
-def watch(module: Module) -> list[Tensor]:
+def note_parameters(module: Module) -> list[Tensor]:
     """See to it that each trainable parameter of an extended module and all below it is known; all parameters.
 
     They are looked at when a backward pass begins: most of the time nothing has changed since the last one.
@@ -103,9 +103,9 @@ def watch(module: Module) -> list[Tensor]:
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
             if _is_trainable(parameter):
-                if parameter not in WATCHED:
-                    WATCHED[parameter] = Watched(f"{prefix}.{name}" if prefix else name)
-                WATCHED[parameter].add(owner)
+                if parameter not in PARAMETERS:
+                    PARAMETERS[parameter] = ParameterInfo(f"{prefix}.{name}" if prefix else name)
+                PARAMETERS[parameter].add(owner)
     return found
 
 
@@ -128,7 +128,7 @@ def _enter(module: Module, args: Any) -> None:
         here.frame, here.depth = caller(), 1
         here.root = module
     if "torch.distributed.fsdp" in sys.modules and is_fully_sharded(module):
-        _watch_gathered(module)
+        _note_gathered(module)
 
 
 def random_state() -> list[Tensor]:
@@ -149,7 +149,7 @@ def _learns(module: Module) -> bool:
     return found is not None
 
 
-def _watch_gathered(module: Module) -> None:
+def _note_gathered(module: Module) -> None:
     """Know the whole parameters that a fully sharded module has gathered for its forward pass."""
     for whole, sharded in gathered_parameters(module):
         if whole.requires_grad:
@@ -174,7 +174,7 @@ def _close() -> None:
 
 @interpreted
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
-    """The outermost extended module notes its outputs, those without children their passage."""
+    """The outermost extended module notes its outputs, those without children what came in and out."""
     here = HERE
     root, random = here.root, here.random
     if module is root:
@@ -184,7 +184,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     if here.disabled or here.muted or not torch.is_grad_enabled():
         return
     if "torch.distributed.fsdp" in sys.modules and is_fully_sharded(module):
-        _watch_gathered(module)
+        _note_gathered(module)
     if here.root is None and (module is root or (root is None and _learns(module))):
         leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis, random)
     if module._modules and root is None and not any(p.requires_grad for p in module.parameters()):
@@ -195,7 +195,7 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         forget(module)
     if not module._modules and (root is None or is_known_loss(module)) and not trainable(module):
         _leave_loss(module, args, kwargs, output)
-    leave_passage(module, args, kwargs, output, bool(here.blocks and here.blocks[-1].extension_hook))
+    leave_module_io(module, args, kwargs, output, bool(here.blocks and here.blocks[-1].extension_hook))
 
 
 def _leave_loss(module: Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -23,7 +23,7 @@ from torch.nn import Identity, Module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from backpack.graph import Graph
-from backpack.graph.users_hooks import PASSED, undisturbed
+from backpack.graph.users_hooks import MODULE_IO, undisturbed
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
@@ -96,7 +96,7 @@ def _value(note: Any) -> Any:
 
 
 @dataclass(eq=False, slots=True)
-class Passage:
+class ModuleIO:
     """One call of a module: what came in and out, with each tensor noted.
 
     ``node``: what computed its first output, which the others may have in common; ``numbers``: of those; ``edges``: of
@@ -174,7 +174,7 @@ class Passage:
         return InputGradients(self, node, g_out)
 
 
-def leave_passage(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
+def leave_module_io(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
     """Leave at the node that computed a module's outputs what came in and out; ``keep``: hold it."""
     node = output.grad_fn if isinstance(output, Tensor) else None
     if keep or kwargs or node is None or len(args) != 1 or type(args[0]) is not Tensor or (RULED and is_ruled(module)):
@@ -185,8 +185,8 @@ def leave_passage(module: Module, args: Any, kwargs: Any, output: Any, keep: boo
     x = args[0]
     version = 0 if x.is_inference() else x._version
     metadata: Any = node.metadata
-    before = metadata.get(PASSED, ())
-    metadata[PASSED] = *before, (ref(module), ref(x), version, ref(output), output._version, output.output_nr)
+    before = metadata.get(MODULE_IO, ())
+    metadata[MODULE_IO] = *before, (ref(module), ref(x), version, ref(output), output._version, output.output_nr)
 
 
 def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> None:
@@ -208,56 +208,56 @@ def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Ten
     notes = [hold(value) if isinstance(value, Tensor) else _note(value, hold) for value in inputs]
     metadata: Any = node.metadata
     left = (ref(module), notes, _note(output, hold), numbers, edges, overwritten)
-    metadata[PASSED] = *metadata.get(PASSED, ()), left
+    metadata[MODULE_IO] = *metadata.get(MODULE_IO, ()), left
 
 
-def passed(graph: Graph) -> dict[Node, list[Passage]]:
+def module_io_of(graph: Graph) -> dict[Node, list[ModuleIO]]:
     """The calls of modules, by the node that computed their first output."""
-    found: dict[Node, list[Passage]] = {}
+    found: dict[Node, list[ModuleIO]] = {}
     for node, notes in graph.notes.items():
-        for left in notes.get(PASSED, ()):
+        for left in notes.get(MODULE_IO, ()):
             module = left[0]()
             if module is not None:
-                found.setdefault(node, []).append(_passage(module, *left[1:]))
+                found.setdefault(node, []).append(_restored(module, *left[1:]))
     return found
 
 
-def _passage(module: Module, input: Any, second: Any, third: Any, *rest: Any) -> Passage:
+def _restored(module: Module, input: Any, second: Any, third: Any, *rest: Any) -> ModuleIO:
     """What was left, in full."""
     if not isinstance(input, ref):
-        return Passage(module, input, second, third, *rest)
+        return ModuleIO(module, input, second, third, *rest)
     version, number = rest
     same = [0] if input is third and not isinstance(module, Identity) else []
-    return Passage(module, [Noted(input, second)], Noted(third, version), [number], [None], same)
+    return ModuleIO(module, [Noted(input, second)], Noted(third, version), [number], [None], same)
 
 
-def serve(passage: Passage | None) -> Context[None]:
+def serve(io: ModuleIO | None) -> Context[None]:
     """Its inputs and outputs, if there was such a call."""
-    return nullcontext() if passage is None else passage.served()
+    return nullcontext() if io is None else io.served()
 
 
 class InputGradients(Sequence[Any]):
     """Gradients of a module's inputs, ``None`` where an input needs none; each read starts a backward pass."""
 
-    def __init__(self, passage: Passage, node: Node | None, g_out: tuple[Tensor | None, ...]) -> None:
-        self._passage, self._node, self._g_out = passage, node, g_out
+    def __init__(self, io: ModuleIO, node: Node | None, g_out: tuple[Tensor | None, ...]) -> None:
+        self._io, self._node, self._g_out = io, node, g_out
 
     def __len__(self) -> int:
-        return len(self._passage.edges)
+        return len(self._io.edges)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return tuple(self[k] for k in range(len(self))[place])
-        edge = self._passage.edges[place]
-        if edge is None and self._passage.overwritten:
+        edge = self._io.edges[place]
+        if edge is None and self._io.overwritten:
             raise RuntimeError(
-                f"g_inp of {type(self._passage.module).__name__}: the gradient of an input that the module overwrites "
+                f"g_inp of {type(self._io.module).__name__}: the gradient of an input that the module overwrites "
                 f"is not available. Set inplace=False."
             )
         if edge is None or self._node is None:
             return None
-        given = [(k, grad) for k, grad in zip(self._passage.numbers, self._g_out, strict=True) if grad is not None]
-        with undisturbed(self._passage.tensors()):
+        given = [(k, grad) for k, grad in zip(self._io.numbers, self._g_out, strict=True) if grad is not None]
+        with undisturbed(self._io.tensors()):
             (found,) = torch.autograd.grad(
                 [GradientEdge(self._node, k) for k, _ in given],
                 edge,

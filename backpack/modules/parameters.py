@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(eq=False)
-class Watched:
+class ParameterInfo:
     """A parameter of extended modules: its name, and the modules that own it."""
 
     name: str
@@ -35,19 +35,19 @@ class Watched:
         self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
 
 
-WATCHED: Any = WeakTensorKeyDictionary()
-"""Parameter to ``Watched``."""
+PARAMETERS: Any = WeakTensorKeyDictionary()
+"""Parameter to ``ParameterInfo``."""
 
 
-_by_number: dict[int, tuple[ref[Tensor], Watched]] = {}
+_by_number: dict[int, tuple[ref[Tensor], ParameterInfo]] = {}
 
 
-def watched(parameter: Tensor) -> Watched | None:
-    """What is known of a parameter; faster than ``WATCHED.get``."""
+def info_of(parameter: Tensor) -> ParameterInfo | None:
+    """What is known of a parameter; faster than ``PARAMETERS.get``."""
     known = _by_number.get(id(parameter))
     if known is not None and known[0]() is parameter:
         return known[1]
-    found = WATCHED.get(parameter)
+    found = PARAMETERS.get(parameter)
     if found is not None:
         number = id(parameter)
         _by_number[number] = (ref(parameter, lambda _: _by_number.pop(number, None)), found)
@@ -56,14 +56,14 @@ def watched(parameter: Tensor) -> Watched | None:
 
 def name_of(parameter: Tensor) -> str:
     """The path of a parameter in the model that was extended."""
-    known = watched(parameter)
+    known = info_of(parameter)
     return "of an extended module" if known is None else known.name
 
 
-def unwatch(parameter: Tensor) -> None:
+def forget_parameter(parameter: Tensor) -> None:
     """Forget a parameter."""
     _by_number.pop(id(parameter), None)
-    WATCHED.pop(parameter, None)
+    PARAMETERS.pop(parameter, None)
 
 
 SHARDED: Any = WeakTensorKeyDictionary()

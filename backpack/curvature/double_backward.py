@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-from backpack.curvature.joined import Joined, place_of
 from backpack.curvature.loss_term import Term, fewer
 from backpack.curvature.pooling import is_reordered
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
+from backpack.curvature.spliced_graph import SplicedGraph, place_of
 from backpack.modules.calls import Note
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Subset
@@ -54,10 +54,10 @@ class LossGradients:
             return found.to(point.dtype)
 
 
-class TwicePass(SeedPass):
+class DoubleBackwardPass(SeedPass):
     """Second order with second derivatives of the model."""
 
-    twice = True
+    double_backward = True
     chosen: Tensor | None = None
     """The samples that the graph is of, without duplicates; ``None``: all."""
 
@@ -85,7 +85,7 @@ class TwicePass(SeedPass):
         Raises:
             RuntimeError: There is none.
         """
-        rounded = has_autocast(self.joined.nodes)
+        rounded = has_autocast(self.spliced.nodes)
         if self._take_selected(rows, rounded):
             return
         needed = self._has_fused() or rounded
@@ -104,10 +104,10 @@ class TwicePass(SeedPass):
             return False
         chosen, places = rows.unique(return_inverse=True)
         edges = self._rerun(chosen, rounded)
-        if edges is None or (rounded and has_autocast(Joined(edges).nodes)):
+        if edges is None or (rounded and has_autocast(SplicedGraph(edges).nodes)):
             return False
         self.subset, self.selected, self.chosen = Subset(places), True, chosen
-        self._go_over(Joined(edges), [fewer(layout, len(chosen)) for layout in self.layouts])
+        self._go_over(SplicedGraph(edges), [fewer(layout, len(chosen)) for layout in self.layouts])
         return True
 
     def _loss_gradients(self, chosen: Tensor | None) -> LossGradients:
@@ -121,11 +121,11 @@ class TwicePass(SeedPass):
             sent = owners.sends.get(node)
             return sent is not None and sent[0] is not None
 
-        return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.joined.nodes)
+        return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.spliced.nodes)
 
     def _has_reordered(self) -> bool:
         """Whether some second derivatives are slow, or fail, for the memory format that a tensor has."""
-        return any(map(is_reordered, self.joined.nodes))
+        return any(map(is_reordered, self.spliced.nodes))
 
     def _join(self, rounded: bool) -> bool:
         """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
@@ -152,5 +152,5 @@ class TwicePass(SeedPass):
                     start_tensors[place] = found
             parts.append(part)
         self.start_tensors = start_tensors
-        self._go_over(Joined(starts, parts), self.layouts)
-        return not (rounded and has_autocast(self.joined.nodes))
+        self._go_over(SplicedGraph(starts, parts), self.layouts)
+        return not (rounded and has_autocast(self.spliced.nodes))

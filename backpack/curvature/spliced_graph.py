@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.curvature.pooling import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals import Severed
-from backpack.graph.looped import must_loop, nodes
+from backpack.graph.vmap_limits import must_loop, nodes
 from backpack.torch_internals import dtype_at, pull_back
 
 
@@ -22,7 +22,7 @@ def place_of(edge: GradientEdge) -> GradientEdge:
 
 
 @dataclass
-class Joined:
+class SplicedGraph:
     """A graph from some edges on in which the outputs of modules lead to other graphs than those that they came from.
 
     ``parts``: for each module that ran again, the last one first, the edges of its outputs as they were to what they

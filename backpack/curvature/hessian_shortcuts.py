@@ -55,7 +55,7 @@ def way(graph: ResidualGraph, node: Node) -> Way | None:
     edges, shapes, layouts = graph.inputs(node)
     if len(edges) > 1 or layouts != [Layout(graph.n)] or block_axes(node, shapes, layouts) != ():
         return None
-    edge = graph.joined.now(edges[0])
+    edge = graph.spliced.now(edges[0])
     shape, mixed, steps, passed = shapes[0], False, list[Step](), [(edge, False)]
     while live := graph.live(edge.node):
         below = shape_at(live[0])
@@ -67,7 +67,7 @@ def way(graph: ResidualGraph, node: Node) -> Way | None:
             return None
         shape, mixed = below, mixed or matrix
         steps.append(Step(edge, live[0], matrix, selecting))
-        edge = graph.joined.now(live[0])
+        edge = graph.spliced.now(live[0])
         passed.append((edge, mixed))
     return Way(passed, steps)
 
