@@ -322,7 +322,7 @@ class AveragedPass(SeedPass):
         self.final = True
         columns, cotangents = Columns(self, self.spliced), Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
         for planned in self.prepared.plan.uses[node]:
-            columns.note(planned, columns.arrival(node, planned, cotangents))
+            columns.take_in(planned, columns.arrival(node, planned, cotangents))
         self.curvature = None
 
     def _value(self, extension: Curvature, grads: Individual) -> Any:

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
-from backpack.backward.plan import PlannedUse
 from backpack.backward.region import place_in, pull_through
 from backpack.curvature.pooling import pooled
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.graph.users_hooks import forget_retained
 from backpack.modules.thread_state import HERE, muted
-from backpack.nodes import GeneralUse, PlacedUse
 from backpack.torch_internals import outside_vmap, vmap
 from backpack.uses import Cotangents, Derived, Explicit, Individual, Parts
 
@@ -46,8 +44,6 @@ class Columns(Collector):
         self.count_of_seeds = 1
         self.batched = False
         self.raw: dict[Node, dict[int, list[Tensor]]] = {}
-        self._deferred: list[tuple[PlannedUse, Arrival]] = []
-        """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
         tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
         self.captured = set(self.lowest([start.node for start in spliced.starts], tapped))
         self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
@@ -77,7 +73,7 @@ class Columns(Collector):
         self.batched = self.count_of_seeds > 1
         handles: list[Any] = []
         before = HERE.inner, HERE.muted
-        HERE.inner, HERE.muted = self, False
+        HERE.inner, HERE.muted, self.is_partial = self, False, True
         try:
             for node in self._hooked:
                 handles.append(node.register_prehook(partial(self._arrived, node)))
@@ -88,7 +84,7 @@ class Columns(Collector):
             with pooled([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
-            HERE.inner, HERE.muted = before
+            (HERE.inner, HERE.muted), self.is_partial = before, False
             for handle in handles:
                 handle.remove()
             forget_retained()
@@ -126,34 +122,21 @@ class Columns(Collector):
                 for number, grad in grads.items():
                     known.setdefault(number, []).append(grad)
             else:
-                self._take_in(node, Cotangents(grads))
+                self._take_cotangents(node, Cotangents(grads))
 
-    def _take_in(self, node: Node, cotangents: Cotangents) -> None:
+    def _take_cotangents(self, node: Node, cotangents: Cotangents) -> None:
         for planned in self.plan.uses[node]:
-            self.note(planned, self.arrival(node, planned, cotangents))
-
-    def note(self, planned: PlannedUse, arrival: Arrival) -> None:
-        """Take a use's cotangents to its parameter, or to where they enter a region."""
-        if HERE.inner is not None and isinstance(arrival.use, (GeneralUse, PlacedUse)):
-            self._deferred.append((planned, arrival))
-        elif planned.leaf is not None:
-            self.contributions(planned.leaf).arrivals.append(arrival)
-            self.count(planned.leaf)
-        else:
-            assert planned.entry is not None
-            self.contributions_at(planned.entry).arrivals.append(arrival)
+            self.take_in(planned, self.arrival(node, planned, cotangents))
 
     def finish(self) -> None:
         """Take on what has entered regions, and complete what is left."""
         with muted():
             for node, grads in self.raw.items():
                 whole = {number: torch.cat(parts) for number, parts in grads.items()}
-                self._take_in(node, Cotangents(whole))
+                self._take_cotangents(node, Cotangents(whole))
             self.raw.clear()
-            for planned, arrival in self._deferred:
-                self.note(planned, arrival)
-            self._deferred.clear()
-            for node in sorted(self.entering, key=self.places.__getitem__) if self.entering else ():
+            self.take_deferred()
+            for node in self.entered():
                 self._enter(node)
             self.entering.clear()
             for leaf in list(self.found):
