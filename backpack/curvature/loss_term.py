@@ -1,4 +1,4 @@
-"""Calls of extended losses: from their inputs on, seeds are pulled back.
+"""What each extended loss of a backward pass adds to the curvature, and how its extensions share pull-backs.
 
 The curvature of a sum of losses is the sum of theirs, and its root has the columns of all their roots, in the order of
 the calls. So the losses of a backward pass share a pull-back. Extensions that share their seeds do too.

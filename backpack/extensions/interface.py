@@ -1,4 +1,4 @@
-"""What the passes need to know of an extension, of which they import none."""
+"""What passes need to know of an extension: they import nothing else of this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backpack.samples import Subset
 from backpack.uses import Individual
 
 
-class Ruled(Protocol):
+class HasRules(Protocol):
     """What is needed to know of an extension that may have rules of users."""
 
     savefield: str
@@ -28,8 +28,8 @@ class Ruled(Protocol):
         """Say that there is none for the module of a parameter."""
 
 
-class Quantity(Ruled, Protocol):
-    """What the engine needs to know of an extension."""
+class Quantity(HasRules, Protocol):
+    """What is needed to know of an extension of first order."""
 
     subset: Subset
     reads: tuple[str, ...]
@@ -51,7 +51,7 @@ class Quantity(Ruled, Protocol):
         """The result for one parameter, given what ``combine`` returned."""
 
 
-class Curvature(Ruled, Protocol):
+class Curvature(HasRules, Protocol):
     """What is needed to know of a second-order extension."""
 
     subset: Subset
@@ -76,10 +76,10 @@ class Curvature(Ruled, Protocol):
         """Add to the result of all seeds what does not depend on them."""
 
 
-R = TypeVar("R", bound=Ruled)
+R = TypeVar("R", bound=HasRules)
 
 
-def by_rule(extension: Ruled, parameter: Tensor) -> bool:
+def by_rule(extension: HasRules, parameter: Tensor) -> bool:
     """Whether a user's rule computes the result of a parameter."""
     if not extension.rules or parameter not in PARAMETERS:
         return False
@@ -91,9 +91,9 @@ def by_rule(extension: Ruled, parameter: Tensor) -> bool:
 
 
 def without_rules(extensions: Iterable[R], parameter: Tensor, name: str, last: bool = True) -> list[R]:
-    """Those of which no user's rule computes the result of a parameter of this name.
+    """Extensions that compute a parameter themselves, because no user's rule covers it.
 
-    Of those that have rules only nothing does: they say so, when it is the ``last`` time that they are asked.
+    An extension that has nothing but rules says that this one is missing, if it is the ``last`` time that it is asked.
     """
     found = []
     for extension in extensions:

@@ -1,4 +1,4 @@
-"""Recurrent layers and cells, step by step."""
+"""Fused recurrent layers and cells, replaced by their steps."""
 
 from __future__ import annotations
 
