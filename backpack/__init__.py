@@ -1,18 +1,17 @@
-"""BackPACK: what autograd throws away, in the same backward pass.
+"""BackPACK computes more than the gradient while PyTorch runs ``backward()``.
 
 ``extend(model)`` and ``extend(lossfunc)``, then ``with backpack(BatchGrad()): loss.backward()``, and read
-``p.grad_batch`` on each parameter. The package, from the outside in:
+``p.grad_batch`` on each parameter. The package, from the top down; each part imports only what is below it:
 
-- ``context``: what users call.
-- ``dataset``: the quantities of a whole data set.
-- ``verification``, ``summaries``: before a long run.
-- ``extensions``: the quantities, one a file.
-- ``engine``: the backward pass; ``recorder``: the forward pass; ``seeds``: the second order.
-- ``operations``: how PyTorch's functions use their parameters, one family a file.
+- ``inspection``: ``verify`` and ``summary``, before a long run.
+- ``dataset``: the quantities of a whole data set; ``hessianfree``: products with matrices of any computation.
+- ``context``: ``extend`` and ``backpack(...)``.
+- ``curvature``: second order; ``backward``: one backward pass.
+- ``nodes``: how a kind of node uses its parameters; ``extensions``: the quantities, one a file.
 - ``uses``: the few forms of such uses, and what can be computed of each.
-- ``passages``: what users' rules and hooks can read of the forward pass.
-- ``samples``: where samples lie in tensors, and subsets of them.
-- ``compat``: the few names of PyTorch that are not public.
+- ``samples``: to which sample an entry belongs.
+- ``modules``: what extended modules leave in the graph; ``graph``: PyTorch's recorded graph.
+- ``torch_internals``: the few names of PyTorch that are not public; ``memory``: memory for large results.
 - ``utils``, ``custom_module``, ``core``: helpers for users, under the original's names.
 """
 
@@ -20,8 +19,7 @@ from backpack import extensions
 from backpack.context import CTX, backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
 from backpack.dataset import accumulate, across_processes
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.summaries import summary
-from backpack.verification import verify
+from backpack.inspection import summary, verify
 
 __all__ = [
     "CTX",

@@ -14,14 +14,16 @@ from torch.nn import Module, RNNBase
 from torch.overrides import TorchFunctionMode
 
 from backpack.backward import STARTS, differentiate
-from backpack.bystanders import guarded, note_retained
-from backpack.compat import checkpoints_explained, is_active
-from backpack.engine import HERE, Block
+from backpack.backward.block import Block
+from backpack.curvature import compute_curvature, may_rerun_model
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
-from backpack.hooks import EXTENDED, attach, detach, drop_interrupted, watch
+from backpack.graph.users_hooks import guarded, note_retained
 from backpack.memory import keep_what_is_freed
-from backpack.passages import forget
+from backpack.modules.forward_hooks import EXTENDED, attach, detach, drop_interrupted, note_parameters
+from backpack.modules.module_io import forget
+from backpack.modules.thread_state import HERE
 from backpack.samples import SampleIds
+from backpack.torch_internals import checkpoints_explained, is_active
 
 M = TypeVar("M", bound=Module)
 
@@ -59,7 +61,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         if debug:
             print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
         attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
-    watch(module)
+    note_parameters(module)
     return module
 
 
@@ -116,6 +118,7 @@ class backpack:
     def __enter__(self) -> None:
         drop_interrupted()
         block, blocks = Block(*self._arguments), HERE.blocks
+        block.may_rerun_model = may_rerun_model(block)
         self._starts = Starts(block)
 
         def abandon(_: Any) -> None:
@@ -159,7 +162,7 @@ class Starts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in STARTS and HERE.blocks and HERE.blocks[-1] is self._block and not HERE.muted:
             with checkpoints_explained():
-                return differentiate(self._block, func, args, kwargs or {})
+                return differentiate(self._block, compute_curvature, func, args, kwargs or {})
         if func is Tensor.register_hook:
             args = (args[0], guarded(args[1]))
         elif func is Tensor.retain_grad:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from backpack import extensions
-from backpack.losses import ROOTS
+from backpack.curvature.losses import ROOTS
 from backpack.nodes import FORMS
 
 HERE = Path(__file__).parent

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from truth import close
 
+from backpack.curvature.losses.base import Diagonal
 from backpack.extensions import (
     EKFAC,
     HBP,
@@ -31,7 +32,6 @@ from backpack.extensions import (
     SumGradSquared,
     Variance,
 )
-from backpack.losses.base import Diagonal
 
 
 def parameters_of(model):

@@ -237,7 +237,7 @@ class Rude(torch.autograd.Function):
 
 
 def test_what_cannot_be_pulled_back_together_is_pulled_back_one_by_one(monkeypatch):
-    """Also where ``backpack.graph.looped`` does not know it."""
+    """Also where ``backpack.graph.vmap_limits`` does not know it."""
 
     class Doubling(nn.Module):
         def forward(self, x):
@@ -246,6 +246,6 @@ def test_what_cannot_be_pulled_back_together_is_pulled_back_one_by_one(monkeypat
     X, y = torch.randn(N, 4), torch.randint(0, C, (N,))
     model = extend(nn.Sequential(nn.Linear(4, 4), Doubling(), nn.Linear(4, C)))
     expected, _ = results(model, X, y)
-    monkeypatch.setattr("backpack.curvature.joined.must_loop", lambda *graph: False)
+    monkeypatch.setattr("backpack.curvature.spliced_graph.must_loop", lambda *graph: False)
     found, _ = results(model, X, y)
     agree(found, expected, 2, torch.float32)

@@ -15,7 +15,7 @@ from backpack.extensions.backprop_extension import BUILT_IN, BackpropExtension
 from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
 from backpack.extensions.module_extension import ModuleExtension
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
-from backpack.passages import RULED
+from backpack.modules.module_io import RULED
 
 LABELS = torch.tensor([0, 1, 1, 0])
 

@@ -389,7 +389,7 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize("large", [0, 2**20])
 def test_results_of_a_pass_that_begins_anew_count_once(large, monkeypatch):
     """Of the last layer, results were there before the pass failed and its columns were pulled back one by one."""
-    monkeypatch.setattr("backpack.curvature.joined.must_loop", lambda *graph: False)
+    monkeypatch.setattr("backpack.curvature.spliced_graph.must_loop", lambda *graph: False)
     monkeypatch.setattr("backpack.dataset.collection.LARGE", large)
     model, lossfunc, X, y = problem()
     model[1] = nn.Sequential(nn.Tanh(), Doubled())

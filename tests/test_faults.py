@@ -17,9 +17,9 @@ from truth import close
 
 import backpack as package
 from backpack import backpack, extend, unextend
-from backpack.engine import HERE
 from backpack.extensions import BatchGrad, BatchL2Grad, ClippedGrad, DiagGGNExact, DiagGGNMC, SqrtGGNExact
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+from backpack.modules.thread_state import HERE
 
 ROOT = str(Path(package.__file__).parent)
 X = torch.arange(16, dtype=torch.float64).reshape(4, 4).sin()

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from truth import close
 
 from backpack import backpack, extend
-from backpack.engine import HERE
+from backpack.curvature.replacements.attention import attention as replaced_attention
 from backpack.extensions import (
     EKFAC,
     HMP,
@@ -28,7 +28,7 @@ from backpack.extensions import (
     DiagHessianMC,
     SqrtGGNExact,
 )
-from backpack.twice.attention import attention as replaced_attention
+from backpack.modules.thread_state import HERE
 
 
 def values(*shape):
@@ -319,7 +319,7 @@ def test_of_parameters_that_enter_nonlinearly_is_exact():
 
 
 def test_what_takes_as_long_as_a_hundred_steps_is_said_once_with_its_causes(monkeypatch):
-    monkeypatch.setattr("backpack.curvature.cost.MOMENT", 0)
+    monkeypatch.setattr("backpack.curvature.hessian_cost.MOMENT", 0)
     entries = extend(nn.utils.parametrizations.weight_norm(nn.Linear(60, 50)).double())
     layers = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten()
     columns = extend(nn.Sequential(*layers, nn.Linear(8 * 144, 3)).double())
@@ -886,17 +886,17 @@ def test_of_channels_last(seed, dims):
 
 
 def test_columns_that_cannot_be_pulled_back_together_are_pulled_back_one_by_one(monkeypatch):
-    monkeypatch.setattr("backpack.curvature.joined.turns", lambda nodes: [])
+    monkeypatch.setattr("backpack.curvature.spliced_graph.turns", lambda nodes: [])
     layers = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(16, 2)
     model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
     X = values(2, 1, 4, 4).to(memory_format=torch.channels_last)
-    monkeypatch.setattr("backpack.curvature.twice.is_reordered", lambda node: False)
+    monkeypatch.setattr("backpack.curvature.double_backward.is_reordered", lambda node: False)
     twin = nn.Sequential(InOrder(), copy.deepcopy(model).to(memory_format=torch.contiguous_format))
     check(model, X, nn.CrossEntropyLoss(), torch.tensor([1, 0]), twin=twin)
 
 
 def test_columns_go_by_turns_through_what_cannot_take_them_together(monkeypatch):
-    monkeypatch.setattr("backpack.curvature.twice.is_reordered", lambda node: False)
+    monkeypatch.setattr("backpack.curvature.double_backward.is_reordered", lambda node: False)
     monkeypatch.setattr("backpack.curvature.hessian.HessianPass._together_or_not", lambda self, pull: pull())
     model, X = convolutional(2, 2)
     twin = nn.Sequential(InOrder(), copy.deepcopy(model))

@@ -1,4 +1,4 @@
-"""Pulling seeds back together: PyTorch's operators do it right, or ``backpack.graph.looped`` lists them."""
+"""Pulling seeds back together: PyTorch's operators do it right, or ``backpack.graph.vmap_limits`` lists them."""
 
 import warnings
 from collections import defaultdict
@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves
 
-from backpack.graph.looped import LOOPED, WRONG, must_loop, nodes
+from backpack.graph.vmap_limits import LOOPED, WRONG, must_loop, nodes
 
 REASONS = {
     "MkldnnRnnLayerBackward": "of float32 LSTMs, which PyTorch's database lacks: tested below",
@@ -21,7 +21,7 @@ REASONS = {
 
 
 def names(out):
-    """Names of the backward nodes of a graph, as ``backpack.graph.looped`` spells them."""
+    """Names of the backward nodes of a graph, as ``backpack.graph.vmap_limits`` spells them."""
     found, pending = {}, [out.grad_fn]
     while pending:
         node = pending.pop()

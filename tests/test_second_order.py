@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from truth import close
 
 from backpack import backpack, extend
-from backpack.curvature.joined import Joined
+from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions import (
     HMP,
     KFLR,
@@ -382,7 +382,7 @@ def test_seeds_go_through_max_pooling_by_turns(name, monkeypatch):
     diagonals, _ = explicit(model, X, lossfunc, y, 3)
     out = model(X)
     told = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # whether tensors are packed; not in PyTorch 2.5
-    found = Joined([get_gradient_edge(out)]).poolings
+    found = SplicedGraph([get_gradient_edge(out)]).poolings
     assert len(found) == (expected if told else 0)
     assert len([pooling for pooling in found if pooling.below]) == (rectified if told else 0)
     with backpack(BatchDiagGGNExact()):

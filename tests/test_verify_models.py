@@ -62,7 +62,7 @@ BROKEN = {
     "backpack.extensions.clipped_grad.ClippedGrad.combine": (ClippedGrad(1e-3), 1.001),
     "backpack.extensions.ggn_gram.GGNGram.compute": (GGNGram(), 1.001),
     "backpack.extensions.diag_ggn.DiagGGNMC.compute": (DiagGGNMC(), 1.001),
-    "backpack.losses.cross_entropy.SoftmaxRoot.sampled": (DiagGGNMC(), 1.5),
+    "backpack.curvature.losses.cross_entropy.SoftmaxRoot.sampled": (DiagGGNMC(), 1.5),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples import AnyLayout, Rows, Subset
 from backpack.uses import Cotangents, DenseUse, Explicit, Individual, Use, join
 
@@ -23,6 +24,11 @@ class Arrival:
     def __post_init__(self) -> None:
         if self.turned and isinstance(self.use, DenseUse):
             self.use.flipped, self.turned = not self.use.flipped, False
+
+    @property
+    def runs_node(self) -> bool:
+        """Whether the node itself is called, so that what it saved must still be there."""
+        return isinstance(self.use, (GeneralUse, PlacedUse))
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in a subset."""

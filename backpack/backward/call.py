@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.preparation import is_wanted
-from backpack.compat import pull_back
-from backpack.graph import LEAF, Graph, edge_of, variable_of
-from backpack.samples.owners import Edge
+from backpack.graph import LEAF, Edge, Graph, edge_of, variable_of
+from backpack.torch_internals import pull_back
 
 STARTS: dict[Any, tuple[str, str]] = {
     Tensor.backward: ("self", "gradient"),

@@ -12,10 +12,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.plan import Plan, PlannedUse
-from backpack.graph import Graph, count_outputs, variable_of
+from backpack.graph import Edge, Graph, count_outputs, variable_of
 from backpack.nodes import GeneralUse, Place, PlacedUse, use_of
 from backpack.samples import AnyLayout
-from backpack.samples.owners import Edge, Owners
+from backpack.samples.owners import Owners
 from backpack.uses import Cotangents, Use
 
 
@@ -39,13 +39,20 @@ class Prepared:
 
 
 class Collector(ABC):
-    """What has arrived at the parameters in one pass."""
+    """What has arrived at the parameters in one pass.
+
+    A pass ``is_partial`` that ends before some leaves. A node that runs by itself inside of one gives only what the
+    pass needs: such calls are ``deferred`` to its end, and the graph has to be kept until then.
+    """
+
+    is_partial = False
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self.graph, self.owners, self.plan = prepared.graph, prepared.owners, prepared.plan
         self.found: dict[Node, Contributions] = {}
         self.entering: dict[Node, dict[int, Contributions]] = {}
+        self.deferred: list[tuple[PlannedUse, Arrival]] = []
 
     @cached_property
     def places(self) -> dict[Node, int]:
@@ -84,6 +91,32 @@ class Collector(ABC):
     def is_mixed(self, planned: PlannedUse) -> bool:
         """Whether what is sent along an edge goes where samples are mixed."""
         return planned.entry is not None and planned.entry[0] in self.plan.mixed
+
+    def take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
+        """Take a use's cotangents to its parameter, or to where they enter a region."""
+        if self.is_partial and arrival.runs_node:
+            self.deferred.append((planned, arrival))
+        elif planned.leaf is not None:
+            self.add(self.contributions(planned.leaf), arrival, planned.leaf)
+            self.count(planned.leaf)
+        else:
+            assert planned.entry is not None
+            self.add(self.contributions_at(planned.entry), arrival)
+
+    def add(self, contributions: Contributions, arrival: Arrival, leaf: Node | None = None) -> None:
+        """Add what has arrived at a parameter, whose node is given, or at an edge into a region."""
+        contributions.arrivals.append(arrival)
+
+    def take_deferred(self) -> None:
+        """Take in what had to wait for the end of a partial pass."""
+        self.is_partial = False
+        deferred, self.deferred = self.deferred, []
+        for planned, arrival in deferred:
+            self.take_in(planned, arrival)
+
+    def entered(self) -> list[Node]:
+        """Nodes through which something has entered regions, each before those below it."""
+        return sorted(self.entering, key=self.places.__getitem__) if self.entering else []
 
     def count(self, leaf: Node) -> None:
         """Something has arrived at a parameter; if that was all, compute the results."""

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.curvature.loss_call import LossCall
-from backpack.engine import Block
-from backpack.graph import shape_of, variable_of
-from backpack.samples.notes import Note
-from backpack.samples.owners import Edge
+from backpack.backward.block import Block
+from backpack.graph import Edge, shape_of, variable_of
+from backpack.modules.calls import Note
+from backpack.modules.loss_calls import LossCall
 from backpack.uses import Explicit
 
 

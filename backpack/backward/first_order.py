@@ -15,27 +15,22 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Collector, Prepared
-from backpack.backward.plan import PlannedUse
 from backpack.backward.region import place_in, pull_through
-from backpack.bystanders import observed, undisturbed
-from backpack.compat import pull_back
-from backpack.engine import HERE, Block, without_autocast
-from backpack.graph import count_outputs, kind, variable_of
-from backpack.nodes import FORMS, GeneralUse, PlacedUse
-from backpack.quantities import Quantity
+from backpack.extensions.interface import Quantity, without_rules
+from backpack.graph import Edge, count_outputs, kind, variable_of
+from backpack.graph.users_hooks import observed, undisturbed
+from backpack.modules.parameters import name_of
+from backpack.modules.thread_state import HERE
+from backpack.nodes import FORMS
 from backpack.samples import Subset
-from backpack.samples.owners import Edge
+from backpack.torch_internals import pull_back
 from backpack.uses import Cotangents, Explicit, Parts
-from backpack.watched import watched, without_rules
 
 
 class FirstOrderPass(Collector):
-    """What has arrived in one backward pass, for the extensions of a block.
-
-    A pass ``is_partial`` that ends before some leaves. A node that runs by itself inside of one gives only what the
-    pass needs: such calls are ``deferred`` to its end, and the graph has to be kept until then.
-    """
+    """What has arrived in one backward pass, for the extensions of a block."""
 
     def __init__(self, block: Block, prepared: Prepared) -> None:
         super().__init__(prepared)
@@ -43,8 +38,6 @@ class FirstOrderPass(Collector):
         self.complete: set[Node] = set()
         self.postponed: list[tuple[Quantity, Contributions, Tensor]] = []
         self.handles: list[Any] = []
-        self.is_partial = False
-        self.deferred: list[tuple[PlannedUse, Arrival]] = []
         extensions = block.first_order
         self.is_simple = not (
             block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions)
@@ -92,10 +85,8 @@ class FirstOrderPass(Collector):
             arrival = self.arrival(node, planned, cotangents)
             if simple and planned.is_alone and not arrival.turned:
                 self._compute_alone(planned.leaf, arrival)  # type: ignore[arg-type]
-            elif self.is_partial and isinstance(arrival.use, (GeneralUse, PlacedUse)):
-                self.deferred.append((planned, arrival))
             else:
-                self._take_in(planned, arrival)
+                self.take_in(planned, arrival)
 
     def _compute_alone(self, leaf: Node, arrival: Arrival) -> None:
         """The results of a parameter of which this is the only use, in the shortest way."""
@@ -109,23 +100,14 @@ class FirstOrderPass(Collector):
         block.finished.add(id(parameter))
         block.owners_done(parameter, block.finished)
 
-    def _take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
-        if planned.leaf is not None:
-            contributions = self.contributions(planned.leaf)
-            self._note(contributions, arrival, self._is_last(planned.leaf))
-            self.count(planned.leaf)
-            return
-        assert planned.entry is not None
-        self._note(self.contributions_at(planned.entry), arrival, at_once=False)
-
     def _is_last(self, leaf: Node) -> bool:
         """Whether one more arrival completes a parameter whose results are computed at once."""
         postponed = any(extension.needs_all_parameters for extension in self.block.first_order)
         return self.contributions(leaf).count + 1 == self.plan.expected[leaf] and not postponed
 
-    def _note(self, contributions: Contributions, arrival: Arrival, at_once: bool) -> None:
-        """Note an arrival; of what can't be computed any more when the node has run, the individual gradients."""
-        if at_once or not isinstance(arrival.use, (GeneralUse, PlacedUse)):
+    def add(self, contributions: Contributions, arrival: Arrival, leaf: Node | None = None) -> None:
+        """Add an arrival; of what can't be computed any more when the node has run, the individual gradients."""
+        if not arrival.runs_node or (leaf is not None and self._is_last(leaf)):
             contributions.arrivals.append(arrival)
             return
         for key, subset in self.subsets.items():
@@ -209,10 +191,8 @@ class FirstOrderPass(Collector):
 
     def finish(self) -> None:
         """What had to wait for the end of the pass, regions that it did not run, and what needs all parameters."""
-        deferred, self.deferred, self.is_partial = self.deferred, [], False
-        for planned, arrival in deferred:
-            self._take_in(planned, arrival)
-        for node in sorted(self.entering, key=self.places.__getitem__) if self.entering else ():
+        self.take_deferred()
+        for node in self.entered():
             self.enter(node)
         for extension in self.block.first_order:
             own = [(found, measure) for other, found, measure in self.postponed if other is extension]
@@ -228,9 +208,3 @@ class FirstOrderPass(Collector):
     def missed(self) -> list[Tensor]:
         """Parameters of which not all uses were reached."""
         return [variable_of(leaf) for leaf in self.plan.expected if leaf not in self.complete]
-
-
-def name_of(parameter: Tensor) -> str:
-    """The path of a parameter in the model that was extended."""
-    known = watched(parameter)
-    return "of an extended module" if known is None else known.name

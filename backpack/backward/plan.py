@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Graph, kind, saved, shape_of, variable_of
+from backpack.graph import LEAF, Edge, Graph, kind, saved, shape_of, variable_of
 from backpack.samples import AnyLayout, Scattered
-from backpack.samples.owners import Edge, Owners
+from backpack.samples.owners import Owners
 
 
 @dataclass(eq=False, slots=True)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from math import prod
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.nn import Module
 
+from backpack.backward.block import Block
 from backpack.backward.collector import Prepared
-from backpack.backward.first_order import name_of
 from backpack.backward.plan import make_plan
-from backpack.curvature.loss_call import LossCall, Origin, Term, losses_in
-from backpack.engine import Block, muted
-from backpack.graph import LEAF, Graph, count_outputs, edge_of, read, shape_of, variable_of
-from backpack.passages import Passage
-from backpack.samples import AnyLayout, SampleIds, Scattered, found_layout, layouts, same
+from backpack.graph import LEAF, Edge, Graph, count_outputs, shape_of, variable_of
+from backpack.modules.calls import Note
+from backpack.modules.loss_calls import losses_in
+from backpack.modules.parameters import SHARDED, info_of, name_of
+from backpack.modules.thread_state import muted
+from backpack.samples import AnyLayout, SampleIds
 from backpack.samples.beginning import decide
 from backpack.samples.mixing import behind, mixed_data, unproved
-from backpack.samples.notes import Note, noted
-from backpack.samples.owners import Edge, Owners, find_owners
-from backpack.watched import SHARDED, watched
+from backpack.samples.owners import Owners, find_owners
 
 
 def prepare(
@@ -68,138 +66,6 @@ def prepare(
     return found if found.plan.expected else None
 
 
-def origin_of(
-    found: Sequence[tuple[LossCall, Tensor]],
-    prepared: Prepared,
-    notes: Mapping[Edge, Note],
-    passages: dict[Node, list[Passage]],
-) -> Origin:
-    """Where the samples lie at the inputs of losses, and what is known of the graph from there on.
-
-    ``found``: the calls of losses, in their order, with the cotangents of their outputs. Those whose inputs depend on
-    no parameter have no curvature.
-
-    Raises:
-        RuntimeError: No input comes from an extended module, or one does not show its samples.
-    """
-    own = prepared
-    starts = {at for at, layout in prepared.begin.items() if prepared.owners.owned.get(at) is layout}
-    if starts != {call.place for call, _ in found}:
-        graphs = [(call, outer, read([call.edge])) for call, outer in found]
-        reaching = [each for each in graphs if any(leaf in each[2].edges for leaf in prepared.plan.expected)]
-        if not reaching:
-            raise RuntimeError(
-                f"The input of {type(found[0][0].loss).__name__} depends on no trainable parameter of an extended "
-                f"module: second-order extensions need extend(model) before the forward pass, and parameters that are "
-                f"not all frozen."
-            )
-        found = [(call, outer) for call, outer, _ in reaching]
-        parts = [_from_loss(call, graph, prepared) for call, _, graph in reaching]
-        own = parts[0] if len(parts) == 1 else _from_losses([call for call, _ in found], parts, prepared)
-    again = partial(prepare_again, thoroughly=prepared.owners.is_thorough)
-    terms = []
-    for call, outer in found:
-        terms.append(Term(call, outer, own.begin[call.place]))
-    return Origin(terms, own, _of_outputs(notes, own.graph), again, passages)
-
-
-def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared: Prepared) -> Prepared:
-    """What is known of the graph from the inputs of several losses on, of which each is known by itself."""
-    counts = dict.fromkeys(part.n for part in parts)
-    if len(counts) > 1:
-        raise RuntimeError(
-            f"The inputs of {' and '.join(type(call.loss).__name__ for call in calls)} have "
-            f"{' and '.join(map(str, counts))} samples: which of them belong together cannot be told. Call backward() "
-            f"for each loss by itself, or let all inputs have the samples along the first axis."
-        )
-    graph = read([call.edge for call in calls])
-    begin = {edge: layout for part in parts for edge, layout in part.begin.items()}
-    thoroughly = prepared.owners.is_thorough
-    are_parts = any(isinstance(layout, Scattered) for layout in begin.values())
-    with muted():
-        owners = find_owners(graph, begin, torch.Generator(), prepared.owners.owned if are_parts else None, thoroughly)
-    return _planned(graph, begin, owners, prepared, parts[0].n)
-
-
-def _planned(graph: Graph, begin: Mapping[Edge, AnyLayout], owners: Owners, prepared: Prepared, n: int) -> Prepared:
-    """With the uses of those parameters that are in a graph, a part of the one that is known."""
-    plan = make_plan(graph, owners, n, {leaf for leaf in prepared.plan.expected if leaf in graph.edges})
-    plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
-    return Prepared(graph, begin, owners, plan)
-
-
-def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
-    """The layout of a loss's input under which the samples are those of the modules' outputs."""
-    edge = call.place
-    shape, n = tuple(call.input.shape), prepared.n
-    axes = (0,) if isinstance(call.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
-    possible: list[AnyLayout] = list(layouts(shape, n, axes))
-    if edge in prepared.begin:
-        possible = [prepared.begin[edge]]
-    thoroughly = prepared.owners.is_thorough
-    for layout in possible:
-        with muted():
-            owners = find_owners(graph, {edge: layout}, torch.Generator(), thoroughly=thoroughly)
-        if n == 1 or _agree(owners, prepared, graph):
-            return _planned(graph, {edge: layout}, owners, prepared, n)
-    rows = _rows_of_outputs(call, graph, prepared)
-    if rows is not None:
-        with muted():
-            owners = find_owners(graph, {edge: rows}, torch.Generator(), prepared.owners.owned, thoroughly)
-        return _planned(graph, {edge: rows}, owners, prepared, n)
-    raise RuntimeError(
-        f"The input of {type(call.loss).__name__}, of shape {list(shape)}, does not show where the {n} samples lie: "
-        f"let each row come from one of them, or let them be counted by another axis, and let nothing between the "
-        f"model and the loss mix samples."
-    )
-
-
-def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLayout | None:
-    """Where the samples lie at the input of a loss, by which samples' outputs its rows are computed from.
-
-    ``None``: some row comes from several samples, whatever is taken for a row: all entries along the first axis, all
-    but the last axis, each entry; those of several classes stay together.
-    """
-    shape, classes = call.input.shape, {1} if isinstance(call.loss, torch.nn.CrossEntropyLoss) else set[int]()
-    for count in dict.fromkeys((1, len(shape) - 1, len(shape))):
-        axes = [axis for axis in range(count) if axis not in classes]
-        if classes and count > 1:
-            axes = [axis for axis in range(len(shape)) if axis not in classes]
-        sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
-        rows = torch.arange(prod(sizes)).reshape(sizes)
-        begin = {call.place: found_layout(rows.numel() + 1, rows)}  # one of none: so no entry counts to any
-        with muted():
-            owners = find_owners(graph, begin, torch.Generator(), {}, prepared.owners.is_thorough)
-        sample = _samples_of_rows(rows.numel(), owners, prepared)
-        if sample is not None:
-            return found_layout(prepared.n, sample[rows], exactly=True)
-    return None
-
-
-def _samples_of_rows(rows: int, owners: Owners, prepared: Prepared) -> Tensor | None:
-    """The sample that each row at the input of a loss belongs to; ``None``: not each belongs to one."""
-    sample = torch.full((rows,), -1)
-    for edge, layout in prepared.begin.items():
-        if edge in owners.mixed:
-            return None
-        if edge not in owners.owned or prepared.owners.owned.get(edge) is not layout:
-            continue
-        shape = shape_of(*edge)
-        row = owners.owned[edge].owners(shape, sample.device).expand(shape).flatten()
-        own = layout.owners(shape, sample.device).expand(shape).flatten()
-        own, row = own[row >= 0], row[row >= 0]
-        if bool(((sample[row] >= 0) & (sample[row] != own)).any()):
-            return None
-        sample[row] = own
-        if bool((sample[row] != own).any()):
-            return None
-    return sample.clamp(min=0) if bool((sample >= 0).any()) else None  # a row that comes from no output counts nowhere
-
-
-def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:
-    return {place: note for place, note in notes.items() if place[0] in graph.edges and not note.is_of_base}
-
-
 def _of_one_sample(graph: Graph) -> set[Edge]:
     """The inputs of losses that have no axis of samples, but of classes alone."""
     return {
@@ -209,33 +75,6 @@ def _of_one_sample(graph: Graph) -> set[Edge]:
     }
 
 
-def _agree(owners: Owners, prepared: Prepared, graph: Graph) -> bool:
-    """Whether the samples are where they were seen from the outputs of modules."""
-    known = {at: layout for at, layout in prepared.owners.owned.items() if at[0] in graph.edges}
-    begun = [at for at in prepared.begin if at in known]
-    shared = [at for at in owners.owned if at in known]
-    return bool(shared) and all(same(owners.owned.get(at), known[at]) for at in (*begun, *shared))
-
-
-def prepare_again(
-    edges: Sequence[GradientEdge],
-    layouts: Sequence[AnyLayout],
-    instead: Mapping[Edge, Edge] | None = None,
-    thoroughly: bool = False,
-) -> tuple[Prepared, Mapping[Edge, Note]]:
-    """What is known of a graph that was recorded anew, from edges on whose samples lie as the ``layouts`` say."""
-    graph = read(edges, instead)
-    notes, calls = noted(graph)
-    begin = {edge_of(root): layout for root, layout in zip(graph.roots, layouts, strict=True)}
-    n = layouts[0].n
-    with muted():
-        owners = find_owners(graph, begin, torch.Generator(), thoroughly=thoroughly)
-        plan = make_plan(graph, owners, n, wanted_leaves(graph))
-        if n > 1 and plan.entries:
-            plan.mixed, _ = mixed_data(graph, owners, plan.entries, calls, n)
-    return Prepared(graph, begin, owners, plan), _of_outputs(notes, graph)
-
-
 def wanted_leaves(graph: Graph) -> set[Node]:
     """The nodes of parameters of extended modules."""
     return {node for node in graph.order if node.name() == LEAF and is_wanted(variable_of(node))}
@@ -243,7 +82,7 @@ def wanted_leaves(graph: Graph) -> set[Node]:
 
 def is_wanted(leaf: Tensor) -> bool:
     """Whether a leaf is a parameter of an extended module."""
-    return watched(leaf) is not None or (bool(SHARDED) and leaf in SHARDED)
+    return info_of(leaf) is not None or (bool(SHARDED) and leaf in SHARDED)
 
 
 def _passes(block: Block, prepared: Prepared) -> float:
@@ -259,6 +98,19 @@ def _passes(block: Block, prepared: Prepared) -> float:
     rows = [subset.rows(plan.n, device) for subset in subsets.values()]
     return sum(plan.n if own is None else len(own) for own in rows) * (
         sum(size[node] for node in below) / max(1, sum(size.values()))
+    )
+
+
+def refuse_other_losses(block: Block) -> None:
+    """Say that second order needs an extended loss.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    names = ", ".join(type(extension).__name__ for extension in block.second_order)
+    raise RuntimeError(
+        f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) before the "
+        f"forward pass, and call backward() on its output."
     )
 
 

@@ -11,28 +11,35 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack.backward.block import Block
 from backpack.backward.call import Call, executed_for
+from backpack.backward.collector import Prepared
 from backpack.backward.empty_batch import has_no_entries, store_results
-from backpack.backward.first_order import FirstOrderPass, name_of
+from backpack.backward.first_order import FirstOrderPass
 from backpack.backward.plan import Plan
-from backpack.backward.preparation import look_for_mixed, origin_of, prepare, refuse_complex, wanted_leaves
-from backpack.bystanders import observed, undisturbed
-from backpack.curvature import averaged_hessian as averaged_hessian  # it registers passes
-from backpack.curvature import hessian as hessian  # as well
-from backpack.curvature import products as products
-from backpack.curvature.loss_call import LossCall, losses_in
-from backpack.curvature.terms import refuse_beside, terms_of
-from backpack.engine import Block
-from backpack.graph import Graph, count_outputs, forget_recomputed, read, variable_of
-from backpack.hooks import watch
-from backpack.passages import Passage, passed
-from backpack.samples.notes import Note, noted
-from backpack.samples.owners import Edge
-from backpack.watched import SHARDED, watched
+from backpack.backward.preparation import look_for_mixed, prepare, refuse_complex, refuse_other_losses, wanted_leaves
+from backpack.graph import Edge, Graph, count_outputs, read, variable_of
+from backpack.modules.calls import Note, noted
+from backpack.modules.forward_hooks import note_parameters
+from backpack.modules.loss_calls import LossCall, losses_in
+from backpack.modules.module_io import ModuleIO, module_io_of
+from backpack.modules.parameters import SHARDED, info_of, name_of
+
+ComputeCurvature = Callable[[Block, Call, Prepared, Mapping[Edge, Note], "dict[Node, list[ModuleIO]]"], None]
+"""What computes the extensions of second order."""
 
 
-def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run a backward pass, with the extensions of a block."""
+def differentiate(
+    block: Block,
+    compute_curvature: ComputeCurvature,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a backward pass, with the extensions of a block.
+
+    ``compute_curvature``: computes those of second order, before the pass itself begins.
+    """
     call = Call(function, args, kwargs)
     if not call.roots or call.given.get("is_grads_batched"):
         return function(*args, **kwargs)
@@ -42,22 +49,23 @@ def differentiate(block: Block, function: Callable[..., Any], args: Sequence[Any
     if call.creates_graph and not call.is_for_parameters and not any(edge in notes for edge in asked):
         return function(*args, **kwargs)  # a derivative inside of what is to be differentiated
     losses = list(losses_in(graph))
-    passages = passed(graph) if block.reads_passages else {}
-    if not calls and not losses and not passages:
+    module_io = module_io_of(graph) if block.reads_module_io else {}
+    if not calls and not losses and not module_io:
         if block.extensions:
             _refuse_unseen([variable_of(leaf) for leaf in _received(wanted_leaves(graph), asked)])
-        block.ran |= bool(passed(graph))  # of frozen modules: nothing is to be computed
+        block.ran |= bool(module_io_of(graph))  # of frozen modules: nothing is to be computed
         return function(*args, **kwargs)
     block.clear()
     if has_no_entries(notes):
         block.ran = True
         return _of_no_sample(block, call, graph, notes, losses)
-    running = _Running(block, graph, notes, calls, losses, passages)
+    running = _Running(block, graph, notes, calls, losses, module_io)
     block.ran = True
     if block.extensions:
         _refuse_unseen([variable_of(leaf) for leaf in _received(running.unseen, asked)])
     try:
-        running.run_second_order(call, asked)
+        if running.prepared is not None and block.second_order:
+            compute_curvature(block, call, running.prepared, notes, module_io)
         running.attach()
         first = running.first
         if not asked or first is None:
@@ -83,10 +91,10 @@ def _of_no_sample(
     """A pass for a batch without a sample."""
     for note in notes.values():
         if (module := note.module()) is not None:
-            watch(module)
+            note_parameters(module)
     try:
         if block.second_order and not losses:
-            _refuse_other_losses(block)
+            refuse_other_losses(block)
         leaves = [node for node in graph.order if node in wanted_leaves(graph)]
         store_results(block, notes, losses, _received(leaves, call.asked if call.is_for_parameters else ()))
         result = call.run()
@@ -95,14 +103,6 @@ def _of_no_sample(
         return result
     finally:
         block.clear()
-
-
-def _refuse_other_losses(block: Block) -> None:
-    names = ", ".join(type(extension).__name__ for extension in block.second_order)
-    raise RuntimeError(
-        f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) before the "
-        f"forward pass, and call backward() on its output."
-    )
 
 
 def _received(leaves: Iterable[Node], asked: Sequence[Edge]) -> list[Node]:
@@ -134,13 +134,13 @@ class _Running:
         notes: Mapping[Edge, Note],
         calls: Sequence[Note],
         losses: Sequence[tuple[Node, int, LossCall]],
-        passages: dict[Node, list[Passage]],
+        module_io: dict[Node, list[ModuleIO]],
     ) -> None:
-        self.block, self.passages, self.first = block, passages, None
+        self.block, self.module_io, self.first = block, module_io, None
         self.graph = graph
         self.notes, self._handles = notes, list[Any]()
         modules = [module for note in calls if (module := note.module()) is not None]
-        block.take_off({id(p): p for module in modules for p in watch(module)}.values())
+        block.take_off({id(p): p for module in modules for p in note_parameters(module)}.values())
         self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
             if block.extensions and not calls:
@@ -148,7 +148,7 @@ class _Running:
             return
         block.check_subsets(self.prepared.n, self.device)
         if block.second_order and not losses:
-            _refuse_other_losses(block)
+            refuse_other_losses(block)
         refuse_complex(block, self.prepared)
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
@@ -168,33 +168,11 @@ class _Running:
         assert self.prepared is not None
         return variable_of(next(iter(self.prepared.plan.expected))).device
 
-    def run_second_order(self, call: Call, asked: Sequence[Edge]) -> None:
-        """Compute the extensions of second order, of the losses that the pass runs through, before it begins."""
-        prepared, block, graph = self.prepared, self.block, self.graph
-        if prepared is None or not block.second_order:
-            return
-        terms = terms_of(graph, prepared, executed_for(graph, asked) if asked else None, asked)
-        if terms.beside and not terms.losses:
-            _refuse_other_losses(block)
-        if terms.beside:
-            names = ", ".join(type(extension).__name__ for extension in block.second_order)
-            refuse_beside(terms.beside, prepared, self.notes, names)
-        if not terms.losses:
-            return
-        with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(graph)):
-            outers = call.cotangents([edge for edge, _ in terms.losses])
-            found = [(own, outer) for (_, own), outer in zip(terms.losses, outers, strict=True) if outer is not None]
-            try:
-                if found:
-                    origin_of(found, prepared, self.notes, self.passages).run(block)
-            finally:
-                forget_recomputed()
-
     def attach(self) -> None:
         """Put the prehooks on."""
-        for node, passages in self.passages.items():
-            for passage in passages:
-                self._handles.append(node.register_prehook(partial(self.block.module_passed, passage, node)))
+        for node, module_io in self.module_io.items():
+            for io in module_io:
+                self._handles.append(node.register_prehook(partial(self.block.outputs_arrived, io, node)))
         if self.first is not None:
             self.first.attach()
 
@@ -210,7 +188,7 @@ class _Running:
 def _warn_of_no_model(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> None:
     """Warn if only losses are extended. Others, that have left no note of their call, are frozen."""
     known = {id(call.loss) for _, _, call in losses}
-    if known and all(id(passage.module) in known for own in passed(graph).values() for passage in own):
+    if known and all(id(io.module) in known for own in module_io_of(graph).values() for io in own):
         warnings.warn(
             "The backward pass started from an extended loss, but reached no extended model, so nothing was computed. "
             "Call extend(model) before the forward pass, and give the model's output to the loss. (Where the model is "
@@ -316,7 +294,7 @@ def _warn_of_outside(parameters: Sequence[Tensor]) -> None:
     """Say once, in each mode of training, that parameters are used where no samples are."""
     named = []
     for parameter in parameters:
-        known = watched(parameter)
+        known = info_of(parameter)
         if known is not None and known.training not in known.explained:
             known.explained.add(known.training)
             named.append(known.name)

@@ -1,1 +1,8 @@
 """Second order: columns of the loss Hessian, and what is pulled back of them."""
+
+from backpack.curvature import averaged_hessian as averaged_hessian  # they register passes
+from backpack.curvature import hessian as hessian
+from backpack.curvature import products as products
+from backpack.curvature.start import compute_curvature, may_rerun_model
+
+__all__ = ["compute_curvature", "may_rerun_model"]

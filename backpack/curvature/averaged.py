@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Sequential
 
-from backpack.bystanders import forget_retained
-from backpack.compat import pull_back
 from backpack.curvature.columns import Columns
-from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES, LossCall
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.mean_curvature import (
     AFFINE,
     CONVOLUTIONS,
@@ -33,14 +30,17 @@ from backpack.curvature.mean_curvature import (
 )
 from backpack.curvature.rerun import agree, is_observed, run_again
 from backpack.curvature.seeds import WIDEST, SeedPass
-from backpack.engine import muted
-from backpack.graph import edge_of, is_complex, is_recomputed, shape_of, variable_of
+from backpack.curvature.spliced_graph import SplicedGraph
+from backpack.extensions.interface import Curvature
+from backpack.graph import Edge, edge_of, is_complex, is_recomputed, shape_of, variable_of
+from backpack.graph.users_hooks import forget_retained
+from backpack.modules.calls import Note
+from backpack.modules.loss_calls import LossCall
+from backpack.modules.module_io import module_io_of
+from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
-from backpack.passages import passed
-from backpack.quantities import Curvature
 from backpack.samples import Layout, Subset
-from backpack.samples.notes import Note
-from backpack.samples.owners import Edge
+from backpack.torch_internals import pull_back
 from backpack.uses import Cotangents, DenseUse, Individual
 from backpack.uses.base import accumulate
 from backpack.uses.kronecker import averaged_factors
@@ -136,7 +136,7 @@ class AveragedPass(SeedPass):
         parameters = [id(p) for module in modules for p in module.parameters()]
         if len(set(parameters)) < len(parameters):
             raise RuntimeError(f"{name}: two modules of the chain share a parameter. Use KFLR for such a model.")
-        if any(map(is_complex, self.joined.nodes)):
+        if any(map(is_complex, self.spliced.nodes)):
             raise RuntimeError(
                 f"{name} averages the curvature of real numbers, but the model has complex ones. Use KFLR."
             )
@@ -150,10 +150,10 @@ class AveragedPass(SeedPass):
         Those with parameters have left a note of this tensor. Of those without, the graph leads to the next output.
         """
         calls: dict[Edge, list[Module]] = {}
-        for node, passages in passed(self.prepared.graph).items():
-            for passage in passages:
-                for number in passage.numbers:
-                    calls.setdefault((node, number), []).append(passage.module)
+        for node, module_io in module_io_of(self.prepared.graph).items():
+            for io in module_io:
+                for number in io.numbers:
+                    calls.setdefault((node, number), []).append(io.module)
         edge: Edge | None = self.loss.place
         while edge is not None and (edge in calls or edge in self.notes):
             note = self.notes.get(edge)
@@ -327,9 +327,9 @@ class AveragedPass(SeedPass):
         axes = (size // channels, channels, 1) if last else (1, channels, size // channels)
         self.curvature, self.subset = mean.matrix.reshape(*axes, *axes), self.extensions[0].subset
         self.final = True
-        columns, cotangents = Columns(self, self.joined), Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
+        columns, cotangents = Columns(self, self.spliced), Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
         for planned in self.prepared.plan.uses[node]:
-            columns.note(planned, columns.arrival(node, planned, cotangents))
+            columns.take_in(planned, columns.arrival(node, planned, cotangents))
         self.curvature = None
 
     def _value(self, extension: Curvature, grads: Individual) -> Any:
@@ -363,20 +363,20 @@ class AveragedPass(SeedPass):
         if not out.requires_grad:
             return seeds.new_zeros(len(seeds), *x.shape)
         edge = get_gradient_edge(out)
-        prepared, joined = self.prepared, self.joined
+        prepared, spliced = self.prepared, self.spliced
         self.subset = Subset()
-        self._go_over(Joined([edge]), [Layout(len(out))])
+        self._go_over(SplicedGraph([edge]), [Layout(len(out))])
         ends = [get_gradient_edge(x)] if x.requires_grad else []
-        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.joined.must_loop else len(seeds))
+        pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.spliced.must_loop else len(seeds))
         found = []
         for number, piece in enumerate(pieces, start=1):
             self.final = final and number == len(pieces)
-            columns = Columns(self, self.joined, ends)
+            columns = Columns(self, self.spliced, ends)
             columns.pull([edge], [piece])
             grads = columns.reached
             found.append(grads[0] if ends and grads[0] is not None else seeds.new_zeros(len(piece), *x.shape))
             columns.finish()
-        self.prepared, self.joined = prepared, joined
+        self.prepared, self.spliced = prepared, spliced
         return torch.cat(found)
 
 

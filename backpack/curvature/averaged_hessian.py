@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.curvature.averaged import AveragedPass
-from backpack.curvature.loss_call import PASSES
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.mean_curvature import AFFINE, ELEMENTWISE, SAME, Mean, is_one_of
 from backpack.curvature.rerun import run_again
-from backpack.engine import muted
+from backpack.modules.thread_state import muted
 
 
 class AveragedHessianPass(AveragedPass):

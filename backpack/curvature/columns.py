@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.backward.arrivals import Arrival, Contributions
+from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
-from backpack.backward.plan import PlannedUse
 from backpack.backward.region import place_in, pull_through
-from backpack.bystanders import forget_retained
-from backpack.compat import outside_vmap, vmap
-from backpack.curvature.joined import Joined
 from backpack.curvature.pooling import pooled
-from backpack.engine import HERE, muted
+from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import count_outputs, kind, saved, variable_of
-from backpack.nodes import GeneralUse, PlacedUse
+from backpack.graph.users_hooks import forget_retained
+from backpack.modules.thread_state import HERE, muted
+from backpack.torch_internals import outside_vmap, vmap
 from backpack.uses import Cotangents, Derived, Explicit, Individual, Parts
 
 if TYPE_CHECKING:
@@ -36,9 +34,9 @@ class Columns(Collector):
     ``keep``: they stay until all columns have been.
     """
 
-    def __init__(self, running: SeedPass, joined: Joined, further: Sequence[GradientEdge] = ()) -> None:
+    def __init__(self, running: SeedPass, spliced: SplicedGraph, further: Sequence[GradientEdge] = ()) -> None:
         super().__init__(running.prepared)
-        self.running, self.joined, self.further = running, joined, list(further)
+        self.running, self.spliced, self.further = running, spliced, list(further)
         self.ruled, self.told = running.ruled, running.told
         self.reached: list[Tensor | None] = []
         """The columns at the ``further`` edges."""
@@ -46,10 +44,8 @@ class Columns(Collector):
         self.count_of_seeds = 1
         self.batched = False
         self.raw: dict[Node, dict[int, list[Tensor]]] = {}
-        self._deferred: list[tuple[PlannedUse, Arrival]] = []
-        """Nodes that run by themselves inside of a partial pass give only what that pass needs."""
         tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
-        self.captured = set(self.lowest([start.node for start in joined.starts], tapped))
+        self.captured = set(self.lowest([start.node for start in spliced.starts], tapped))
         self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
         self._hooked = [node for node in tapped if node not in self.captured]
 
@@ -64,7 +60,7 @@ class Columns(Collector):
         create = torch.is_grad_enabled()
 
         def pull(*seed: Tensor) -> Tensor:
-            found = self.joined.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
+            found = self.spliced.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
             self.reached = [self._outside(grad) for grad in found[len(self.ends) :]]
             arrived: dict[Node, list[Tensor | None]] = {}
             for end, grad in zip(self.ends, found, strict=False):
@@ -77,18 +73,18 @@ class Columns(Collector):
         self.batched = self.count_of_seeds > 1
         handles: list[Any] = []
         before = HERE.inner, HERE.muted
-        HERE.inner, HERE.muted = self, False
+        HERE.inner, HERE.muted, self.is_partial = self, False, True
         try:
             for node in self._hooked:
                 handles.append(node.register_prehook(partial(self._arrived, node)))
             if not self.batched:
                 pull(*(seed[0] for seed in seeds))
                 return
-            poolings = () if self.running.block.reads_passages else self.joined.poolings
-            with pooled([*poolings, *self.joined.turns], self.count_of_seeds, [*edges, *self.ends]):
+            poolings = () if self.running.block.reads_module_io else self.spliced.poolings
+            with pooled([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
-            HERE.inner, HERE.muted = before
+            (HERE.inner, HERE.muted), self.is_partial = before, False
             for handle in handles:
                 handle.remove()
             forget_retained()
@@ -117,8 +113,8 @@ class Columns(Collector):
             if node in self.ruled:
                 self.running.keep_for_rules(self.ruled[node], grads)
             if self.running.final:
-                for passage in self.told.get(node, ()):
-                    self.running.tell(passage)
+                for io in self.told.get(node, ()):
+                    self.running.tell(io)
             if node not in self.plan.uses:
                 return
             if self.keep:
@@ -126,34 +122,21 @@ class Columns(Collector):
                 for number, grad in grads.items():
                     known.setdefault(number, []).append(grad)
             else:
-                self._take_in(node, Cotangents(grads))
+                self._take_cotangents(node, Cotangents(grads))
 
-    def _take_in(self, node: Node, cotangents: Cotangents) -> None:
+    def _take_cotangents(self, node: Node, cotangents: Cotangents) -> None:
         for planned in self.plan.uses[node]:
-            self.note(planned, self.arrival(node, planned, cotangents))
-
-    def note(self, planned: PlannedUse, arrival: Arrival) -> None:
-        """Take a use's cotangents to its parameter, or to where they enter a region."""
-        if HERE.inner is not None and isinstance(arrival.use, (GeneralUse, PlacedUse)):
-            self._deferred.append((planned, arrival))
-        elif planned.leaf is not None:
-            self.contributions(planned.leaf).arrivals.append(arrival)
-            self.count(planned.leaf)
-        else:
-            assert planned.entry is not None
-            self.contributions_at(planned.entry).arrivals.append(arrival)
+            self.take_in(planned, self.arrival(node, planned, cotangents))
 
     def finish(self) -> None:
         """Take on what has entered regions, and complete what is left."""
         with muted():
             for node, grads in self.raw.items():
                 whole = {number: torch.cat(parts) for number, parts in grads.items()}
-                self._take_in(node, Cotangents(whole))
+                self._take_cotangents(node, Cotangents(whole))
             self.raw.clear()
-            for planned, arrival in self._deferred:
-                self.note(planned, arrival)
-            self._deferred.clear()
-            for node in sorted(self.entering, key=self.places.__getitem__) if self.entering else ():
+            self.take_deferred()
+            for node in self.entered():
                 self._enter(node)
             self.entering.clear()
             for leaf in list(self.found):

@@ -21,28 +21,28 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
-from backpack.backward.first_order import name_of
 from backpack.backward.plan import Plan, PlannedUse, make_plan
-from backpack.compat import dtype_at
 from backpack.curvature.columns import Columns
-from backpack.curvature.cost import Costs, Share, warn_if_long
-from backpack.curvature.entries import MANY, Entries, refuse_wrong_third, signs_like
-from backpack.curvature.loss_call import PASSES
+from backpack.curvature.double_backward import DoubleBackwardPass
+from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
+from backpack.curvature.hessian_entries import MANY, Entries, refuse_wrong_third, signs_like
+from backpack.curvature.hessian_shortcuts import Way, squares, way
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.residual_graph import ResidualGraph, below_complex, is_linear
-from backpack.curvature.shortcuts import Way, squares, way
-from backpack.curvature.twice import TwicePass
-from backpack.engine import muted
+from backpack.extensions.interface import Curvature
 from backpack.graph import is_recomputed, kind, shape_of, variable_of
-from backpack.progress import bar
-from backpack.quantities import Curvature
+from backpack.modules.parameters import name_of
+from backpack.modules.thread_state import muted
 from backpack.samples import Layout, Rows
+from backpack.torch_internals import dtype_at
 from backpack.uses import Cotangents, Dense, DenseUse, ElementwiseUse, Explicit, Individual
+from backpack.utils.progress_bar import bar
 
 PATIENCE = 5.0
 """Seconds after which it is shown how far the passes are."""
 
 
-class HessianPass(TwicePass):
+class HessianPass(DoubleBackwardPass):
     """The Hessian's diagonal for extensions that share a subset."""
 
     advance: Callable[..., Any]
@@ -57,7 +57,7 @@ class HessianPass(TwicePass):
         self._take_twice_differentiable(rows)
         create = torch.is_grad_enabled()
         if create:
-            refuse_wrong_third(self.joined.nodes, self._name)
+            refuse_wrong_third(self.spliced.nodes, self._name)
         alone = set() if create else self._alone()
         others = [leaf for leaf in self.prepared.plan.expected if leaf not in alone]
         try:
@@ -113,11 +113,11 @@ class HessianPass(TwicePass):
 
     def _by_columns(self, alone: set[Node], rows: Tensor | None) -> None:
         with self._of_these(alone) as plan:
-            self.running = running = Columns(self, self.joined)
-            graph = ResidualGraph(self.joined, self.prepared, plan)
+            self.running = running = Columns(self, self.spliced)
+            graph = ResidualGraph(self.spliced, self.prepared, plan)
             chosen = rows if self.chosen is None else self.chosen
             seeds = self._place([term.grad()[None] for term in self.terms], chosen)
-            grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.joined.starts, strict=True)]
+            grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.spliced.starts, strict=True)]
             for edges, columns, weights in self._columns(running, graph, grads, chosen):
                 self.weights = weights
                 running.pull(edges, columns)
@@ -138,9 +138,9 @@ class HessianPass(TwicePass):
         def gradients(weights: Tensor | None) -> Sequence[Tensor | None]:
             own = counts if weights is None else weights
             seeds = gradient(own, self.start_tensors)
-            return self.joined.grad(self.joined.starts, parameters, seeds, create_graph=True)
+            return self.spliced.grad(self.spliced.starts, parameters, seeds, create_graph=True)
 
-        entries = Entries(gradients, n, parameters, create, not self.joined.must_loop, self.advance)
+        entries = Entries(gradients, n, parameters, create, not self.spliced.must_loop, self.advance)
         with torch.enable_grad():
             chosen = None if not self._each else range(n) if rows is None else rows.tolist()
             found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
@@ -156,7 +156,7 @@ class HessianPass(TwicePass):
                 yield
             return
         with self._of_these(alone) as plan:
-            running, graph = Columns(self, self.joined), ResidualGraph(self.joined, self.prepared, plan)
+            running, graph = Columns(self, self.spliced), ResidualGraph(self.spliced, self.prepared, plan)
             costs = Costs(self.prepared.graph, plan.n, plan.uses, running.captured)
             shares = [*self._of_columns(costs, running, graph), *self._of_entries(costs, others)]
         names = " and ".join(type(extension).__name__ for extension in self.extensions)
@@ -169,12 +169,12 @@ class HessianPass(TwicePass):
         if not running.plan.uses:
             return
         chunk = self._chunk
-        steps = costs.columns(self.joined.starts, self.columns, chunk, graph.leading) / costs.step
+        steps = costs.columns(self.spliced.starts, self.columns, chunk, graph.leading) / costs.step
         losses = dict.fromkeys(type(term.call.loss).__name__ for term in self.terms)
         yield Share(" and ".join(losses), self.columns, steps)
         for node in graph.curved:
             count = 1 if self._shortcut(running, graph, node) is not None else graph.columns(node)
-            edges = [self.joined.now(edge) for edge in graph.live(node)]
+            edges = [self.spliced.now(edge) for edge in graph.live(node)]
             steps = costs.columns(edges, count, chunk, graph.leading) / costs.step
             yield Share(f"{kind(node)} of shape {list(shape_of(node, 0))}", count, steps)
 
@@ -254,13 +254,13 @@ class HessianPass(TwicePass):
         for stop, seeds in self._chunks():
             own = None if signs is None else signs[start:stop]
             own = own[:, rows] if own is not None and rows is not None and self.selected else own
-            yield self.joined.starts, self._place(seeds, rows), own
+            yield self.spliced.starts, self._place(seeds, rows), own
             start = stop
         chunk = self._chunk
         if self.sampled:
             yield from self._drawn_columns(graph, grads, chunk)
             return
-        recomputed = any(map(is_recomputed, graph.joined.nodes))  # it is read only once
+        recomputed = any(map(is_recomputed, graph.spliced.nodes))  # it is read only once
         for residual in graph.residuals(grads):
             simple = None if recomputed else self._shortcut(running, graph, residual.local.node)
             if simple is not None:

@@ -21,8 +21,8 @@ from torch.nn import Module
 
 from backpack.curvature.rerun import is_observed, run_again
 from backpack.curvature.seeds import WIDEST
-from backpack.engine import muted
 from backpack.memory import empty
+from backpack.modules.thread_state import muted
 from backpack.uses.base import accumulate
 from backpack.uses.linear_map import scaled_product, second_moment, symmetric_product
 from backpack.uses.windows import each

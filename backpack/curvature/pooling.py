@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.compat import inside_vmap, is_mapped, is_packed, outside_vmap
 from backpack.graph import call
-from backpack.graph.looped import Instead
+from backpack.graph.vmap_limits import Instead
 from backpack.memory import empty
+from backpack.torch_internals import inside_vmap, is_mapped, is_packed, outside_vmap
 
 NAME = "MaxPool2DWithIndicesBackward0"
 """Of what pools in one dimension as well."""

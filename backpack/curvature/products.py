@@ -20,15 +20,15 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import Module
 
 from backpack.backward.collector import Prepared
-from backpack.bystanders import forget_retained, observed, undisturbed
-from backpack.compat import shape_at
-from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES
+from backpack.curvature.double_backward import DoubleBackwardPass
+from backpack.curvature.loss_term import PASSES
 from backpack.curvature.residual_graph import ResidualGraph
-from backpack.curvature.twice import TwicePass
-from backpack.engine import muted
+from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
+from backpack.graph.users_hooks import forget_retained, observed, undisturbed
+from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
+from backpack.torch_internals import shape_at
 
 Product = Callable[[Tensor], Tensor]
 
@@ -67,7 +67,7 @@ class BlockProduct:
         return HELD[owner][self._handle][self._place](vector)
 
 
-class ProductPass(TwicePass):
+class ProductPass(DoubleBackwardPass):
     """Leaves functions on the parameters, for extensions that share a subset, with a graph that outlives the pass."""
 
     def run(self) -> None:
@@ -83,7 +83,7 @@ class ProductPass(TwicePass):
             weights = weights.new_zeros(self.prepared.n).index_copy(0, rows, weights)
         gradient, starts = partial(self._loss_gradients(chosen), weights), self.start_tensors
         tensors: list[ref[Tensor] | Tensor] = [*map(ref, starts), *observed(self.prepared.graph)]
-        curvature = CurvatureBlocks(self.joined, self.prepared, starts, gradient, tensors)
+        curvature = CurvatureBlocks(self.spliced, self.prepared, starts, gradient, tensors)
         owner, handle, products = self._owner, Handle(), list[Product]()
         HELD.setdefault(owner, WeakKeyDictionary())[handle] = products
         for leaf in self.prepared.plan.expected:
@@ -95,9 +95,9 @@ class ProductPass(TwicePass):
     def _keep_graph(self) -> None:
         """See to it that the graph outlives the backward pass, and stays that at the present parameters."""
         own = set(self.origin.prepared.graph.order)
-        if any(node in own and node.name() != LEAF for node in self.joined.nodes):
+        if any(node in own and node.name() != LEAF for node in self.spliced.nodes):
             self.block.keeps_graph = True
-        copy_saved_parameters(self.joined.nodes)
+        copy_saved_parameters(self.spliced.nodes)
 
 
 @dataclass(eq=False)
@@ -126,7 +126,7 @@ class CurvatureBlocks:
     the parameters need not be differentiated twice, and all parameters share one graph of first derivatives.
     """
 
-    joined: Joined
+    spliced: SplicedGraph
     prepared: Prepared
     starts: Sequence[Tensor]
     gradient: Callable[[Sequence[Tensor]], list[Tensor]]
@@ -134,7 +134,7 @@ class CurvatureBlocks:
     modified: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.edges = self.joined.starts
+        self.edges = self.spliced.starts
         self._pulled: dict[Any, dict[Any, Tensor]] = {}
 
     @cached_property
@@ -169,7 +169,7 @@ class CurvatureBlocks:
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
-            graph = ResidualGraph(self.joined, self.prepared, self.prepared.plan)
+            graph = ResidualGraph(self.spliced, self.prepared, self.prepared.plan)
             grads = [cotangent.detach() for cotangent in self._of_ggn[1]]
             with muted():
                 found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(grads)]
@@ -197,7 +197,7 @@ class CurvatureBlocks:
             for own, multiply in residuals:
                 seeds += multiply(rest[: len(own)])
                 rest = rest[len(own) :]
-            (result,) = self.joined.grad(edges, [parameter], seeds)
+            (result,) = self.spliced.grad(edges, [parameter], seeds)
             assert result is not None
             return _dense(result)
 
@@ -216,7 +216,7 @@ class CurvatureBlocks:
         if key not in self._pulled:
             places = {own.key: own.place for own in entrances}
             with torch.enable_grad():
-                found = self.joined.grad(edges, list(places.values()), cotangents, create_graph=True)
+                found = self.spliced.grad(edges, list(places.values()), cotangents, create_graph=True)
             self._pulled[key] = {k: tensor for k, tensor in zip(places, found, strict=True) if tensor is not None}
         return entrance, self._pulled[key][entrance.key]
 
@@ -226,7 +226,7 @@ class CurvatureBlocks:
 
     def _outputs(self) -> Iterator[tuple[int, Entrance]]:
         """Of parameters: the output that all of the loss depends on them through, linear in them."""
-        parts = self.joined.parts
+        parts = self.spliced.parts
         if len(parts) > 1 or any(edge not in part.values() for part in parts for edge in self.edges):
             return  # what functions have kept leads to graphs that others have taken the place of
         plan, graph = self.prepared.plan, self.prepared.graph

@@ -18,11 +18,11 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-from backpack.bystanders import Guarding
-from backpack.compat import is_fully_sharded, uncompiled
+from backpack.curvature.replacements import TwiceDifferentiable
 from backpack.graph import read, regions
-from backpack.samples.notes import Note, leaves_of
-from backpack.twice import TwiceDifferentiable
+from backpack.graph.users_hooks import Guarding
+from backpack.modules.calls import Note, leaves_of
+from backpack.torch_internals import is_fully_sharded, uncompiled
 
 NOT_TAKEN = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError)
 """What a module raises that does not take fewer samples."""
@@ -59,11 +59,6 @@ def run_again(root: Module) -> Iterator[list[str]]:
                     vars(module)[name] = attributes[name]
 
 
-def random_state() -> list[Tensor]:
-    """Of PyTorch's generators."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
-
-
 @contextmanager
 def drawing_again(state: list[Tensor] | None) -> Iterator[None]:
     """What is drawn inside is what was drawn after ``state``, if that is known; the generators do not move."""
@@ -82,10 +77,10 @@ def is_observed(module: Module) -> bool:
     return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 
-def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[Any] | None:
+def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool) -> list[Any] | None:
     """All outputs of a module, of the selected samples alone, if it can run again.
 
-    ``twice``: with functions that have second derivatives.
+    ``double_backward``: with functions that have second derivatives.
     """
     root = note.module()
     if root is None or not note.is_complete:
@@ -107,7 +102,7 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[
     with torch.enable_grad(), drawing_again(note.random), run_again(root) as changed, ExitStack() as contexts:
         if (stance := uncompiled()) is not None:
             contexts.enter_context(stance)
-        if twice:
+        if double_backward:
             contexts.enter_context(TwiceDifferentiable())
         try:
             outputs = leaves_of(root(*args, **kwargs))
@@ -115,7 +110,7 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, twice: bool) -> list[
             return None
     if changed and rows is not None:
         return None  # it computes with what its last forward pass has left
-    if twice:
+    if double_backward:
         _recompute_twice_differentiably(outputs, leaves_of((args, kwargs)))
     return outputs
 

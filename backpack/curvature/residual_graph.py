@@ -12,8 +12,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.backward.plan import Plan
-from backpack.compat import dtype_at, shape_at
-from backpack.curvature.joined import Joined
 from backpack.curvature.residuals import (
     LocalHessian,
     Residual,
@@ -23,15 +21,17 @@ from backpack.curvature.residuals import (
     positions_of,
     residual_of,
 )
+from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import is_complex
 from backpack.samples import AnyLayout
+from backpack.torch_internals import dtype_at, shape_at
 
 
 @dataclass(eq=False)
 class ResidualGraph:
     """Nodes that lead from the inputs of losses, where a graph starts, to the uses of a plan."""
 
-    joined: Joined
+    spliced: SplicedGraph
     prepared: Prepared
     plan: Plan
 
@@ -67,7 +67,7 @@ class ResidualGraph:
     def inputs(self, node: Node) -> tuple[list[GradientEdge], list[Size], list[AnyLayout]]:
         """The live inputs of a node, their shapes, and where the samples lie in each."""
         edges = list(dict.fromkeys(self.live(node)))
-        layouts = [self.prepared.owners.owned[edge.node, edge.output_nr] for edge in map(self.joined.now, edges)]
+        layouts = [self.prepared.owners.owned[edge.node, edge.output_nr] for edge in map(self.spliced.now, edges)]
         return edges, [shape_at(edge) for edge in edges], layouts
 
     def columns(self, node: Node) -> int:
@@ -92,14 +92,14 @@ class ResidualGraph:
                 f"Hessian or the GGN."
             )
         numbers = {node: sorted({number for _, _, number in graph.incoming[node]}) for node in curved}
-        for start in self.joined.starts:
+        for start in self.spliced.starts:
             if start.node in numbers:
                 numbers[start.node] = sorted({start.output_nr, *numbers[start.node]})
         arrivals = [GradientEdge(node, number) for node in curved for number in numbers[node]]
         if not arrivals:
             return
         arrived: dict[Node, dict[int, Tensor]] = {}
-        for edge, found in zip(arrivals, self.joined.grad(self.joined.starts, arrivals, grads), strict=True):
+        for edge, found in zip(arrivals, self.spliced.grad(self.spliced.starts, arrivals, grads), strict=True):
             if found is not None:
                 arrived.setdefault(edge.node, {})[edge.output_nr] = found
         for node, own in arrived.items():

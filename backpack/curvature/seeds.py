@@ -15,20 +15,19 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.arrivals import Contributions
-from backpack.backward.first_order import name_of
+from backpack.backward.block import Block
 from backpack.curvature.columns import Columns
-from backpack.curvature.joined import Joined
-from backpack.curvature.loss_call import PASSES, Origin, Term, fewer
+from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
 from backpack.curvature.rerun import agree, outputs_again
-from backpack.engine import Block
+from backpack.curvature.spliced_graph import SplicedGraph
+from backpack.extensions.interface import Curvature, without_rules
 from backpack.graph import shape_of, variable_of
 from backpack.memory import empty
-from backpack.passages import Passage, passed
-from backpack.quantities import Curvature
+from backpack.modules.calls import Note
+from backpack.modules.module_io import ModuleIO, module_io_of
+from backpack.modules.parameters import name_of, trainable
 from backpack.samples import AnyLayout, Layout, Subset
-from backpack.samples.notes import Note
 from backpack.uses import Individual
-from backpack.watched import trainable, without_rules
 
 WIDEST = 2**23
 """Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
@@ -40,18 +39,18 @@ class SeedPass:
     ``last``: nothing else will be computed for the block, so that modules are done when this pass is through them.
     """
 
-    twice = False
+    double_backward = False
     """Whether the model is differentiated twice, so that it is run again where it has fused functions."""
 
     def __init__(self, block: Block, extensions: list[Any], origin: Origin, last: bool) -> None:
         self.block, self.extensions, self.origin, self.last = block, extensions, origin, last
         self.terms = origin.terms
-        self.prepared, self.notes, self.passed = origin.prepared, origin.notes, origin.passed
+        self.prepared, self.notes, self.module_io = origin.prepared, origin.notes, origin.module_io
         self.n = self.prepared.n
         like = self.terms[0].call.input
         self.device, self.dtype = like.device, like.dtype
         edges, order = [term.call.edge for term in self.terms], self.prepared.graph.order
-        self.joined = Joined(edges, known=order[min(order.index(edge.node) for edge in edges) :])
+        self.spliced = SplicedGraph(edges, known=order[min(order.index(edge.node) for edge in edges) :])
         self.start_tensors = [term.call.input for term in self.terms]
         """Where the graph starts."""
         self.layouts: Sequence[AnyLayout] = [term.layout for term in self.terms]
@@ -67,27 +66,27 @@ class SeedPass:
         self.subset: Subset = extensions[0].subset
 
     @property
-    def ruled(self) -> dict[Node, list[Passage]]:
+    def ruled(self) -> dict[Node, list[ModuleIO]]:
         """Calls of modules for which an extension has a rule, by the node that computed their output."""
-        found: dict[Node, list[Passage]] = {}
-        for node, passages in self.passed.items():
-            for passage in passages:
-                if any(extension.rules and extension.rule_for(passage.module) for extension in self.extensions):
-                    found.setdefault(node, []).append(passage)
+        found: dict[Node, list[ModuleIO]] = {}
+        for node, module_io in self.module_io.items():
+            for io in module_io:
+                if any(extension.rules and extension.rule_for(io.module) for extension in self.extensions):
+                    found.setdefault(node, []).append(io)
         return found
 
     @property
-    def told(self) -> dict[Node, list[Passage]]:
+    def told(self) -> dict[Node, list[ModuleIO]]:
         """Calls of modules that a user is told of when this pass is through them."""
-        return self.passed if self.last and self.block.extension_hook is not None else {}
+        return self.module_io if self.last and self.block.extension_hook is not None else {}
 
-    def tell(self, passage: Passage) -> None:
+    def tell(self, io: ModuleIO) -> None:
         """The last columns have come to a module's output."""
-        known = None if self.selected else passage  # that of the selected samples is not what users expect
-        if not trainable(passage.module):
-            self.block.module_done(passage.module, known)
+        known = None if self.selected else io  # that of the selected samples is not what users expect
+        if not trainable(io.module):
+            self.block.module_done(io.module, known)
         elif known is not None:
-            self.block.passages[id(passage.module)] = known
+            self.block.module_io[id(io.module)] = known
 
     def run(self) -> None:
         """Pull back all seeds and store the results."""
@@ -96,7 +95,7 @@ class SeedPass:
             own = self._rerun(rows)
             if own is not None:
                 self.subset, self.selected = Subset(), True
-                self._go_over(Joined(own), [fewer(layout, len(rows)) for layout in self.layouts])
+                self._go_over(SplicedGraph(own), [fewer(layout, len(rows)) for layout in self.layouts])
         try:
             self._together_or_not(lambda: self._pull_all(rows))
         finally:
@@ -109,24 +108,24 @@ class SeedPass:
         except RuntimeError:
             if self.running is None or not self.running.batched:
                 raise
-            self._clear()  # a node that looped.py does not know cannot take seeds together, or memory was short
+            self._clear()  # a node that vmap_limits.py does not know cannot take seeds together, or memory was short
             self.batchable = False
             pull()
 
     def _pull_all(self, rows: Tensor | None) -> None:
         for number, seeds in self._chunks():
-            self.running = columns = self.running or Columns(self, self.joined)
+            self.running = columns = self.running or Columns(self, self.spliced)
             self.final = number >= self.columns
-            columns.pull(self.joined.starts, self._place(seeds, rows))
+            columns.pull(self.spliced.starts, self._place(seeds, rows))
             if self.final or not self.gathered:
                 columns.finish()
 
-    def _go_over(self, joined: Joined, layouts: Sequence[AnyLayout]) -> None:
+    def _go_over(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
         """Go on with a graph that was recorded anew."""
-        self.joined, self.layouts = joined, layouts
-        self.prepared, self.notes = self.origin.prepare(joined.starts, layouts, joined.replaced)
-        self.joined.known = self.prepared.graph.order
-        self.passed = passed(self.prepared.graph) if self.passed else {}
+        self.spliced, self.layouts = spliced, layouts
+        self.prepared, self.notes = self.origin.prepare(spliced.starts, layouts, spliced.replaced)
+        self.spliced.known = self.prepared.graph.order
+        self.module_io = module_io_of(self.prepared.graph) if self.module_io else {}
 
     def _clear(self) -> None:
         for store in (self.results, self.finished):
@@ -164,7 +163,7 @@ class SeedPass:
     @property
     def _chunk(self) -> int:
         """How many seeds are pulled back at a time."""
-        if torch.is_grad_enabled() or not self.batchable or self.joined.must_loop:
+        if torch.is_grad_enabled() or not self.batchable or self.spliced.must_loop:
             return 1
         if self.prepared.plan.mixed:
             return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._individual))
@@ -242,23 +241,23 @@ class SeedPass:
         return [get_gradient_edge(again) for again in found]
 
     def _run_again(self, note: Note, rows: Tensor | None) -> list[Any] | None:
-        return outputs_again(note, rows, self.n, self.twice)
+        return outputs_again(note, rows, self.n, self.double_backward)
 
-    def keep_for_rules(self, passages: list[Passage], grads: Mapping[int, Tensor]) -> None:
+    def keep_for_rules(self, module_io: list[ModuleIO], grads: Mapping[int, Tensor]) -> None:
         """Note the columns ``[v, n, ...]`` at a module's output for a rule."""
-        for passage in passages:
+        for io in module_io:
             for extension in self.extensions:
-                if not (extension.rules and extension.rule_for(passage.module) is not None):
+                if not (extension.rules and extension.rule_for(io.module) is not None):
                     continue
-                if len(passage.numbers) > 1 or passage.numbers[0] not in grads:
+                if len(io.numbers) > 1 or io.numbers[0] not in grads:
                     raise RuntimeError(
-                        f"{type(passage.module).__name__} has several outputs: {type(extension).__name__} can't take "
+                        f"{type(io.module).__name__} has several outputs: {type(extension).__name__} can't take "
                         f"a rule for it. Do without the rule: none is needed for any module."
                     )
-                own = grads[passage.numbers[0]]
+                own = grads[io.numbers[0]]
                 rows = None if self.selected else self.subset.rows(self.n, own.device)
                 own = own if rows is None else own.index_select(1, rows)
-                self.block.pulled.setdefault((id(extension), id(passage.module)), []).append(own)
+                self.block.pulled.setdefault((id(extension), id(io.module)), []).append(own)
 
     def compute(self, contributions: Contributions) -> None:
         """All of some columns has arrived at a parameter."""

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
-from backpack.backward.first_order import name_of
-from backpack.curvature.loss_call import LossCall, losses_in
 from backpack.curvature.residual_graph import is_linear
 from backpack.curvature.residuals import is_flat
-from backpack.graph import Graph, kind, variable_of
-from backpack.samples.notes import Note
-from backpack.samples.owners import Edge
+from backpack.graph import Edge, Graph, kind, variable_of
+from backpack.modules.calls import Note
+from backpack.modules.loss_calls import LossCall, losses_in
+from backpack.modules.parameters import name_of
 
 SUMS = ("Add", "Sub", "Rsub")
 """Kinds of nodes that add terms."""

@@ -26,8 +26,8 @@ from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import chosen_samples, open_files, survey, writable
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.hooks import EXTENDED
-from backpack.progress import bar
+from backpack.modules.forward_hooks import EXTENDED
+from backpack.utils.progress_bar import bar
 
 
 @dataclass(eq=False)

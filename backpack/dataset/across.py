@@ -14,8 +14,8 @@ from backpack.context import backpack
 from backpack.dataset.collection import Collection, part_of
 from backpack.dataset.merged import merged
 from backpack.dataset.processes import Processes
-from backpack.engine import HERE
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.modules.thread_state import HERE
 
 
 @contextmanager

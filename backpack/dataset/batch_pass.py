@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.compat import is_fully_sharded
+from backpack.backward.block import without_autocast
 from backpack.context import backpack, disable, extend
+from backpack.curvature.losses.denominators import denominator as of_loss
 from backpack.dataset.batches import Batch
 from backpack.dataset.collection import Collection, part_of
 from backpack.dataset.contents import apply, moved, samples_of, split
-from backpack.engine import HERE, without_autocast
-from backpack.hooks import EXTENDED
-from backpack.losses.denominators import denominator as of_loss
-from backpack.watched import SHARDED
+from backpack.modules.forward_hooks import EXTENDED
+from backpack.modules.parameters import SHARDED
+from backpack.modules.thread_state import HERE
+from backpack.torch_internals import is_fully_sharded
 
 
 @dataclass(eq=False)

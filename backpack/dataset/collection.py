@@ -15,7 +15,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.merging import Joined, Merging, Summed
 from backpack.memory import LARGE
-from backpack.watched import SHARDED
+from backpack.modules.parameters import SHARDED
 
 GRAD = "grad"
 

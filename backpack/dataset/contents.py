@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from backpack.samples.notes import leaves_of
+from backpack.modules.calls import leaves_of
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from backpack.extensions.merging import Joined, Merging
 from backpack.extensions.module_extension import ModuleExtension
-from backpack.passages import RULED
+from backpack.modules.module_io import RULED
 from backpack.samples import Subset
 from backpack.uses import Individual
 

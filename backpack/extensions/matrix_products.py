@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from backpack.curvature.products import CurvatureBlocks, Product
 from backpack.extensions.curvature import CurvatureExtension
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Blocks(Protocol):
+    """The curvature matrices of one backward pass, each parameter's block for itself."""
+
+    def hessian(self, parameter: Tensor) -> Product:
+        """That of the loss."""
+
+    def ggn(self, parameter: Tensor) -> Product:
+        """The generalized Gauss-Newton matrix."""
+
+    def positive(self, parameter: Tensor, modify: Product) -> Product:
+        """The positive-curvature Hessian, with modified eigenvalues."""
 
 
 class MatrixProduct(CurvatureExtension):
@@ -36,7 +51,7 @@ class MatrixProduct(CurvatureExtension):
     def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:
         super().__init__(savefield, subsampling)
 
-    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+    def product(self, curvature: Blocks, parameter: Tensor) -> Product:
         """The function for one parameter."""
         raise NotImplementedError
 
@@ -49,7 +64,7 @@ class HMP(MatrixProduct):
 
     savefield = "hmp"
 
-    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+    def product(self, curvature: Blocks, parameter: Tensor) -> Product:
         return curvature.hessian(parameter)
 
 
@@ -61,7 +76,7 @@ class GGNMP(MatrixProduct):
 
     savefield = "ggnmp"
 
-    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+    def product(self, curvature: Blocks, parameter: Tensor) -> Product:
         return curvature.ggn(parameter)
 
 
@@ -87,7 +102,7 @@ class PCHMP(MatrixProduct):
             raise ValueError(f"modify must be one of {' and '.join(map(repr, MODIFICATIONS))}, got {modify!r}.")
         self.modify = modify
 
-    def product(self, curvature: CurvatureBlocks, parameter: Tensor) -> Product:
+    def product(self, curvature: Blocks, parameter: Tensor) -> Product:
         return curvature.positive(parameter, MODIFICATIONS[self.modify])
 
 

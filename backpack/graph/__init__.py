@@ -3,10 +3,11 @@
 from backpack.graph.nodes import LEAF, call, count_outputs, is_complex, kind, shape_of, variable_of
 from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
 from backpack.graph.saved_parameters import copy_saved_parameters
-from backpack.graph.traversal import Graph, Incoming, edge_of, read
+from backpack.graph.traversal import Edge, Graph, Incoming, edge_of, read
 
 __all__ = [
     "LEAF",
+    "Edge",
     "Graph",
     "Incoming",
     "call",

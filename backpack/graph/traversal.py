@@ -9,6 +9,9 @@ from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
+Edge = tuple[Node, int]
+"""A node, and which output of its function an edge leads to."""
+
 Incoming = tuple[Node, int, int]
 """A node, which of its edges, and to which output of the function behind it leads."""
 
@@ -33,7 +36,7 @@ class Graph:
         return {node: left for node, left in found.items() if left}
 
 
-def read(roots: Iterable[GradientEdge], instead: Mapping[tuple[Node, int], tuple[Node, int]] | None = None) -> Graph:
+def read(roots: Iterable[GradientEdge], instead: Mapping[Edge, Edge] | None = None) -> Graph:
     """Go through a graph, without recursion.
 
     ``instead``: edges, as node and number, that others take the place of.
@@ -70,6 +73,6 @@ def read(roots: Iterable[GradientEdge], instead: Mapping[tuple[Node, int], tuple
     return Graph(roots, order, edges, incoming)
 
 
-def edge_of(edge: GradientEdge) -> tuple[Node, int]:
+def edge_of(edge: GradientEdge) -> Edge:
     """An edge as a key."""
     return edge.node, edge.output_nr

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from backpack.curvature.losses import loss_root
 from backpack.hessianfree._common import Tensors
 from backpack.hessianfree.lop import transposed_jacobian_vector_product
 from backpack.hessianfree.rop import jacobian_vector_product
-from backpack.losses import loss_root
 from backpack.samples import Layout
 
 

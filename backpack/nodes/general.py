@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.graph import call
-from backpack.graph.looped import is_looped
+from backpack.graph.vmap_limits import is_looped
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, Explicit, Individual, Use
 from backpack.uses.complex_numbers import converted

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from backpack.nodes.recurrent_steps import lstm_direction
 from backpack.nodes.registry import Place, form
 from backpack.samples import Layout, Rows
-from backpack.twice.recurrent import lstm_direction
 from backpack.uses import Cotangents, Individual, Use, join
 from backpack.uses.replay import Linear, Replay
 

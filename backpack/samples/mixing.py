@@ -13,11 +13,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
-from backpack.graph import LEAF, Graph, kind, read, saved, tensor_names, variable_of
+from backpack.graph import LEAF, Edge, Graph, kind, read, saved, tensor_names, variable_of
 from backpack.graph.saved import kept
-from backpack.samples.notes import Note, run_on_fewer
-from backpack.samples.owners import Edge, Owners
-from backpack.watched import WATCHED
+from backpack.modules.calls import Note, run_on_fewer
+from backpack.modules.parameters import PARAMETERS
+from backpack.samples.owners import Owners
 
 DRAWN = ("NativeDropout",)
 """Kinds of nodes that save what they draw."""
@@ -157,7 +157,7 @@ def _mixer(entry: Node, graph: Graph, owners: Owners) -> str:
 def described(node: Node, graph: Graph) -> str:
     """What mixes samples, for messages: the function, and a parameter that tells its layer."""
     leaves = [other for other, _ in graph.edges[node] if other is not None and other.name() == LEAF]
-    names = [watched.name for leaf in leaves if (watched := WATCHED.get(variable_of(leaf))) is not None]
+    names = [info.name for leaf in leaves if (info := PARAMETERS.get(variable_of(leaf))) is not None]
     return f"{kind(node)}{f' of parameter {names[0]}' if names else ''}"
 
 

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Graph, count_outputs, kind, shape_of
+from backpack.graph import LEAF, Edge, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded import coded
 from backpack.samples.layouts import AnyLayout, found_layout, same
 from backpack.samples.table import Unknown, spread
-
-Edge = tuple[Node, int]
-"""A node, and which output of its function an edge leads to."""
 
 
 @dataclass(eq=False)

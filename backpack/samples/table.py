@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.compat import is_packed
 from backpack.graph import kind, shape_of
 from backpack.samples.layouts import AnyLayout, Layout, found_layout
+from backpack.torch_internals import is_packed
 
 
 class Unknown(Exception):

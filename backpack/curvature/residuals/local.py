@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from backpack.bystanders import forget_retained
-from backpack.compat import dtype_at
+from backpack.graph.users_hooks import forget_retained
+from backpack.torch_internals import dtype_at
 
 
 class Severed:

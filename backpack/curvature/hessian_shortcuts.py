@@ -1,0 +1,97 @@
+"""Residuals of elementwise functions close to the parameters, without a column for each entry.
+
+The columns of a diagonal residual are unit vectors. A parameter that is used once needs only the sum of their squares
+as long as they are multiples of such, or if it is used without positions. It is pulled back as one vector: with the
+squared entries of the Jacobians.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.curvature.residual_graph import ResidualGraph
+from backpack.curvature.residuals.nodes import ELEMENTWISE, base_name
+from backpack.curvature.residuals.residual import Blocks, Residual, block_axes
+from backpack.samples import Layout
+from backpack.torch_internals import dtype_at, pull_back, shape_at
+
+_LINEAR_BY_ENTRIES = (
+    "Abs Add Clamp ClampMax ClampMin Hardshrink Hardsigmoid Hardtanh LeakyRelu NativeDropout Neg Relu Softshrink Sub "
+    "Threshold"
+)
+BY_ENTRIES = ELEMENTWISE | {f"{name}Backward" for name in _LINEAR_BY_ENTRIES.split()}
+_SELECTING = "Clone MaxPool2DWithIndices MaxPool3DWithIndices ReshapeAlias Squeeze Unsqueeze UnsafeView View"
+SELECTING = {f"{name}Backward" for name in _SELECTING.split()}
+"""Each output is one of the inputs."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """From a node's output to its only live input: a product with a ``matrix``, a choice, or entry by entry."""
+
+    above: GradientEdge
+    below: GradientEdge
+    matrix: bool
+    selecting: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """The edges from a curved node to the first parameter, and the steps between.
+
+    With each edge: whether columns that begin as unit vectors are more than multiples of such there.
+    """
+
+    edges: list[tuple[GradientEdge, bool]]
+    steps: list[Step]
+
+
+def way(graph: ResidualGraph, node: Node) -> Way | None:
+    """From the input of a curved node to the first parameter; ``None``: the way is not that simple."""
+    edges, shapes, layouts = graph.inputs(node)
+    if len(edges) > 1 or layouts != [Layout(graph.n)] or block_axes(node, shapes, layouts) != ():
+        return None
+    edge = graph.spliced.now(edges[0])
+    shape, mixed, steps, passed = shapes[0], False, list[Step](), [(edge, False)]
+    while live := graph.live(edge.node):
+        below = shape_at(live[0])
+        if len(live) > 1 or below[:1] != shape[:1] or dtype_at(live[0]).is_complex:
+            return None
+        matrix = _is_matrix(edge.node, live[0])
+        selecting = base_name(edge.node) in SELECTING
+        if not (base_name(edge.node) in BY_ENTRIES and below == shape) and (mixed or not (matrix or selecting)):
+            return None
+        shape, mixed = below, mixed or matrix
+        steps.append(Step(edge, live[0], matrix, selecting))
+        edge = graph.spliced.now(live[0])
+        passed.append((edge, mixed))
+    return Way(passed, steps)
+
+
+def squares(residual: Residual, simple: Way) -> list[Tensor]:
+    """At each edge of a way from a residual the sum of the columns' squares, weighed, ``[n, ...]``."""
+    assert isinstance(residual, Blocks)
+    total = residual.values[..., 0].reshape(residual.shapes[0])
+    found = [total]
+    for step in simple.steps:
+        if step.matrix:
+            total = total @ step.above.node._saved_mat2.T.square()  # type: ignore[attr-defined]
+        elif step.selecting:
+            (total,) = pull_back([step.above], [step.below], [total])
+        else:
+            (slope,) = pull_back([step.above], [step.below], [torch.ones_like(total)])
+            total = total * slope.square()
+        found.append(total)
+    return found
+
+
+def _is_matrix(node: Node, data: GradientEdge) -> bool:
+    """Whether a node multiplies the rows of its data by a matrix."""
+    place = {"AddmmBackward": 1, "MmBackward": 0}.get(base_name(node))
+    if place is None or node.next_functions[place][0] is not data.node:
+        return False
+    return place == 0 or node._saved_alpha == 1  # type: ignore[attr-defined]

@@ -1,0 +1,156 @@
+"""What each extended loss of a backward pass adds to the curvature, and how its extensions share pull-backs.
+
+The curvature of a sum of losses is the sum of theirs, and its root has the columns of all their roots, in the order of
+the calls. So the losses of a backward pass share a pull-back. Extensions that share their seeds do too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from backpack.backward.block import Block, without_autocast
+from backpack.backward.collector import Prepared
+from backpack.curvature.losses import LossRoot, loss_root
+from backpack.graph import Edge
+from backpack.graph.users_hooks import undisturbed
+from backpack.graph.vmap_limits import counts_backward_passes
+from backpack.modules.calls import Note, leaves_of
+from backpack.modules.loss_calls import LossCall
+from backpack.modules.thread_state import muted
+from backpack.samples import AnyLayout, Layout
+from backpack.torch_internals import is_fully_sharded
+
+PASSES: dict[str, Any] = {}
+"""How curvature is pulled back: the root's columns by themselves (``SeedPass``), their mean over the batch, with second
+derivatives of the model. The files of the passes add them."""
+
+
+@dataclass(eq=False)
+class Term:
+    """What the call of an extended loss adds to the curvature.
+
+    ``outer``: the cotangent of the loss's output; ``layout``: where the samples lie in its input. Seeds are
+    ``[v, n, d]``.
+    """
+
+    call: LossCall
+    outer: Tensor
+    layout: AnyLayout
+
+    @cached_property
+    def root(self) -> LossRoot:
+        """Of the loss's Hessian with respect to its input."""
+        call = self.call
+        with muted(), without_autocast(call.input.device):
+            return loss_root(call.loss, call.input, self.layout, call.args, call.kwargs, self.outer)
+
+    def none(self, count: int) -> Tensor:
+        """So many seeds that are zero."""
+        size = prod(self.layout.split(self.call.input.detach().to("meta")).shape[1:])
+        return self.call.input.new_zeros(count, self.layout.n, size)
+
+    def grad(self) -> Tensor:
+        """The gradient of the loss with respect to its input, ``[n, d]``."""
+        call, create = self.call, torch.is_grad_enabled()
+        with torch.enable_grad(), muted():
+            point = call.input if create else call.input.detach().requires_grad_()
+            value = call.loss.forward(point, *call.args, **call.kwargs)
+            (grad,) = torch.autograd.grad(value, point, self.outer if value.dim() else None, create_graph=create)
+        return self.layout.split(grad).reshape(self.layout.n, -1)
+
+    def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
+        """``[v, n, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""
+        layout = self.layout
+        shape = layout.split(self.call.input).shape[1:]
+        if chosen is not None and is_selected:
+            seeds, layout = seeds[:, chosen], fewer(layout, len(chosen))
+        elif chosen is not None:
+            seeds = seeds * seeds.new_zeros(layout.n).index_fill(0, chosen, 1)[:, None]
+        return layout.join(seeds.reshape(*seeds.shape[:2], *shape), leading=1).to(self.call.input.dtype)
+
+
+def fewer(layout: AnyLayout, n: int) -> Layout:
+    """The layout of so many of the samples."""
+    assert isinstance(layout, Layout)
+    return Layout(n, layout.axis)
+
+
+@dataclass(eq=False)
+class Origin:
+    """Where seeds begin: at the inputs of losses, whose curvatures add up.
+
+    ``terms``: of the losses, in the order of their calls; ``notes``: of the calls of extended modules that their inputs
+    come from, by the edge of their output; ``prepare``: gives what is known of the graph from some edges on, with the
+    notes of module calls in it.
+    """
+
+    terms: Sequence[Term]
+    prepared: Prepared
+    notes: Mapping[Edge, Note]
+    prepare: Callable[..., tuple[Prepared, Mapping[Edge, Note]]]
+    module_io: dict[Node, list[Any]] = field(default_factory=dict)
+    """The calls of modules, by the node that computed their output, where a block reads them."""
+
+    def run(self, block: Block) -> None:
+        """Compute the second-order extensions of a block."""
+        with undisturbed([term.call.input for term in self.terms]):
+            self._run(block)
+
+    def _run(self, block: Block) -> None:
+        for term in self.terms:
+            self._check(term, block.loss_factor)
+        modules = [module for note in self.notes.values() if (module := note.module()) is not None]
+        for extension in block.second_order:
+            if extension.backprop != "sqrt" and any(is_fully_sharded(m) for one in modules for m in one.modules()):
+                raise RuntimeError(
+                    f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
+                    f"not gather parameters. Use a model without it, or another extension."
+                )
+        if any(extension.semidefinite for extension in block.second_order):
+            notices = []
+            for term in self.terms:
+                term.root.require_semidefinite()
+                notices.append(term.root.notice)
+            if any(extension.seeds != "gradient" for extension in block.second_order):
+                for notice in dict.fromkeys(filter(None, notices)):
+                    warnings.warn(notice, stacklevel=2)
+        groups: dict[Any, list[Any]] = {}
+        for extension in block.second_order:
+            how = (extension.seeds, extension.mc_samples, extension.chunk_size, extension.whole, extension.backprop)
+            key = (extension.subset.key, *how)
+            groups.setdefault(key, []).append(extension)
+        for place, extensions in enumerate(groups.values()):
+            last = place == len(groups) - 1 and not block.first_order and not block.with_rules
+            with without_autocast(self.terms[0].call.input.device):
+                PASSES[extensions[0].backprop](block, extensions, self, last).run()
+
+    def _check(self, term: Term, factor: float) -> None:
+        call, outer = term.call, term.outer
+        loss = call.loss
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and counts_backward_passes(call.edge):
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) would take the pull-back of seeds for its first backward "
+                "pass: leave static_graph out, or run one backward pass without second-order extensions before."
+            )
+        for value in leaves_of((call.args, call.kwargs)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"A further argument of {type(loss).__name__}, of shape {list(value.shape)}, requires a "
+                    f"gradient: second-order extensions differentiate the loss by its first argument alone."
+                )
+        if outer.dim() == 0 and outer.item() != factor:
+            warnings.warn(
+                f"The output of {type(loss).__name__} was multiplied by a factor ({outer.item():.3g}) before "
+                f"backward(): second-order extensions are those of the loss itself, without the factor.",
+                stacklevel=2,
+            )

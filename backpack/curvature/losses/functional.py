@@ -1,0 +1,90 @@
+"""Any other loss: its Hessian by automatic differentiation, its root by an eigendecomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from backpack.curvature.losses.base import LossRoot, divided, term_weight
+from backpack.samples import AnyLayout
+
+TOLERANCE = 1e-4
+"""Negative eigenvalues up to this times the largest are taken for rounding (float32; its square root for float64)."""
+
+
+def hessian_product(
+    loss: Module, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """The function that multiplies with the Hessian of the loss with respect to its input.
+
+    ``outer`` weighs the entries of a loss that is not reduced; of one that is, it only counts as a one.
+    """
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = input if create else input.detach().requires_grad_()
+        value = loss.forward(point, *args, **kwargs)
+        (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=True)
+
+    def product(vector: Tensor) -> Tensor:
+        if not grad.requires_grad:  # a loss that is linear in its input
+            return torch.zeros_like(vector)
+        (result,) = torch.autograd.grad(grad, point, vector, retain_graph=True, create_graph=create, allow_unused=True)
+        return torch.zeros_like(vector) if result is None else result
+
+    return product
+
+
+class DenseRoot(LossRoot):
+    """From the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
+
+    def __init__(self, hessian: Tensor, weight: Tensor) -> None:
+        self._weight = weight
+        values, vectors = torch.linalg.eigh(hessian)
+        tolerance = TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2
+        if values.numel() and values.min() < -tolerance * values.abs().max():
+            self.smallest = values.min().item()
+            self.signs = values.sign().T
+            values = values.abs()
+        self.root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).permute(2, 0, 1)
+        self.columns = len(self.root)
+
+    def exact(self, start: int, stop: int) -> Tensor:
+        return self.root[start:stop]
+
+    def weighed(self, grad: Tensor) -> Tensor:
+        return divided(grad, self._weight)
+
+    def sampled(self) -> Tensor:
+        return torch.einsum("vnd,vn->nd", self.root, torch.randn_like(self.root[:, :, 0]))
+
+
+def functional(
+    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> LossRoot:
+    """The root of a loss without a rule.
+
+    Raises:
+        ValueError: The loss couples samples.
+    """
+    product = hessian_product(loss, input, args, kwargs, outer)
+    split = layout.split(input)
+    n, size = len(split), split[0].numel()
+    columns = []
+    for column in range(size):
+        unit = split.new_zeros(n, size)
+        unit[:, column] = 1
+        columns.append(layout.split(product(layout.join(unit.reshape(split.shape)))).reshape(n, size))
+    hessian = torch.stack(columns, 2)
+    check = torch.arange(n * size, device=input.device).cos().to(input.dtype).reshape(split.shape)
+    expected = torch.einsum("nde,ne->nd", hessian, check.reshape(n, size))
+    found = layout.split(product(layout.join(check))).reshape(n, size)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * max(1e-30, found.abs().max().item())):
+        raise ValueError(
+            f"{type(loss).__name__} couples the samples of a batch: its Hessian with respect to its input of shape "
+            f"{list(input.shape)} is not block-diagonal over the {n} samples, as second-order extensions need it."
+        )
+    return DenseRoot((hessian + hessian.transpose(1, 2)) / 2, term_weight(loss, input, layout, outer))

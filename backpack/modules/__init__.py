@@ -1,0 +1,1 @@
+"""Extended modules: hooks of their forward pass, what these leave in the graph, and their parameters."""

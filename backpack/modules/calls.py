@@ -1,0 +1,254 @@
+"""Notes that calls of extended modules leave in the graph: what was called, with which arguments."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Module
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+from backpack.graph import Edge, Graph
+
+OUTPUT = "backpack output"
+INPUT = "backpack input"
+
+PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+"""Types of arguments that hold nothing else."""
+
+
+@dataclass(eq=False)
+class Note:
+    """What a call of an extended module leaves at the node of each of its outputs.
+
+    ``place``: of this output among the leaves of all; ``axis``: the one that counts the samples of an input;
+    ``arguments``: of the call, cut off from the graph, which would live forever if one of its nodes held it;
+    ``is_complete``: whether the module can be called with them.
+    """
+
+    module: ref[Module]
+    arguments: tuple[Any, Any]
+    is_complete: bool
+    axis: int
+    place: int
+    is_packed: bool = False
+    """Whether the output is a packed sequence, whose rows are no samples."""
+    is_of_base: bool = False
+    """Whether it is not left at the output itself, but at what this is a view of."""
+    output: tuple[Callable[[], Tensor | None], int] | None = None
+    """By a weak reference, or detached where the call may have to be compared with another; with its version."""
+    attached: tuple[Any, Any] | None = None
+    """The arguments with their graph, if a gradient flows on to them."""
+    random: list[Tensor] | None = None
+    """The state of the generators when the call began, if that was asked for."""
+
+    @property
+    def value(self) -> Tensor | None:
+        """The output, if it is still there as it was."""
+        tensor = None if self.output is None else self.output[0]()
+        if tensor is None or self.output is None:
+            return None
+        tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
+        return tensor if tensor._version == self.output[1] else None
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that the module was called with."""
+        return [leaf for leaf in leaves_of(self.arguments) if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many rows each of them has, as far as they differ."""
+        return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in self.inputs if t.dim()))
+
+    @cached_property
+    def sizes_of_data(self) -> list[int]:
+        """The same of the first tensor, and of numbers that are no indices."""
+        found = [t for place, t in enumerate(self.inputs) if place == 0 or t.is_floating_point() or t.is_complex()]
+        return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in found if t.dim()))
+
+    def axis_of(self, tensor: Tensor) -> int:
+        """Which axis of an input counts its rows."""
+        return self.axis if tensor.dim() > self.axis else 0
+
+    def outputs(self, output: Any) -> Any:
+        """The output that the note is about, of a further call."""
+        leaves = leaves_of(output)
+        return leaves[self.place] if self.place < len(leaves) else None
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """What a nested structure holds, with dataclasses opened."""
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [leaf for entry in value for leaf in leaves_of(entry)]
+    if type(value) is dict:
+        return [leaf for entry in value.values() for leaf in leaves_of(entry)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return [leaf for entry in fields for leaf in leaves_of(entry)]
+    if isinstance(value, PLAIN):
+        return [value]
+    leaves = tree_leaves(value)
+    return (
+        leaves if len(leaves) == 1 and leaves[0] is value else [leaf for entry in leaves for leaf in leaves_of(entry)]
+    )
+
+
+def leave_note(
+    module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None = None
+) -> None:
+    """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such."""
+    if type(output) is Tensor and len(args) == 1 and not kwargs and output._base is None:
+        (x,), node = args, output.grad_fn
+        if node is None:
+            return
+        if type(x) is Tensor and not x.requires_grad:
+            note = Note(ref(module), ((x,), {}), True, axis, 0)
+            note.output, note.random = _referred(output, random is not None), random
+            left: Any = node.metadata
+            left.setdefault(OUTPUT, {})[output.output_nr] = note
+            return
+    _leave_note(module, args, kwargs, output, axis, random)
+
+
+def _leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None) -> None:
+    copied = _Copy()
+    arguments = copied((args, kwargs))
+    inputs = {}
+    for tensor in leaves_of((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            inputs[edge.node, edge.output_nr] = tensor
+    attached = _Copy(attached=True)((args, kwargs)) if inputs and copied.is_complete else None
+    packed = any(isinstance(part, PackedSequence) for part in (output, *(output if type(output) is tuple else ())))
+    note: Note | None = None
+    cut: Note | None = None
+    for place, tensor in enumerate(leaves_of(output)):
+        if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
+            continue
+        note = Note(ref(module), arguments, copied.is_complete, axis, place, packed)
+        note.output, note.attached, note.random = _referred(tensor, random is not None), attached, random
+        for value in (tensor, tensor._base):  # of a view, which an operation in place takes its own node from
+            node = None if value is None else value.grad_fn
+            if value is None or node is None:
+                continue
+            metadata: Any = node.metadata
+            if (node, value.output_nr) in inputs:  # handed through, or overwritten: a node must not hold itself
+                cut = cut or dataclasses.replace(note, attached=None)
+                metadata.setdefault(OUTPUT, {}).setdefault(value.output_nr, cut)
+            else:
+                own = note if value is tensor else dataclasses.replace(note, is_of_base=True)
+                metadata.setdefault(OUTPUT, {})[value.output_nr] = own
+    if note is not None and inputs:
+        cut = cut or dataclasses.replace(note, attached=None)
+        for node, _ in inputs:
+            metadata = node.metadata
+            metadata[INPUT] = cut
+
+
+class _Copy:
+    """Copies the containers of arguments, which may get to hold an output, and cuts tensors off from the graph."""
+
+    def __init__(self, attached: bool = False) -> None:
+        self.attached, self.is_complete = attached, True
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if self.attached or value.is_inference() or not value.requires_grad else value.detach()
+        if type(value) in (tuple, list):
+            return type(value)([self(entry) for entry in value])
+        if type(value) is dict:
+            return {key: self(entry) for key, entry in value.items()}
+        if isinstance(value, PLAIN):
+            return value
+        self.is_complete = False
+        return [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _referred(tensor: Tensor, hold: bool) -> tuple[Callable[[], Tensor | None], int]:
+    """What gives an output, as long as it is there or where it is to be held, and its version."""
+    version = 0 if tensor.is_inference() else tensor._version
+    if not hold:
+        return ref(tensor), version
+    detached = tensor.detach()  # a node must not hold itself
+    return (lambda: detached), version
+
+
+def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
+    """The outputs of extended modules in a graph; and all calls of which it has inputs or outputs."""
+    found: dict[Edge, Note] = {}
+    calls: dict[int, Note] = {}
+    for node, left in graph.notes.items():
+        for number, note in left.get(OUTPUT, {}).items():
+            found[node, number] = calls[id(note)] = note
+        if INPUT in left:
+            calls[id(left[INPUT])] = left[INPUT]
+    return found, list(calls.values())
+
+
+def run_on_fewer(note: Note, n: int, with_graph: bool = False, whole: Container[int] = ()) -> Any:
+    """What a module returns for all of its ``n`` samples but the last; ``None``: it fails.
+
+    ``whole``: memory of inputs that stay as they are.
+
+    A copy runs that has the same parameters, so that the module stays as it is.
+    """
+    module = note.module()
+    if module is None or not note.is_complete:
+        return None
+
+    def fewer(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        own = value.dim() > 0 and value.shape[note.axis_of(value)] == n
+        own = own and value.untyped_storage()._cdata not in whole
+        return value.detach().narrow(note.axis_of(value), 0, n - 1) if own else value.detach()
+
+    try:
+        args, kwargs = tree_map(fewer, note.arguments)
+        with _random_numbers_as_before(), torch.set_grad_enabled(with_graph):
+            return _copy(module)(*args, **kwargs)
+    except Exception:  # whatever it may be that the module does not take
+        return None
+
+
+def _copy(module: Module) -> Callable[..., Any]:
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+                    del hooks[key]
+    return twin
+
+
+@contextmanager
+def _random_numbers_as_before() -> Iterator[None]:
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(drawn)

@@ -1,0 +1,72 @@
+"""Notes that calls of extended losses leave in the graph: what a loss was called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Module
+from torch.nn.modules.loss import _Loss
+
+from backpack.graph import Edge, Graph, edge_of
+
+LOSS = "backpack loss"
+
+WITH_ROOTS: set[type[Module]] = set()
+"""Classes of losses for which there is a rule."""
+
+_losses: dict[type[Module], bool] = {}
+"""Which classes are known as losses."""
+
+
+def is_known_loss(module: Module) -> bool:
+    """Whether a module is one of PyTorch's losses, or there is a rule for its class."""
+    cls = type(module)
+    known = _losses.get(cls)
+    if known is None:
+        known = _losses[cls] = isinstance(module, _Loss) or not WITH_ROOTS.isdisjoint(cls.__mro__)
+    return known
+
+
+@dataclass(eq=False)
+class LossCall:
+    """One call of an extended loss."""
+
+    loss: Module
+    input: Tensor
+    edge: GradientEdge
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_certain: bool = True
+    """Otherwise it is a loss if what it returns, a value for each row, is only reduced from there on."""
+
+    @property
+    def place(self) -> Edge:
+        """The edge of the input, as a key."""
+        return edge_of(self.edge)
+
+
+def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain: bool) -> None:
+    """Note at the node that computed the output of a loss what it was called with."""
+    kwargs = dict(kwargs)
+    input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
+    if not isinstance(input, Tensor) or not input.requires_grad or output.grad_fn is None:
+        return
+    if not is_certain and input.shape[:1] != output.shape:
+        return
+    node = input.grad_fn
+    if node is output.grad_fn:  # handed through: a node must not hold itself
+        return
+    edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
+    metadata: Any = output.grad_fn.metadata
+    metadata.setdefault(LOSS, (output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)))
+
+
+def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:
+    """The calls of losses whose outputs are in a graph."""
+    for node, left in graph.notes.items():
+        if LOSS in left:
+            yield node, *left[LOSS]

@@ -1,0 +1,269 @@
+"""Calls of extended modules: what went in and came out, for rules and hooks that users write.
+
+``module.input0``, ``module.input1``, ... and ``module.output`` exist on a module while such code runs for it. Nothing
+is kept for that which autograd would let go: tensors are referred to weakly, except for classes of modules that have a
+rule, and where the forward pass runs in a block with an ``extension_hook``.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager as Context
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Identity, Module
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from backpack.graph import Graph
+from backpack.graph.users_hooks import MODULE_IO, undisturbed
+
+RULED: WeakSet[type[Module]] = WeakSet()
+"""Classes of modules for which there is a rule."""
+
+LEFT: WeakKeyDictionary[Module, list[str]] = WeakKeyDictionary()
+"""What stays readable on modules, since their graph was to be retained."""
+
+SERVED = re.compile(r"has no attribute '(input\d+|output)'")
+
+_serving = threading.RLock()
+"""A module's attributes are those of one thread's call at a time."""
+
+
+def is_ruled(module: Module) -> bool:
+    """Whether there is a rule for the class of a module, or a base of it."""
+    return bool(RULED) and any(cls in RULED for cls in type(module).__mro__)
+
+
+def forget(module: Module) -> None:
+    """Take away what stayed readable."""
+    for name in LEFT.pop(module, ()):
+        vars(module).pop(name, None)
+
+
+@dataclass(eq=False, slots=True)
+class Noted:
+    """A tensor of the forward pass, perhaps by a weak reference, and how often it had been written to."""
+
+    held: Any
+    version: int
+
+    def value(self) -> Tensor | None:
+        """The tensor, if it is still there as it was."""
+        tensor = self.held
+        if isinstance(tensor, ref):
+            tensor = tensor()
+            if tensor is not None:
+                tensor._fix_weakref()  # the reference was perhaps to one that had been dropped
+        return None if tensor is None or _version(tensor) != self.version else tensor
+
+    def hold(self) -> None:
+        """Refer to it by itself from now on, if it is still there."""
+        self.held = self.value()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _weakly(tensor: Tensor) -> Noted:
+    return Noted(ref(tensor), 0 if tensor.is_inference() else tensor._version)
+
+
+def _note(value: Any, hold: Callable[[Tensor], Noted]) -> Any:
+    """What ``hold`` makes of a tensor; of anything else, its leaves with that, and how they belong together."""
+    if isinstance(value, Tensor):
+        return hold(value)
+    leaves, spec = tree_flatten(value)
+    return [hold(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def _leaves(note: Any) -> list[Any]:
+    return [note] if isinstance(note, Noted) else note[0]
+
+
+def _value(note: Any) -> Any:
+    """Undo ``_note``."""
+    leaves = [leaf.value() if isinstance(leaf, Noted) else leaf for leaf in _leaves(note)]
+    return leaves[0] if isinstance(note, Noted) else tree_unflatten(leaves, note[1])
+
+
+@dataclass(eq=False, slots=True)
+class ModuleIO:
+    """One call of a module: what came in and out, with each tensor noted.
+
+    ``node``: what computed its first output, which the others may have in common; ``numbers``: of those; ``edges``: of
+    the inputs, where gradients flow to them; ``overwritten``: the places of inputs that were returned.
+    """
+
+    module: Module
+    inputs: list[Any]
+    output: Any
+    numbers: list[int]
+    edges: list[GradientEdge | None]
+    overwritten: list[int]
+
+    def readable(self) -> dict[str, Any]:
+        """The attributes that can be served, but those that the module has of its own."""
+        module, found = self.module, {}
+        notes = {f"input{place}": note for place, note in enumerate(self.inputs) if place not in self.overwritten}
+        for name, note in {**notes, "output": self.output}.items():
+            taken = any(name in names for names in (module._modules, module._buffers, module._parameters))
+            if taken or name in vars(module) or hasattr(type(module), name):
+                continue
+            if not any(isinstance(leaf, Noted) and leaf.value() is None for leaf in _leaves(note)):
+                found[name] = _value(note)
+        return found
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What came in and out, as far as it is still there."""
+        for noted in self._noted():
+            if (tensor := noted.value()) is not None:
+                yield tensor
+
+    def hold(self) -> None:
+        """Keep what is still there: autograd frees it when the module's backward pass has run."""
+        for noted in self._noted():
+            noted.hold()
+
+    def _noted(self) -> Iterator[Noted]:
+        notes = (*self.inputs, self.output)
+        return (leaf for note in notes for leaf in _leaves(note) if isinstance(leaf, Noted))
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """The module has its inputs and outputs as attributes."""
+        with _serving:
+            left = self.module in LEFT
+            forget(self.module)
+            added = self.readable()
+            vars(self.module).update(added)
+            try:
+                yield
+            except AttributeError as error:
+                if SERVED.search(str(error)) is None:
+                    raise
+                raise AttributeError(
+                    f"{error}: the tensor was freed or overwritten after the forward pass, since autograd does not "
+                    f"need it. It is kept where a rule for {type(self.module).__name__} was registered before the "
+                    f"forward pass (set_module_extension), or the forward pass ran inside a backpack(...) block that "
+                    f"has an extension_hook."
+                ) from error
+            finally:
+                for name in added:
+                    vars(self.module).pop(name, None)
+                if left:
+                    self.leave()
+
+    def leave(self) -> None:
+        """Let the attributes stay until the module is called again."""
+        forget(self.module)
+        added = self.readable()
+        vars(self.module).update(tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, added))
+        LEFT[self.module] = list(added)
+
+    def gradients(self, node: Node | None, g_out: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+        """Those of the inputs, computed when they are read."""
+        return InputGradients(self, node, g_out)
+
+
+def leave_module_io(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
+    """Leave at the node that computed a module's outputs what came in and out; ``keep``: hold it."""
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    if keep or kwargs or node is None or len(args) != 1 or type(args[0]) is not Tensor or (RULED and is_ruled(module)):
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if tensors:
+            _leave(module, (*args, *kwargs.values()), output, tensors, keep or is_ruled(module))
+        return
+    x = args[0]
+    version = 0 if x.is_inference() else x._version
+    metadata: Any = node.metadata
+    before = metadata.get(MODULE_IO, ())
+    metadata[MODULE_IO] = *before, (ref(module), ref(x), version, ref(output), output._version, output.output_nr)
+
+
+def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> None:
+    edges: list[GradientEdge | None] = [None] * len(inputs)
+    node = get_gradient_edge(tensors[0]).node
+    numbers = [edge.output_nr for tensor in tensors if (edge := get_gradient_edge(tensor)).node is node]
+    outputs = list(map(id, tensors))
+    same = [place for place, value in enumerate(inputs) if id(value) in outputs]
+    overwritten = [] if same and isinstance(module, Identity) else same
+    hold = _weakly
+    if keep:
+
+        def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the node that holds it
+            return Noted(tensor.detach() if id(tensor) in outputs else tensor, _version(tensor))
+
+        for place, value in enumerate(inputs):
+            if isinstance(value, Tensor) and value.requires_grad and place not in same:
+                edges[place] = get_gradient_edge(value)
+    notes = [hold(value) if isinstance(value, Tensor) else _note(value, hold) for value in inputs]
+    metadata: Any = node.metadata
+    left = (ref(module), notes, _note(output, hold), numbers, edges, overwritten)
+    metadata[MODULE_IO] = *metadata.get(MODULE_IO, ()), left
+
+
+def module_io_of(graph: Graph) -> dict[Node, list[ModuleIO]]:
+    """The calls of modules, by the node that computed their first output."""
+    found: dict[Node, list[ModuleIO]] = {}
+    for node, notes in graph.notes.items():
+        for left in notes.get(MODULE_IO, ()):
+            module = left[0]()
+            if module is not None:
+                found.setdefault(node, []).append(_restored(module, *left[1:]))
+    return found
+
+
+def _restored(module: Module, input: Any, second: Any, third: Any, *rest: Any) -> ModuleIO:
+    """What was left, in full."""
+    if not isinstance(input, ref):
+        return ModuleIO(module, input, second, third, *rest)
+    version, number = rest
+    same = [0] if input is third and not isinstance(module, Identity) else []
+    return ModuleIO(module, [Noted(input, second)], Noted(third, version), [number], [None], same)
+
+
+def serve(io: ModuleIO | None) -> Context[None]:
+    """Its inputs and outputs, if there was such a call."""
+    return nullcontext() if io is None else io.served()
+
+
+class InputGradients(Sequence[Any]):
+    """Gradients of a module's inputs, ``None`` where an input needs none; each read starts a backward pass."""
+
+    def __init__(self, io: ModuleIO, node: Node | None, g_out: tuple[Tensor | None, ...]) -> None:
+        self._io, self._node, self._g_out = io, node, g_out
+
+    def __len__(self) -> int:
+        return len(self._io.edges)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return tuple(self[k] for k in range(len(self))[place])
+        edge = self._io.edges[place]
+        if edge is None and self._io.overwritten:
+            raise RuntimeError(
+                f"g_inp of {type(self._io.module).__name__}: the gradient of an input that the module overwrites "
+                f"is not available. Set inplace=False."
+            )
+        if edge is None or self._node is None:
+            return None
+        given = [(k, grad) for k, grad in zip(self._io.numbers, self._g_out, strict=True) if grad is not None]
+        with undisturbed(self._io.tensors()):
+            (found,) = torch.autograd.grad(
+                [GradientEdge(self._node, k) for k, _ in given],
+                edge,
+                [grad for _, grad in given],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        return found

@@ -1,0 +1,75 @@
+"""Parameters of extended modules: what is known of each while it lives, and which modules own it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(eq=False)
+class ParameterInfo:
+    """A parameter of extended modules: its name, and the modules that own it."""
+
+    name: str
+    references: list[ref[Module]] = field(default_factory=list)
+    explained: set[bool] = field(default_factory=set)
+    """Modes of training in which its gradient was compared with what was delivered."""
+
+    @property
+    def owners(self) -> list[Module]:
+        """The modules that are still there."""
+        return [owner for reference in self.references if (owner := reference()) is not None]
+
+    @property
+    def training(self) -> bool:
+        """Whether one of them is in training mode."""
+        return any(owner.training for reference in self.references if (owner := reference()) is not None)
+
+    def add(self, owner: Module) -> None:
+        """Note an owner."""
+        self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
+
+
+PARAMETERS: Any = WeakTensorKeyDictionary()
+"""Parameter to ``ParameterInfo``."""
+
+
+_by_number: dict[int, tuple[ref[Tensor], ParameterInfo]] = {}
+
+
+def info_of(parameter: Tensor) -> ParameterInfo | None:
+    """What is known of a parameter; faster than ``PARAMETERS.get``."""
+    known = _by_number.get(id(parameter))
+    if known is not None and known[0]() is parameter:
+        return known[1]
+    found = PARAMETERS.get(parameter)
+    if found is not None:
+        number = id(parameter)
+        _by_number[number] = (ref(parameter, lambda _: _by_number.pop(number, None)), found)
+    return found
+
+
+def name_of(parameter: Tensor) -> str:
+    """The path of a parameter in the model that was extended."""
+    known = info_of(parameter)
+    return "of an extended module" if known is None else known.name
+
+
+def forget_parameter(parameter: Tensor) -> None:
+    """Forget a parameter."""
+    _by_number.pop(id(parameter), None)
+    PARAMETERS.pop(parameter, None)
+
+
+SHARDED: Any = WeakTensorKeyDictionary()
+"""Whole parameter that a fully sharded module has gathered to a weak reference to the sharded one."""
+
+
+def trainable(module: Module) -> list[Tensor]:
+    """The parameters of the module itself that receive gradients."""
+    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
