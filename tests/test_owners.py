@@ -18,8 +18,8 @@ from truth import through_rows
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from backpack.graph import LEAF, count_outputs, read, variable_of
-from backpack.samples import Layout, same, table
-from backpack.samples.coded import coded
+from backpack.samples import Layout, layout_rules, same
+from backpack.samples.coded_pass import coded
 from backpack.samples.owners import find_owners
 
 MOST = 2400
@@ -675,7 +675,7 @@ def test_owned_entries_come_from_their_sample_alone_in_large_batches(sizes):
 
 @pytest.mark.parametrize("name", ["Cumsum", "Flip", "Roll", "Softmax", "Sort"])
 def test_a_wrong_rule_is_noticed(monkeypatch, name):
-    monkeypatch.setattr(table, "SAME", table.SAME | {name})
+    monkeypatch.setattr(layout_rules, "SAME", layout_rules.SAME | {name})
     with pytest.raises(AssertionError) as caught:
         check_all(range(300), torch.float64)
     assert "comes from others as well" in str(caught.value.__cause__)

@@ -17,9 +17,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.common_methods_invocations import op_db
 
 from backpack.graph import LEAF, call, count_outputs, kind, read, shape_of
-from backpack.samples import Layout, Scattered, table
-from backpack.samples.coded import coded
-from backpack.samples.table import RULES, SAME, Unknown, spread
+from backpack.samples import Layout, Scattered, layout_rules
+from backpack.samples.coded_pass import coded
+from backpack.samples.layout_rules import RULES, SAME, Unknown, spread
 
 BESIDE = {
     "complex": lambda x: torch.complex(x, x.sin()).abs(),
@@ -284,7 +284,7 @@ WRONG = {
 def test_a_wrong_rule_is_noticed(monkeypatch, name):
     operators = [op for op in op_db if op.name == WRONG[name]]
     assert not sweep(5, operators).wrong
-    monkeypatch.setattr(table, "SAME", SAME | {name})
+    monkeypatch.setattr(layout_rules, "SAME", SAME | {name})
     assert sweep(5, operators).wrong
 
 

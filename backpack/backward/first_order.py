@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Collector, Prepared
-from backpack.backward.region import place_in, pull_through
+from backpack.backward.mixed_regions import place_in, pull_through
 from backpack.extensions.interface import Quantity, without_rules
 from backpack.graph import Edge, count_outputs, kind, variable_of
 from backpack.graph.users_hooks import observed, undisturbed

@@ -21,9 +21,9 @@ from backpack.modules.loss_calls import losses_in
 from backpack.modules.parameters import SHARDED, info_of, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
-from backpack.samples.beginning import decide
 from backpack.samples.mixing import behind, mixed_data, unproved
 from backpack.samples.owners import Owners, find_owners
+from backpack.samples.where_samples_begin import decide
 
 
 def prepare(

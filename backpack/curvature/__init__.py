@@ -3,6 +3,6 @@
 from backpack.curvature import averaged_hessian as averaged_hessian  # they register passes
 from backpack.curvature import hessian as hessian
 from backpack.curvature import products as products
-from backpack.curvature.start import compute_curvature, may_rerun_model
+from backpack.curvature.compute_curvature import compute_curvature, may_rerun_model
 
 __all__ = ["compute_curvature", "may_rerun_model"]

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
-from backpack.backward.region import place_in, pull_through
+from backpack.backward.mixed_regions import place_in, pull_through
 from backpack.curvature.pooling import pooled
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import count_outputs, kind, saved, variable_of

@@ -19,9 +19,9 @@ from backpack.dataset.batch_pass import BatchPass
 from backpack.dataset.batches import Batch, Batches, require_two_readings
 from backpack.dataset.checkpoint import Checkpoint
 from backpack.dataset.collection import GRAD, Collection
+from backpack.dataset.final_results import merged
 from backpack.dataset.identity import identity
 from backpack.dataset.interruption import Counts, Interruption
-from backpack.dataset.merged import merged
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import chosen_samples, open_files, survey, writable

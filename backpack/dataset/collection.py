@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from backpack.dataset.stores import FileRows, Rows
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.curvature import CurvatureExtension
-from backpack.extensions.merging import Joined, Merging, Summed
+from backpack.extensions.merge_batches import Joined, Merging, Summed
 from backpack.memory import LARGE
 from backpack.modules.parameters import SHARDED
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Module
 
-from backpack.extensions.merging import Joined, Merging
+from backpack.extensions.merge_batches import Joined, Merging
 from backpack.extensions.module_extension import ModuleExtension
 from backpack.modules.module_io import RULED
 from backpack.samples import Subset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from backpack.extensions.diag_hessian import DiagHessian
-from backpack.extensions.merging import Joined
+from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.merging import Summed
+from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
-from backpack.extensions.merging import Joined, Merging, Summed
+from backpack.extensions.merge_batches import Joined, Merging, Summed
 from backpack.uses import Individual
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backpack.extensions.kfac import KFAC
 from backpack.extensions.kronecker import KroneckerExtension
-from backpack.extensions.merging import Summed
+from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 from backpack.uses.kronecker import complete, eigenbases, output_factors, second_moments
 from backpack.utils.kroneckers import Eigen

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
-from backpack.extensions.merging import Averaged, Listed, Summed
+from backpack.extensions.merge_batches import Averaged, Listed, Summed
 from backpack.samples import Subset
 from backpack.uses import Individual
 from backpack.uses.base import accumulate

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.merging import Moments
+from backpack.extensions.merge_batches import Moments
 from backpack.uses import Individual
 from backpack.uses.complex_numbers import squared
 

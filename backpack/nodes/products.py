@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backpack.nodes.registry import Place, form
 from backpack.samples import Layout
-from backpack.samples.table import is_bilinear
+from backpack.samples.layout_rules import is_bilinear
 from backpack.uses import DenseUse, ElementwiseUse, Use
 
 

@@ -10,9 +10,9 @@ import torch
 from torch.autograd.graph import Node
 
 from backpack.graph import LEAF, Edge, Graph, count_outputs, kind, shape_of
-from backpack.samples.coded import coded
+from backpack.samples.coded_pass import coded
+from backpack.samples.layout_rules import Unknown, spread
 from backpack.samples.layouts import AnyLayout, found_layout, same
-from backpack.samples.table import Unknown, spread
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
 from backpack.uses.joint import Joint, join
 from backpack.uses.lookup import Lookup, LookupUse
-from backpack.uses.parts import Parts
+from backpack.uses.stacked_matrices import Parts
 
 __all__ = [
     "Cotangents",

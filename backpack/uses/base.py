@@ -19,7 +19,7 @@ from backpack.samples import Rows
 from backpack.uses.complex_numbers import as_real, squared
 
 if TYPE_CHECKING:
-    from backpack.uses.linear_map import LinearMap
+    from backpack.uses.factor_maps import LinearMap
 I = TypeVar("I", bound="Individual")
 
 SCRATCH = 2**20

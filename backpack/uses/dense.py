@@ -14,7 +14,7 @@ from backpack.memory import empty, product
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, SampleSum, Use, accumulate
 from backpack.uses.complex_numbers import as_real, conjugated, squared
-from backpack.uses.linear_map import LinearMap, diagonal_blocks, moment_of_outputs, second_moment
+from backpack.uses.factor_maps import LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 
 SMALL = 2**22
 """Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual
-from backpack.uses.linear_map import LinearMap
+from backpack.uses.factor_maps import LinearMap
 from backpack.uses.lookup import Lookup
 
 

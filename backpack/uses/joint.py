@@ -12,9 +12,9 @@ from torch import Tensor
 from backpack.uses.base import Individual
 from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
-from backpack.uses.linear_map import LinearMap
+from backpack.uses.factor_maps import LinearMap
 from backpack.uses.lookup import Lookup
-from backpack.uses.parts import Parts
+from backpack.uses.stacked_matrices import Parts
 
 
 @dataclass(eq=False)

@@ -24,8 +24,8 @@ from backpack.memory import contiguous
 from backpack.uses.base import Individual, accumulate
 from backpack.uses.complex_numbers import double, squared
 from backpack.uses.elementwise import Explicit
+from backpack.uses.factor_maps import MOMENT, LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 from backpack.uses.joint import join
-from backpack.uses.linear_map import MOMENT, LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 
 APPROXIMATIONS = (None, "expand", "reduce")
 """How positions within a sample are treated: input factor; output factor.

@@ -12,7 +12,7 @@ from backpack.memory import empty
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual, Use
 from backpack.uses.dense import Dense
-from backpack.uses.linear_map import LinearMap, second_moment
+from backpack.uses.factor_maps import LinearMap, second_moment
 
 
 @dataclass(eq=False)

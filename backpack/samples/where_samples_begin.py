@@ -19,9 +19,9 @@ from torch.autograd.graph import Node
 from backpack.graph import Edge, Graph, kind, saved, shape_of
 from backpack.modules.calls import Note, run_on_fewer
 from backpack.samples.ids import SampleIds
+from backpack.samples.layout_rules import onto
 from backpack.samples.layouts import AnyLayout, Layout, same
 from backpack.samples.owners import Owners, is_single_parameter
-from backpack.samples.table import onto
 from backpack.torch_internals import is_packed
 
 Sweep = Callable[[dict[Edge, AnyLayout]], Owners]

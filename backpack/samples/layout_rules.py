@@ -2,7 +2,7 @@
 
 A rule is given where the samples lie in the output of a function, and says where they lie in each input: an input's
 entry belongs to a sample if its cotangent comes from entries of that sample alone. Nothing is computed. What no rule
-knows is left to the coded pass (``coded.py``).
+knows is left to the coded pass (``coded_pass.py``).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from backpack.context import backpack
 from backpack.dataset.collection import Collection, part_of
-from backpack.dataset.merged import merged
+from backpack.dataset.final_results import merged
 from backpack.dataset.processes import Processes
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.modules.thread_state import HERE
