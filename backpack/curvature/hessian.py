@@ -24,11 +24,12 @@ from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.first_order import name_of
 from backpack.backward.plan import Plan, PlannedUse, make_plan
 from backpack.compat import dtype_at
+from backpack.curvature.apart import keep_apart
 from backpack.curvature.columns import Columns
 from backpack.curvature.cost import Costs, Share, warn_if_long
 from backpack.curvature.entries import MANY, Entries, refuse_wrong_third, signs_like
 from backpack.curvature.loss_call import PASSES
-from backpack.curvature.residual_graph import ResidualGraph, below_complex, is_linear
+from backpack.curvature.residual_graph import ResidualGraph, below, curved_complex, is_linear
 from backpack.curvature.shortcuts import Way, squares, way
 from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
@@ -78,10 +79,14 @@ class HessianPass(TwicePass):
         self.weights = None
 
     def _alone(self) -> set[Node]:
-        """The nodes of parameters that enter the graph once, linearly, and by samples."""
+        """The nodes of parameters that enter the graph once, linearly, and by samples.
+
+        None below complex functions that are not linear, or below functions that couple samples in second order.
+        """
         plan = self.prepared.plan
         found: set[Node] = set()
-        left_out = below_complex(self.prepared)
+        coupled = keep_apart(self.joined, self.prepared)
+        left_out = below(coupled | curved_complex(self.prepared), self.prepared.graph)
         for node, uses in self.prepared.plan.uses.items():
             for planned in uses if node not in left_out else ():
                 if not is_linear(node, planned.k):

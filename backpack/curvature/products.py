@@ -16,18 +16,20 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
 from backpack.backward.collector import Prepared
 from backpack.bystanders import forget_retained, observed, undisturbed
 from backpack.compat import shape_at
+from backpack.curvature.apart import keep_apart
 from backpack.curvature.joined import Joined
 from backpack.curvature.loss_call import PASSES
 from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.twice import TwicePass
 from backpack.engine import muted
 from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
+from backpack.graph.looped import nodes
 from backpack.nodes import Place, use_of
 
 Product = Callable[[Tensor], Tensor]
@@ -97,7 +99,9 @@ class ProductPass(TwicePass):
         own = set(self.origin.prepared.graph.order)
         if any(node in own and node.name() != LEAF for node in self.joined.nodes):
             self.block.keeps_graph = True
-        copy_saved_parameters(self.joined.nodes)
+        # The gradients of the losses depend on the parameters through their inputs, in the graph as it was recorded.
+        inputs = [get_gradient_edge(start) for start in self.start_tensors]
+        copy_saved_parameters(list(dict.fromkeys([*self.joined.nodes, *nodes(inputs)])))
 
 
 @dataclass(eq=False)
@@ -169,6 +173,13 @@ class CurvatureBlocks:
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
+            with muted():
+                coupled = keep_apart(self.joined, self.prepared)
+            if coupled:
+                raise RuntimeError(
+                    f"{next(iter(coupled)).name()} couples samples in second order, although its values keep them "
+                    f"apart: its second derivatives have no eigenvalues of one sample. Use the Hessian or the GGN."
+                )
             graph = ResidualGraph(self.joined, self.prepared, self.prepared.plan)
             grads = [cotangent.detach() for cotangent in self._of_ggn[1]]
             with muted():
