@@ -17,9 +17,15 @@ from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph, place_of
+from backpack.graph import variable_of
 from backpack.modules.calls import Note
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Subset
+from backpack.torch_internals import pull_back, shape_at
+
+
+def _dense_or_zero(grad: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if grad is None else grad.to_dense()
 
 
 @dataclass(eq=False)
@@ -127,6 +133,19 @@ class DoubleBackwardPass(SeedPass):
         """Whether some second derivatives are slow, or fail, for the memory format that a tensor has."""
         return any(map(is_reordered, self.spliced.nodes))
 
+    def _has_same_gradients(self, spliced: SplicedGraph, rounded: bool) -> bool:
+        """Whether modules did the same when they ran again, told by gradients where an output is no longer there."""
+        parameters = [variable_of(leaf) for leaf in self.prepared.plan.expected]
+        inputs, generator = [term.call.input for term in self.terms], torch.Generator().manual_seed(0)
+        seeds = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in inputs]
+        edges = [term.call.edge for term in self.terms]
+        found, expected = spliced.grad(edges, parameters, seeds), pull_back(edges, parameters, seeds)
+        size = max((float(grad.abs().max()) for grad in expected if grad is not None and grad.numel()), default=0.0)
+        return all(
+            agree(_dense_or_zero(new, p), _dense_or_zero(old, p), rounded, size)
+            for new, old, p in zip(found, expected, parameters, strict=True)
+        )
+
     def _join(self, rounded: bool) -> bool:
         """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
         modules: dict[int, list[tuple[GradientEdge, Note]]] = {}
@@ -136,6 +155,7 @@ class DoubleBackwardPass(SeedPass):
         start_tensors = list(self.start_tensors)
         if not modules:
             return False
+        is_seen = True
         for outputs in sorted(modules.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
             again = self._run_again(outputs[0][1], None)
             part = {}
@@ -143,14 +163,18 @@ class DoubleBackwardPass(SeedPass):
                 places = [place for place, start in enumerate(starts) if start == edge]
                 expected = self.terms[places[0]].call.input if places else note.value
                 found = None if again is None or note.place >= len(again) else again[note.place]
-                if not isinstance(found, Tensor) or found.grad_fn is None or expected is None:
+                if not isinstance(found, Tensor) or found.grad_fn is None or found.shape != shape_at(edge):
                     return False
-                if not agree(found, expected, rounded):
+                if expected is not None and not agree(found, expected, rounded):
                     return False
+                is_seen = is_seen and expected is not None
                 part[edge] = place_of(get_gradient_edge(found))
                 for place in places:
                     start_tensors[place] = found
             parts.append(part)
+        spliced = SplicedGraph(starts, parts)
+        if not is_seen and not self._has_same_gradients(spliced, rounded):
+            return False
         self.start_tensors = start_tensors
-        self._go_over(SplicedGraph(starts, parts), self.layouts)
+        self._go_over(spliced, self.layouts)
         return not (rounded and has_autocast(self.spliced.nodes))

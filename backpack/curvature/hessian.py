@@ -28,7 +28,8 @@ from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
 from backpack.curvature.hessian_entries import MANY, Entries, refuse_wrong_third, signs_like
 from backpack.curvature.hessian_shortcuts import Way, squares, way
 from backpack.curvature.loss_term import PASSES
-from backpack.curvature.residual_graph import ResidualGraph, below_complex, is_linear
+from backpack.curvature.masked_entries import keep_apart
+from backpack.curvature.residual_graph import ResidualGraph, below, curved_complex, is_linear
 from backpack.extensions.interface import Curvature
 from backpack.graph import is_recomputed, kind, shape_of, variable_of
 from backpack.modules.parameters import name_of
@@ -78,10 +79,14 @@ class HessianPass(DoubleBackwardPass):
         self.weights = None
 
     def _alone(self) -> set[Node]:
-        """The nodes of parameters that enter the graph once, linearly, and by samples."""
+        """The nodes of parameters that enter the graph once, linearly, and by samples.
+
+        None below complex functions that are not linear, or below functions that couple samples in second order.
+        """
         plan = self.prepared.plan
         found: set[Node] = set()
-        left_out = below_complex(self.prepared)
+        coupled = keep_apart(self.spliced, self.prepared)
+        left_out = below(coupled | curved_complex(self.prepared), self.prepared.graph)
         for node, uses in self.prepared.plan.uses.items():
             for planned in uses if node not in left_out else ():
                 if not is_linear(node, planned.k):

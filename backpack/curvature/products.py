@@ -16,16 +16,18 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
 from backpack.backward.collector import Prepared
 from backpack.curvature.double_backward import DoubleBackwardPass
 from backpack.curvature.loss_term import PASSES
+from backpack.curvature.masked_entries import keep_apart
 from backpack.curvature.residual_graph import ResidualGraph
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
 from backpack.graph.users_hooks import forget_retained, observed, undisturbed
+from backpack.graph.vmap_limits import nodes
 from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
 from backpack.torch_internals import shape_at
@@ -97,7 +99,9 @@ class ProductPass(DoubleBackwardPass):
         own = set(self.origin.prepared.graph.order)
         if any(node in own and node.name() != LEAF for node in self.spliced.nodes):
             self.block.keeps_graph = True
-        copy_saved_parameters(self.spliced.nodes)
+        # The gradients of the losses depend on the parameters through their inputs, in the graph as it was recorded.
+        inputs = [get_gradient_edge(start) for start in self.start_tensors]
+        copy_saved_parameters(list(dict.fromkeys([*self.spliced.nodes, *nodes(inputs)])))
 
 
 @dataclass(eq=False)
@@ -169,6 +173,13 @@ class CurvatureBlocks:
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
+            with muted():
+                coupled = keep_apart(self.spliced, self.prepared)
+            if coupled:
+                raise RuntimeError(
+                    f"{next(iter(coupled)).name()} couples samples in second order, although its values keep them "
+                    f"apart: its second derivatives have no eigenvalues of one sample. Use the Hessian or the GGN."
+                )
             graph = ResidualGraph(self.spliced, self.prepared, self.prepared.plan)
             grads = [cotangent.detach() for cotangent in self._of_ggn[1]]
             with muted():

@@ -131,12 +131,15 @@ def _in_the_same_way(recompute: Callable[..., None], *args: Any) -> None:
         recompute(*args)
 
 
-def agree(output: Tensor, expected: Tensor, rounded: bool = False) -> bool:
-    """Whether two outputs differ by rounding only; ``rounded``: the expected one was computed in 16 bits."""
+def agree(output: Tensor, expected: Tensor, rounded: bool = False, size: float = 0.0) -> bool:
+    """Whether two outputs differ by rounding only; ``rounded``: the expected one was computed in 16 bits.
+
+    ``size``: of what was rounded, where that is larger than what is expected.
+    """
     if rounded:
         output, expected = output.bfloat16(), expected.bfloat16()
     eps = torch.finfo(expected.dtype).eps
     tolerance = min(eps**0.5, 2**12 * eps)
-    size = max(1e-30, expected.abs().max().item())
+    size = max(1e-30, size, expected.abs().max().item() if expected.numel() else 0.0)
     same = output.shape == expected.shape and output.dtype == expected.dtype
     return same and torch.allclose(output, expected, rtol=tolerance, atol=tolerance * size)

@@ -22,7 +22,7 @@ from backpack.curvature.residuals import (
     residual_of,
 )
 from backpack.curvature.spliced_graph import SplicedGraph
-from backpack.graph import is_complex
+from backpack.graph import Graph, is_complex
 from backpack.samples import AnyLayout
 from backpack.torch_internals import dtype_at, shape_at
 
@@ -67,7 +67,9 @@ class ResidualGraph:
     def inputs(self, node: Node) -> tuple[list[GradientEdge], list[Size], list[AnyLayout]]:
         """The live inputs of a node, their shapes, and where the samples lie in each."""
         edges = list(dict.fromkeys(self.live(node)))
-        layouts = [self.prepared.owners.owned[edge.node, edge.output_nr] for edge in map(self.spliced.now, edges)]
+        owners = self.prepared.owners
+        owned = [owners.owned[edge.node, edge.output_nr] for edge in map(self.spliced.now, edges)]
+        layouts = [owners.within.get((node, edge), layout) for edge, layout in zip(edges, owned, strict=True)]
         return edges, [shape_at(edge) for edge in edges], layouts
 
     def columns(self, node: Node) -> int:
@@ -113,15 +115,17 @@ class ResidualGraph:
                 yield residual
 
 
-def below_complex(prepared: Prepared) -> set[Node]:
-    """Nodes below one that is not linear, of complex numbers: their second derivatives are of two real parts each."""
-    owners, graph = prepared.owners, prepared.graph
+def curved_complex(prepared: Prepared) -> set[Node]:
+    """Nodes of complex numbers that are not linear: their second derivatives are of two real parts each."""
+    return {node for node in prepared.owners.sends if _is_curved_and_complex(node)}
+
+
+def below(nodes: set[Node], graph: Graph) -> set[Node]:
+    """All nodes below some of a graph."""
     found: set[Node] = set()
-    for node in graph.order:
-        for consumer, _, _ in graph.incoming[node]:
-            if consumer in found or (consumer in owners.sends and _is_curved_and_complex(consumer)):
-                found.add(node)
-                break
+    for node in graph.order if nodes else ():
+        if any(consumer in found or consumer in nodes for consumer, _, _ in graph.incoming[node]):
+            found.add(node)
     return found
 
 
@@ -135,7 +139,7 @@ def is_linear(node: Node, k: int) -> bool:
     following, number = node.next_functions[k]
     assert following is not None
     edge = GradientEdge(following, number)
-    if is_flat(node, [edge]) or node.name().startswith(LINEAR_IN_PARAMETERS):
+    if is_flat(node, [edge]) or node.name().startswith(LINEAR) or (k and node.name().startswith(NORMALIZATIONS)):
         return True
     try:
         return LocalHessian(node, [edge], zero_outputs(node)).is_zero([shape_at(edge)])
@@ -151,11 +155,11 @@ def zero_outputs(node: Node) -> dict[int, Tensor]:
     }
 
 
-LINEAR_IN_PARAMETERS = (
-    *("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "Trilinear", "Embedding"),
-    *("FusedRmsNorm", "AccumulateGrad"),
-)
-"""How the names of nodes begin that are linear in their parameters, although not in their data."""
+NORMALIZATIONS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm")
+"""How the names of nodes begin that are linear in their parameters, which are all but the first input."""
+
+LINEAR = ("Trilinear", "Embedding", "AccumulateGrad")
+"""How the names of nodes begin that are linear in each input."""
 
 LOW = (torch.bfloat16, torch.float16)
 

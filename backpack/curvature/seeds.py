@@ -151,9 +151,9 @@ class SeedPass:
         chunk = 1 if self.columns == 1 and not whole else self._chunk
         self.gathered = whole and chunk == 1
         if whole and not self.gathered:
-            chunk = self.columns
-        passes = -(-self.columns // chunk)
-        chunk = -(-self.columns // max(1, passes))  # equally many in each
+            chunk = max(1, self.columns)
+        passes = max(1, -(-self.columns // chunk))
+        chunk = max(1, -(-self.columns // passes))  # equally many in each
         for start in range(0, self.columns, chunk):
             self.start, stop = start, min(start + chunk, self.columns)
             yield stop, self._seeds(start, stop)

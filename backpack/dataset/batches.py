@@ -48,7 +48,8 @@ class Batches:
     """The batches of a process: every ``count``-th of those of the data set, which all processes are given.
 
     ``sample_ids``: a user's function of a batch; ``total``: how many samples there are, by their numbers, in what was
-    read so far.
+    read so far; ``absent``: numbers without an entry in any batch, known once the data were read. When they are read
+    again, the first batch has these samples too, so that their results are zeros like those of any sample without one.
 
     Raises:
         ValueError: The data set is already divided between processes.
@@ -59,6 +60,7 @@ class Batches:
     processes: Processes
     sample_ids: Callable[[Any], Any] | None = None
     total: int = 0
+    absent: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.processes.count > 1 and isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
@@ -106,12 +108,14 @@ class Batches:
         """The batches of all processes."""
         self.total = 0
         seen: set[int] = set()
+        further = self.absent
         for content in self.loader:
             if self.sample_ids is None:
                 rows = samples_of(content, self.axis)
                 batch = Batch(torch.arange(self.total, self.total + rows), rows, content)
             else:
-                batch = Batch(*self._numbered(self.sample_ids(content), content))
+                batch = Batch(*self._numbered(self.sample_ids(content), content, further))
+                further = ()
                 numbers = batch.numbers.tolist()
                 if not seen.isdisjoint(numbers):
                     raise ValueError(
@@ -122,15 +126,19 @@ class Batches:
                 seen.update(numbers)
             self.total = max(self.total, int(batch.numbers.max()) + 1) if batch.samples else self.total
             yield batch
+        if self.sample_ids is not None and not self.absent:
+            self.absent = tuple(sorted(set(range(self.total)) - seen))
 
-    def _numbered(self, given: Any, content: Any) -> tuple[Tensor, int | None, Any, tuple[Tensor, int]]:
-        """What makes a batch: of numbers of the data set, or, with their count, of this batch alone."""
+    def _numbered(
+        self, given: Any, content: Any, further: tuple[int, ...]
+    ) -> tuple[Tensor, int | None, Any, tuple[Tensor, int]]:
+        """What makes a batch: numbers of the data set, and ``further`` ones; or, with a count, of this batch alone."""
         known = SampleIds(given)
         ids = known.numbers
         if isinstance(given, tuple):
             numbers = torch.arange(self.total, self.total + known.count)
         else:
-            numbers = ids[ids >= 0].unique()
+            numbers = torch.cat([ids[ids >= 0], ids.new_tensor(further)]).unique()
             ids = torch.where(ids >= 0, torch.searchsorted(numbers, ids.clamp(min=0)), ids)
         return numbers, None, content, (ids, len(numbers))
 

@@ -201,10 +201,9 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
 def _leave_loss(module: Module, args: Any, kwargs: Any, output: Any) -> None:
     """Note the call of a module without trainable parameters: a loss, if it is one of PyTorch's or returns a scalar.
 
-    Whether one that returns a value for each row is a loss is known when a backward pass begins.
+    Whether one that returns a value for each row or position is a loss is known when a backward pass begins.
     """
     if not isinstance(output, Tensor):
         return
     is_certain = output.dim() == 0 or is_known_loss(module)
-    if is_certain or output.dim() == 1:
-        leave_loss(module, args, kwargs, output, is_certain)
+    leave_loss(module, args, kwargs, output, is_certain)

@@ -41,7 +41,7 @@ class LossCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_certain: bool = True
-    """Otherwise it is a loss if what it returns, a value for each row, is only reduced from there on."""
+    """Otherwise it is a loss if what it returns, a value for each row or position, is only reduced from there on."""
 
     @property
     def place(self) -> Edge:
@@ -55,7 +55,7 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain:
     input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
     if not isinstance(input, Tensor) or not input.requires_grad or output.grad_fn is None:
         return
-    if not is_certain and input.shape[:1] != output.shape:
+    if not is_certain and not _is_by_rows(input, output):
         return
     node = input.grad_fn
     if node is output.grad_fn:  # handed through: a node must not hold itself
@@ -63,6 +63,12 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain:
     edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
     metadata: Any = output.grad_fn.metadata
     metadata.setdefault(LOSS, (output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)))
+
+
+def _is_by_rows(input: Tensor, output: Tensor) -> bool:
+    """Whether there may be a value for each row: for each entry along the first axis, or along the first axes."""
+    count = output.dim()
+    return output.shape == input.shape[:count] and (count == 1 or count < input.dim())
 
 
 def losses_in(graph: Graph) -> Iterator[tuple[Node, int, LossCall]]:

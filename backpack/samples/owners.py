@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph import LEAF, Edge, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded_pass import coded
@@ -24,7 +24,8 @@ class Owners:
     samples reach by rows, where they lie in what it sends along each of its edges (``None``: several in a row);
     ``above``: edges that something reaches which does not come from the samples' rows; ``joined``: those of them at
     which samples begin, with their layout, that are also mixed below others; ``coded``: nodes for which the table did
-    not tell.
+    not tell; ``within``: of a node's inputs, the layouts of those entries alone whose second derivatives keep samples
+    apart.
     """
 
     owned: dict[Edge, AnyLayout] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Owners:
     above: dict[Edge, None] = field(default_factory=dict)
     joined: dict[Edge, AnyLayout] = field(default_factory=dict)
     coded: list[Node] = field(default_factory=list)
+    within: dict[tuple[Node, GradientEdge], AnyLayout] = field(default_factory=dict)
     is_thorough: bool = False
 
 

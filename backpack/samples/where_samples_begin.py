@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -323,19 +324,25 @@ def proved(graph: Graph, owners: Owners, calls: Sequence[Note], n: int) -> bool 
                 if len(set(whole.values())) > 1:
                     return True
             if storage in inputs:
-                verdict = _follows_rows(owner.expand(value.shape), *inputs[storage], value)
-                if verdict:
+                evidence = _evidence(owner.expand(value.shape), *inputs[storage], value)
+                if evidence is Evidence.FOR:
                     return True
-                against = against or verdict is False
-                shared.update({storage} if verdict is None else ())
+                against = against or evidence is Evidence.AGAINST
+                shared.update({storage} if evidence is Evidence.SHARED else ())
     return False if against or (shared and shared == set(inputs)) else None
 
 
-def _follows_rows(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> bool | None:
-    """Whether entries belong to samples as the rows of the tensor do whose memory they are, in any order.
+class Evidence(Enum):
+    """What the samples of some entries say of the layout that they follow from."""
 
-    ``None``: there are entries that several samples have in common.
-    """
+    FOR = "they are those of the rows of an input"
+    AGAINST = "they are others"
+    SHARED = "several have entries in common"
+    NOTHING = "there are entries of one row at most"
+
+
+def _evidence(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> Evidence:
+    """Whether entries belong to samples as the rows of the tensor do whose memory they are, in any order."""
     memory = tensor.untyped_storage().nbytes()
     size = memory // tensor.element_size()
     rows = torch.full((size,), -1)
@@ -347,11 +354,15 @@ def _follows_rows(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> boo
     owner = owner.flatten()
     of_entry = torch.full((size,), -1).index_put((entries,), owner)
     if bool((of_entry[entries] != owner).any()):
-        return None
+        return Evidence.SHARED
     there = owner >= 0
     row, owner = rows[entries][there].clamp(min=0), owner[there]
     of_row = torch.full((tensor.shape[axis],), -1).index_put((row,), owner)
-    return bool((of_row[row] == owner).all()) and len(owner.unique()) > 1
+    if not bool((of_row[row] == owner).all()):
+        return Evidence.AGAINST
+    if len(row.unique()) < 2:
+        return Evidence.NOTHING
+    return Evidence.FOR if len(owner.unique()) > 1 else Evidence.AGAINST
 
 
 def _of_saved(
