@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from backpack.graph import LEAF, Graph, kind, read, saved, tensor_names, variable_of
 from backpack.graph.saved import kept
+from backpack.samples.layouts import Scattered
 from backpack.samples.notes import Note, run_on_fewer
 from backpack.samples.owners import Edge, Owners
 from backpack.watched import WATCHED
@@ -96,8 +97,10 @@ def unproved(
     the inputs. ``for_all``: memory of inputs for all samples.
     """
     for node in owners.sends:
-        if kind(node) == "NativeBatchNorm" and saved(node, "training") and owners.owned[node, 0].axes != [1]:
-            return described(node, graph)
+        if kind(node) == "NativeBatchNorm" and saved(node, "training"):
+            layout = owners.owned[node, 0]
+            if layout.axes != [1] and not (isinstance(layout, Scattered) and layout.of_all is not None):
+                return described(node, graph)
     modules = dict.fromkeys(module for note in notes.values() if (module := note.module()) is not None)
     constants = Constants(modules)
     again: Again | None = None
