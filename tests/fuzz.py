@@ -508,9 +508,9 @@ def one_pass(r, step, plain, ours):
         run(r.random() < 0.5, step, ours, [extension for extension, _ in chosen])
     except (RuntimeError, ValueError) as error:
         assert not any(field in vars(p) for p in ours.parameters() for field in fields), "a result after an error"
-        if not CLEAR.search(str(error)):
-            raise
-        return [str(error)]
+        if "running it again" in str(error) and any(isinstance(module, nn.Dropout) for module in ours.modules()):
+            return [str(error)]
+        raise
     same_state(with_gradients(step, plain, before), ours)
     if r.random() < 0.5:  # products are at the weights of the pass
         with torch.no_grad():

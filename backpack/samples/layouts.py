@@ -113,18 +113,29 @@ class Layout:
 class Scattered:
     """``n`` samples lie as a table says: ``owner``, of one entry or all along each axis; ``-1``: of no sample.
 
-    If all entries belong to one sample, it lies along the first axis, of which the table has all entries.
+    If all entries belong to one sample, or to none, the table may have a single entry: the sample is taken to lie along
+    the first axis, which may have any size.
     """
 
     n: int
     owner: Tensor
     is_plain = False
 
+    @cached_property
+    def of_all(self) -> int | None:
+        """The sample that all entries belong to, if the table has a single entry."""
+        return int(self.owner) if self.owner.dim() and self.owner.numel() == 1 else None
+
     @property
     def axes(self) -> list[int]:
         """The axes along which entries of different samples lie."""
         wide = [axis for axis, size in enumerate(self.owner.shape) if size != 1]
         return wide or [0][: self.owner.dim()]
+
+    @cached_property
+    def has_none(self) -> bool:
+        """Whether there are entries of no sample."""
+        return bool((self.owner < 0).any())
 
     @cached_property
     def _index(self) -> tuple[Tensor, Tensor]:
@@ -149,6 +160,9 @@ class Scattered:
 
     def split(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """``[*leading, n, s, ...]``: the rows of each sample, zero where it has fewer than others."""
+        if self.of_all is not None:
+            zero = torch.zeros_like(tensor)
+            return torch.stack([tensor if k == self.of_all else zero for k in range(self.n)], leading)
         axes = self.axes
         sizes = [tensor.shape[leading + axis] for axis in axes]
         rows, inside = self._index
@@ -164,6 +178,9 @@ class Scattered:
 
     def join(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """Undo ``split``; entries of no sample are zero."""
+        if self.of_all is not None:
+            found = tensor.select(leading, max(0, self.of_all))
+            return found if self.of_all >= 0 else torch.zeros_like(found)
         axes, (rows, inside) = self.axes, self._index
         sizes = [self.owner.shape[axis] for axis in axes]
         rest = tensor.shape[leading + 2 :]

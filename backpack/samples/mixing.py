@@ -17,6 +17,7 @@ from backpack.graph import LEAF, Edge, Graph, kind, read, saved, tensor_names, v
 from backpack.graph.saved import kept
 from backpack.modules.calls import Note, run_on_fewer
 from backpack.modules.parameters import PARAMETERS
+from backpack.samples.layouts import Scattered
 from backpack.samples.owners import Owners
 
 DRAWN = ("NativeDropout",)
@@ -96,8 +97,10 @@ def unproved(
     the inputs. ``for_all``: memory of inputs for all samples.
     """
     for node in owners.sends:
-        if kind(node) == "NativeBatchNorm" and saved(node, "training") and owners.owned[node, 0].axes != [1]:
-            return described(node, graph)
+        if kind(node) == "NativeBatchNorm" and saved(node, "training"):
+            layout = owners.owned[node, 0]
+            if layout.axes != [1] and not (isinstance(layout, Scattered) and layout.of_all is not None):
+                return described(node, graph)
     modules = dict.fromkeys(module for note in notes.values() if (module := note.module()) is not None)
     constants = Constants(modules)
     again: Again | None = None

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.graph import LEAF, Edge, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded_pass import coded
 from backpack.samples.layout_rules import Unknown, spread
-from backpack.samples.layouts import AnyLayout, found_layout, same
+from backpack.samples.layouts import AnyLayout, Scattered, found_layout, same
 
 
 @dataclass(eq=False)
@@ -44,6 +44,10 @@ class _Disputed(Exception):
 
 MASKING = frozenset(("MaskedFill", "Where", "Softmax", "SafeSoftmax"))
 """Kinds of nodes that send zeros where positions are masked, which the table counts to the samples beside them."""
+
+ATTENTION = "ScaledDotProduct"
+"""How kinds of nodes begin that take a mask, too: no sample's are the keys that only other samples' queries do not see.
+"""
 
 
 def find_owners(
@@ -150,7 +154,8 @@ class _Descent:
         except Unknown:
             owners.coded.append(node)
             count = count_outputs(node)
-            exactly = self.exactly or kind(node) in MASKING
+            exactly = self.exactly or kind(node) in MASKING or kind(node).startswith(ATTENTION)
+            exactly = exactly or any(isinstance(own, Scattered) and own.has_none for own in arriving.values())
             return coded(node, [arriving.get(k) for k in range(count)], self.generator, exactly)
 
 
