@@ -14,9 +14,10 @@ from backpack.backward.plan import make_plan
 from backpack.graph import count_outputs, read
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.nodes.convolution import Convolution
-from backpack.samples import Layout, Subset
+from backpack.nodes.products import grad_rows_of, rows_of
+from backpack.samples import Layout, Rows, Subset, found_layout
 from backpack.samples.owners import find_owners
-from backpack.uses import Cotangents, Dense, Derived, Explicit, Individual, Lookup, Parts, join
+from backpack.uses import Cotangents, Dense, Derived, Explicit, Individual, Lookup, Parts, StackedUse, join
 from backpack.uses.dense import Transposed
 from backpack.uses.windows import Windows
 
@@ -194,6 +195,28 @@ def test_the_general_form_gives_the_same_as_the_normal_form(name, scratch):
     pairs = zip(bound(name, 2, None, generic=True), bound(name, 2, None), strict=True)
     for (make, dense), (other, other_dense) in pairs:
         laws(make, dense, other, other_dense)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("ids", [[0, 1, 2, 0, 1, 2], [2, 0, 0, 1, 1, 1], [0, 0, 0, 0, 2, 2]], ids=str)
+def test_rows_of_each_matrix_of_a_stack_are_used_by_themselves(ids, flipped, scratch):
+    """PyTorch's product, ``grouped_mm``, has no float64."""
+    ends, experts, samples = [2, 2, 6], [0, 0, 2, 2, 2, 2], 3
+
+    def drawn():
+        x, grad = randn(6, 4), randn(2, 6, 5)
+        truth = torch.zeros(2, samples, 3, *((4, 5) if flipped else (5, 4)), dtype=torch.float64)
+        for row, (sample, expert) in enumerate(zip(ids, experts, strict=True)):
+            outer = torch.einsum("vo,i->voi", grad[:, row], x[row])
+            truth[:, sample, expert] += outer.transpose(1, 2) if flipped else outer
+        rows = Rows(found_layout(samples, torch.tensor(ids)[:, None], exactly=True))
+        use = StackedUse(x, ends, rows_of, grad_rows_of, flipped)
+        return lambda: use.arrive(Cotangents({0: grad}), rows, truth.shape[2:], torch.float64), truth
+
+    (make, truth), (other, other_truth) = drawn(), drawn()
+    for weights in (None, randn(2, samples)):
+        with torch.no_grad():
+            laws(make, truth, other, other_truth, weights)
 
 
 @QUICK

@@ -9,7 +9,7 @@ import torch
 
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples import AnyLayout, Rows, Subset
-from backpack.uses import Cotangents, DenseUse, Explicit, Individual, Use, join
+from backpack.uses import Cotangents, DenseUse, Explicit, Individual, StackedUse, Use, join
 
 
 @dataclass(eq=False)
@@ -22,7 +22,7 @@ class Arrival:
     turned: bool = False
 
     def __post_init__(self) -> None:
-        if self.turned and isinstance(self.use, DenseUse):
+        if self.turned and isinstance(self.use, (DenseUse, StackedUse)):
             self.use.flipped, self.turned = not self.use.flipped, False
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Graph, count_outputs, kind, saved, variable_of
+from backpack.graph import LEAF, Graph, count_outputs, kind, saved, signed, variable_of
 from backpack.nodes.general import call_for_each
 
 ENTRIES = 2**22
@@ -24,7 +24,7 @@ def place_in(node: Node, leaf: Node) -> int | None:
     if kind(node) != "Select" or saved(node, "dim") != 0 or node.next_functions[0][0] is not leaf:
         return None
     size, index = variable_of(leaf).shape, saved(node, "index")
-    return (index - 2**64 if index >= 2**63 else index) % size[0] if len(size) > 2 else None
+    return signed(index) % size[0] if len(size) > 2 else None
 
 
 def pull_through(

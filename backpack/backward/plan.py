@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Edge, Graph, kind, saved, shape_of, variable_of
+from backpack.graph import LEAF, Edge, Graph, kind, saved, shape_of, signed, variable_of
 from backpack.samples import AnyLayout, Scattered
 from backpack.samples.owners import Owners
 
@@ -69,7 +69,7 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
             if leaf is None:
                 if edge not in mixed:
                     continue
-                edge, turned = _behind_transpositions(other, behind_it, graph.edges)
+                edge, turned = _behind_transpositions(other, behind_it, graph.edges, kind(node) == "GroupedMm")
                 other = edge[0]
                 leaf = other if other.name() == LEAF else None
             if layout is None:
@@ -119,10 +119,12 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
     return plan
 
 
-def _behind_transpositions(node: Node, number: int, edges: dict[Node, Any]) -> tuple[Edge, bool]:
+def _behind_transpositions(
+    node: Node, number: int, edges: dict[Node, Any], of_stacks: bool = False
+) -> tuple[Edge, bool]:
     """What an edge leads to by transpositions and casts alone, and whether it is transposed.
 
-    It stays as it is where only data are behind.
+    It stays as it is where only data are behind. ``of_stacks``: matrices of a stack may be transposed as well.
     """
     turned = False
     while node.name() != LEAF:
@@ -130,6 +132,10 @@ def _behind_transpositions(node: Node, number: int, edges: dict[Node, Any]) -> t
         if name == "T" or (name == "Transpose" and len(shape_of(node, number)) == 2):
             is_turn = name == "T" or (saved(node, "dim0") - saved(node, "dim1")) % 2 == 1
             following_turned = turned != (is_turn and len(shape_of(node, number)) == 2)
+        elif of_stacks and name == "Transpose" and len(shape_of(node, number)) == 3:
+            if {signed(saved(node, "dim0")) % 3, signed(saved(node, "dim1")) % 3} != {1, 2}:
+                break
+            following_turned = not turned
         elif name == "ToCopy":
             following_turned = turned
         else:

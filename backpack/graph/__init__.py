@@ -1,6 +1,6 @@
 """PyTorch's recorded graph: its traversal, and what is known of its nodes."""
 
-from backpack.graph.nodes import LEAF, call, count_outputs, is_complex, kind, shape_of, variable_of
+from backpack.graph.nodes import LEAF, call, count_outputs, is_complex, kind, shape_of, signed, variable_of
 from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
 from backpack.graph.saved_parameters import copy_saved_parameters
 from backpack.graph.traversal import Edge, Graph, Incoming, edge_of, read
@@ -22,6 +22,7 @@ __all__ = [
     "regions",
     "saved",
     "shape_of",
+    "signed",
     "tensor_names",
     "variable_of",
 ]

@@ -36,6 +36,11 @@ def variable_of(leaf: Node) -> Tensor:
     return leaf.variable  # type: ignore[attr-defined]
 
 
+def signed(number: int) -> int:
+    """A number that a node saved, which shows negative ones as large positive ones."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def count_outputs(node: Node) -> int:
     """How many outputs the function has whose node it is."""
     return len(node._input_metadata)

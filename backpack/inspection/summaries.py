@@ -29,7 +29,7 @@ from backpack.modules.parameters import name_of
 from backpack.modules.thread_state import muted
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples.mixing import mixed_data
-from backpack.uses import Cotangents, DenseUse, ElementwiseUse, Individual, LookupUse
+from backpack.uses import Cotangents, DenseUse, ElementwiseUse, Individual, LookupUse, StackedUse
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _kind(arrival: Arrival) -> str:
     use = arrival.use
     if isinstance(use, ElementwiseUse):
         return "shift" if use.x is None else "scale"
-    if isinstance(use, DenseUse):
+    if isinstance(use, (DenseUse, StackedUse)):
         return "linear map"
     if isinstance(use, LookupUse):
         return "look-up"

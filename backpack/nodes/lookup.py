@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backpack.graph import signed
 from backpack.nodes.registry import Place, form
 from backpack.uses import LookupUse, Use
 
@@ -14,11 +15,7 @@ def embedding(place: Place) -> Use | None:
     if place.saved("scale_grad_by_freq") or place.layout.occupies([len(place.out) - 1]):
         return None
     padding = place.saved("padding_idx")
-    return LookupUse(place.saved("indices"), _signed(padding) if _signed(padding) >= 0 else None)
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number
+    return LookupUse(place.saved("indices"), signed(padding) if signed(padding) >= 0 else None)
 
 
 @form("EmbeddingBag")
@@ -28,7 +25,7 @@ def embedding_bag(place: Place) -> Use | None:
         return None
     weights = place.saved("per_sample_weights")
     index, inside, weights = _padded(place.saved("indices"), place.saved("offsets")[: place.out[0]], weights)
-    padding = _signed(place.saved("padding_idx"))
+    padding = signed(place.saved("padding_idx"))
     if padding >= 0:
         inside = inside & (index != padding)
     factor = inside.to(torch.float64)

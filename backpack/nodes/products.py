@@ -10,7 +10,7 @@ from torch import Tensor
 from backpack.nodes.registry import Place, form
 from backpack.samples import Layout
 from backpack.samples.layout_rules import is_bilinear
-from backpack.uses import DenseUse, ElementwiseUse, Use
+from backpack.uses import DenseUse, ElementwiseUse, StackedUse, Use
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -97,6 +97,15 @@ def _batched_factors(place: Place, left: int, first: str, second: str) -> Use | 
 @form("Bmm")
 def batched_product(place: Place) -> Use | None:
     return _batched_factors(place, 0, "self", "mat2")
+
+
+@form("GroupedMm")
+def grouped_product(place: Place) -> Use | None:
+    """Rows, sorted by experts, times the matrix of each: ``[r, i]`` and ``[e, i, o]``."""
+    offsets = place.saved("offs")
+    if place.k != 1 or place.layout.axes != [0] or offsets is None or len(place.shape) != 3:
+        return None
+    return StackedUse(place.saved("self"), offsets.tolist(), rows_of, grad_rows_of, flipped=True)
 
 
 @form("Baddbmm")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import kind, shape_of
+from backpack.graph import kind, shape_of, signed
 from backpack.samples.layouts import AnyLayout, Layout, found_layout
 from backpack.torch_internals import is_packed
 
@@ -51,7 +51,7 @@ class At:
     def axes(self, name: str, dim: int) -> list[int]:
         """Saved axes of a tensor with ``dim`` of them; negative ones are counted from the end."""
         found = self.saved(name)
-        return [_signed(axis) % max(1, dim) for axis in (found if isinstance(found, (tuple, list)) else [found])]
+        return [signed(axis) % max(1, dim) for axis in (found if isinstance(found, (tuple, list)) else [found])]
 
     def indices(self, name: str) -> list[Any]:
         """Saved tensors of indices, unless they would have to be computed again."""
@@ -64,10 +64,6 @@ class At:
     def each(self, rule: Callable[[int], AnyLayout | None]) -> list[AnyLayout | None]:
         """The rule, for each input that has an edge."""
         return [None if other is None else rule(k) for k, (other, _) in enumerate(self.edges)]
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number
 
 
 Rule = Callable[[At], "AnyLayout | None | Sequence[AnyLayout | None]"]
@@ -408,6 +404,14 @@ def sum_with_product(at: At) -> list[AnyLayout | None]:
 def batched_product(at: At) -> list[AnyLayout | None]:
     found = _product(at, 0, 1, 1)
     return [found[0], found[1]]
+
+
+@rule("GroupedMm")
+def grouped_product(at: At) -> list[AnyLayout | None]:
+    """``[r, i] @ [e, i, o]``: each row is multiplied by one of the matrices."""
+    if at.layout.occupies([1]) or len(at.shape) != 2 or len(at.saved("mat2_sym_sizes")) != 3:
+        raise Unknown
+    return [at.layout, *[None] * (len(at.edges) - 1)]
 
 
 @rule("Baddbmm")

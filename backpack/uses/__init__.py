@@ -6,7 +6,7 @@ from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
 from backpack.uses.joint import Joint, join
 from backpack.uses.lookup import Lookup, LookupUse
-from backpack.uses.stacked_matrices import Parts
+from backpack.uses.stacked_matrices import Parts, StackedUse
 
 __all__ = [
     "Cotangents",
@@ -20,6 +20,7 @@ __all__ = [
     "Lookup",
     "LookupUse",
     "Parts",
+    "StackedUse",
     "Use",
     "join",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from backpack.uses.base import Individual
+from backpack.samples import Rows, found_layout
+from backpack.uses.base import Cotangents, Individual, Use
+from backpack.uses.dense import DenseUse
+from backpack.uses.elementwise import Explicit
 
 
 @dataclass(eq=False)
@@ -84,3 +87,33 @@ class Parts(Individual):
         terms = [part.sample_dots(other.parts[place]) for place, part in self.parts.items() if place in other.parts]
         zero = next(iter(self.parts.values())).norms().new_zeros(self.size)
         return sum(terms, start=zero)
+
+
+@dataclass(eq=False)
+class StackedUse(Use):
+    """Each matrix of a stack multiplies rows ``x`` of its own: those up to its end, behind those of the one before.
+
+    ``unfold``, ``fold`` and ``flipped`` are those of the use of one matrix.
+    """
+
+    x: Tensor
+    ends: Sequence[int]
+    unfold: Callable[..., Tensor]
+    fold: Callable[[Tensor], Tensor]
+    flipped: bool = False
+
+    def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
+        grad, layout = cotangents[0], rows.layout
+        owner = layout.owners(grad.shape[1:], torch.device("cpu")).expand(len(self.x), 1)
+        parts: dict[int, Individual] = {}
+        for place, (start, end) in enumerate(zip([0, *self.ends], self.ends, strict=False)):
+            if end > start:
+                use = DenseUse((self.x[start:end],), self.unfold, self.fold, self.flipped)
+                own = Rows(found_layout(layout.n, owner[start:end], exactly=True), rows.index)
+                parts[place] = use.arrive(Cotangents({0: grad[:, start:end]}), own, shape[1:], dtype)
+        if not parts:
+            return Explicit(grad.new_zeros(len(grad), rows.count, *shape, dtype=dtype))
+        return Parts(parts, shape)
+
+    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
+        raise NotImplementedError("The rows of each matrix are taken by themselves.")
