@@ -17,8 +17,23 @@ from backpack.nodes.convolution import Convolution
 from backpack.nodes.products import grad_rows_of, rows_of
 from backpack.samples import Layout, Rows, Subset, found_layout
 from backpack.samples.owners import find_owners
-from backpack.uses import Cotangents, Dense, Derived, Explicit, Individual, Lookup, Parts, StackedUse, join
+from backpack.uses import (
+    Cotangents,
+    Dense,
+    DenseUse,
+    Derived,
+    ElementwiseUse,
+    Explicit,
+    Individual,
+    Lookup,
+    LookupUse,
+    Parts,
+    StackedUse,
+    arrive_in_groups,
+    join,
+)
 from backpack.uses.dense import Transposed
+from backpack.uses.ragged import Ragged
 from backpack.uses.windows import Windows
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -215,6 +230,37 @@ def test_rows_of_each_matrix_of_a_stack_are_used_by_themselves(ids, flipped, scr
 
     (make, truth), (other, other_truth) = drawn(), drawn()
     for weights in (None, randn(2, samples)):
+        with torch.no_grad():
+            laws(make, truth, other, other_truth, weights)
+
+
+@pytest.mark.parametrize("chosen", [None, [4, 0, 0, 2]], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["linear", "lookup", "shift"])
+def test_samples_of_very_different_lengths_are_computed_in_groups(kind, chosen, scratch, monkeypatch):
+    monkeypatch.setattr("backpack.uses.ragged.SMALL", 0)
+    ids = torch.tensor([0] * 9 + [1, 2, 3, 3, 5])[torch.randperm(14)]  # and sample 4 has no row
+    index = None if chosen is None else torch.tensor(chosen)
+
+    def drawn():
+        x, rows, grad = randn(14, 4), torch.randint(0, 3, (14,)), randn(2, 14, 5)
+        uses = {
+            "linear": (DenseUse((x,), rows_of, grad_rows_of), (5, 4), torch.einsum("vro,ri->vroi", grad, x)),
+            "lookup": (LookupUse(rows), (3, 5), torch.einsum("vro,rk->vrko", grad, F.one_hot(rows, 3).double())),
+            "shift": (ElementwiseUse((1, 5)), (5,), grad),
+        }
+        use, shape, of_rows = uses[kind]
+        truth = torch.zeros(2, 6, *shape, dtype=torch.float64).index_add(1, ids, of_rows)
+        own = Rows(found_layout(6, ids[:, None], exactly=True), index)
+
+        def make():
+            found = arrive_in_groups(use, Cotangents({0: grad}), own, torch.Size(shape), torch.float64)
+            assert isinstance(found, Ragged)
+            return found
+
+        return make, truth if index is None else truth[:, index]
+
+    (make, truth), (other, other_truth) = drawn(), drawn()
+    for weights in (None, randn(*truth.shape[:2])):
         with torch.no_grad():
             laws(make, truth, other, other_truth, weights)
 

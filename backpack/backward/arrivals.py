@@ -9,7 +9,7 @@ import torch
 
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples import AnyLayout, Rows, Subset
-from backpack.uses import Cotangents, DenseUse, Explicit, Individual, StackedUse, Use, join
+from backpack.uses import Cotangents, DenseUse, Explicit, Individual, StackedUse, Use, arrive_in_groups, join
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Arrival:
         device = next(iter(self.cotangents.values())).device
         rows = Rows(self.layout, subset.rows(self.layout.n, device))
         if not self.turned:
-            return self.use.arrive(self.cotangents, rows, shape, dtype)
+            return arrive_in_groups(self.use, self.cotangents, rows, shape, dtype)
         return Explicit(self.use.arrive(self.cotangents, rows, shape[::-1], dtype).dense().transpose(-1, -2))
 
 

@@ -138,12 +138,22 @@ class Scattered:
         return bool((self.owner < 0).any())
 
     @cached_property
+    def lengths(self) -> Tensor:
+        """How many rows each sample has, ``[n]``."""
+        return torch.bincount(self.owner[self.owner >= 0], minlength=self.n)
+
+    def of(self, samples: Tensor) -> Scattered:
+        """Where some of the samples lie."""
+        numbers = torch.full((self.n + 1,), -1)
+        numbers[samples] = torch.arange(len(samples))
+        return Scattered(len(samples), numbers[self.owner])
+
+    @cached_property
     def _index(self) -> tuple[Tensor, Tensor]:
         """For each sample its rows, ``[n, s]``, and which of them there are."""
-        owner = self.owner.flatten()
+        owner, counts = self.owner.flatten(), self.lengths
         order = owner.argsort(stable=True)
         order = order[(owner[order] < 0).sum() :]
-        counts = torch.bincount(owner[order], minlength=self.n)
         longest = max(1, int(counts.max())) if self.n else 1
         place = torch.arange(longest)
         inside = place < counts[:, None]

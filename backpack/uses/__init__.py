@@ -6,6 +6,7 @@ from backpack.uses.derived import Derived
 from backpack.uses.elementwise import ElementwiseUse, Explicit
 from backpack.uses.joint import Joint, join
 from backpack.uses.lookup import Lookup, LookupUse
+from backpack.uses.ragged import arrive_in_groups
 from backpack.uses.stacked_matrices import Parts, StackedUse
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "Parts",
     "StackedUse",
     "Use",
+    "arrive_in_groups",
     "join",
 ]

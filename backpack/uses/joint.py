@@ -14,6 +14,7 @@ from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.factor_maps import LinearMap
 from backpack.uses.lookup import Lookup
+from backpack.uses.ragged import Ragged
 from backpack.uses.stacked_matrices import Parts
 
 
@@ -68,6 +69,7 @@ def join(parts: Sequence[Individual]) -> Individual:
     """One object for all uses: those of one form are merged, others added when they are read."""
     if len(parts) == 1:
         return parts[0]
+    parts = [part.padded if isinstance(part, Ragged) else part for part in parts]
     groups: dict[object, list[Individual]] = {}
     for part in parts:
         groups.setdefault(_form(part), []).append(part)

@@ -12,6 +12,7 @@ from backpack.samples import Rows, found_layout
 from backpack.uses.base import Cotangents, Individual, Use
 from backpack.uses.dense import DenseUse
 from backpack.uses.elementwise import Explicit
+from backpack.uses.ragged import arrive_in_groups
 
 
 @dataclass(eq=False)
@@ -110,7 +111,8 @@ class StackedUse(Use):
             if end > start:
                 use = DenseUse((self.x[start:end],), self.unfold, self.fold, self.flipped)
                 own = Rows(found_layout(layout.n, owner[start:end], exactly=True), rows.index)
-                parts[place] = use.arrive(Cotangents({0: grad[:, start:end]}), own, shape[1:], dtype)
+                given = Cotangents({0: grad[:, start:end]})
+                parts[place] = arrive_in_groups(use, given, own, shape[1:], dtype)
         if not parts:
             return Explicit(grad.new_zeros(len(grad), rows.count, *shape, dtype=dtype))
         return Parts(parts, shape)
