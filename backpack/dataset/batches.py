@@ -132,7 +132,7 @@ class Batches:
     def _numbered(
         self, given: Any, content: Any, further: tuple[int, ...]
     ) -> tuple[Tensor, int | None, Any, tuple[Tensor, int]]:
-        """What makes a batch: of numbers of the data set, and ``further`` ones; or, with a count, of this batch alone."""
+        """What makes a batch: of numbers of the data set, and ``further`` ones; or, with their count, of it alone."""
         known = SampleIds(given)
         ids = known.numbers
         if isinstance(given, tuple):

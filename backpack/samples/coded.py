@@ -76,10 +76,10 @@ def _owners(node: Node, layouts: Sequence[AnyLayout | None], n: int, generator: 
     return [None if passes is None else sample[passes] for passes in found]
 
 
-def samples_of_rows(
+def samples_of_entries(
     tensor: Tensor, edge: GradientEdge, starts: Mapping[GradientEdge, AnyLayout], n: int, generator: torch.Generator
-) -> Tensor | None:
-    """The sample that each row of a tensor comes from, ``-1``: none; ``None``: some row comes from several.
+) -> Tensor:
+    """The sample that each entry of a tensor comes from; ``-1``: none, ``MIXED``: several.
 
     Random tangents of some of the ``n`` samples, at the edges where they start, are pushed on to the tensor at
     ``edge``: the pull-back from there is linear in what is pulled back, and its derivative by that the transposed map.
@@ -93,16 +93,15 @@ def samples_of_rows(
         for grad, layout in zip(found, starts.values(), strict=True)
         if grad is not None and grad.requires_grad
     ]
-    passed = torch.zeros(len(tensor), dtype=torch.int64)
+    passed = torch.zeros(tensor.shape, dtype=torch.int64)
     for number, takes_part in enumerate(codes if reached else ()):
         given = []
         for grad, owner in reached:
             drawn = torch.randn(grad.shape, generator=generator, dtype=torch.float64).to(grad)
             given.append(_only(drawn, owner, takes_part))
         (pushed,) = torch.autograd.grad([grad for grad, _ in reached], point, given, retain_graph=True)
-        passed += (pushed.reshape(len(tensor), -1) != 0).any(1).cpu().to(torch.int64) << number
-    owner = sample[passed]
-    return None if bool((owner == MIXED).any()) else owner
+        passed += (pushed != 0).cpu().to(torch.int64) << number
+    return sample[passed]
 
 
 @lru_cache(64)
