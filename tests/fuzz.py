@@ -401,7 +401,7 @@ def one_pass(r, step, plain, ours):
     before = copy.deepcopy(plain.state_dict())
     with twice_differentiable():
         truth, total = step.truth(plain)
-    if not total.requires_grad:
+    if not total.requires_grad or not all(g.isfinite().all() for g in truth.grads.values()):
         return []
     chosen = drawn(r, truth, step.order, step.mixed)
     fields = [extension.savefield for extension, _ in chosen]

@@ -322,7 +322,7 @@ def real_with_complex_between(r):
     return r.choice(
         [
             lambda: Fn(lambda s, x: torch.fft.rfft(s.a(x)).abs().sum(-1, keepdim=True) + x, a=linear(w, w)),
-            lambda: Fn(lambda s, x: torch.polar(s.r * x.exp(), s.a(x)).real, r=parameter(w), a=linear(w, w)),
+            lambda: Fn(lambda s, x: torch.polar(s.r * x.tanh().exp(), s.a(x)).real, r=parameter(w), a=linear(w, w)),
             lambda: Fn(lambda s, x: (s.a(x).to(COMPLEX) * phases + 1).abs(), a=linear(w, w)),
             lambda: Fn(lambda s, x: torch.complex(x, (s.w * x).sin() + 2).angle(), w=parameter(w)),
             lambda: Fn(
