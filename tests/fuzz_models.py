@@ -322,7 +322,7 @@ def real_with_complex_between(r):
     return r.choice(
         [
             lambda: Fn(lambda s, x: torch.fft.rfft(s.a(x)).abs().sum(-1, keepdim=True) + x, a=linear(w, w)),
-            lambda: Fn(lambda s, x: torch.polar(s.r * x.exp(), s.a(x)).real, r=parameter(w), a=linear(w, w)),
+            lambda: Fn(lambda s, x: torch.polar(s.r * x.tanh().exp(), s.a(x)).real, r=parameter(w), a=linear(w, w)),
             lambda: Fn(lambda s, x: (s.a(x).to(COMPLEX) * phases + 1).abs(), a=linear(w, w)),
             lambda: Fn(lambda s, x: torch.complex(x, (s.w * x).sin() + 2).angle(), w=parameter(w)),
             lambda: Fn(
@@ -377,7 +377,7 @@ def out_of_complex(r):
     return r.choice(
         [
             lambda: Fn(lambda s, z: torch.cat([z.real, z.imag], -1)[..., 2:6]),
-            lambda: Fn(lambda s, z: z.real + z.angle()),
+            lambda: Fn(lambda s, z: z.real + z.angle().sin()),
             lambda: Fn(lambda s, z: (z + 2).abs() - z.imag),
         ]
     )()
@@ -385,6 +385,9 @@ def out_of_complex(r):
 
 class Network(nn.Module):
     """A trunk and heads, each of a model's outputs from one."""
+
+    is_complex = False
+    """Whether some activations are complex."""
 
     def __init__(self, trunk, heads):
         super().__init__()
@@ -454,6 +457,7 @@ def network(r):
         trunk.insert(0, nn.Embedding(6, width, padding_idx=r.choice([None, 1])))
     heads = [linear(width, classes + k) for k in range(r.choice([1, 1, 1, 2, 3]))]
     model = Network(trunk, heads).double()
+    model.is_complex = kind in ("complex", "curved")
 
     def inputs(n):
         if kind == "tokens":

@@ -91,7 +91,7 @@ class Truth:
         return found
 
     def block(self, name, rows):
-        """The GGN of some samples, in the order of Kronecker factors: for transposed convolutions, inputs first."""
+        """The GGN of some samples, in the order of Kronecker factors: of a transposed convolution, outputs first."""
         p, whole = self.parameters[name], self.ggn[name][rows].sum(0)
         if name not in self.transposed:
             return whole
@@ -165,3 +165,103 @@ class Comparison:
         for name, error, own in self.rows:
             scale = max(own, ZERO * most)
             assert error <= RTOL * scale, f"{self.what} of {name} is off by {error:.1e} of {own:.1e} (all: {most:.1e})"
+
+
+def compare(extension, rows, truth, results, reached):
+    """``results``: by name of the parameter; ``reached``: those that have a gradient."""
+    field = extension.savefield
+    comparison = Comparison(f"{type(extension).__name__}({extension.get_subsampling()})")
+    for name, p in truth.parameters.items():
+        if name in results:
+            VALUES[field](comparison, truth, name, p, rows, results[name], extension)
+        else:
+            assert name not in reached or not truth.grads[name].any(), f"{field} of {name} is missing"
+    comparison.finish()
+
+
+def value(f):
+    """A check of results ``f(individual gradients)``."""
+    return lambda c, truth, name, p, rows, found, ext: c.add(name, found, f(truth.grads[name][rows]))
+
+
+def variance(c, truth, name, p, rows, found, ext):
+    own = truth.grads[name][rows]
+    c.add(name, found, squares(own - own.mean(0)).mean(0), squares(own).max())
+
+
+def clipped(c, truth, name, p, rows, found, ext):
+    norms = sum(squares(g[rows]).flatten(1).sum(1) for g in truth.grads.values()).sqrt()
+    own = truth.grads[name][rows]
+    factor = (ext.max_norm / norms).clamp(max=1).to(own.dtype)
+    c.add(name, found, torch.einsum("n,n...->...", factor, own), own.abs().max())
+
+
+def root(c, truth, name, p, rows, found, ext):
+    columns = flat(found, 2)
+    assert found.shape[1:] == (len(rows), *p.shape)
+    c.add(name, torch.einsum("cnp,cnq->npq", columns, columns), truth.ggn[name][rows])
+
+
+def gram(c, truth, name, p, rows, found, ext):
+    """By its eigenvalues, which are those of the matrix, and zeros."""
+    values = [torch.linalg.eigvalsh(m).flip(0) for m in (found, truth.ggn[name][rows].sum(0))]
+    most = max(map(len, values))
+    c.add(name, *(torch.cat([own, own.new_zeros(most - len(own))]) for own in values))
+
+
+def factors(c, truth, name, p, rows, found, ext):
+    """A single one is the block."""
+    if len(found) == 1 and not p.is_complex():
+        c.add(name, found[0], truth.block(name, rows))
+
+
+def eigenvalues(c, truth, name, p, rows, found, ext):
+    """Of the block, along the bases."""
+    if not p.is_complex() and all(basis.dim() == 2 for basis in found.bases):
+        basis = found.bases[0].contiguous()
+        for other in found.bases[1:]:
+            basis = torch.kron(basis, other.contiguous())
+        block = truth.block(name, rows)
+        c.add(name, found.eigenvalues.flatten(), (basis.T @ block @ basis).diagonal(), block.abs().max())
+
+
+def diagonal(c, truth, name, p, rows, found, ext):
+    entries, true = truth.hessian_diagonals[name]
+    c.add(name, found.flatten()[entries], true[rows].sum(0), true.abs().max())
+
+
+def diagonals(c, truth, name, p, rows, found, ext):
+    entries, true = truth.hessian_diagonals[name]
+    c.add(name, found.flatten(1)[:, entries], true[rows], true.abs().max())
+
+
+def hessian_product(c, truth, name, p, rows, found, ext):
+    vector = torch.randn_like(p)
+    own = truth.product(name, vector)
+    c.add(name, found(vector), own[rows].sum(0), own.abs().max())
+
+
+def ggn_product(c, truth, name, p, rows, found, ext):
+    vectors = torch.randn(2, *p.shape, dtype=p.dtype)
+    product = flat(vectors, 1) @ truth.ggn[name][rows].sum(0)
+    c.add(name, flat(found(vectors), 1), product)
+
+
+VALUES = {
+    "grad_batch": value(lambda g: g),
+    "batch_l2": value(lambda g: squares(g).flatten(1).sum(1)),
+    "batch_dot": value(lambda g: flat(g, 1) @ flat(g, 1).T),
+    "sum_grad_squared": value(lambda g: squares(g).sum(0)),
+    "variance": variance,
+    "grad_clipped": clipped,
+    "diag_ggn_exact": lambda c, t, name, p, rows, found, ext: c.add(name, found, t.diagonals(name)[rows].sum(0)),
+    "diag_ggn_exact_batch": lambda c, t, name, p, rows, found, ext: c.add(name, found, t.diagonals(name)[rows]),
+    "sqrt_ggn_exact": root,
+    "ggn_gram": gram,
+    "ggnmp": ggn_product,
+    "kflr": factors,
+    "ekfac": eigenvalues,
+    "diag_h": diagonal,
+    "diag_h_batch": diagonals,
+    "hmp": hessian_product,
+}

@@ -1004,3 +1004,89 @@ def test_a_bar_on_a_terminal_shows_how_far_it_is(monkeypatch):
     for total, delay, done in shown:
         assert total == done > 0
         assert delay > 1
+
+
+NORMALIZED = {
+    "layer norm": lambda p: F.layer_norm(p, (4,)),
+    "rms norm": lambda p: F.rms_norm(p, (4,)),
+    "group norm": lambda p: F.group_norm(p, 2),
+    "instance norm": lambda p: F.instance_norm(p[None])[0],
+    "batch norm": lambda p: F.batch_norm(p * torch.tensor([1.0, 2, 4]).double()[:, None], None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_what_normalizes_parameters_is_not_linear_in_them(name):
+    torch.manual_seed(0)
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.last = nn.Parameter(values(3, 4)), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            return self.last(x.unsqueeze(1) + NORMALIZED[name](self.shift)).sin().sum(1)
+
+    model, X, y = Shifted(), values(5, 4), values(5, 2)
+    truth = blocks(model, lambda: F.mse_loss(model(X), y))
+    extend(model)
+    with backpack(DiagHessian()):
+        extend(nn.MSELoss())(model(X), y).backward()
+    for p, H in zip(model.parameters(), truth, strict=True):
+        assert close(p.diag_h.flatten(), H.diagonal(), 1e-3, 1e-9)
+
+
+def test_a_scale_below_batch_normalization_in_training_has_second_derivatives():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.RMSNorm(3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    X, y = values(3, 3), values(3, 2)
+    truth = blocks(model, lambda: F.mse_loss(model(X), y))
+    extend(model)
+    with warnings.catch_warnings(), backpack(DiagHessian()):
+        warnings.simplefilter("ignore")
+        extend(nn.MSELoss())(model(X), y).backward()
+    for p, H in zip(model.parameters(), truth, strict=True):
+        assert close(p.diag_h.flatten(), H.diagonal(), rtol=1e-7)
+
+
+@pytest.mark.parametrize("ending", [lambda out: out[torch.tensor([2, 0])], lambda out: out.mean(1), torch.tanh])
+@pytest.mark.parametrize("inside", [True, False])
+def test_fused_attention_whose_output_nobody_keeps_runs_again(inside, ending):
+    torch.manual_seed(0)
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+    model, X = Attending().double(), values(3, 2, 4)
+    y = values(*ending(model(X)).shape)
+    truth = blocks(model, lambda: F.mse_loss(ending(model(X)), y))
+    extend(model), (lossfunc := extend(nn.MSELoss()))
+    if inside:
+        with backpack(DiagHessian(), HMP()):
+            lossfunc(ending(model(X)), y).backward()
+    else:
+        loss = lossfunc(ending(model(X)), y)
+        with backpack(DiagHessian(), HMP()):
+            loss.backward()
+        del loss
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    for p, H in zip(model.parameters(), truth, strict=True):
+        assert close(p.diag_h.flatten(), H.diagonal(), H.abs().max(), 1e-9)
+        units = torch.eye(p.numel(), dtype=p.dtype).reshape(-1, *p.shape)
+        assert close(p.hmp(units).reshape(H.shape), H, rtol=1e-9)
+
+
+def test_a_single_class_has_no_columns():
+    model, X = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), values(4, 3)
+    extend(model)
+    with backpack(DiagHessian(), BatchDiagHessian(), DiagGGNExact(), KFLR()):
+        extend(nn.CrossEntropyLoss())(model(X), torch.zeros(4, dtype=torch.long)).backward()
+    for p in model.parameters():
+        assert not any(result.any() for result in (p.diag_h, p.diag_h_batch, p.diag_ggn_exact, *p.kflr[:1]))

@@ -1119,3 +1119,113 @@ def test_curvature_that_is_averaged_over_rows_needs_one_row_a_sample(make):
     with refused, backpack(make(), sample_ids=torch.tensor([0, 0, 1, 1])):
         lossfunc(model(x), y).backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What random cases have found
+
+
+class Residual(nn.Module):
+    """Below attention there is a layer that all of its operands come from, of more channels than positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.query, self.key, self.value = L(2, 5), L(5, 2), L(5, 2), L(5, 5)
+
+    def forward(self, x: Tensor, apart: Tensor | None) -> Tensor:
+        h = self.first(x)
+        return h + attention(self, h, apart)
+
+
+@pytest.mark.parametrize("ids", [[[0, 0, 0, 1]], [[0, 0, 1, 1]], [[0, 0, 1], [2, 2, 3]], [[0, 1, 1], [2, 2, 2]]])
+def test_hidden_positions_are_not_in_the_hessian_of_documents(ids):
+    numbers = torch.tensor(ids)
+    apart = numbers[:, :, None] != numbers[:, None, :]
+    rng = random.Random(0)
+    made = Case(Residual(), (rand(*numbers.shape, 2), apart), numbers)
+    torch.manual_seed(0)
+    laws(draw(made, rng, as_they_are, ["whole"]), first_order, gauss_newton, hessian, products)
+
+
+class Fused(nn.Module):
+    """Two layers of PyTorch's attention, whose query, key and value are rows of one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([L(4, 12), L(4, 12)])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + F.scaled_dot_product_attention(*layer(x).chunk(3, -1), attn_mask=mask)
+        return x
+
+
+@pytest.mark.parametrize("ids", [[[0, 0, 1]], [[0, 0, 0], [2, 2, 1], [3, 3, 3]]])
+def test_a_document_of_one_token_does_not_mix_with_others(ids):
+    numbers = torch.tensor(ids)
+    mask = numbers[:, :, None] == numbers[:, None, :]
+    made = Case(Fused(), (rand(*numbers.shape, 4), mask), numbers)
+    laws(draw(made, random.Random(0), as_they_are, ["whole"]), first_order, clipped, gauss_newton)
+
+
+class AttentionOverRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(4, dtype=F64), L(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.last(x + self.attention(h, h, h, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_all_rows_may_belong_to_one_of_several_samples(sample, positions):
+    made = Case(AttentionOverRows(), (rand(2, positions, 4),), torch.tensor([[0] * positions, [1] * positions]))
+    laws(draw(made, random.Random(0), lambda units: (0 * units + sample, 3), ["whole"]), first_order, clipped)
+
+
+def test_instance_normalization_does_not_mix_where_there_is_one_sample_of_several():
+    model = nn.Sequential(nn.InstanceNorm2d(2, affine=True, dtype=F64), nn.Flatten(), L(18, 2))
+    made = Case(model, (rand(1, 2, 3, 3),), torch.tensor([0]))
+    laws(draw(made, random.Random(0), lambda units: (units, 3), ["whole"]), first_order, clipped)
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 0], [1, 1, 1, 2]])
+@pytest.mark.parametrize("form", [None, as_they_are, several_to_a_user])
+@pytest.mark.parametrize("name", ["perceptron", "positions"])
+def test_rows_of_a_loss_may_repeat(name, form, rows):
+    rng = random.Random(f"{name} {rows}")
+    torch.manual_seed(0)
+    x = rand(3, 3) if name == "perceptron" else rand(3, 2, 2)
+    model = nn.Sequential(L(x.shape[-1], 3), nn.Tanh(), L(3, 2))
+    units = torch.arange(x[..., 0].numel()).reshape(x.shape[:-1])
+    d = draw(Case(model, (x,), units), rng, form, ["whole"])
+    select = lambda out: out[rows]  # noqa: E731
+    head = Head("repeated", select, nn.MSELoss(), torch.randn_like(select(d.truth.out.detach())))
+    truth = Truth(d.case.model, d.truth.out, head, d.truth.owner, d.n)
+    head.value(d.truth.out).backward(inputs=list(d.case.model.parameters()), retain_graph=True)
+    d = Draw(**{**vars(d), "head": head, "truth": truth, "loss": extend(nn.MSELoss())})
+    d.case.model.zero_grad()
+    head.value(truth.out).backward(retain_graph=True)
+    d.plain = {name: p.grad for name, p in d.case.model.named_parameters()}
+    laws(d, first_order, gauss_newton, hessian)
+
+
+def test_a_single_row_that_is_seen_is_no_proof_against_the_first_axis():
+    """Half of the rows are overwritten, and of the others a loss takes one."""
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        out, hidden = flat * s.scale, torch.tensor([0, 1, 3])
+        out[hidden] = s.a(flat[hidden])
+        return s.b(out.reshape(2, 2, 3))
+
+    model = extend(Fn(f, scale=P(3), a=L(3, 3), b=L(3, 3)))
+    x = rand(2, 2, 3)
+    out = model(x)
+    rows = [torch.autograd.grad(out[n].sin().sum(), model.scale, retain_graph=True)[0] for n in range(2)]
+    with backpack(BatchGrad()):
+        model(x).sin().sum().backward()
+    near(model.scale.grad_batch, torch.stack(rows), "scale")

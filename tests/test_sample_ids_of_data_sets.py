@@ -160,3 +160,43 @@ def test_verify_refuses_numbers_that_do_not_fit():
     model, x, y = problem()
     with pytest.raises(ValueError, match="does not fit what the loss is called with"):
         verify(model, nn.CrossEntropyLoss(), x, y, E.BatchGrad(), sample_ids=torch.arange(5))
+
+
+def test_a_selection_of_samples_without_entries_has_zeros():
+    model, x, y = problem()
+    data = [(x[a:b], y[a:b], IDS[a:b]) for a, b in PARTS]
+    found = accumulate(
+        model, nn.CrossEntropyLoss(), data, *extensions([5]), forward=forward, sample_ids=lambda batch: batch[2]
+    )
+    assert found.samples == 7
+    for extension in extensions():
+        assert found[extension.savefield].keys() == found.grad.keys()
+    assert not any(rows.any() for rows in found["grad_batch"].values())
+
+
+def test_factors_have_the_same_form_whatever_documents_a_batch_has():
+    """Nothing arrives at the query and key of a document of one token."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all = nn.Linear(4, 12, dtype=torch.float64)
+
+        def forward(self, x, ids):
+            mask = ids[:, :, None] == ids[:, None, :]
+            return nn.functional.scaled_dot_product_attention(*self.all(x).chunk(3, -1), attn_mask=mask)
+
+    torch.manual_seed(0)
+    data = [
+        (torch.randn(*ids.shape, 4).double(), torch.randn(*ids.shape, 4).double(), ids)
+        for ids in (torch.tensor([[0, 0], [1, 2]]), torch.tensor([[0, 0], [1, 1]]))
+    ]
+    found = accumulate(
+        extend(Attending()),
+        nn.MSELoss(),
+        data,
+        E.KFLR(),
+        forward=lambda model, batch: (model(batch[0], batch[2]), batch[1]),
+        sample_ids=lambda batch: (batch[2], int(batch[2].max()) + 1),
+    )
+    assert [factor.shape for factor in found["kflr"]["all.weight"]] == [(12, 12), (4, 4)]

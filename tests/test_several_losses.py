@@ -673,6 +673,29 @@ def test_a_loss_that_returns_a_value_for_each_row_is_one(reduce):
             assert close(p.kfac[0], own.T @ (own / weights[weights > 0, None]), rtol=1e-9)
 
 
+class ScoresOfPositions(nn.Module):
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.logsumexp(z, -1) - (z * y).sum(-1)
+
+
+@pytest.mark.parametrize("reduce", [Tensor.mean, Tensor.sum, lambda values: values[:, 1:].mean()])
+def test_a_loss_that_returns_a_value_for_each_position_is_one(reduce):
+    torch.manual_seed(0)
+    x, y = rand(3, 2, 3), rand(3, 2, 2)
+    model, lossfunc = (
+        nn.Sequential(nn.Linear(3, 3, dtype=F64), nn.Tanh(), nn.Linear(3, 2, dtype=F64)),
+        ScoresOfPositions(),
+    )
+    call = lambda loss, z: reduce(loss(z, y))  # noqa: E731
+    truth = Truth(nn.ModuleList([model]), [model(x)], [(lossfunc, call)])
+    extend(model)
+    with backpack(DiagGGNExact(), DiagHessian()):
+        call(extend(lossfunc), model(x)).backward()
+    for label, p in zip(truth.parameters, model.parameters(), strict=True):
+        assert close(p.diag_ggn_exact.flatten(), truth.diagonals(label).sum(0), rtol=1e-9)
+        assert close(p.diag_h.flatten(), truth.diagonals(label, hessian=True).sum(0), rtol=1e-9)
+
+
 class Weighted(nn.Module):
     """A loss that is made of others."""
 

@@ -74,6 +74,7 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
                 leaf = other if other.name() == LEAF else None
             if layout is None:
                 number, layout = next((nr, own) for nr in range(99) if (own := owned.get((node, nr))) is not None)
+            layout = layout.with_whole_rows() if isinstance(layout, Scattered) else layout
             if leaf is not None:
                 if leaf not in wanted:
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 
@@ -20,6 +20,7 @@ from backpack.modules.loss_calls import LossCall
 from backpack.modules.module_io import ModuleIO
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Scattered, found_layout, layouts, same
+from backpack.samples.coded_pass import MIXED, samples_of_entries
 from backpack.samples.mixing import mixed_data
 from backpack.samples.owners import Owners, find_owners
 
@@ -116,11 +117,8 @@ def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLay
     ``None``: some row comes from several samples, whatever is taken for a row: all entries along the first axis, all
     but the last axis, each entry; those of several classes stay together.
     """
-    shape, classes = call.input.shape, {1} if isinstance(call.loss, torch.nn.CrossEntropyLoss) else set[int]()
-    for count in dict.fromkeys((1, len(shape) - 1, len(shape))):
-        axes = [axis for axis in range(count) if axis not in classes]
-        if classes and count > 1:
-            axes = [axis for axis in range(len(shape)) if axis not in classes]
+    shape = call.input.shape
+    for axes in _axes_of_rows(call):
         sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
         rows = torch.arange(prod(sizes)).reshape(sizes)
         begin = {call.place: found_layout(rows.numel() + 1, rows)}  # one of none: so no entry counts to any
@@ -129,6 +127,32 @@ def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLay
         sample = _samples_of_rows(rows.numel(), owners, prepared)
         if sample is not None:
             return found_layout(prepared.n, sample[rows], exactly=True)
+    return _rows_that_repeat(call, prepared)
+
+
+def _axes_of_rows(call: LossCall) -> Iterator[list[int]]:
+    """The axes that may count rows: the first one, all but the last, all; classes are no rows."""
+    dims = call.input.dim()
+    if isinstance(call.loss, torch.nn.CrossEntropyLoss):
+        yield [0]
+        yield [axis for axis in range(dims) if axis != 1]
+    else:
+        yield from (list(range(count)) for count in dict.fromkeys((1, dims - 1, dims)))
+
+
+def _rows_that_repeat(call: LossCall, prepared: Prepared) -> AnyLayout | None:
+    """As ``_rows_of_outputs`` where several rows are computed from the same row of an output."""
+    owned = prepared.owners.owned
+    starts = {GradientEdge(*edge): layout for edge, layout in prepared.begin.items() if owned.get(edge) is layout}
+    with muted():
+        entries = samples_of_entries(call.input, call.edge, starts, prepared.n, torch.Generator())
+    if bool((entries == MIXED).any()) or not bool((entries >= 0).any()):
+        return None
+    for axes in _axes_of_rows(call):
+        others = [axis for axis in range(entries.dim()) if axis not in axes]
+        largest = entries.amax(others, keepdim=True) if others else entries
+        if bool(((entries == largest) | (entries < 0)).all()):
+            return found_layout(prepared.n, largest.clamp(min=0), exactly=True)  # a row of no output counts nowhere
     return None
 
 

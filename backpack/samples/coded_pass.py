@@ -12,17 +12,18 @@ need fewer passes, but do not see a contribution below the rounding of another s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from math import comb
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph import call, count_outputs, kind
 from backpack.samples.layouts import AnyLayout, found_layout
+from backpack.torch_internals import pull_back
 
 MIXED = -2
 
@@ -73,6 +74,34 @@ def _owners(node: Node, layouts: Sequence[AnyLayout | None], n: int, generator: 
                     known = found[k]
                     found[k] = passed if known is None else known + passed
     return [None if passes is None else sample[passes] for passes in found]
+
+
+def samples_of_entries(
+    tensor: Tensor, edge: GradientEdge, starts: Mapping[GradientEdge, AnyLayout], n: int, generator: torch.Generator
+) -> Tensor:
+    """The sample that each entry of a tensor comes from; ``-1``: none, ``MIXED``: several.
+
+    Random tangents of some of the ``n`` samples, at the edges where they start, are pushed on to the tensor at
+    ``edge``: the pull-back from there is linear in what is pulled back, and its derivative by that the transposed map.
+    """
+    codes, sample = codes_of(n)
+    with torch.enable_grad():
+        point = torch.zeros_like(tensor, requires_grad=True)
+        found = pull_back([edge], list(starts), [point], create_graph=True)
+    reached = [
+        (grad, layout.owners(grad.shape, grad.device))
+        for grad, layout in zip(found, starts.values(), strict=True)
+        if grad is not None and grad.requires_grad
+    ]
+    passed = torch.zeros(tensor.shape, dtype=torch.int64)
+    for number, takes_part in enumerate(codes if reached else ()):
+        given = []
+        for grad, owner in reached:
+            drawn = torch.randn(grad.shape, generator=generator, dtype=torch.float64).to(grad)
+            given.append(_only(drawn, owner, takes_part))
+        (pushed,) = torch.autograd.grad([grad for grad, _ in reached], point, given, retain_graph=True)
+        passed += (pushed != 0).cpu().to(torch.int64) << number
+    return sample[passed]
 
 
 @lru_cache(64)

@@ -137,6 +137,15 @@ class Scattered:
         """Whether there are entries of no sample."""
         return bool((self.owner < 0).any())
 
+    def with_whole_rows(self) -> AnyLayout:
+        """The same, but entries of none along the last axis count to the sample of those beside them, if it is one."""
+        owner = self.owner
+        if not self.has_none or not owner.dim() or owner.shape[-1] == 1:
+            return self
+        largest = owner.amax(-1, keepdim=True)
+        whole = bool(((owner == largest) | (owner < 0)).all())
+        return found_layout(self.n, largest, exactly=True) if whole else self
+
     @cached_property
     def lengths(self) -> Tensor:
         """How many rows each sample has, ``[n]``."""
