@@ -713,6 +713,15 @@ def test_a_loss_may_be_given_a_part_of_the_output_of_any_model(head, name, seed)
         laws(draw(made, rng, form, [head]), *LAWS)
 
 
+@pytest.mark.parametrize("name", ["documents_in_one_row", "graphs_by_node", "routed_experts"])
+def test_groups_of_samples_of_similar_length_change_nothing(name, monkeypatch):
+    monkeypatch.setattr("backpack.uses.ragged.SMALL", 0)
+    for d in sweep(CASES, name, 7):
+        laws(d, first_order, gauss_newton, hessian, products)
+    for d in sweep(CASES, name, 8, OF_ALL_ROWS):
+        kronecker(d)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kronecker factors
 
