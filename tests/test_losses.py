@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from truth import close
 
 from backpack import backpack, extend
-from backpack.extensions import BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact, SqrtGGNMC
+from backpack.extensions import HBP, KFLR, KFRA, BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact, SqrtGGNMC
 
 N, C = 4, 3
 LABELS = torch.tensor([0, 2, 1, 2])
@@ -254,3 +254,17 @@ def test_a_rescaled_sum_of_losses_is_not_taken_for_a_factor():
     with warnings.catch_warnings(), backpack(DiagGGNExact()):
         warnings.simplefilter("error")
         (0.1 * extend(nn.CrossEntropyLoss(reduction="none"))(model(values(N, 4)), LABELS)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [KFRA, KFLR, DiagGGNExact, lambda: HBP("hessian", "sum", "average", "E[J^T E(H) J]")],
+    ids=["KFRA", "KFLR", "DiagGGNExact", "HBP"],
+)
+def test_cross_entropy_of_one_class_has_no_curvature(make):
+    model, extension = extend(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()), make()
+    with backpack(extension):
+        extend(nn.CrossEntropyLoss())(model(values(N, 3)), torch.zeros(N, dtype=torch.int64)).backward()
+    for p in model.parameters():
+        found = vars(p)[extension.savefield]
+        assert not (found if isinstance(found, torch.Tensor) else found[0]).any()

@@ -100,7 +100,9 @@ class AveragedPass(SeedPass):
             self._forward(first, rows)
         first_term, *others = self._seeds(0, self.columns)
         seeds = sum(others, start=first_term)
-        mean = Mean((seeds if rows is None else seeds[:, rows]).flatten(0, 1), True)
+        columns = (seeds if rows is None else seeds[:, rows]).flatten(0, 1)
+        columns = columns if len(columns) else columns.new_zeros(1, columns.shape[1])  # of a loss without curvature
+        mean = Mean(columns, True)
         mean = mean if len(mean.given) <= mean.given.shape[1] else Mean(mean.matrix)
         try:
             for place in reversed(range(first, len(self.modules))):
