@@ -592,3 +592,34 @@ def test_factors_of_elementwise_weights_are_the_exact_block(layer):
 def test_what_is_no_choice_is_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         KFAC(**arguments)
+
+
+class FirstPosition(nn.Module):
+    """Reads the first position of each sample, in one of several ways."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.layer, self.head = read, nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x):
+        return self.head(self.read(self.layer(x).tanh()))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda h: h[:, 0],
+        lambda h: h[torch.arange(h.shape[1]).expand(len(h), -1) == 0],
+        lambda h: h[torch.arange(len(h)), 0],
+        lambda h: h.flatten(0, 1).index_select(0, torch.arange(len(h)) * h.shape[1]),
+        lambda h: h.gather(1, torch.zeros(len(h), 1, h.shape[2], dtype=torch.int64))[:, 0],
+    ],
+    ids=["slice", "mask", "indices", "index_select", "gather"],
+)
+def test_input_factors_count_positions_that_nothing_reads_whatever_the_way(read):
+    torch.manual_seed(0)
+    model, x = extend(FirstPosition(read)), torch.randn(5, 4, 3, dtype=torch.float64)
+    with backpack(KFLR()):
+        extend(nn.MSELoss())(model(x), torch.randn(5, 2, dtype=torch.float64)).backward()
+    rows = x.flatten(0, 1)
+    torch.testing.assert_close(model.layer.weight.kflr[1], rows.T @ rows / 5)

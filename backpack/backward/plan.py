@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.graph import LEAF, Edge, Graph, kind, saved, shape_of, signed, variable_of
-from backpack.samples import AnyLayout, Scattered
+from backpack.samples import AnyLayout, Scattered, completed
 from backpack.samples.owners import Owners
 
 
@@ -58,6 +58,7 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
     plan = Plan(n)
     behind: dict[Node, list[Node]] = {}
     mixed, owned = owners.mixed, owners.owned
+    is_alone = not any(edge in owned or edge in mixed for edge in owners.above)
     for node, sent in owners.sends.items():
         number, layout = 0, owned.get((node, 0))
         found: PlannedUse | None
@@ -74,7 +75,10 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
                 leaf = other if other.name() == LEAF else None
             if layout is None:
                 number, layout = next((nr, own) for nr in range(99) if (own := owned.get((node, nr))) is not None)
-            layout = layout.with_whole_rows() if isinstance(layout, Scattered) else layout
+            if isinstance(layout, Scattered) and is_alone:  # nothing at all reaches entries of no sample
+                layout = completed(layout, shape_of(node, number))
+            if isinstance(layout, Scattered):
+                layout = layout.with_whole_rows()
             if leaf is not None:
                 if leaf not in wanted:
                     continue

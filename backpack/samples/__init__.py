@@ -6,10 +6,22 @@ from backpack.samples.layouts import (
     Layout,
     Rows,
     Scattered,
+    completed,
     found_layout,
     layouts,
     same,
 )
 from backpack.samples.subsets import Subset
 
-__all__ = ["AnyLayout", "Layout", "Rows", "SampleIds", "Scattered", "Subset", "found_layout", "layouts", "same"]
+__all__ = [
+    "AnyLayout",
+    "Layout",
+    "Rows",
+    "SampleIds",
+    "Scattered",
+    "Subset",
+    "completed",
+    "found_layout",
+    "layouts",
+    "same",
+]

@@ -280,6 +280,24 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
     return Scattered(n, owner)
 
 
+def completed(layout: AnyLayout, shape: Sequence[int]) -> AnyLayout:
+    """The one regular layout that gives the entries of samples to these, and others, of none, to those beside them.
+
+    If there is no such layout, or several, it stays as it is.
+    """
+    if not isinstance(layout, Scattered) or layout.n < 2 or not bool((layout.owner < 0).any()):
+        return layout
+    owner, found = layout.owner, list[Layout]()
+    for axis, size in enumerate(shape):
+        each = size // layout.n
+        for inner in range(1, each + 1) if size % layout.n == 0 else ():
+            if each % inner == 0:
+                regular = Layout(layout.n, axis, each // inner, inner)
+                if bool(((owner < 0) | (owner == regular.owners(shape, owner.device))).all()):
+                    found.append(regular)
+    return found[0] if len(found) == 1 else layout
+
+
 def _empty(n: int, shape: Sequence[int]) -> Scattered:
     """The layout of a tensor without entries."""
     first = list(shape).index(0)
