@@ -33,8 +33,9 @@ from kronecker_truth import check
 from torch import nn
 from truth import close
 
-from backpack import accumulate, backpack, extend, extensions, verification, verify
+from backpack import accumulate, backpack, extend, extensions, verify
 from backpack.curvature import pooling
+from backpack.inspection import verification
 
 CLEAR = re.compile(
     "statistics of the batch|samples cannot be told apart|may hold|no axis of the|eigenvalue|drops out"
