@@ -1238,3 +1238,14 @@ def test_a_single_row_that_is_seen_is_no_proof_against_the_first_axis():
     with backpack(BatchGrad()):
         model(x).sin().sum().backward()
     near(model.scale.grad_batch, torch.stack(rows), "scale")
+
+
+def test_instance_norm_above_frozen_biases_keeps_a_single_sample_apart():
+    layer = nn.Conv2d(1, 2, 3, bias=False).to(F64)
+    model = extend(nn.Sequential(layer, nn.InstanceNorm2d(2, affine=True).to(F64), nn.Flatten(), L(8, 2)))
+    x = rand(2, 1, 4, 4)
+    with backpack(ClippedGrad(1e-3), sample_ids=(torch.tensor([1, 1]), 3)):
+        model(x).square().sum().backward()
+    norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+    for p in model.parameters():
+        near(p.grad_clipped, p.grad * 1e-3 / norm, "grad_clipped")

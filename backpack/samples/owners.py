@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +146,7 @@ class _Descent:
                 raise Unknown
             sent = list(spread(node, edges, layout, number))
             if self.thoroughly and any(
-                own is None and other is not None and not is_single_parameter(other, self.graph)
+                own is None and other is not None and not is_single_parameter(other, self.graph, VIEWS)
                 for own, (other, _) in zip(sent, edges, strict=True)
             ):
                 raise Unknown
@@ -159,9 +159,30 @@ class _Descent:
             return coded(node, [arriving.get(k) for k in range(count)], self.generator, exactly)
 
 
-def is_single_parameter(node: Node, graph: Graph) -> bool:
-    """Whether nodes lead from here to one parameter, without a branch."""
+VIEWS = frozenset(
+    [
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Expand",
+        "Unsqueeze",
+        "Squeeze",
+        "Select",
+        "Slice",
+        "ToCopy",
+    ]
+)
+"""Kinds of nodes that take nothing but the tensor that they return in another form."""
+
+
+def is_single_parameter(node: Node, graph: Graph, among: Container[str] | None = None) -> bool:
+    """Whether nodes, ``among`` some kinds, lead from here to one parameter, without a branch."""
     while node.name() != LEAF:
+        if among is not None and kind(node) not in among:
+            return False
         following = [other for other, _ in graph.edges[node] if other is not None]
         if len(following) != 1:
             return False
