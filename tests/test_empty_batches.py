@@ -162,3 +162,15 @@ def test_cross_entropy_of_one_row_is_that_of_its_sample():
         for result, own in zip(results, (p.grad_batch, p.diag_ggn_exact_batch), strict=True):
             assert not result[[0, 1, 3]].any()
             torch.testing.assert_close(result[2:3], own)
+
+
+def test_no_result_of_an_earlier_pass_stays_on_parameters_that_a_batch_without_samples_does_not_reach():
+    make, _ = MODELS["perceptron"]
+    model, x = extend(make()), torch.randn(2, 3, **F64)
+    with backpack(E.BatchGrad()):
+        model(x).square().sum().backward()
+    model[2].requires_grad_(False)
+    with backpack(E.BatchGrad()):
+        model(x[:0]).square().sum().backward()
+    assert model[0].weight.grad_batch.shape == (0, 4, 3)
+    assert not hasattr(model[2].weight, "grad_batch")

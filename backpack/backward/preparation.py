@@ -18,7 +18,7 @@ from backpack.backward.plan import make_plan
 from backpack.graph import LEAF, Edge, Graph, count_outputs, shape_of, variable_of
 from backpack.modules.calls import Note
 from backpack.modules.loss_calls import losses_in
-from backpack.modules.parameters import SHARDED, info_of, name_of
+from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
 from backpack.samples.mixing import behind, mixed_data, unproved
@@ -50,20 +50,32 @@ def prepare(
         return None
     (n,) = counts
     rows = n if ids is None else None
-
-    def planned(owners: Owners) -> Prepared:
-        plan = make_plan(graph, owners, n, wanted)
-        if n > 1 and plan.entries:
-            with muted():
-                plan.mixed, plan.for_all = mixed_data(graph, owners, plan.entries, calls, rows)
-        return Prepared(graph, begin, owners, plan)
-
-    found = planned(owners)
+    found = planned(graph, begin, owners, wanted, calls, n, rows)
     if found.plan.mixed:  # perhaps samples are kept apart by values: masks, weights that are zero
         with muted():
             owners = find_owners(graph, begin, generator, thoroughly=True)
-        found = planned(owners)
+        found = planned(graph, begin, owners, wanted, calls, n, rows)
     return found if found.plan.expected else None
+
+
+def planned(
+    graph: Graph,
+    begin: Mapping[Edge, AnyLayout],
+    owners: Owners,
+    wanted: set[Node],
+    calls: Sequence[Note],
+    n: int,
+    rows: int | None,
+) -> Prepared:
+    """With the uses of the wanted parameters, and where samples are mixed.
+
+    ``rows``: how many rows of the inputs the samples are; ``None``: they are no rows.
+    """
+    plan = make_plan(graph, owners, n, wanted)
+    if n > 1 and plan.entries:
+        with muted():
+            plan.mixed, plan.for_all = mixed_data(graph, owners, plan.entries, calls, rows)
+    return Prepared(graph, begin, owners, plan)
 
 
 def _of_one_sample(graph: Graph) -> set[Edge]:
@@ -123,9 +135,8 @@ def refuse_complex(block: Block, prepared: Prepared) -> None:
     names = [name_of(p) for leaf in prepared.plan.expected if (p := variable_of(leaf)).is_complex()]
     for extension in block.second_order if names else ():
         if extension.needs_real_parameters:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise RuntimeError(
-                f"{type(extension).__name__} is not defined for complex parameters, as {', '.join(names[:3])}{more}: "
+                f"{type(extension).__name__} is not defined for complex parameters, as {listed(names)}: "
                 f"each of their entries has four second derivatives. Hold their real and imaginary parts in a real "
                 f"parameter and take torch.view_as_complex of it in forward(); or freeze these parameters with "
                 f"requires_grad_(False); or take an extension of the GGN."
@@ -165,11 +176,9 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
     inside = dict.fromkeys(name_of(variable_of(leaf)) for entry in plan.mixed for leaf in plan.entries[entry])
     for extension in block.second_order:
         if extension.needs_samples_apart and inside:
-            names = list(inside)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise RuntimeError(
                 f"{type(extension).__name__}: samples are mixed by {where}, and for parameters below, as "
-                f"{', '.join(names[:3])}{more}, Kronecker factors are not defined. {ways}; or freeze these parameters "
+                f"{listed(list(inside))}, Kronecker factors are not defined. {ways}; or freeze these parameters "
                 f"with requires_grad_(False), or take an extension that is diagonal in them."
             )
     module = next((module for note in calls if (module := note.module()) is not None), None)

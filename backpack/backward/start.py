@@ -23,7 +23,7 @@ from backpack.modules.calls import Note, noted
 from backpack.modules.forward_hooks import note_parameters
 from backpack.modules.loss_calls import LossCall, losses_in
 from backpack.modules.module_io import ModuleIO, module_io_of
-from backpack.modules.parameters import SHARDED, info_of, name_of
+from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 
 ComputeCurvature = Callable[[Block, Call, Prepared, Mapping[Edge, Note], "dict[Node, list[ModuleIO]]"], None]
 """What computes the extensions of second order."""
@@ -89,20 +89,25 @@ def _of_no_sample(
     block: Block, call: Call, graph: Graph, notes: Mapping[Edge, Note], losses: Sequence[tuple[Node, int, LossCall]]
 ) -> Any:
     """A pass for a batch without a sample."""
-    for note in notes.values():
-        if (module := note.module()) is not None:
-            note_parameters(module)
+    _take_old_results_off(block, list(notes.values()))
     try:
         if block.second_order and not losses:
             refuse_other_losses(block)
-        leaves = [node for node in graph.order if node in wanted_leaves(graph)]
-        store_results(block, notes, losses, _received(leaves, call.asked if call.is_for_parameters else ()))
+        wanted = wanted_leaves(graph)
+        leaves = _received(filter(wanted.__contains__, graph.order), call.asked if call.is_for_parameters else ())
+        store_results(block, notes, losses, leaves)
         result = call.run()
         block.hand_over()
         block.stored.clear()
         return result
     finally:
         block.clear()
+
+
+def _take_old_results_off(block: Block, calls: Sequence[Note]) -> None:
+    """Note the parameters of the modules that take part, and leave no result of an earlier pass on them."""
+    modules = [module for note in calls if (module := note.module()) is not None]
+    block.take_off({id(p): p for module in modules for p in note_parameters(module)}.values())
 
 
 def _received(leaves: Iterable[Node], asked: Sequence[Edge]) -> list[Node]:
@@ -139,8 +144,7 @@ class _Running:
         self.block, self.module_io, self.first = block, module_io, None
         self.graph = graph
         self.notes, self._handles = notes, list[Any]()
-        modules = [module for note in calls if (module := note.module()) is not None]
-        block.take_off({id(p): p for module in modules for p in note_parameters(module)}.values())
+        _take_old_results_off(block, calls)
         self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
             if block.extensions and not calls:
@@ -156,7 +160,7 @@ class _Running:
 
     @property
     def unseen(self) -> set[Node]:
-        """The nodes of parameters of extended modules that are used, but nowhere by samples."""
+        """The nodes of parameters of extended modules of which the pass has found no use that belongs to samples."""
         if self.prepared is None:
             return wanted_leaves(self.graph)
         outside = {get_gradient_edge(parameter).node for parameter in self.prepared.plan.outside}
@@ -272,8 +276,7 @@ def _leave_out(missed: Sequence[Tensor], block: Block, asked: bool) -> None:
     for parameter in missed:
         for extension in extensions:
             vars(parameter).pop(extension.savefield, None)
-    names = [name_of(parameter) for parameter in missed]
-    found = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    found = listed([name_of(parameter) for parameter in missed])
     for extension in extensions:
         if extension.needs_all_parameters:
             raise RuntimeError(

@@ -165,7 +165,7 @@ class Columns(Collector):
             self.count(leaf)
 
     def _pull_through(self, node: Node, number: int, leaf: Node, grads: Tensor) -> Tensor:
-        """Cotangents ``[r, ...]`` at an output of a node's function to those of a parameter."""
+        """Pull cotangents ``[r, ...]`` at an output of a node's function on to a parameter, ``[r, *p]``."""
         with muted():
             found = pull_through(self.graph, self.places, node, {number: grads}, one_by_one=False)
         if leaf in found:

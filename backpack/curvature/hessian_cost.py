@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
 from backpack.curvature.residuals.nodes import base_name
-from backpack.graph import LEAF, Graph, kind, shape_of
+from backpack.graph import LEAF, VIEWS, Graph, kind, shape_of
 
 ENTRY = 40
 """For an entry of an output that a function computes; of many columns, which no cache holds, twice as much."""
@@ -30,13 +30,6 @@ PULL = 2**25
 
 BEFORE = 2**26
 """For what is done once: for a graph, for the second derivatives of a node, for a parameter."""
-
-_CHEAP = """
-AccumulateGrad Alias Detach Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose Unbind
-UnsafeSplit UnsafeView Unsqueeze View
-"""
-CHEAP = frozenset(_CHEAP.split())
-"""Kinds of nodes that compute nothing."""
 
 LONG = 100
 """Steps of training up to which nothing is said of what takes as long as these."""
@@ -106,7 +99,7 @@ def multiplications(node: Node) -> int:
 
 def work(node: Node, entry: int = ENTRY) -> int:
     """What the forward pass through a node's function costs."""
-    entries = 0 if kind(node) in CHEAP or node.name() == LEAF else prod(shape_of(node, 0))
+    entries = 0 if kind(node) in VIEWS or node.name() == LEAF else prod(shape_of(node, 0))
     return multiplications(node) + entry * entries
 
 

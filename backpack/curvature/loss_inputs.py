@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.backward.plan import make_plan
-from backpack.backward.preparation import wanted_leaves
+from backpack.backward.preparation import planned, wanted_leaves
 from backpack.curvature.loss_term import Origin, Term
 from backpack.graph import Edge, Graph, edge_of, read, shape_of
 from backpack.modules.calls import Note, noted
@@ -21,7 +21,6 @@ from backpack.modules.module_io import ModuleIO
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Scattered, found_layout, layouts, same
 from backpack.samples.coded_pass import MIXED, samples_of_entries
-from backpack.samples.mixing import mixed_data
 from backpack.samples.owners import Owners, find_owners
 
 
@@ -54,9 +53,7 @@ def origin_of(
         parts = [_from_loss(call, graph, prepared) for call, _, graph in reaching]
         own = parts[0] if len(parts) == 1 else _from_losses([call for call, _ in found], parts, prepared)
     again = partial(prepare_again, thoroughly=prepared.owners.is_thorough)
-    terms = []
-    for call, outer in found:
-        terms.append(Term(call, outer, own.begin[call.place]))
+    terms = [Term(call, outer, own.begin[call.place]) for call, outer in found]
     return Origin(terms, own, _of_outputs(notes, own.graph), again, module_io)
 
 
@@ -201,7 +198,5 @@ def prepare_again(
     n = layouts[0].n
     with muted():
         owners = find_owners(graph, begin, torch.Generator(), thoroughly=thoroughly)
-        plan = make_plan(graph, owners, n, wanted_leaves(graph))
-        if n > 1 and plan.entries:
-            plan.mixed, _ = mixed_data(graph, owners, plan.entries, calls, n)
-    return Prepared(graph, begin, owners, plan), _of_outputs(notes, graph)
+    prepared = planned(graph, begin, owners, wanted_leaves(graph), calls, n, n)
+    return prepared, _of_outputs(notes, graph)

@@ -77,9 +77,9 @@ class BatchPass:
         return of_loss(self.lossfunc, output, target)
 
     def run(self, batch: Batch, reference: float) -> tuple[Tensor, float]:
-        """Collect what a batch gives; returns its loss, and what that divides by.
+        """Run one batch and collect its results; returns its loss, and the number that this loss divides its sum by.
 
-        With the factor ``divided / reference`` it enters the loss of the whole.
+        Divided by ``reference``, that number is the weight of the batch in the loss of the whole data set.
         """
         content = moved(batch.content, self.device)
         self.counted.clear()

@@ -36,6 +36,14 @@ def variable_of(leaf: Node) -> Tensor:
     return leaf.variable  # type: ignore[attr-defined]
 
 
+_VIEWS = """
+Alias Detach Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose Unbind UnsafeSplit
+UnsafeView Unsqueeze View
+"""
+VIEWS = frozenset(_VIEWS.split())
+"""Kinds of nodes that compute nothing: a tensor, or a part of it, in another form."""
+
+
 def signed(number: int) -> int:
     """A number that a node saved, which shows negative ones as large positive ones."""
     return number - 2**64 if number >= 2**63 else number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -52,6 +53,11 @@ def info_of(parameter: Tensor) -> ParameterInfo | None:
         number = id(parameter)
         _by_number[number] = (ref(parameter, lambda _: _by_number.pop(number, None)), found)
     return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def name_of(parameter: Tensor) -> str:

@@ -147,7 +147,7 @@ class Convolution:
 
 
 def _positions(batch: Tensor, n: int) -> Tensor:
-    """``[n k, g, c, s]`` to ``[n, g, c, k s]``: several images of one sample are further positions."""
+    """Bring ``k`` images of each sample, ``[n k, g, c, s]``, to further positions of one image, ``[n, g, c, k s]``."""
     if len(batch) == n:
         return batch
     return batch.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)

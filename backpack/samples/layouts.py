@@ -1,4 +1,4 @@
-"""Where the samples of a tensor lie: layouts of entries, and rows of them."""
+"""Layouts: which entries of a tensor belong to which sample, and the tensor brought to one row for each sample."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def completed(layout: AnyLayout, shape: Sequence[int]) -> AnyLayout:
 
     If there is no such layout, or several, it stays as it is.
     """
-    if not isinstance(layout, Scattered) or layout.n < 2 or not bool((layout.owner < 0).any()):
+    if not isinstance(layout, Scattered) or layout.n < 2 or not layout.has_none:
         return layout
     owner, found = layout.owner, list[Layout]()
     for axis, size in enumerate(shape):

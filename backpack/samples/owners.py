@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph import LEAF, Edge, Graph, count_outputs, kind, shape_of
+from backpack.graph import LEAF, VIEWS, Edge, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded_pass import coded
 from backpack.samples.layout_rules import Unknown, spread
 from backpack.samples.layouts import AnyLayout, Scattered, found_layout, same
@@ -146,7 +146,7 @@ class _Descent:
                 raise Unknown
             sent = list(spread(node, edges, layout, number))
             if self.thoroughly and any(
-                own is None and other is not None and not is_single_parameter(other, self.graph, VIEWS)
+                own is None and other is not None and not is_single_parameter(other, self.graph, {"ToCopy", *VIEWS})
                 for own, (other, _) in zip(sent, edges, strict=True)
             ):
                 raise Unknown
@@ -157,25 +157,6 @@ class _Descent:
             exactly = self.exactly or kind(node) in MASKING or kind(node).startswith(ATTENTION)
             exactly = exactly or any(isinstance(own, Scattered) and own.has_none for own in arriving.values())
             return coded(node, [arriving.get(k) for k in range(count)], self.generator, exactly)
-
-
-VIEWS = frozenset(
-    [
-        "T",
-        "Transpose",
-        "Permute",
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Expand",
-        "Unsqueeze",
-        "Squeeze",
-        "Select",
-        "Slice",
-        "ToCopy",
-    ]
-)
-"""Kinds of nodes that take nothing but the tensor that they return in another form."""
 
 
 def is_single_parameter(node: Node, graph: Graph, among: Container[str] | None = None) -> bool:

@@ -116,7 +116,7 @@ def _is_count(numbers: Tensor, axis: int) -> bool:
 
 @dataclass(eq=False)
 class Rows(LinearMap):
-    """Individual gradients of ``count`` rows, of which a map uses some, side by side."""
+    """Individual gradients of a parameter with ``count`` rows, of which a linear map uses some adjacent ones."""
 
     inner: LinearMap
     rows: range

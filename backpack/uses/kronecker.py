@@ -114,8 +114,9 @@ def assemble(separated: list[Tensor]) -> list[Tensor]:
 
 
 def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[Tensor]:
-    """Of each factor, of each of its diagonal blocks by itself; of a diagonal one: of one axis.
+    """The eigenvectors of each factor, as columns; of a block-diagonal factor, those of each block.
 
+    A factor that is stored as its diagonal, with one axis, has ones: its eigenvectors are the unit vectors.
     ``grads``: those that the factors were computed from, if there are no others.
     """
     ranks = [len(factor) for factor in factors]

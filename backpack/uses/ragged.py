@@ -23,10 +23,11 @@ def groups_of(rows: Rows, entries: int) -> list[tuple[Tensor, Rows]]:
     ``entries``: of the tensor, without padding. No groups: all samples may go together.
     """
     layout = rows.layout
-    if not isinstance(layout, Scattered) or layout.filled is None:
+    if not isinstance(layout, Scattered):
         return []
-    lengths, longest = layout.lengths, int(layout.lengths.max())
-    if longest * layout.n <= 2 * int(lengths.sum()) or entries * longest * layout.n <= SMALL * int(lengths.sum()):
+    lengths = layout.lengths
+    padded, own = int(lengths.max()) * layout.n, int(lengths.sum())
+    if padded <= 2 * own or entries * padded <= SMALL * own:
         return []
     chosen = torch.arange(layout.n) if rows.index is None else rows.index.cpu()
     found = []
