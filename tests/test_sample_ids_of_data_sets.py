@@ -149,7 +149,8 @@ def test_wrong_numbers_are_an_error():
 
 def test_verify_knows_the_truth_for_all_extensions():
     model, x, y = problem()
-    more = [E.DiagGGNMC(2), E.KFAC(2), E.HMP(), E.GGNMP(), E.GGNGram(), E.BatchDotGrad(), E.DiagHessian()]
+    more = [E.DiagGGNMC(2), E.KFAC(2), E.HMP(), E.GGNMP(), E.GGNGram(), E.BatchDotGrad(), E.DiagHessian(), E.EKFAC()]
+    more += [E.SqrtGGNExact(), E.SqrtGGNMC(), E.BatchDiagGGNMC(), E.DiagHessianMC(), E.PCHMP()]
     found = verify(model, nn.CrossEntropyLoss(), x, y, *extensions(), *more, sample_ids=IDS)
     assert all(row.verdict == "right" for row in found.rows), found
     found = verify(model, nn.CrossEntropyLoss(), x, y, E.BatchGrad([0, 3]), E.KFLR([2, 1]), sample_ids=IDS)
