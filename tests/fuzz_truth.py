@@ -90,10 +90,10 @@ class Truth:
                 found[name] = found[name] + torch.stack([J[k].T @ H[k][:, k] @ J[k] for k in own])
         return found
 
-    def block(self, name, rows):
-        """The GGN of some samples, in the order of Kronecker factors: of a transposed convolution, outputs first."""
+    def block(self, name, rows, count):
+        """The GGN of some samples, in the order of ``count`` factors: of a transposed convolution, outputs first."""
         p, whole = self.parameters[name], self.ggn[name][rows].sum(0)
-        if name not in self.transposed:
+        if name not in self.transposed or count == 1:
             return whole
         order = torch.arange(p.numel()).reshape(p.shape).transpose(0, 1).flatten()
         return whole[order][:, order]
@@ -212,7 +212,7 @@ def gram(c, truth, name, p, rows, found, ext):
 def factors(c, truth, name, p, rows, found, ext):
     """A single one is the block."""
     if len(found) == 1 and not p.is_complex():
-        c.add(name, found[0], truth.block(name, rows))
+        c.add(name, found[0], truth.block(name, rows, 1))
 
 
 def eigenvalues(c, truth, name, p, rows, found, ext):
@@ -221,7 +221,7 @@ def eigenvalues(c, truth, name, p, rows, found, ext):
         basis = found.bases[0].contiguous()
         for other in found.bases[1:]:
             basis = torch.kron(basis, other.contiguous())
-        block = truth.block(name, rows)
+        block = truth.block(name, rows, len(found.bases))
         c.add(name, found.eigenvalues.flatten(), (basis.T @ block @ basis).diagonal(), block.abs().max())
 
 

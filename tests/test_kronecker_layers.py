@@ -48,6 +48,23 @@ def test_factors_and_eigenvalues_are_those_of_plain_autograd(name):
             check(path, parameter, truth, parameter.kfac, parameter.ekfac, close)
 
 
+@pytest.mark.parametrize("name", [name for name in ONE_TENSOR if name not in SLOW])
+def test_a_batch_of_one_sample_has_factors_of_the_same_shapes(name):
+    problem = build(name)
+    model, X = Head(problem.model), problem.inputs[0]
+    if X.is_floating_point() and X.dim() > 2:
+        size, dims = X.shape[1], X.dim() - 2
+        conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"InstanceNorm{dims}d")
+        model = nn.Sequential(conv(size, size, 1), norm(size, affine=True), model).double()
+    extend(model)
+    shapes = []
+    for n in (len(X), 1):
+        with backpack(KFLR()):
+            extend(nn.MSELoss())(model(X[:n]), torch.ones(n, 3, dtype=torch.float64)).backward()
+        shapes.append({path: [f.shape for f in p.kflr] for path, p in model.named_parameters() if p.grad is not None})
+    assert shapes[0] == shapes[1]
+
+
 def test_a_bag_is_an_embedding_whose_rows_are_added():
     index, y = torch.tensor([[0, 1, 2, 2], [4, 0, 0, 1], [4, 4, 1, 3]]), torch.tensor([1, 0, 2])
 

@@ -493,14 +493,15 @@ def group_norm(at: At) -> list[AnyLayout | None]:
 
 @rule("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm BatchNormWithUpdate")
 def batch_norm(at: At) -> list[AnyLayout | None]:
-    """With statistics of the batch, channels stay apart, and what is of several samples in one is mixed."""
+    """With statistics of the batch, channels stay apart, and several samples in one channel are mixed."""
     others = [axis for axis in range(len(at.shape)) if axis != 1]
+    is_one_sample = isinstance(at.layout, Layout) and at.layout.n == 1
     stored = kind(at.node) == "NativeBatchNorm" and not at.saved("training")
     along_channels = not at.layout.occupies(others)
     channels = at.layout.moved([1]) if along_channels else None
     if along_channels:
         return [at.layout, channels, channels]
-    return [at.layout if stored else None, None, None]
+    return [at.layout if stored or is_one_sample else None, None, None]
 
 
 @rule("PreluKernel")
