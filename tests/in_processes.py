@@ -154,6 +154,26 @@ def order_is_shared():
         assert len(found["grad_batch"][name]) == 11
 
 
+def numbered_samples():
+    """Pairs of rows, in any order, are the samples of each batch."""
+    for wrap in (plain, parallel):
+        model, lossfunc, X, y = problem(n=12)
+        truth = giant(model, lossfunc, X, y, 12)
+        ids = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 1]])
+        data = [*zip(X.split(4), y.split(4), ids, strict=True)]
+        of_all = (ids + 2 * torch.arange(3)[:, None]).flatten()
+        found = accumulate(
+            wrap(model), lossfunc, data, BatchGrad([5, 0]), SumGradSquared(), DiagGGNExact(), gather=True,
+            forward=lambda model, batch: (model(batch[0]), batch[1]), sample_ids=lambda batch: (batch[2], 2),
+        )  # fmt: skip
+        assert found.samples == 6
+        for name, g in truth["individual"].items():
+            own = g.new_zeros(6, *g.shape[1:]).index_add(0, of_all, g)
+            assert close(found["grad_batch"][name], own[[5, 0]], own.abs().max())
+            assert close(found["sum_grad_squared"][name], own.square().sum(0))
+            assert close(found["diag_ggn_exact"][name], truth["roots"][name].square().sum((0, 1)))
+
+
 class Failing(list):
     """Data that fail at the process's second batch."""
 
@@ -311,7 +331,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 5:
         one_dies()
     for scenario in (blocks_of_one_process, factors_of_one_process, other_quantities, own_samples_stay,
-                     order_is_shared, divided_twice_is_refused,
+                     numbered_samples, order_is_shared, divided_twice_is_refused,
                      static_graph_is_refused, what_sharded_models_have_not_is_refused, training_loops):  # fmt: skip
         scenario()
     resumed(sys.argv[4])
