@@ -319,6 +319,48 @@ def test_parts_of_a_matrix_that_are_used_by_themselves(kind):
     assert close(A, (2 * X.T @ X + 3 * X.sin().T @ X.sin()) / 20, rtol=1e-9)
 
 
+class Stack(nn.Module):
+    """A matrix for each of the groups, which lie along axis 2 of the inputs ``[n s g i]``."""
+
+    def __init__(self, inputs_first):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn((3, 4, 2) if inputs_first else (3, 2, 4)))
+        self.rest, self.inputs_first = Rest(12), inputs_first
+
+    def outputs(self, x):
+        rows, weight = x.movedim(2, 0).flatten(1, 2), self.weight if self.inputs_first else self.weight.mT
+        return torch.bmm(rows, weight).unflatten(1, x.shape[:2]).movedim(0, 2)
+
+    def forward(self, x):
+        return self.rest(self.outputs(x))
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+@pytest.mark.parametrize("inputs_first", [True, False])
+def test_the_rows_of_stacked_matrices_are_blocks(inputs_first, approx):
+    model, X, lossfunc, y = Stack(inputs_first).double(), values(4, 2, 3, 4), nn.MSELoss(reduction="sum"), values(4, 3)
+    z = model.outputs(X).detach()
+    J = torch.autograd.functional.jacobian(lambda z: model.rest(z).sum(0), z) * 2**0.5  # [c n s g o]
+    outputs = J if approx == "expand" else J.sum(2, keepdim=True)
+    outputs = torch.einsum("cnsgo,cnsgp->gop", outputs, outputs)
+    x = X.mean(1, keepdim=True) if approx == "reduce" else X
+    inputs = torch.einsum("nsgi,nsgj->gij", x, x) / (8 if approx == "expand" else 4)
+    along_rows, along_columns = (inputs, outputs) if inputs_first else (outputs, inputs)
+    _, ggn = explicit(model, X, lossfunc, y, 1)
+    extend(model)
+    with backpack(KFLR(approx=approx), EKFAC(fisher="exact", approx=approx)):
+        extend(lossfunc)(model(X), y).backward()
+    rows, columns = model.weight.kflr
+    assert close(rows, torch.block_diag(*along_rows), rtol=1e-9)
+    assert close(columns, along_columns.mean(0), rtol=1e-9)
+    bases, eigenvalues = model.weight.ekfac
+    turned = kfacs_to_mat([b.mT @ f @ b for b, f in zip(bases, (rows, columns), strict=True)])
+    assert close(turned, turned.diagonal().diag())
+    U = kfacs_to_mat([b.contiguous() for b in bases])
+    along = (U.mT @ block(ggn, model.parameters(), model.weight) @ U).diagonal()
+    assert close(eigenvalues.flatten(), along, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_any_parameter_has_factors_that_multiply_to_its_size(name):
     problem = build(name)

@@ -300,7 +300,6 @@ class Dense(LinearMap):
         return self.flipped
 
     def output_factor(self, approx: str | None) -> Tensor:
-        """Of independent groups: block-diagonal."""
         g, s = self.grad.shape[2:4]
         grad = self.grad.flatten(0, 1)
         if approx == "expand" and s > 1:
@@ -314,7 +313,6 @@ class Dense(LinearMap):
         return moment if groups == 1 else self._output_blocks(diagonal_blocks(moment, groups))
 
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
-        """The mean over groups."""
         n, s = self.grad.shape[1], self.grad.shape[3]
         scale /= n * s if approx == "expand" else n
         if approx is not None and self.filled is not None:
@@ -330,21 +328,26 @@ class Dense(LinearMap):
         return self._input_blocks(moments)
 
     def _output_blocks(self, blocks: Tensor) -> Tensor:
-        return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+        return _of_groups(blocks, along_rows=not self.flipped)
 
     def _input_blocks(self, blocks: Tensor) -> Tensor:
-        return blocks[0] if len(blocks) == 1 else blocks.mean(0)
+        return _of_groups(blocks, along_rows=self.flipped)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
-        outputs, inputs = (columns, rows) if self.flipped else (rows, columns)
-        grad = self.grad @ diagonal_blocks(outputs, self.grad.shape[2]).conj()
+        blocks = diagonal_blocks(rows, self.grad.shape[2])
+        outputs, inputs = (columns, blocks) if self.flipped else (blocks, columns)
         shape = torch.Size((rows.shape[1], columns.shape[1]))
-        return replace(self, inputs=(self.x @ inputs.conj(),), grad=grad, shape=shape, unfold=None, other=None)
+        x, grad = self.x @ inputs.conj(), self.grad @ outputs.conj()
+        return replace(self, inputs=(x,), grad=grad, shape=shape, unfold=None, other=None)
 
     def transposed(self) -> Dense | None:
-        if self.grad.shape[2] > 1 or self.other is not None:
+        groups, outputs = self.grad.shape[2], self.grad.shape[4]
+        sizes = outputs, self.shape.numel() // (groups * outputs)
+        rows, columns = sizes[::-1] if self.flipped else sizes
+        lead = self.shape[:-2]
+        if self.other is not None or lead.numel() != groups or self.shape != (*lead, rows, columns):
             return None
-        return replace(self, flipped=not self.flipped, shape=torch.Size(self.matrix[::-1]))
+        return replace(self, flipped=not self.flipped, shape=torch.Size((*lead, columns, rows)))
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows of all samples' and seeds' matrices, ``[n v, ...]``, real."""
@@ -381,6 +384,13 @@ class Transposed(Dense):
     def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
         blocks = diagonal_blocks(columns, self.grad.shape[2])
         return replace(self, inputs=(self.x @ blocks.conj(),), grad=self.grad @ rows.conj())
+
+
+def _of_groups(moments: Tensor, along_rows: bool) -> Tensor:
+    """The factor of all groups, whose matrices are stacked along the rows: block-diagonal there, else the mean."""
+    if len(moments) == 1:
+        return moments[0]
+    return torch.block_diag(*moments) if along_rows else moments.mean(0)
 
 
 def _over_seeds(grad: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Derived(Individual):
         return self.pull(self.inner.dense().flatten(0, 1)).unflatten(0, self.size)
 
     def maps(self) -> Sequence[LinearMap]:
-        """Those of a transposed parameter, of some of its rows, and of rows looked up for all samples alike."""
+        """Those of transposed matrices, of some rows of the parameter, and of rows looked up for all samples alike."""
         own, shape = self.inner.shape, self.shape
         if self.is_complex or self.inner.is_complex:
             return []  # entries may be conjugated, or be parts of complex ones
@@ -59,12 +59,14 @@ class Derived(Individual):
         if found is None:
             return []
         row, column = found
-        if len(own) == 2 and own == shape[::-1] and _is_count(row, 1) and _is_count(column, 0):
+        if own == (*shape[:-2], shape[-1], shape[-2]) and _are_transposed(row, column, own):
             turned = [a.transposed() for a in self.inner.maps()]
             return [] if None in turned else [a for a in turned if a is not None]
         used = (row >= 0).any(1).nonzero().flatten()
         row, column = row[used], column[used]
-        if own[-1:] != shape[-1:] or not bool((row == row[:, :1]).all()) or not _is_count(column, 1):
+        if own[-1:] != shape[-1:] or not bool((row == row[:, :1]).all()):
+            return []
+        if not bool((column == torch.arange(column.shape[1], device=column.device)).all()):
             return []  # rows are not rows there
         if not len(used):
             return []
@@ -108,10 +110,10 @@ class Derived(Individual):
         return Lookup(index, grad.masked_fill(~mask.unsqueeze(-1), 0), self.shape, mask)
 
 
-def _is_count(numbers: Tensor, axis: int) -> bool:
-    """Whether numbers count the entries along an axis of a matrix."""
-    shape = [-1 if a == axis else 1 for a in range(2)]
-    return bool((numbers == torch.arange(numbers.shape[axis], device=numbers.device).reshape(shape)).all())
+def _are_transposed(row: Tensor, column: Tensor, shape: torch.Size) -> bool:
+    """Whether entries of a parameter are found where they are in ``matrices.mT``, matrices of this shape."""
+    places = torch.arange(shape.numel(), device=row.device).reshape(shape)
+    return torch.equal(row * shape[1:].numel() + column, places.mT.flatten(1))
 
 
 @dataclass(eq=False)

@@ -46,7 +46,7 @@ class LinearMap(Individual):
         """Gradients in the bases ``rows`` and ``columns``; a basis of one axis is the identity."""
 
     def transposed(self) -> LinearMap | None:
-        """The map as one of the transposed matrix, where it can be seen as such."""
+        """The map as one of the transposed matrix, or of a stack of them, where it can be seen as such."""
         return None
 
     def maps(self) -> Sequence[LinearMap]:
