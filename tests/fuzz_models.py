@@ -89,7 +89,7 @@ def vector_layer(r, width):
         [
             lambda: nn.Linear(width, width, bias=r.random() < 0.7),
             lambda: nn.LayerNorm(width, bias=r.random() < 0.7),
-            lambda: nn.RMSNorm(width),
+            lambda: nn.RMSNorm(width, eps=1e-5),
             lambda: Residual(nn.Sequential(nn.Linear(width, width), activation(r))),
             lambda: Twice(nn.Linear(width, width)),
             lambda: Bare(width),

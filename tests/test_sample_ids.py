@@ -1157,13 +1157,15 @@ def test_hidden_positions_are_not_in_the_hessian_of_documents(ids):
 
 
 class Fused(nn.Module):
-    """Two layers of PyTorch's attention, whose query, key and value are rows of one matrix."""
+    """Layers of PyTorch's attention, whose query, key and value are rows of one matrix."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2, normalized: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([L(4, 12), L(4, 12)])
+        self.layers = nn.ModuleList(L(4, 12) for _ in range(layers))
+        self.norm = nn.RMSNorm(4, dtype=F64) if normalized else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(x)
         for layer in self.layers:
             x = x + F.scaled_dot_product_attention(*layer(x).chunk(3, -1), attn_mask=mask)
         return x
@@ -1174,6 +1176,18 @@ def test_a_document_of_one_token_does_not_mix_with_others(ids):
     numbers = torch.tensor(ids)
     mask = numbers[:, :, None] == numbers[:, None, :]
     made = Case(Fused(), (rand(*numbers.shape, 4), mask), numbers)
+    laws(draw(made, random.Random(0), as_they_are, ["whole"]), first_order, clipped, gauss_newton)
+
+
+@pytest.mark.parametrize("ids", [[[0, 1]], [[0, 0, 1, 1]], [[0, 1, 1], [2, 2, 3]]])
+@pytest.mark.parametrize("frozen", [(), ("norm.weight",), ("layers.0.weight",), ("norm.weight", "layers.0.bias")])
+def test_documents_do_not_mix_where_the_layer_below_only_normalizes_the_data(ids, frozen):
+    numbers = torch.tensor(ids)
+    mask = numbers[:, :, None] == numbers[:, None, :]
+    model = Fused(1, normalized=True)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    made = Case(model, (rand(*numbers.shape, 4), mask), numbers)
     laws(draw(made, random.Random(0), as_they_are, ["whole"]), first_order, clipped, gauss_newton)
 
 

@@ -231,7 +231,7 @@ def sweep(most, operators=op_db):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated operators and beta features
         for op in operators:
-            for out, inputs in outputs(op, 1 if op.name in EXPENSIVE else most):
+            for out, inputs in outputs(op, 1 if op.name in EXPENSIVE else most, one_by_one=True):
                 found.look(op.name, [out])
                 if op.supports_gradgrad and op.name not in EXPENSIVE and op.name not in NO_DERIVATIVE:
                     found.look(f"the derivative of {op.name}", derivatives(out, inputs))

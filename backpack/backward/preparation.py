@@ -21,7 +21,7 @@ from backpack.modules.loss_calls import losses_in
 from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
-from backpack.samples.mixing import behind, mixed_data, unproved
+from backpack.samples.mixing import behind, holds_computed_values, mixed_data, unproved
 from backpack.samples.owners import Owners, find_owners
 from backpack.samples.where_samples_begin import decide
 
@@ -51,10 +51,11 @@ def prepare(
     (n,) = counts
     rows = n if ids is None else None
     found = planned(graph, begin, owners, wanted, calls, n, rows)
-    if found.plan.mixed:  # perhaps samples are kept apart by values: masks, weights that are zero
-        with muted():
+    with muted():
+        if found.plan.mixed or (ids is not None and holds_computed_values(graph, found.plan.entries, notes)):
+            # Perhaps samples are kept apart by values: masks, weights that are zero.
             owners = find_owners(graph, begin, generator, thoroughly=True)
-        found = planned(graph, begin, owners, wanted, calls, n, rows)
+            found = planned(graph, begin, owners, wanted, calls, n, rows)
     return found if found.plan.expected else None
 
 

@@ -59,6 +59,8 @@ class At:
         if any(map(is_packed, raw if isinstance(raw, (tuple, list)) else [raw])):
             raise Unknown
         found = self.saved(name)
+        if found is None:  # no edge of the node needs them
+            raise Unknown
         return [index if index is None else index.cpu() for index in ([found] if isinstance(found, Tensor) else found)]
 
     def each(self, rule: Callable[[int], AnyLayout | None]) -> list[AnyLayout | None]:
@@ -184,6 +186,8 @@ def derivative_along_an_axis(at: At) -> AnyLayout:
 def gathered(at: At) -> AnyLayout | None:
     (dim,) = at.axes("dim", len(at.shape))
     given = at.given(0)
+    if len(given) != len(at.shape):
+        raise Unknown
     if any(size != own for axis, (size, own) in enumerate(zip(at.shape, given, strict=True)) if axis != dim):
         raise Unknown
     if not at.layout.occupies([dim]):
@@ -267,7 +271,7 @@ def rows_added(at: At) -> list[AnyLayout | None]:
     layout = at.layout
     (dim,) = at.axes("dim", len(at.shape))
     source: AnyLayout | None = layout
-    if layout.occupies([dim]):
+    if layout.occupies([dim]) and at.edges[1][0] is not None:
         owner = layout.owners(at.shape, torch.device("cpu")).index_select(dim, *at.indices("index"))
         source = found_layout(layout.n, owner, exactly=True)
     return [layout, source]

@@ -101,8 +101,7 @@ def unproved(
             layout = owners.owned[node, 0]
             if layout.axes != [1] and not (isinstance(layout, Scattered) and layout.of_all is not None):
                 return described(node, graph)
-    modules = dict.fromkeys(module for note in notes.values() if (module := note.module()) is not None)
-    constants = Constants(modules)
+    constants = Constants(notes)
     again: Again | None = None
     for entry in entries:
         for node in behind(entry, graph):
@@ -113,6 +112,17 @@ def unproved(
                         return _mixer(entry, graph, owners)
                     constants.add(found[2])
     return None
+
+
+def holds_computed_values(graph: Graph, entries: Iterable[Node], notes: Mapping[Edge, Note]) -> bool:
+    """Whether data may be behind these nodes: numbers that no parameters were used for, and that are no constants."""
+    constants = Constants(notes)
+    return any(
+        tensor.is_floating_point() and tensor.dim() > 0 and tensor not in constants
+        for entry in entries
+        for node in behind(entry, graph)
+        for _, _, tensor in without_history(node)
+    )
 
 
 def behind(start: Node, graph: Graph) -> Iterator[Node]:
@@ -174,8 +184,8 @@ _same: WeakKeyDictionary[Module, list[Tensor]] = WeakKeyDictionary()
 class Constants:
     """What belongs to modules, and is no data: parameters, buffers, copies of these, and what was added."""
 
-    def __init__(self, modules: Iterable[Module]) -> None:
-        modules = list(modules)
+    def __init__(self, notes: Mapping[Edge, Note]) -> None:
+        modules = [*dict.fromkeys(module for note in notes.values() if (module := note.module()) is not None)]
         self._known: list[Tensor] = _same.setdefault(modules[0], []) if modules else []
         self._tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         self._storages = {_memory(t) for t in self._tensors}
