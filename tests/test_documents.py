@@ -43,5 +43,14 @@ def test_example_has_a_title_for_the_gallery(example):
     assert re.match(r'"""\n(.+)\n=+\n\n', example.read_text())
 
 
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("architecture", "adding", "testing"))]
+)
+def test_files_that_pages_for_developers_name_exist(page):
+    named = re.findall(r"`([\w/.]+(?:/|\.py|\.md|\.toml|\.txt))`", (ROOT / page).read_text())
+    places = [ROOT, ROOT / "backpack", *(folder for folder in (ROOT / "backpack").iterdir() if folder.is_dir())]
+    assert named and not [name for name in named if not any((place / name).exists() for place in places)]
+
+
 def test_there_is_something_to_run():
     assert BLOCKS["README"] and EXAMPLES

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, build
-from truth import Problem, close, individual_gradients, plain_gradients
+from truth import OF_GRADIENTS, Problem, close, individual_gradients, plain_gradients
 
-from backpack import backpack, extend
-from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
+from backpack import backpack, extend, extensions
+from backpack.extensions import ClippedGrad, Variance
 
 
 def subsets(n: int) -> dict[str, tuple[object, list[int]]]:
@@ -29,26 +29,18 @@ def laws(problem: Problem, choose, scale: float, alone: bool = False) -> None:
     truth = individual_gradients(problem, scale)
     plain = plain_gradients(problem, scale)
     bound = 0.7 * float(torch.stack([t.flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt().mean())
-    names = [choose(k) for k in range(6)]
-    chosen = [subsets(problem.n)[name] for name in names]
-    written, rows = [w for w, _ in chosen], [r for _, r in chosen]
-    extensions = [
-        BatchGrad(subsampling=written[0]),
-        BatchL2Grad(subsampling=written[1]),
-        SumGradSquared(subsampling=written[2]),
-        Variance(subsampling=written[3]),
-        BatchDotGrad(subsampling=written[4]),
-        ClippedGrad(bound, subsampling=written[5]),
-    ]
+    names = [choose(k) for k in range(len(OF_GRADIENTS) + 1)]
+    *chosen, (clipped, own) = [subsets(problem.n)[name] for name in names]
+    computed = [getattr(extensions, ext)(subsampling=w) for ext, (w, _) in zip(OF_GRADIENTS, chosen, strict=True)]
     extend(problem.model)
     out = problem.output()
     loss = problem.value(out, scale)
-    with backpack(*extensions):
+    with backpack(*computed, ClippedGrad(bound, subsampling=clipped)):
         if alone:
             torch.autograd.grad(loss, out)
         else:
             loss.backward()
-    norms = torch.stack([t[rows[5]].flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt()
+    norms = torch.stack([t[own].flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt()
     floor = 1e-5 * max(t.abs().max() for t in truth.values())
     for name, parameter in problem.parameters().items():
         if name not in truth:
@@ -58,20 +50,12 @@ def laws(problem: Problem, choose, scale: float, alone: bool = False) -> None:
             assert parameter.grad is None, name
         else:
             assert torch.equal(parameter.grad.to_dense(), plain[name].to_dense()), name
-        g = [truth[name][r] for r in rows]
-        flat = g[4].flatten(1)
-        expected = {
-            "grad_batch": g[0],
-            "batch_l2": g[1].flatten(1).square().sum(1),
-            "sum_grad_squared": g[2].square().sum(0),
-            "variance": g[3].square().mean(0) - g[3].mean(0).square(),
-            "batch_dot": flat @ flat.T,
-            "grad_clipped": torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g[5]),
-        }
         largest = max(truth[name].abs().max(), floor)  # some gradients are zero but for rounding
-        for field, value in expected.items():
-            size = largest if field in ("grad_batch", "grad_clipped") else largest**2
-            assert close(getattr(parameter, field), value, size), (name, field, names)
+        for ext, (_, rows), (degree, true) in zip(computed, chosen, OF_GRADIENTS.values(), strict=True):
+            found = getattr(parameter, ext.savefield)
+            assert close(found, true(truth[name][rows]), largest**degree), (name, ext.savefield, names)
+        true = torch.einsum("n,n...->...", (bound / norms).clamp(max=1), truth[name][own])
+        assert close(parameter.grad_clipped, true, largest), (name, names)
 
 
 @pytest.mark.parametrize("name", CASES)

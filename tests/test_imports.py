@@ -1,6 +1,7 @@
 """The layout: which folders there are, and who imports whom."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -29,6 +30,8 @@ FLOORS = [
     ["torch_internals", "memory", "core"],
 ]
 """What is at the package's root, from the top down: each imports what is below it, and nothing beside or above it."""
+
+PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 
 HEIGHTS = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
@@ -68,6 +71,11 @@ def test_a_reader_who_opens_the_package_sees_few_entries():
     entries = {path.name for path in ROOT.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
     assert len(entries) <= 18
     assert {entry.removesuffix(".py") for entry in entries} == {*HEIGHTS, "data"}
+
+
+def test_the_page_on_the_architecture_shows_the_floors():
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert [line.split() for line in shown.splitlines()] == FLOORS
 
 
 @pytest.mark.parametrize("room", HEIGHTS)

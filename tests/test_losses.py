@@ -1,5 +1,6 @@
 """Every loss with every reduction and option, against Hessians by automatic differentiation."""
 
+import copy
 import math
 import warnings
 
@@ -11,6 +12,8 @@ from torch.nn.functional import one_hot
 from truth import close
 
 from backpack import backpack, extend
+from backpack.curvature.losses import ROOTS
+from backpack.curvature.losses.denominators import denominator
 from backpack.extensions import HBP, KFLR, KFRA, BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact, SqrtGGNMC
 
 N, C = 4, 3
@@ -114,6 +117,15 @@ def test_roots_are_those_of_the_loss_as_it_is_reduced(name, reduction):
         model.append(nn.Sigmoid())
     lossfunc, rest = (LOSSES | POSITIVE)[name](reduction)
     check(model, values(N, 4), Weighted(lossfunc), rest)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *POSITIVE])
+def test_each_of_these_losses_has_a_rule_and_is_divided_by_what_its_mean_divides_by(name):
+    mean, rest = (LOSSES | POSITIVE)[name]("mean")
+    assert type(mean) in ROOTS, "its root is that of the dense Hessian"
+    total, out = copy.deepcopy(mean), values(N, C)
+    total.reduction = "sum"
+    assert close(total(out, *rest) / denominator(mean, out, rest[0]), mean(out, *rest))
 
 
 class Grid(nn.Module):

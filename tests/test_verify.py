@@ -27,7 +27,9 @@ from backpack.extensions import (
     DiagHessian,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+from backpack.uses import Dense
 
 QUANTITIES = [
     *("BatchGrad", "BatchL2Grad", "BatchDotGrad", "SumGradSquared", "Variance"),
@@ -212,6 +214,24 @@ class Largest(BackpropExtension):
         return grads.dense().abs().amax((0, 1))
 
 
+class LargestOfColumns(CurvatureExtension):
+    savefield = "largest_of_columns"
+
+    def compute(self, grads):
+        return grads.dense().abs().amax((0, 1))
+
+
+@pytest.mark.parametrize("subsampling", [None, [3, 0, 3]])
+def test_an_extension_of_a_users_own_is_compared_with_its_definition(subsampling, monkeypatch):
+    model, *rest = problem()
+    outcome = verify(model.eval(), *rest, Largest(subsampling=subsampling))
+    assert len(outcome.rows) == 6 and {row.verdict for row in outcome.rows} == {"right"}, outcome
+    right = Dense._dense
+    monkeypatch.setattr(Dense, "_dense", lambda self: 1.001 * right(self))
+    outcome = verify(model.eval(), *rest, Largest(subsampling=subsampling))
+    assert {row.parameter for row in outcome.rows if row.verdict == "wrong"} == {"0.weight", "5.weight"}, outcome
+
+
 def test_what_is_refused_or_not_compared_is_said():
     with pytest.warns(UserWarning, match="Samples are mixed by NativeBatchNorm of parameter 1.weight"):
         outcome = verify(*problem(training=True), BatchGrad(), DiagGGNExact())
@@ -219,10 +239,10 @@ def test_what_is_refused_or_not_compared_is_said():
     outcome = verify(*problem(training=True), KFLR())
     assert not outcome.passed and "refused: KFLR: samples are mixed by NativeBatchNorm" in str(outcome)
     model, *rest = problem()
-    outcome = verify(model.eval(), *rest, Largest(), HMP(), GGNMP(subsampling=[1]))
+    outcome = verify(model.eval(), *rest, LargestOfColumns(), HMP(), GGNMP(subsampling=[1]))
     verdicts = {row.quantity: row.verdict for row in outcome.rows if row.parameter.endswith("weight")}
     assert outcome.passed and verdicts["hmp"] == verdicts["ggnmp"] == "right"
-    assert "no check is known" in verdicts["largest"]
+    assert "no check is known" in verdicts["largest_of_columns"]
     with pytest.raises(ValueError, match="needs the extensions"):
         verify(*problem())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,20 @@ class Problem:
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+OF_GRADIENTS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "BatchGrad": (1, lambda g: g),
+    "BatchL2Grad": (2, lambda g: g.flatten(1).square().sum(1)),
+    "BatchDotGrad": (2, lambda g: g.flatten(1) @ g.flatten(1).T),
+    "SumGradSquared": (2, lambda g: g.square().sum(0)),
+    "Variance": (2, lambda g: (g - g.mean(0)).square().mean(0)),
+}
+"""Extension of first order -> its degree, and its truth from the individual gradients of a parameter, ``[n, *p]``.
+
+The result for ``c`` times the loss is ``c**degree`` times as large. Each row is tested on all models, with all forms of
+subsets, and on data sets: in one process, in several, and with results in files.
+"""
 
 
 def individual_gradients(problem: Problem, scale: float = 1.0) -> dict[str, Tensor]:

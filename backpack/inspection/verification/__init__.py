@@ -22,7 +22,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.inspection.verification import factors as factors  # they register checks
 from backpack.inspection.verification import positive as positive
 from backpack.inspection.verification.plain import Forward, NoTruth, Plain
-from backpack.inspection.verification.truths import CHECKS, SIGMAS, Check, Truth
+from backpack.inspection.verification.truths import CHECKS, SIGMAS, Check, Truth, by_definition
 from backpack.samples import SampleIds
 
 SEED = 0
@@ -82,7 +82,8 @@ def verify(
     Everything runs on copies, in float64 where the model allows it. Of each parameter a few entries are compared, and
     for norms and dot products a few samples; of Kronecker factors and eigenbases a few rows and columns. Sampled
     quantities are compared given what was drawn, and that has the loss's Hessian as its second moment, within some
-    standard errors. What no check is known for is computed but not compared, with the reason.
+    standard errors. An extension of your own, of first order, is compared with what its ``compute`` gives for
+    individual gradients by plain autograd. What no check is known for is computed but not compared, with the reason.
 
     Args:
         model: Any model; it need not be extended, and is left as it is. Of an output that is no tensor, ``logits`` are
@@ -241,7 +242,7 @@ class Run:
         if isinstance(self.found, Exception):
             yield Row("", field, None, f"refused: {self.found}")
             return
-        known = next((CHECKS[cls] for cls in type(self.extension).__mro__ if cls in CHECKS), None)
+        known = next((CHECKS[cls] for cls in type(self.extension).__mro__ if cls in CHECKS), by_definition)
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in self.found:
             if plain.parameters[name].numel() == 0:
@@ -266,9 +267,7 @@ class Run:
             if name not in self.found and plain.gradient(name, plain.slope).abs().sum() > 0 and parameter.numel():
                 yield Row(name, field, None, "wrong: it receives a gradient, but there is no result")
 
-    def _pairs(self, known: Check | None, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        if known is None:
-            raise NoTruth("no check is known")
+    def _pairs(self, known: Check, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = self.extension.subset.rows(self.plain.n, torch.device("cpu"))
         rows = torch.arange(self.plain.n) if chosen is None else chosen
         return known(self.found[name], Truth(self.plain, name, self, rows))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from backpack.extensions import (
     GGNMP,
@@ -30,11 +31,15 @@ from backpack.extensions import (
     Variance,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.inspection.verification.plain import Plain, at, units
+from backpack.inspection.verification.plain import NoTruth, Plain, at, units
+from backpack.uses import Explicit
 from backpack.uses.complex_numbers import as_real
 
 SIGMAS = 6.0
 """Standard errors that the mean of estimates may be off."""
+
+STORED = 2**24
+"""Entries of individual gradients that are stored for an extension that nothing else is known of."""
 
 DRAWS = (32, 256)
 """How often an estimate is computed; more where it is off, as few draws may miss what is rare, and how rare it is."""
@@ -133,6 +138,20 @@ def check(*extensions: type[BackpropExtension]) -> Callable[[Check], Check]:
         return function
 
     return register
+
+
+def by_definition(result: Any, truth: Truth) -> Pairs:
+    """Of an extension without a check: what its own ``compute`` makes of individual gradients by plain autograd."""
+    extension = truth.extension
+    if extension.seeds is not None or extension.needs_all_parameters or extension.has_rules_only:
+        raise NoTruth("no check is known")
+    if len(truth.rows) * truth.plain.parameters[truth.name].numel() > STORED:
+        raise NoTruth(f"no check is known that takes less than {STORED} entries of individual gradients")
+    gradients = torch.stack([truth.sample(place) for place in range(len(truth.rows))])
+    found, true = (tree_leaves(one) for one in (result, extension.compute(Explicit(gradients[None]))))
+    if not all(isinstance(leaf, Tensor) for leaf in [*found, *true]):
+        raise NoTruth("its results are no tensors")
+    yield from zip(found, true, strict=True)
 
 
 # First order
