@@ -77,9 +77,6 @@ class RepeatUse(Use):
         apart = grad.reshape(grad.shape[0], *self.split)
         return self.shift.arrive(Cotangents({0: apart}), Rows(self.layout, rows.index), shape, dtype)
 
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("The axes of a repeated tensor are split before the samples are taken.")
-
 
 @form("Repeat")
 def repeat(place: Place) -> Use | None:

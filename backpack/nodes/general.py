@@ -88,9 +88,6 @@ class GeneralUse(Use):
                     value = _put(value, part, v, start)
         return Explicit(value)
 
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("The general form takes the cotangents of all outputs.")
-
 
 def _put(whole: Tensor, part: Tensor, v: int, n: int) -> Tensor:
     """Put ``[w, m, ...]`` into ``[v, n, ...]``, from this seed and sample on."""
@@ -130,6 +127,3 @@ class PlacedUse(Use):
             sent = torch.zeros(len(first), *shape, device=first.device)
         index = torch.arange(self.layout.n, device=first.device) if rows.index is None else rows.index
         return Explicit(only(converted(sent, dtype), self.layout, index))
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("What a node sends is computed from the cotangents of all its outputs.")

@@ -32,9 +32,6 @@ class RecurrentUse(Use):
         replay, weights = vars(cotangents).setdefault("replays", {}).setdefault(self.node, (self.replay, self.weights))
         return join(replay.individuals(cotangents, rows, dtype)[id(weights[self.k - 1])])
 
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("A recurrent layer is bound to the cotangents of all its outputs.")
-
 
 @form("MkldnnRnnLayer")
 def lstm(place: Place) -> Use | None:

@@ -1,4 +1,4 @@
-"""Uses of a parameter, and the individual gradients that a use and a cotangent define.
+"""Individual gradients of one parameter, as a use and a cotangent define them.
 
 Axes: ``v`` seeds, ``n`` samples, ``s`` positions within a sample, ``o`` outputs, ``i`` inputs, ``*p`` the
 parameter's own.
@@ -9,17 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from backpack.samples import Rows
 from backpack.uses.complex_numbers import as_real, squared
 
 if TYPE_CHECKING:
-    from backpack.uses.factor_maps import LinearMap
+    from backpack.uses.linear_map import LinearMap
 I = TypeVar("I", bound="Individual")
 
 SCRATCH = 2**20
@@ -59,12 +58,19 @@ class Individual(ABC):
         """The individual gradients themselves, ``[v, n, *p]``."""
 
     @abstractmethod
-    def narrow(self, start: int, stop: int) -> Individual:
-        """Those of the samples from ``start`` to ``stop``."""
+    def _narrow(self, start: int, stop: int) -> Individual:
+        """As ``narrow``, without the weights."""
 
     @abstractmethod
     def scaled(self, factor: Tensor) -> Individual:
         """Sample ``n`` multiplied by ``factor[n]``."""
+
+    def narrow(self: I, start: int, stop: int) -> I:
+        """Those of the samples from ``start`` to ``stop``, with their weights."""
+        part = self._narrow(start, stop)
+        if self.weights is not None:
+            part.weights = self.weights[:, start:stop]
+        return part  # type: ignore[return-value]
 
     def weighted(self, weights: Tensor) -> Individual:
         """The same, their squares weighed by ``weights[v, n]``, of any sign, before they are summed."""
@@ -160,14 +166,7 @@ class Individual(ABC):
         seeds, samples = self.size
         step = max(1, SCRATCH // max(1, seeds * self.shape.numel()))
         for start in range(0, samples, step):
-            yield self._part(start, min(start + step, samples))
-
-    def _part(self: I, start: int, stop: int) -> I:
-        """As ``narrow``, with the weights."""
-        piece = self.narrow(start, stop)
-        if self.weights is not None:
-            piece.weights = self.weights[:, start:stop]
-        return piece  # type: ignore[return-value]
+            yield self.narrow(start, min(start + step, samples))
 
     def share(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         """What is the same for all parameters of the call that have this key, computed once."""
@@ -202,81 +201,14 @@ class Individual(ABC):
         return torch.cat(pieces, 1)
 
 
-class Cotangents(dict[int, Tensor]):
-    """Those of a call's outputs, by place; they live as long as one of its uses has not been computed."""
-
-    def __init__(self, grads: dict[int, Tensor]) -> None:
-        super().__init__(grads)
-        self.shared: dict[torch.dtype, dict[Any, Tensor]] = {}
-        """What was computed from them, in a data type, that other uses can read as well."""
-
-
-class Use(ABC):
-    """One place at which a parameter, or a tensor computed from parameters alone, enters a forward pass."""
-
-    def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
-        grad = rows.take(cotangents[0], leading=1)
-        needed = dtype.to_complex() if grad.is_complex() else dtype
-        found = self.bind(grad.to(needed).resolve_conj(), rows, shape)
-        filled = rows.filled
-        found.filled = filled if filled is None else filled.to(grad.device, dtype.to_real())
-        if grad.is_complex():
-            return _of_parameter(found, dtype)
-        if rows.index is None:
-            found.shared = cotangents.shared.setdefault(dtype, {})
-        return found
-
-    @abstractmethod
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        """The individual gradients of the samples ``rows`` that a cotangent of the output defines.
-
-        Args:
-            grad: Cotangent of these samples, ``[v, n, ...]``.
-            rows: Brings a recorded tensor to the form ``[n, ...]`` of the same samples.
-            shape: Of the parameter.
-        """
-
-    def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
-        """Where the output is linear in the parameter: the map from a change of it to that of the output ``[*shape]``.
-
-        It takes one vector at a time, but may run inside of ``torch.vmap``. ``None``: not known.
-        """
-        return None
-
-
-class RealPart(Individual):
-    """Individual gradients of a real parameter that is used as a complex one: it has those of the real part."""
-
-    def __init__(self, inner: Individual) -> None:
-        self.inner, self.shape = inner, inner.shape
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.inner.size
-
-    @property
-    def is_complex(self) -> bool:
-        return False
-
-    def narrow(self, start: int, stop: int) -> RealPart:
-        return RealPart(self.inner.narrow(start, stop))
-
-    def scaled(self, factor: Tensor) -> RealPart:
-        return RealPart(self.inner.scaled(factor))
-
-    def _dense(self) -> Tensor:
-        return self.inner.dense().real.contiguous()
-
-
-def _of_parameter(found: Individual, dtype: torch.dtype) -> Individual:
-    """What complex cotangents give for a parameter of this data type."""
-    return found if dtype.is_complex else RealPart(found)
-
-
 def flat(gradients: Tensor) -> Tensor:
     """``[v, n, *p]`` to ``[v, n, p]``, also of a parameter without axes; of complex numbers to pairs of real ones."""
     return as_real(gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(2))
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return reduce(torch.add, terms)
 
 
 def accumulate(terms: list[Tensor], term: Tensor) -> None:
@@ -287,40 +219,3 @@ def accumulate(terms: list[Tensor], term: Tensor) -> None:
         terms[0] = terms[0] + term
     else:
         terms[0].add_(term)
-
-
-class SampleSum:
-    """A sum over samples, the first axis of many tensors, and seeds, the last but one.
-
-    Each core first adds up those samples that it has computed, as far as that can be told: to fetch the others from its
-    neighbour's cache costs several times what adding does.
-    """
-
-    LARGE = 2**13
-    """Entries from which on samples are added one by one, which needs no memory for what is added to the others."""
-
-    def __init__(self) -> None:
-        self._terms: dict[int, list[Tensor]] = {}
-
-    def add(self, tensor: Tensor, squared: bool = False) -> None:
-        """Add ``tensor[n, ..., v, o]``, or its squares."""
-        cores = torch.get_num_threads()
-        cores = 1 if len(tensor) % cores else cores
-        terms, tensor = self._terms.setdefault(cores, []), tensor.unflatten(0, (cores, -1))
-        count = tensor.shape[1] * tensor.shape[-2]
-        if torch.is_grad_enabled() or tensor.numel() <= count * self.LARGE:
-            accumulate(terms, (tensor.square() if squared else tensor).sum((1, -2)))
-            return
-        parts = [part for row in tensor.unbind(1) for part in row.unbind(-2)]
-        if not terms:
-            terms.append(torch.zeros_like(parts[0], memory_format=torch.contiguous_format))
-        for part in parts:
-            if squared:
-                terms[0].addcmul_(part, part)
-            else:
-                terms[0].add_(part)
-
-    def result(self) -> Tensor:
-        """The sum, ``[..., o]``."""
-        sums = [total.sum(0) for (total,) in self._terms.values()]
-        return sum(sums[1:], start=sums[0])

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual
-from backpack.uses.factor_maps import LinearMap
+from backpack.uses.composed import Composed
+from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup
 
 
 @dataclass(eq=False)
-class Derived(Individual):
+class Derived(Composed):
     """Individual gradients of ``parameter``, which ``pull`` gives for those, ``[r, ...]``, of what is made of it.
 
     ``index``: the rows of the parameter that this consists of, for all samples alike, if they are known; ``mask``: of
@@ -28,22 +29,19 @@ class Derived(Individual):
     mask: Tensor | None = None
 
     @property
+    def pieces(self) -> Sequence[Individual]:  # type: ignore[override]
+        return [self.inner]
+
+    def map(self, function: Callable[[Individual], Individual]) -> Derived:
+        return replace(self, inner=function(self.inner))
+
+    @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.parameter.shape
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.inner.size
-
-    @property
     def is_complex(self) -> bool:
         return self.parameter.is_complex()
-
-    def narrow(self, start: int, stop: int) -> Derived:
-        return replace(self, inner=self.inner.narrow(start, stop))
-
-    def scaled(self, factor: Tensor) -> Derived:
-        return replace(self, inner=self.inner.scaled(factor))
 
     def _dense(self) -> Tensor:
         return self.pull(self.inner.dense().flatten(0, 1)).unflatten(0, self.size)
@@ -54,7 +52,7 @@ class Derived(Individual):
         if self.is_complex or self.inner.is_complex:
             return []  # entries may be conjugated, or be parts of complex ones
         if self.index is not None and self.mask is not None:
-            return [self._lookup(self.index, self.mask)]
+            return self._lookup(self.index, self.mask).maps()
         found = self._entries() if len(shape) > 1 and len(own) > 1 else None
         if found is None:
             return []
@@ -74,10 +72,10 @@ class Derived(Individual):
         if own[1:] == shape[1:] and torch.equal(row[:, 0] + start, used) and len(used) == own[0]:
             maps = self.inner.maps()
             if maps and not any(a.inputs_first or a.matrix[0] != own[0] for a in maps):
-                return [Rows(a, range(start, start + own[0]), shape[0]) for a in maps]
+                return [MapOfSomeRows(a, range(start, start + own[0]), shape[0]) for a in maps]
         if len(shape) == 2 and len(used) == own[:-1].numel():
             index = used[row[:, 0].argsort()]
-            return [self._lookup(index, torch.ones_like(index, dtype=torch.bool))]
+            return self._lookup(index, torch.ones_like(index, dtype=torch.bool)).maps()
         return []
 
     def _entries(self) -> tuple[Tensor, Tensor] | None:
@@ -116,54 +114,21 @@ def _are_transposed(row: Tensor, column: Tensor, shape: torch.Size) -> bool:
     return torch.equal(row * shape[1:].numel() + column, places.mT.flatten(1))
 
 
-@dataclass(eq=False)
-class Rows(LinearMap):
-    """Individual gradients of a parameter with ``count`` rows, of which a linear map uses some adjacent ones."""
+class MapOfSomeRows(LinearMap):
+    """The map of some adjacent rows of a parameter with ``count`` rows, as one of the whole parameter."""
 
-    inner: LinearMap
-    rows: range
-    count: int
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return torch.Size((self.count, *self.inner.shape[1:]))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.inner.size
-
-    @property
-    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.inner.ranks
-
-    @property
-    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.count, self.inner.matrix[1]
-
-    @property
-    def is_complex(self) -> bool:
-        return self.inner.is_complex
-
-    def narrow(self, start: int, stop: int) -> Rows:
-        raise NotImplementedError("Only Kronecker factors are read of a map.")
-
-    def scaled(self, factor: Tensor) -> Rows:
-        raise NotImplementedError("Only Kronecker factors are read of a map.")
-
-    def _dense(self) -> Tensor:
-        dense = self.inner.dense()
-        whole = dense.new_zeros(*self.size, *self.shape)
-        whole[:, :, self.rows.start : self.rows.stop] = dense
-        return whole
+    def __init__(self, inner: LinearMap, used: range, count: int) -> None:
+        self.inner, self.used = inner, slice(used.start, used.stop)
+        self.matrix, self.ranks = (count, inner.matrix[1]), inner.ranks
 
     def output_factor(self, approx: str | None) -> Tensor:
         inner = self.inner.output_factor(approx)
-        whole = inner.new_zeros(self.count, self.count)
-        whole[self.rows.start : self.rows.stop, self.rows.start : self.rows.stop] = inner
+        whole = inner.new_zeros(self.matrix[0], self.matrix[0])
+        whole[self.used, self.used] = inner
         return whole
 
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         return self.inner.input_factor(approx, scale)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
-        return self.inner.rotated(rows[self.rows.start : self.rows.stop], columns)
+        return self.inner.rotated(rows[self.used], columns)

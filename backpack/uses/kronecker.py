@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from backpack.memory import contiguous
-from backpack.uses.base import Individual, accumulate
+from backpack.uses.base import Individual, accumulate, sum_of
 from backpack.uses.complex_numbers import double, squared
 from backpack.uses.elementwise import Explicit
-from backpack.uses.factor_maps import MOMENT, LinearMap, diagonal_blocks, moment_of_outputs, second_moment
 from backpack.uses.joint import join
+from backpack.uses.linear_map import LinearMap
+from backpack.uses.second_moments import MOMENT, diagonal_blocks, moment_of_outputs, second_moment
 
 APPROXIMATIONS = (None, "expand", "reduce")
 """How positions within a sample are treated: input factor; output factor.
@@ -231,4 +232,4 @@ def _sum(terms: list[Tensor]) -> Tensor:
     """Of factors, some of them diagonal."""
     if len({term.dim() for term in terms}) > 1:
         terms = [torch.diag(term) if term.dim() == 1 else term for term in terms]
-    return sum(terms[1:], start=terms[0])
+    return sum_of(terms)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backpack.memory import contiguous, product
 from backpack.uses.base import accumulate
-from backpack.uses.factor_maps import scaled_product, second_moment
+from backpack.uses.second_moments import scaled_product, second_moment
 
 Size = int | Sequence[int]
 
