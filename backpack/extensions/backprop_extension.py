@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Module
 
-from backpack.extensions.interface import FAIL_ERROR, FAIL_SILENT, FAIL_WARN, Quantity
+from backpack.extensions.interface import FAIL_ERROR as FAIL_ERROR
+from backpack.extensions.interface import FAIL_SILENT as FAIL_SILENT
+from backpack.extensions.interface import FAIL_WARN as FAIL_WARN
+from backpack.extensions.interface import Quantity
 from backpack.extensions.merge_batches import Joined, Merging
 from backpack.extensions.module_extension import ModuleExtension
 from backpack.modules.module_io import RULED
 from backpack.samples import Subset
-
-__all__ = ["BUILT_IN", "FAIL_ERROR", "FAIL_SILENT", "FAIL_WARN", "FIELDS", "BackpropExtension", "BuiltInExtension"]
 
 FIELDS: set[str] = set()
 """All savefields that extensions have had."""

@@ -6,17 +6,10 @@ from typing import Any
 
 from backpack.extensions import interface
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.strategies import BackpropStrategy, Curvature, ExpectationApproximation, LossHessianStrategy
-
-__all__ = [
-    "BackpropStrategy",
-    "Curvature",
-    "CurvatureExtension",
-    "ExactExtension",
-    "ExpectationApproximation",
-    "LossHessianStrategy",
-    "SampledExtension",
-]
+from backpack.extensions.strategies import BackpropStrategy as BackpropStrategy
+from backpack.extensions.strategies import Curvature as Curvature
+from backpack.extensions.strategies import ExpectationApproximation as ExpectationApproximation
+from backpack.extensions.strategies import LossHessianStrategy as LossHessianStrategy
 
 
 class CurvatureExtension(interface.Curvature, BackpropExtension):

@@ -6,7 +6,9 @@ from backpack.nodes import lookup as lookup
 from backpack.nodes import normalization as normalization
 from backpack.nodes import products as products
 from backpack.nodes import recurrent as recurrent
-from backpack.nodes.general import GeneralUse, PlacedUse
-from backpack.nodes.registry import FORMS, Place, form, use_of
-
-__all__ = ["FORMS", "GeneralUse", "Place", "PlacedUse", "form", "use_of"]
+from backpack.nodes.general import GeneralUse as GeneralUse
+from backpack.nodes.general import PlacedUse as PlacedUse
+from backpack.nodes.registry import FORMS as FORMS
+from backpack.nodes.registry import Place as Place
+from backpack.nodes.registry import form as form
+from backpack.nodes.registry import use_of as use_of

@@ -22,7 +22,7 @@ def convolution(place: Place) -> Use | None:
     if place.layout.axes != [0]:
         return None
     if place.k == 2:
-        return ElementwiseUse(tuple(place.out[1] if axis == 1 else 1 for axis in range(len(place.out))))
+        return ElementwiseUse(place.channels())
     if place.k != 1:
         return None
     input = place.saved("input")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.nodes.recurrent_steps import lstm_direction
+from backpack.nodes.recurrent_steps import STEPS, direction
 from backpack.nodes.registry import Place, form
 from backpack.samples import Layout, Rows
 from backpack.uses import Cotangents, Individual, Use, join
@@ -48,7 +48,7 @@ def lstm(place: Place) -> Use | None:
 
     def function(linear: Linear, x: Tensor, *state: Tensor) -> Sequence[Tensor]:
         start = tuple(s.reshape(-1, s.shape[-1]) for s in state)
-        out, end = lstm_direction(linear, x.transpose(0, 1), start, weights, biased, back)
+        out, end = direction(STEPS[torch.lstm], linear, x.transpose(0, 1), start, weights, biased, back)
         return (out.transpose(0, 1), *(s.reshape(given.shape) for s, given in zip(end, state, strict=True)))
 
     inputs = [(x, 1), *((s, s.dim() - 2) for s in state)]

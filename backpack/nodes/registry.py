@@ -45,6 +45,10 @@ class Place:
         own = (*[1] * (len(self.out) - len(shape)), *shape)
         return own if all(own[axis] == 1 for axis in self.layout.axes) else None
 
+    def channels(self) -> tuple[int, ...]:
+        """The sizes of what is expanded along axis 1 of the output, one for each axis."""
+        return tuple(size if axis == 1 else 1 for axis, size in enumerate(self.out))
+
 
 Form = Callable[[Place], "Use | None"]
 

@@ -118,17 +118,21 @@ class MapOfSomeRows(LinearMap):
     """The map of some adjacent rows of a parameter with ``count`` rows, as one of the whole parameter."""
 
     def __init__(self, inner: LinearMap, used: range, count: int) -> None:
-        self.inner, self.used = inner, slice(used.start, used.stop)
+        self.inner, self.used = inner, used
         self.matrix, self.ranks = (count, inner.matrix[1]), inner.ranks
+
+    @property
+    def rows(self) -> range:
+        return self.used
 
     def output_factor(self, approx: str | None) -> Tensor:
         inner = self.inner.output_factor(approx)
         whole = inner.new_zeros(self.matrix[0], self.matrix[0])
-        whole[self.used, self.used] = inner
+        whole[self.used.start : self.used.stop, self.used.start : self.used.stop] = inner
         return whole
 
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         return self.inner.input_factor(approx, scale)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
-        return self.inner.rotated(rows[self.used], columns)
+        return self.inner.rotated(rows[self.used.start : self.used.stop], columns)
