@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.graph import Edge, Graph
+from backpack.modules.noted import Noted, version_of
 
 OUTPUT = "backpack output"
 INPUT = "backpack input"
@@ -47,8 +48,8 @@ class Note:
     """Whether the output is a packed sequence, whose rows are no samples."""
     is_of_base: bool = False
     """Whether it is not left at the output itself, but at what this is a view of."""
-    output: tuple[Callable[[], Tensor | None], int] | None = None
-    """By a weak reference, or detached where the call may have to be compared with another; with its version."""
+    output: Noted | None = None
+    """The output, by a weak reference, or detached where the call may have to be compared with another."""
     attached: tuple[Any, Any] | None = None
     """The arguments with their graph, if a gradient flows on to them."""
     random: list[Tensor] | None = None
@@ -57,11 +58,7 @@ class Note:
     @property
     def value(self) -> Tensor | None:
         """The output, if it is still there as it was."""
-        tensor = None if self.output is None else self.output[0]()
-        if tensor is None or self.output is None:
-            return None
-        tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
-        return tensor if tensor._version == self.output[1] else None
+        return None if self.output is None else self.output.value()
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -118,7 +115,7 @@ def leave_note(
             return
         if type(x) is Tensor and not x.requires_grad:
             note = Note(ref(module), ((x,), {}), True, axis, 0)
-            note.output, note.random = _referred(output, random is not None), random
+            note.output, note.random = _noted_output(output, random is not None), random
             left: Any = node.metadata
             left.setdefault(OUTPUT, {})[output.output_nr] = note
             return
@@ -141,7 +138,7 @@ def _leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int, 
         if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
             continue
         note = Note(ref(module), arguments, copied.is_complete, axis, place, packed)
-        note.output, note.attached, note.random = _referred(tensor, random is not None), attached, random
+        note.output, note.attached, note.random = _noted_output(tensor, random is not None), attached, random
         for value in (tensor, tensor._base):  # of a view, which an operation in place takes its own node from
             node = None if value is None else value.grad_fn
             if value is None or node is None:
@@ -179,13 +176,9 @@ class _Copy:
         return [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _referred(tensor: Tensor, hold: bool) -> tuple[Callable[[], Tensor | None], int]:
-    """What gives an output, as long as it is there or where it is to be held, and its version."""
-    version = 0 if tensor.is_inference() else tensor._version
-    if not hold:
-        return ref(tensor), version
-    detached = tensor.detach()  # a node must not hold itself
-    return (lambda: detached), version
+def _noted_output(output: Tensor, hold: bool) -> Noted:
+    """An output by a weak reference, or detached where it is to be held: a node must not hold itself."""
+    return Noted(output.detach() if hold else ref(output), version_of(output))
 
 
 def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from backpack.graph import Graph
 from backpack.graph.users_hooks import MODULE_IO, undisturbed
+from backpack.modules.noted import Noted, version_of
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
@@ -48,33 +49,8 @@ def forget(module: Module) -> None:
         vars(module).pop(name, None)
 
 
-@dataclass(eq=False, slots=True)
-class Noted:
-    """A tensor of the forward pass, perhaps by a weak reference, and how often it had been written to."""
-
-    held: Any
-    version: int
-
-    def value(self) -> Tensor | None:
-        """The tensor, if it is still there as it was."""
-        tensor = self.held
-        if isinstance(tensor, ref):
-            tensor = tensor()
-            if tensor is not None:
-                tensor._fix_weakref()  # the reference was perhaps to one that had been dropped
-        return None if tensor is None or _version(tensor) != self.version else tensor
-
-    def hold(self) -> None:
-        """Refer to it by itself from now on, if it is still there."""
-        self.held = self.value()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _weakly(tensor: Tensor) -> Noted:
-    return Noted(ref(tensor), 0 if tensor.is_inference() else tensor._version)
+    return Noted(ref(tensor), version_of(tensor))
 
 
 def _note(value: Any, hold: Callable[[Tensor], Noted]) -> Any:
@@ -90,7 +66,7 @@ def _leaves(note: Any) -> list[Any]:
 
 
 def _value(note: Any) -> Any:
-    """Undo ``_note``."""
+    """The value that ``_note`` has made a note of; ``None`` in place of tensors that are gone or were overwritten."""
     leaves = [leaf.value() if isinstance(leaf, Noted) else leaf for leaf in _leaves(note)]
     return leaves[0] if isinstance(note, Noted) else tree_unflatten(leaves, note[1])
 
@@ -183,10 +159,9 @@ def leave_module_io(module: Module, args: Any, kwargs: Any, output: Any, keep: b
             _leave(module, (*args, *kwargs.values()), output, tensors, keep or is_ruled(module))
         return
     x = args[0]
-    version = 0 if x.is_inference() else x._version
     metadata: Any = node.metadata
     before = metadata.get(MODULE_IO, ())
-    metadata[MODULE_IO] = *before, (ref(module), ref(x), version, ref(output), output._version, output.output_nr)
+    metadata[MODULE_IO] = *before, (ref(module), ref(x), version_of(x), ref(output), output._version, output.output_nr)
 
 
 def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> None:
@@ -200,7 +175,7 @@ def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Ten
     if keep:
 
         def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the node that holds it
-            return Noted(tensor.detach() if id(tensor) in outputs else tensor, _version(tensor))
+            return Noted(tensor.detach() if id(tensor) in outputs else tensor, version_of(tensor))
 
         for place, value in enumerate(inputs):
             if isinstance(value, Tensor) and value.requires_grad and place not in same:

@@ -1,4 +1,4 @@
-"""How parameters are used in a forward pass, and what can be computed of a use and a cotangent."""
+"""How a forward pass uses parameters, and what can be computed from a use and a cotangent."""
 
 from backpack.uses.base import Individual as Individual
 from backpack.uses.dense import Dense as Dense

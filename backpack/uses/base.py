@@ -26,22 +26,22 @@ SCRATCH = 2**20
 
 
 class Individual(ABC):
-    """Individual gradients ``[v, n, *p]`` of one parameter, held as factors; what quantities read.
+    """Individual gradients ``[v, n, *p]`` of one parameter, held as factors. Quantities are computed from these.
 
     Each reduction has a generic definition through ``_dense``, in bounded chunks. A subclass gives closed forms
-    where it knows a cheaper way. What was computed is kept for the next reader.
+    where it knows a cheaper way. Results are kept, so that the next quantity reads them for free.
     """
 
     shape: torch.Size
-    """Of the parameter."""
+    """The shape of the parameter, ``p``."""
     shared: dict[Any, Tensor] | None = None
-    """What was computed for other parameters of the call, from the same cotangents of all samples."""
+    """Results for other parameters of the same call, from the same cotangents of all samples."""
     room: Tensor | None = None
-    """Where the individual gradients may be put, if they are computed: memory of their shape, in order."""
+    """Contiguous memory of the shape of the individual gradients, into which they may be written."""
     filled: Tensor | None = None
-    """Of the positions of each sample, how many there are, ``[n]``; the rest are zero. ``None``: all."""
+    """The share of the positions that each sample fills, ``[n]``; at the rest, it is zero. ``None``: all of them."""
     weights: Tensor | None = None
-    """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
+    """Factors ``[v, n]`` of the squares in ``sum_squares`` and ``sample_squares``."""
 
     @property
     @abstractmethod
@@ -51,7 +51,7 @@ class Individual(ABC):
     @property
     @abstractmethod
     def is_complex(self) -> bool:
-        """Whether they are complex numbers; reductions to squares and products are real all the same."""
+        """Whether they are complex numbers. Reductions to squares and dot products are real in any case."""
 
     @abstractmethod
     def _dense(self) -> Tensor:
@@ -73,7 +73,7 @@ class Individual(ABC):
         return part  # type: ignore[return-value]
 
     def weighted(self, weights: Tensor) -> Individual:
-        """The same, their squares weighed by ``weights[v, n]``, of any sign, before they are summed."""
+        """The same, with squares that are multiplied by ``weights[v, n]``, of any sign, before they are summed."""
         found = copy(self)
         vars(found).pop("_known", None)
         found.weights = weights
@@ -100,7 +100,7 @@ class Individual(ABC):
         return self._read("norms")
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Compute several of the reductions above for less than each alone."""
+        """Compute several of the reductions above together, which costs less than one by one."""
         known = self._known
         missing = [name for name in dict.fromkeys(names) if name not in known]
         if "dense" in missing:
@@ -117,14 +117,14 @@ class Individual(ABC):
             known.update(self._sweep(swept))
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
-        """This reduction by a closed form; ``None`` where individual gradients, a few at a time, are as good.
+        """This reduction by a closed form; ``None`` where to form a few individual gradients at a time is as fast.
 
-        ``swept``: these are known, or gone through anyway.
+        ``swept``: the individual gradients are known already, or other reductions need them anyway.
         """
         return None
 
     def know(self, **results: Tensor) -> None:
-        """Note what is known of these reductions."""
+        """Note the results of reductions that were computed elsewhere."""
         self._known.update(results)
 
     @cached_property
@@ -138,7 +138,7 @@ class Individual(ABC):
         return known[name]
 
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:
-        """These reductions from one pass over the individual gradients."""
+        """Compute reductions in one pass over the individual gradients."""
         collected: dict[str, list[Tensor]] = {name: [] for name in names}
         for piece in self.chunks():
             dense = piece.dense()
@@ -169,14 +169,14 @@ class Individual(ABC):
             yield self.narrow(start, min(start + step, samples))
 
     def share(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """What is the same for all parameters of the call that have this key, computed once."""
+        """The result of ``compute``, which runs once for all parameters of the call that share this key."""
         known = {} if self.shared is None else self.shared
         if key not in known:
             known[key] = compute()
         return known[key]
 
     def maps(self) -> Sequence[LinearMap]:
-        """The linear maps that the parameter is the matrix of; none: it has no Kronecker factors."""
+        """The linear maps that the parameter is the matrix of; empty if it is the matrix of none."""
         return []
 
     def dots(self, other: Individual) -> Tensor:

@@ -26,13 +26,19 @@ SMALL = 2**22
 class Dense(Individual):
     """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``; ``x`` are the inputs, conjugated where complex.
 
-    ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
-    ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
-    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the ``inputs``
-    and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
-    before, for less than from ``x``; ``gram``, of the ``inputs``, with the share of multiplications that are left,
-    ``sum_i x[n g s i] x[n g t i]``, both of real numbers; ``direct``, of the ``inputs`` and one seed's cotangents
-    ``[n, g, s, o]``, the individual gradients in less time, without ``flipped``.
+    Args:
+        inputs: What ``unfold`` makes ``x[n g s i]`` of, when that is needed: tensors ``[n, ...]``.
+        grad: The cotangents, ``[v, n, g, s, o]``.
+        shape: Of the parameter.
+        flipped: Whether the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
+        unfold: ``None``: the only one of the ``inputs`` is ``x``.
+        other: Makes the gradients whose Kronecker factors are wanted, where they are not wanted of these.
+        moments: Takes the ``inputs`` and a factor to this multiple of the mean over ``g`` of
+            ``sum_ns x[n g s i] x[n g s j]``, with an axis of size 1 in front. It is faster than from ``x``.
+        gram: Takes the ``inputs`` to ``sum_i x[n g s i] x[n g t i]``, and gives its cost relative to that from ``x``.
+            This and ``moments`` are for real numbers.
+        direct: Takes the ``inputs`` and the cotangents ``[n, g, s, o]`` of one seed to the individual gradients. It is
+            faster, and not for ``flipped`` matrices.
     """
 
     inputs: tuple[Tensor, ...]
@@ -56,7 +62,7 @@ class Dense(Individual):
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Those of the axes ``v n g s o i``."""
+        """The sizes of the axes ``v n g s o i``."""
         v, n, g, s, o = self.grad.shape
         return v, n, g, s, o, self.x.shape[3] if self.unfold is None else self.shape.numel() // max(1, g * o)
 
@@ -71,7 +77,7 @@ class Dense(Individual):
         return part
 
     def _with(self, inputs: tuple[Tensor, ...], grad: Tensor, unfold: Callable[..., Tensor] | None = None) -> Dense:
-        """As ``replace``, in less time."""
+        """The same with other inputs and cotangents; faster than ``replace``."""
         more = (self.other, self.moments, self.gram, self.direct)
         return type(self)(inputs, grad, self.shape, self.flipped, unfold, *more)
 
@@ -242,7 +248,7 @@ class Dense(Individual):
 
     @property
     def _gram_share(self) -> float:
-        """What dot products of inputs at the positions of a sample cost, relative to those of ``x``."""
+        """The cost of dot products of inputs at the positions of a sample, relative to dot products of ``x``."""
         return 1 if self.gram is None or self.unfold is None else self.gram[1]()
 
     def dots(self, other: Individual) -> Tensor:

@@ -18,10 +18,10 @@ from backpack.uses.use import SamplewiseUse
 class DenseUse(SamplewiseUse):
     """A linear map of what ``unfold`` makes of the recorded ``inputs``.
 
-    ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
-    ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
-    wanted for them; ``moments``, ``gram`` and ``direct`` as in ``Dense``; ``apply`` is the map, of a matrix, as PyTorch
-    has it. A shift in the same call is along the outputs ``o``.
+    ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``. ``fold`` takes a cotangent
+    ``[v, n, ...]`` to ``[v, n, g, s, o]``. ``other`` is another such pair, from which Kronecker factors are computed if
+    it is given. ``moments``, ``gram`` and ``direct`` are those of ``Dense``. ``apply`` takes a matrix to the output, as
+    PyTorch computes it. A shift in the same call is along the outputs ``o``.
     """
 
     inputs: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""A parameter behind nodes that belong to no sample: a parametrization, a sum of adapters, a part of a table."""
+"""Parameters that a tensor in use is computed from: a parametrization, a sum of adapters, a part of a table."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from backpack.uses.lookup import Lookup
 
 @dataclass(eq=False)
 class Derived(Composed):
-    """Individual gradients of ``parameter``, which ``pull`` gives for those, ``[r, ...]``, of what is made of it.
+    """Individual gradients of ``parameter``, given the ones, ``inner``, of a tensor that is computed from it.
 
-    ``index``: the rows of the parameter that this consists of, for all samples alike, if they are known; ``mask``: of
-    these, those that are looked up indeed.
+    ``pull`` takes gradients ``[r, ...]`` of this tensor to gradients of the parameter. ``index``: the rows of the
+    parameter that the tensor consists of, the same for all samples, if they are known; ``mask``: which of them are in
+    fact looked up.
     """
 
     inner: Individual
@@ -47,7 +48,7 @@ class Derived(Composed):
         return self.pull(self.inner.dense().flatten(0, 1)).unflatten(0, self.size)
 
     def maps(self) -> Sequence[LinearMap]:
-        """Those of transposed matrices, of some rows of the parameter, and of rows looked up for all samples alike."""
+        """The maps of a transposed matrix, of some of its rows, or of rows that are looked up alike for all samples."""
         own, shape = self.inner.shape, self.shape
         if self.is_complex or self.inner.is_complex:
             return []  # entries may be conjugated, or be parts of complex ones
@@ -79,10 +80,10 @@ class Derived(Composed):
         return []
 
     def _entries(self) -> tuple[Tensor, Tensor] | None:
-        """For each entry of the parameter the row and the column of what is made of it where it is found, ``[r, c]``.
+        """For each entry of the parameter, the row and the column of the tensor at which it is found, ``[r, c]``.
 
-        ``-1``: nowhere; ``None``: what is made of it are not entries of the parameter, each in one place. Told by what
-        is pulled back of numbers, in two digits that are exact in 16 bits as well.
+        ``-1``: nowhere; ``None``: the tensor does not consist of entries of the parameter, each in one place. To find
+        out, numbers of the tensor's rows and columns are pulled back, in two digits that are exact in 16 bits as well.
         """
         own, digit = self.inner.shape, 256
         width = own[1:].numel()
@@ -109,7 +110,7 @@ class Derived(Composed):
 
 
 def _are_transposed(row: Tensor, column: Tensor, shape: torch.Size) -> bool:
-    """Whether entries of a parameter are found where they are in ``matrices.mT``, matrices of this shape."""
+    """Whether entries of a parameter are where they are in ``matrices.mT``, with matrices of this shape."""
     places = torch.arange(shape.numel(), device=row.device).reshape(shape)
     return torch.equal(row * shape[1:].numel() + column, places.mT.flatten(1))
 

@@ -59,8 +59,7 @@ class Explicit(Individual):
 class ElementwiseUse(SamplewiseUse):
     """A parameter of shape ``padded`` (one size per axis of the output) that is broadcast to the output.
 
-    ``x``, of the output's shape, and ``factor``, which takes the samples of ``more`` as well, give what it is
-    multiplied by; ``x=None``: by ``sign``.
+    It is multiplied by ``factor(x, *more)``, or by ``x`` itself, of the output's shape; without ``x``, by ``sign``.
     """
 
     padded: tuple[int, ...]
@@ -84,7 +83,10 @@ class ElementwiseUse(SamplewiseUse):
         return self._reduce(grad, rows, shape, summed=self.x is None and self.sign > 0)
 
     def squares(self, total: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
-        """The sum of squares ``[n, *p]`` over cotangents of single entries, of their own: ``total[1, n, ...]``."""
+        """The sum of squares ``[n, *p]`` over cotangents that have one entry each, from the sum of squares of these.
+
+        The latter is ``total[1, n, ...]``.
+        """
         if self.x is not None:
             total = total * self._factor(self.x, rows, total.dtype).square()
         return replace(self, sign=1)._reduce(total, rows, shape).value[0]

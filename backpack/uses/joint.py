@@ -51,7 +51,7 @@ class Joint(Composed):
 
 
 def join(parts: Sequence[Individual]) -> Individual:
-    """One object for all uses: those of one form are merged, others added when they are read."""
+    """The sum of the gradients of all uses. Uses of one form are merged; others are added when they are read."""
     if len(parts) == 1:
         return parts[0]
     parts = [part.padded if isinstance(part, Ragged) else part for part in parts]
@@ -70,7 +70,7 @@ def _form(part: Individual) -> object:
 
 
 def _merge(group: list[Individual]) -> Individual:
-    """The positions of all uses as positions of one."""
+    """Merge uses of one form: their positions become positions of one use."""
     first = group[0]
     if len(group) == 1:
         return first

@@ -46,7 +46,7 @@ LARGEST_FACTOR = 2**15
 
 
 def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
-    """What of the factors depends on the seeds, and is additive over them: one tensor a map.
+    """The parts of the factors that are sums over seeds: one tensor for each map.
 
     Raises:
         ValueError: A factor would have too many rows.
@@ -56,9 +56,9 @@ def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
 
 
 def averaged_factors(grads: Individual, curvature: Tensor, approx: str | None) -> list[Tensor]:
-    """The same of a linear map or of its bias, given the curvature in the outputs, ``[p, c, q, p, c, q]``.
+    """The output factors of a linear map or of its bias, given the curvature in the outputs, ``[p, c, q, p, c, q]``.
 
-    ``c`` are channels. Of ``grads``, nothing depends on the cotangents' values.
+    ``c`` are channels. The values of the cotangents in ``grads`` are not used.
     """
     maps = _maps(grads)
     if curvature.shape[0] == curvature.shape[2] == 1:
@@ -80,7 +80,7 @@ def _maps(grads: Individual) -> Sequence[LinearMap]:
 
 
 def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
-    """The factors, given the output factors of all seeds; summed over maps."""
+    """The factors, summed over maps, given the output factors of all seeds."""
     return assemble(separate(grads, outputs, approx))
 
 
@@ -146,7 +146,7 @@ def _basis(factor: Tensor, rank: int, blocks: int, grads: Individual | None) -> 
 
 
 def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
-    """Of a symmetric or Hermitian matrix whose rank has this bound, in the order of ``torch.linalg.eigh``.
+    """The eigenvectors of a symmetric or Hermitian matrix of at most this rank, in the order of ``torch.linalg.eigh``.
 
     The images of a few more random vectors than that span the range, and all vectors of any basis of its complement
     are eigenvectors (Halko, Martinsson & Tropp, 2011, section 4.1): the decomposition is of a matrix as small as that.
@@ -166,7 +166,7 @@ def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _blocks(factor: Tensor) -> int:
-    """Into how many diagonal blocks of one size a matrix can be divided, all else being zero."""
+    """The largest number of diagonal blocks of one size outside of which a matrix is zero."""
     size, filled = len(factor), factor.count_nonzero()
     numbers = (number for number in range(size, 0, -1) if size % number == 0)
     return next(number for number in numbers if diagonal_blocks(factor, number).count_nonzero() == filled)
@@ -189,7 +189,7 @@ def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
 
 
 def _second_moments(grads: Individual) -> list[Tensor]:
-    """Of all entries together; of a larger parameter's rows, and of its columns, or of entries, if it has one axis."""
+    """The second moment of all entries; of large parameters, those of rows and columns, or squares if of one axis."""
     size = grads.shape.numel()
     if len(grads.shape) < 2 and size > LARGEST_FACTOR:
         return [grads.sum_squares()]
@@ -229,7 +229,7 @@ def _check_size(shape: torch.Size, *sizes: int) -> None:
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
-    """Of factors, some of them diagonal."""
+    """The sum of factors, some of which may be diagonal."""
     if len({term.dim() for term in terms}) > 1:
         terms = [torch.diag(term) if term.dim() == 1 else term for term in terms]
     return sum_of(terms)

@@ -21,7 +21,7 @@ from backpack.uses.use import SamplewiseUse
 class Lookup(Individual):
     """Individual gradients whose row ``index[n s]`` receives ``grad[v n s d]``; ``index`` is ``[n, s]``.
 
-    ``mask[n s]`` says where a row is looked up indeed (elsewhere, ``grad`` is zero).
+    ``mask[n s]`` says at which positions a row is in fact looked up (elsewhere, ``grad`` is zero).
     """
 
     index: Tensor
@@ -61,7 +61,7 @@ class Lookup(Individual):
         return (self.index[:, :, None] == other.index[:, None, :]).to(self.grad.dtype)
 
     def _squares(self) -> Tensor:
-        """Squares that, scattered, give the squared individual gradients: a row's are spread over its positions."""
+        """Squared individual gradients, ``[v, n, s, d]``: those of a row are spread over the positions that use it."""
         step = max(1, SCRATCH // self.index.shape[1] ** 2)
         pieces = []
         for start in range(0, self.size[1], step):
@@ -86,7 +86,7 @@ class Lookup(Individual):
         return [LookupMap(self)]
 
     def dots(self, other: Individual) -> Tensor:
-        """Of pairs of samples that look up the same row, row by row; rows that equally many do, at a time."""
+        """Sums over rows, each of pairs of samples that look it up; rows that equally many do are taken together."""
         if other is not self:
             return super().dots(other)
         v, n = self.size
@@ -170,7 +170,7 @@ class LookupMap(LinearMap):
 
 @dataclass(eq=False)
 class LookupUse(SamplewiseUse):
-    """Rows ``index`` of the table, each times its ``weight``, but for row ``padding``.
+    """Rows ``index`` of the table, each times its ``weight``; row ``padding`` counts as zero.
 
     ``bag``: the output holds the sum over the last axis of ``index``.
     """

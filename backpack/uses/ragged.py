@@ -1,4 +1,4 @@
-"""Samples of very different lengths: they are computed in groups of similar length, since shorter ones are padded."""
+"""Samples of very different lengths. Since shorter ones are padded, samples of similar length are computed together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def groups_of(rows: Rows, entries: int) -> list[tuple[Tensor, Rows]]:
 
 
 def arrive_in_groups(use: Use, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-    """As ``use.arrive``, with samples of similar length at a time where they have to be padded a lot."""
+    """The same as ``use.arrive``, computed by groups of samples of similar length if padding would cost much."""
     groups = groups_of(rows, cotangents[0][0].numel()) if isinstance(use, SamplewiseUse) else []
     if not groups:
         return use.arrive(cotangents, rows, shape, dtype)
@@ -103,7 +103,7 @@ class Ragged(Individual):
         return self._placed(values, int(name == "norms"))
 
     def _placed(self, values: Sequence[Tensor], axis: int) -> Tensor:
-        """What each group gives for its samples, in the order of all, along an axis."""
+        """The results of all groups, in the order of the samples along an axis."""
         order = torch.cat([places for places, _ in self.groups]).argsort()
         return torch.cat(list(values), axis).index_select(axis, order.to(values[0].device))
 

@@ -9,14 +9,14 @@ from backpack.uses.base import accumulate, sum_of
 
 
 class SampleSum:
-    """A sum over samples, the first axis of many tensors, and seeds, the last but one.
+    """The sum of many tensors over their samples, the first axis, and their seeds, the last axis but one.
 
-    Each core first adds up those samples that it has computed, as far as that can be told: to fetch the others from its
-    neighbour's cache costs several times what adding does.
+    Each core first adds up the samples that it has probably computed itself: it takes several times as long to fetch
+    others from its neighbour's cache as to add them.
     """
 
     LARGE = 2**13
-    """Entries from which on samples are added one by one, which needs no memory for what is added to the others."""
+    """Entries from which on samples are added one by one, which needs no memory for intermediate sums."""
 
     def __init__(self) -> None:
         self._terms: dict[int, list[Tensor]] = {}

@@ -12,10 +12,10 @@ from backpack.memory import empty
 from backpack.uses.base import Individual
 
 BLOCKS = 4
-"""Into how many blocks of columns a second moment is divided, of which only those up to the diagonal are computed."""
+"""The number of blocks of columns in which a second moment is computed, each down to the diagonal only."""
 
 LARGE = 3 * 2**15
-"""Entries of the rows from which on that pays: of fewer, the copies cost more than the products."""
+"""Entries of the rows from which on blocks pay off: with fewer, the copies cost more than the products."""
 
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:

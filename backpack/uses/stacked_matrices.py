@@ -1,4 +1,4 @@
-"""Parts of a parameter that are used by themselves: the matrices of experts, stacked along the first axis."""
+"""Parameters whose parts are used separately: the matrices of experts, stacked along the first axis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backpack.uses.use import Cotangents, Use
 
 @dataclass(eq=False)
 class Parts(Composed):
-    """Individual gradients of a parameter, from those of its entries along the first axis; of others they are zero."""
+    """Individual gradients of a parameter, given those of some entries along its first axis; the rest are zero."""
 
     parts: dict[int, Individual]
     whole: torch.Size
@@ -56,7 +56,7 @@ class Parts(Composed):
         return self._placed(values, int(name == "sample_squares"))
 
     def _placed(self, values: dict[int, Tensor], axis: int) -> Tensor:
-        """Values ``[..., *p]`` of each part in their places along an axis of the whole's."""
+        """Put values ``[..., *p]`` of each part in their places along a new axis."""
         nothing = torch.zeros_like(next(iter(values.values())))
         return torch.stack([values.get(place, nothing) for place in range(self.whole[0])], axis)
 
@@ -75,9 +75,9 @@ class Parts(Composed):
 
 @dataclass(eq=False)
 class StackedUse(Use):
-    """Each matrix of a stack multiplies rows ``x`` of its own: those up to its end, behind those of the one before.
+    """Each matrix of a stack multiplies its own rows of ``x``: from the end of the matrix before up to its own end.
 
-    ``unfold``, ``fold`` and ``flipped`` are those of the use of one matrix.
+    ``unfold``, ``fold`` and ``flipped`` are as in ``DenseUse``, for one matrix.
     """
 
     x: Tensor

@@ -15,12 +15,12 @@ from backpack.uses.composed import RealPart
 
 
 class Cotangents(dict[int, Tensor]):
-    """Those of a call's outputs, by place; they live as long as one of its uses has not been computed."""
+    """The cotangents of a call's outputs, by place; they live until all uses in the call have been computed."""
 
     def __init__(self, grads: dict[int, Tensor]) -> None:
         super().__init__(grads)
         self.shared: dict[torch.dtype, dict[Any, Tensor]] = {}
-        """What was computed from them, in a data type, that other uses can read as well."""
+        """By data type: results that other uses in the call can read as well."""
 
 
 class Use(ABC):
