@@ -1,4 +1,4 @@
-"""What all extensions have in common."""
+"""The base class of all extensions."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class BackpropExtension(Quantity):
         return self.subset.given
 
     def among(self, samples: int) -> BackpropExtension:
-        """The same, for passes in which entries of no sample count as one more than these samples."""
+        """The same extension, for passes in which entries that belong to no sample count as one sample more."""
         part = copy.copy(self)
         part.subset = Subset(self.subset.given, samples)
         return part
@@ -111,7 +111,7 @@ class BackpropExtension(Quantity):
         return part
 
     def beforehand(self) -> BackpropExtension | None:
-        """What must be known of the whole data set before its first batch, from a pass of its own."""
+        """The extension of a pass over the whole data set that must come first, if there is one."""
         return None
 
     def given(self, found: dict[str, Any]) -> BackpropExtension:

@@ -1,4 +1,4 @@
-"""What the second-order extensions have in common."""
+"""The base classes of second-order extensions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ExactExtension(CurvatureExtension):
 
 
 class SampledExtension(CurvatureExtension):
-    """A quantity of ``mc_samples`` columns that are drawn; a base class in front of that of the exact quantity."""
+    """A quantity of ``mc_samples`` random columns; it goes in front of the exact quantity in a list of bases."""
 
     seeds = "sampled"
 

@@ -1,4 +1,4 @@
-"""Kronecker factors by any combination of strategies."""
+"""Kronecker factors by a combination of strategies."""
 
 from __future__ import annotations
 

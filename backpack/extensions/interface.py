@@ -16,7 +16,7 @@ from backpack.uses import Individual
 from backpack.uses.base import accumulate
 
 FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
-"""What an extension that has rules only does with a parameter without one."""
+"""What an extension that consists of rules does with a parameter that none of them covers."""
 
 
 class Quantity:
@@ -27,7 +27,7 @@ class Quantity:
     fail_mode: str
     rules: dict[type[Module], ModuleExtension]
     has_rules_only: bool
-    """Whether nothing is computed but by rules."""
+    """Whether the extension consists of rules, and computes nothing by itself."""
     seeds: str | None = None
     """``None``: of first order. Otherwise which columns of the loss Hessian's root are pulled back."""
     reads: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Quantity:
         return None
 
     def missing(self, name: str) -> None:
-        """Say that there is no rule for the module of a parameter, in the way that was asked for."""
+        """Raise an error or a warning, as ``fail_mode`` says, since no rule covers a parameter."""
         message = (
             f"{type(self).__name__} has no rule for the module of parameter {name}: register one with "
             f"set_module_extension(), or let the extension define compute()."
@@ -64,11 +64,11 @@ class Quantity:
         raise NotImplementedError(f"{type(self).__name__} does not define compute().")
 
     def measure(self, grads: Individual) -> Tensor:
-        """What of one parameter the results of all depend on (where ``needs_all_parameters``)."""
+        """The measure of one parameter; ``combine`` receives those of all (where ``needs_all_parameters``)."""
         raise NotImplementedError(f"{type(self).__name__} does not define measure().")
 
     def combine(self, measures: list[Tensor]) -> Tensor:
-        """What the result of each parameter needs to know of all."""
+        """What the results of all parameters need, from the measures of all."""
         raise NotImplementedError(f"{type(self).__name__} does not define combine().")
 
     def compute_jointly(self, grads: Individual, joint: Tensor) -> Any:
@@ -120,7 +120,7 @@ def by_rule(extension: Quantity, parameter: Tensor) -> bool:
 def without_rules(extensions: Iterable[R], parameter: Tensor, name: str, last: bool = True) -> list[R]:
     """Extensions that compute a parameter themselves, because no user's rule covers it.
 
-    An extension that has nothing but rules says that this one is missing, if it is the ``last`` time that it is asked.
+    An extension that consists of rules reports a missing one if this is the ``last`` time that it is asked.
     """
     found = []
     for extension in extensions:

@@ -1,8 +1,8 @@
 """Calls of extended modules: what went in and came out, for rules and hooks that users write.
 
-``module.input0``, ``module.input1``, ... and ``module.output`` exist on a module while such code runs for it. Nothing
-is kept for that which autograd would let go: tensors are referred to weakly, except for classes of modules that have a
-rule, and where the forward pass runs in a block with an ``extension_hook``.
+``module.input0``, ``module.input1``, ... and ``module.output`` exist on a module while such code runs for it. No
+tensor is kept that autograd would free: there are weak references only, except for classes of modules that have a rule,
+and in blocks with an ``extension_hook``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
 
 LEFT: WeakKeyDictionary[Module, list[str]] = WeakKeyDictionary()
-"""What stays readable on modules, since their graph was to be retained."""
+"""Attributes that stay on modules after the backward pass, since it was to retain the graph."""
 
 SERVED = re.compile(r"has no attribute '(input\d+|output)'")
 
@@ -44,7 +44,7 @@ def is_ruled(module: Module) -> bool:
 
 
 def forget(module: Module) -> None:
-    """Take away what stayed readable."""
+    """Remove the attributes that stayed on a module."""
     for name in LEFT.pop(module, ()):
         vars(module).pop(name, None)
 
@@ -54,7 +54,7 @@ def _weakly(tensor: Tensor) -> Noted:
 
 
 def _note(value: Any, hold: Callable[[Tensor], Noted]) -> Any:
-    """What ``hold`` makes of a tensor; of anything else, its leaves with that, and how they belong together."""
+    """A note of a value: ``hold`` of a tensor; of anything else, its leaves, tensors being held, and its structure."""
     if isinstance(value, Tensor):
         return hold(value)
     leaves, spec = tree_flatten(value)
@@ -73,10 +73,10 @@ def _value(note: Any) -> Any:
 
 @dataclass(eq=False, slots=True)
 class ModuleIO:
-    """One call of a module: what came in and out, with each tensor noted.
+    """The inputs and outputs of one call of a module, with a ``Noted`` in place of each tensor.
 
-    ``node``: what computed its first output, which the others may have in common; ``numbers``: of those; ``edges``: of
-    the inputs, where gradients flow to them; ``overwritten``: the places of inputs that were returned.
+    ``numbers``: which outputs of the node that computed the first output the module returned; ``edges``: the graph's
+    edges of the inputs, where gradients flow to them; ``overwritten``: the places of inputs that were returned.
     """
 
     module: Module
@@ -87,7 +87,7 @@ class ModuleIO:
     overwritten: list[int]
 
     def readable(self) -> dict[str, Any]:
-        """The attributes that can be served, but those that the module has of its own."""
+        """The attributes whose tensors still exist, except names that the module itself uses."""
         module, found = self.module, {}
         notes = {f"input{place}": note for place, note in enumerate(self.inputs) if place not in self.overwritten}
         for name, note in {**notes, "output": self.output}.items():
@@ -99,13 +99,13 @@ class ModuleIO:
         return found
 
     def tensors(self) -> Iterator[Tensor]:
-        """What came in and out, as far as it is still there."""
+        """The inputs and outputs that still exist."""
         for noted in self._noted():
             if (tensor := noted.value()) is not None:
                 yield tensor
 
     def hold(self) -> None:
-        """Keep what is still there: autograd frees it when the module's backward pass has run."""
+        """Keep what still exists, since autograd frees it when the module's backward pass has run."""
         for noted in self._noted():
             noted.hold()
 
@@ -115,7 +115,7 @@ class ModuleIO:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """The module has its inputs and outputs as attributes."""
+        """Give the module its inputs and outputs as attributes, while the context lasts."""
         with _serving:
             left = self.module in LEFT
             forget(self.module)
@@ -146,12 +146,12 @@ class ModuleIO:
         LEFT[self.module] = list(added)
 
     def gradients(self, node: Node | None, g_out: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
-        """Those of the inputs, computed when they are read."""
+        """The gradients of the inputs, computed when they are read."""
         return InputGradients(self, node, g_out)
 
 
 def leave_module_io(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
-    """Leave at the node that computed a module's outputs what came in and out; ``keep``: hold it."""
+    """Leave a note of a module's inputs and outputs at the node that computed these; ``keep``: hold the tensors."""
     node = output.grad_fn if isinstance(output, Tensor) else None
     if keep or kwargs or node is None or len(args) != 1 or type(args[0]) is not Tensor or (RULED and is_ruled(module)):
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -198,7 +198,7 @@ def module_io_of(graph: Graph) -> dict[Node, list[ModuleIO]]:
 
 
 def _restored(module: Module, input: Any, second: Any, third: Any, *rest: Any) -> ModuleIO:
-    """What was left, in full."""
+    """The ``ModuleIO`` of a note, which has a short form for modules with one input and one output."""
     if not isinstance(input, ref):
         return ModuleIO(module, input, second, third, *rest)
     version, number = rest
@@ -207,7 +207,7 @@ def _restored(module: Module, input: Any, second: Any, third: Any, *rest: Any) -
 
 
 def serve(io: ModuleIO | None) -> Context[None]:
-    """Its inputs and outputs, if there was such a call."""
+    """The context in which a module has its inputs and outputs as attributes; of no call, an empty one."""
     return nullcontext() if io is None else io.served()
 
 

@@ -1,4 +1,4 @@
-"""Tensors that a forward pass leaves notes of, in general by weak references."""
+"""References to tensors of the forward pass that notice whether a tensor was freed or overwritten."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Noted:
     version: int
 
     def value(self) -> Tensor | None:
-        """The tensor, if it is still there as it was."""
+        """The tensor, if it still exists and was not overwritten."""
         tensor = self.held
         if isinstance(tensor, ref):
             tensor = tensor()
@@ -31,5 +31,5 @@ class Noted:
         return None if tensor is None or version_of(tensor) != self.version else tensor
 
     def hold(self) -> None:
-        """Refer to it by itself from now on, if it is still there."""
+        """Keep the tensor from now on, if it still exists."""
         self.held = self.value()

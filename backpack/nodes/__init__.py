@@ -1,4 +1,4 @@
-"""A kind of node -> how it uses the parameters that its edges lead to, one family a file."""
+"""How each kind of node uses the parameters that its edges lead to; one file for each family of kinds."""
 
 from backpack.nodes import convolution as convolution  # they register their kinds
 from backpack.nodes import elementwise as elementwise

@@ -1,4 +1,4 @@
-"""Sums and products that a parameter is expanded in: position tables, learned scales, gates, class tokens."""
+"""Sums and products with a parameter that is expanded: position tables, learned scales, gates, class tokens."""
 
 from __future__ import annotations
 

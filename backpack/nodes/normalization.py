@@ -59,7 +59,7 @@ def group_norm(place: Place) -> Use | None:
 
 @form("NativeBatchNorm")
 def batch_norm(place: Place) -> Use | None:
-    """By stored statistics, or by those of the batch, which are constants for the scale."""
+    """The statistics are stored ones, or those of the batch, which do not depend on the scale."""
     if place.layout.axes != [0]:
         return None
     if place.k == 2:

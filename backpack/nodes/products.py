@@ -1,4 +1,4 @@
-"""Products with a matrix: of rows, of columns, of batches of matrices, and bilinear ones."""
+"""Products with a matrix: of rows, of columns, of batches of matrices; bilinear maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused recurrent layers: the node of a whole layer runs again, step by step, as linear maps of known forms."""
+"""Fused recurrent layers: the function of a node, a whole layer, runs again step by step, as linear maps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from backpack.uses import Cotangents, Individual, Use, join
 from backpack.uses.replay import Linear, Replay
 
 LSTM = 2
-"""What the node saves as its mode."""
+"""The mode that the node of an LSTM saves."""
 
 
 @dataclass(eq=False)
 class RecurrentUse(Use):
-    """Weight ``k - 1`` of a node that is one direction of a layer; all of its uses share what is computed."""
+    """Weight ``k - 1`` of a node that is one direction of a layer. All uses of the node share one replay."""
 
     node: Node
     k: int
