@@ -1,4 +1,4 @@
-"""Calls of extended modules: what went in and came out, for rules and hooks that users write.
+"""The inputs and outputs of calls of extended modules, for rules and hooks that users write.
 
 ``module.input0``, ``module.input1``, ... and ``module.output`` exist on a module while such code runs for it. No
 tensor is kept that autograd would free: there are weak references only, except for classes of modules that have a rule,

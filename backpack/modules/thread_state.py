@@ -16,8 +16,8 @@ class _Thread(threading.local):
     """The state of one thread.
 
     ``root`` is the outermost extended module whose forward pass runs. It was called from ``frame``. ``depth`` counts
-    its calls that run, one inside of the other. ``random`` is the state of the generators when the pass began, if the module may have
-    to run again. ``inner`` is a backward pass of our own that runs.
+    its calls that run, one inside of the other. ``random`` is the state of the generators when the pass began, if the
+    module may have to run again. ``inner`` is a backward pass of our own that runs.
     """
 
     def __init__(self) -> None:

@@ -63,3 +63,8 @@ def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return matrix
     return matrix.unflatten(1, (groups, -1)).unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def matrices_of(grads: Individual, height: int) -> Tensor:
+    """Individual gradients as matrices of so many rows, ``[v, n, r, c]``."""
+    return grads.dense().reshape(*grads.size, height, -1)
