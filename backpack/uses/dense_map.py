@@ -91,6 +91,14 @@ class DenseMap(LinearMap):
         x, grad = grads.x @ inputs.conj(), grads.grad @ outputs.conj()
         return replace(grads, inputs=(x,), grad=grad, shape=shape, unfold=None, other=None)
 
+    def ungrouped(self) -> DenseMap:
+        """The groups as further positions, with cotangents that are zero in the outputs of other groups."""
+        v, n, g, s, o = self.grads.grad.shape
+        own = torch.eye(g, dtype=self.grads.grad.dtype, device=self.grads.grad.device)[:, None, :, None]
+        grad = (self.grads.grad.unsqueeze(4) * own).reshape(v, n, 1, g * s, g * o)
+        x = self.grads.x.reshape(n, 1, g * s, -1)
+        return DenseMap(replace(self.grads, inputs=(x,), grad=grad, unfold=None))
+
     def transposed(self) -> DenseMap | None:
         grads = self.grads
         groups, outputs = grads.grad.shape[2], grads.grad.shape[4]

@@ -121,6 +121,7 @@ class MapOfSomeRows(LinearMap):
     def __init__(self, inner: LinearMap, used: range, count: int) -> None:
         self.inner, self.used = inner, used
         self.matrix, self.ranks = (count, inner.matrix[1]), inner.ranks
+        self.blocks = (inner.blocks[0] if len(used) == count else 1), inner.blocks[1]
 
     @property
     def rows(self) -> range:
@@ -136,4 +137,5 @@ class MapOfSomeRows(LinearMap):
         return self.inner.input_factor(approx, scale)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
-        return self.inner.rotated(rows[self.used.start : self.used.stop], columns)
+        inner = self.inner if self.blocks == self.inner.blocks else self.inner.ungrouped()
+        return inner.rotated(rows[self.used.start : self.used.stop], columns)

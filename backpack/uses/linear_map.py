@@ -44,6 +44,10 @@ class LinearMap(ABC):
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
         """The individual gradients in the bases ``rows`` and ``columns``; a basis of one axis is the identity."""
 
+    def ungrouped(self) -> LinearMap:
+        """The map without blocks of rows, for bases that do not have them."""
+        return self
+
     def transposed(self) -> LinearMap | None:
         """The map as one of the transposed matrix, or of a stack of them, where it can be seen as such."""
         return None
