@@ -32,7 +32,7 @@ from backpack.uses import (
     arrive_in_groups,
     join,
 )
-from backpack.uses.dense import Transposed
+from backpack.uses.dense import SummedGroups
 from backpack.uses.ragged import Ragged
 from backpack.uses.windows import Windows
 
@@ -335,7 +335,7 @@ def individual(kind, v, n, s, g, r, c):
         return lambda: Dense((x,), grad, torch.Size((r, c)), flipped=True), *whole
     if kind == "sums":
         x, grad, found = dense(v, n, s, g, r, c // g)
-        return lambda: Transposed((x,), grad, torch.Size((r, c))), *(a.transpose(2, 3).flatten(3) for a in found)
+        return lambda: SummedGroups((x,), grad, torch.Size((r, c))), *(a.transpose(2, 3).flatten(3) for a in found)
     if kind == "lookup":
         rows, grad, mask = torch.randint(0, r, (n, s)), randn(v, n, s, c), torch.rand(n, s) < 0.8
         grad = grad * mask[..., None]

@@ -72,6 +72,30 @@ def test_of_layers_that_are_wider_than_the_batch_is_large():
         check(parameter, block(ggn, parameters, parameter))
 
 
+class SomeChannels(nn.Module):
+    """A grouped convolution with some rows of a parameter."""
+
+    def __init__(self, start, stop):
+        super().__init__()
+        self.start, self.stop = start, stop
+        self.weight = nn.Parameter(torch.randn(8, 2, 3))
+
+    def forward(self, x):
+        return torch.conv1d(x, self.weight[self.start : self.stop], groups=2).flatten(1).tanh()
+
+
+@pytest.mark.parametrize("rows", [(0, 4), (2, 6), (0, 8)])
+def test_of_grouped_convolutions_with_some_rows_of_a_parameter(rows):
+    model, lossfunc = nn.Sequential(SomeChannels(*rows), nn.LazyLinear(3)).double(), nn.CrossEntropyLoss()
+    X = torch.randn(len(LABELS), 4, 5, dtype=torch.float64)
+    model(X)
+    _, ggn = explicit(model, X, lossfunc, LABELS, len(LABELS))
+    extend(model)
+    with backpack(EKFAC(fisher="exact"), KFLR()):
+        extend(lossfunc)(model(X), LABELS).backward()
+    check(model[0].weight, block(ggn, list(model.parameters()), model[0].weight))
+
+
 @pytest.mark.parametrize("tied", [None, "linear", "matmul"])
 def test_of_embeddings(tied):
     model, index = Words(tied).double(), torch.tensor([[0, 1, 2, 4], [2, 0, 0, 1], [4, 4, 1, 3]])

@@ -53,11 +53,11 @@ def factors(subsampling=None):
 
 
 BROKEN = {
-    "backpack.uses.dense.Dense.output_factor": (KFLR(), 1.001),
-    "backpack.uses.dense.Dense.input_factor": (KFAC(subsampling=[0]), 1.001),
-    "backpack.uses.lookup.Lookup.input_factor": (KFLR(approx="expand"), 1.001),
+    "backpack.uses.dense_map.DenseMap.output_factor": (KFLR(), 1.001),
+    "backpack.uses.dense_map.DenseMap.input_factor": (KFAC(subsampling=[0]), 1.001),
+    "backpack.uses.lookup.LookupMap.input_factor": (KFLR(approx="expand"), 1.001),
     "backpack.extensions.kronecker.output_factors": (KFAC(fisher="empirical"), 1.001),
-    "backpack.extensions.ekfac.second_moments": (EKFAC(), 1.001),
+    "backpack.extensions.ekfac.squares_in_bases": (EKFAC(), 1.001),
     "backpack.extensions.ekfac.eigenbases": (EKFAC(), 1.001),
     "backpack.extensions.clipped_grad.ClippedGrad.combine": (ClippedGrad(1e-3), 1.001),
     "backpack.extensions.ggn_gram.GGNGram.compute": (GGNGram(), 1.001),

@@ -43,8 +43,8 @@ from backpack.samples import Layout, Subset
 from backpack.torch_internals import pull_back
 from backpack.uses import Cotangents, DenseUse, Individual
 from backpack.uses.base import accumulate
-from backpack.uses.factor_maps import second_moment
 from backpack.uses.kronecker import averaged_factors
+from backpack.uses.second_moments import second_moment
 
 LARGEST = 2**14
 """Entries of one sample's output up to which the curvature in it is formed."""

@@ -24,7 +24,7 @@ from backpack.curvature.seeds import WIDEST
 from backpack.memory import empty
 from backpack.modules.thread_state import muted
 from backpack.uses.base import accumulate
-from backpack.uses.factor_maps import scaled_product, second_moment, symmetric_product
+from backpack.uses.second_moments import scaled_product, second_moment, symmetric_product
 from backpack.uses.windows import each
 
 SHIFT = 1e-13

@@ -1,25 +1,24 @@
-"""What all extensions have in common."""
+"""The base class of all extensions."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Module
 
+from backpack.extensions.interface import FAIL_ERROR as FAIL_ERROR
+from backpack.extensions.interface import FAIL_SILENT as FAIL_SILENT
+from backpack.extensions.interface import FAIL_WARN as FAIL_WARN
+from backpack.extensions.interface import Quantity
 from backpack.extensions.merge_batches import Joined, Merging
 from backpack.extensions.module_extension import ModuleExtension
 from backpack.modules.module_io import RULED
 from backpack.samples import Subset
-from backpack.uses import Individual
 
 FIELDS: set[str] = set()
 """All savefields that extensions have had."""
-
-FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
-"""What an extension that has rules only does with a parameter without one."""
 
 BUILT_IN = (
     *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -29,7 +28,7 @@ BUILT_IN = (
 not know any others, so that scripts for it register rules for them."""
 
 
-class BackpropExtension:
+class BackpropExtension(Quantity):
     """A quantity that a backward pass inside ``backpack(...)`` stores on each parameter.
 
     Args:
@@ -47,17 +46,6 @@ class BackpropExtension:
             stores something else under ``savefield``, as ``"grad"``.
     """
 
-    savefield: str = ""
-    seeds: str | None = None
-    """``None``: of first order. Otherwise which columns of the loss Hessian's root are pulled back."""
-    needs_all_parameters = False
-    bounds_influence = False
-    needs_samples_apart = False
-    """Whether it is not defined for parameters below what mixes samples."""
-    needs_real_parameters = False
-    """Whether it is not defined for complex parameters."""
-    reads: tuple[str, ...] = ()
-    """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
     batches: Merging | Joined | None = None
     """How results of batches become that of a data set; ``None``: they can't."""
     unmerged = "its results do not merge"
@@ -96,9 +84,8 @@ class BackpropExtension:
         FIELDS.add(self.savefield)
         self.fail_mode = fail_mode
         self.subset = Subset(subsampling)
-        self.has_rules_only = type(self).compute is BackpropExtension.compute and not self.needs_all_parameters
-        """Whether nothing is computed but by rules."""
-        self.rules: dict[type[Module], ModuleExtension] = {}
+        self.has_rules_only = type(self).compute is Quantity.compute and not self.needs_all_parameters
+        self.rules = {}
         for module, rule in (module_exts or {}).items():
             self.set_module_extension(module, rule, overwrite=True)
 
@@ -107,7 +94,7 @@ class BackpropExtension:
         return self.subset.given
 
     def among(self, samples: int) -> BackpropExtension:
-        """The same, for passes in which entries of no sample count as one more than these samples."""
+        """The same extension, for passes in which entries that belong to no sample count as one sample more."""
         part = copy.copy(self)
         part.subset = Subset(self.subset.given, samples)
         return part
@@ -124,7 +111,7 @@ class BackpropExtension:
         return part
 
     def beforehand(self) -> BackpropExtension | None:
-        """What must be known of the whole data set before its first batch, from a pass of its own."""
+        """The extension of a pass over the whole data set that must come first, if there is one."""
         return None
 
     def given(self, found: dict[str, Any]) -> BackpropExtension:
@@ -164,36 +151,9 @@ class BackpropExtension:
         self.rules[module] = extension
         RULED.add(module)
 
-    def rule_for(self, module: Module) -> ModuleExtension | None:
-        """The rule of the nearest base class that has one, and the same ``forward``."""
-        for cls in type(module).__mro__ if self.rules else ():
-            if cls in self.rules and cls.forward is type(module).forward:
-                return self.rules[cls]
-        return None
 
-    def missing(self, name: str) -> None:
-        """Say that there is no rule for the module of a parameter, in the way that was asked for."""
-        message = (
-            f"{type(self).__name__} has no rule for the module of parameter {name}: register one with "
-            f"set_module_extension(), or let the extension define compute()."
-        )
-        if self.fail_mode == FAIL_ERROR:
-            raise NotImplementedError(message)
-        if self.fail_mode == FAIL_WARN:
-            warnings.warn(message, stacklevel=2)
+class BuiltInExtension(BackpropExtension):
+    """An extension of this package without options of its own."""
 
-    def compute(self, grads: Individual) -> Any:
-        """The result for one parameter, from its individual gradients."""
-        raise NotImplementedError(f"{type(self).__name__} does not define compute().")
-
-    def measure(self, grads: Individual) -> Tensor:
-        """What of one parameter the results of all depend on (where ``needs_all_parameters``)."""
-        raise NotImplementedError(f"{type(self).__name__} does not define measure().")
-
-    def combine(self, measures: list[Tensor]) -> Tensor:
-        """What the result of each parameter needs to know of all."""
-        raise NotImplementedError(f"{type(self).__name__} does not define combine().")
-
-    def compute_jointly(self, grads: Individual, joint: Tensor) -> Any:
-        """The result for one parameter, given what ``combine`` returned."""
-        raise NotImplementedError(f"{type(self).__name__} does not define compute_jointly().")
+    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling=subsampling)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BuiltInExtension
 from backpack.extensions.batch_grad import BatchGrad
 from backpack.uses import Individual
 from backpack.uses.complex_numbers import as_real
 
 
-class BatchDotGrad(BackpropExtension):
+class BatchDotGrad(BuiltInExtension):
     """Pairwise dot products of the individual gradients, ``batch_dot`` of shape ``[N, N]``, per parameter.
 
     Of the gradients as ``BatchGrad`` scales them, and of their real and imaginary parts; the diagonal is ``batch_l2``.
@@ -21,9 +19,6 @@ class BatchDotGrad(BackpropExtension):
     """
 
     savefield = "batch_dot"
-
-    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dots(grads)[0, :, 0]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BuiltInExtension
 from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class BatchGrad(BackpropExtension):
+class BatchGrad(BuiltInExtension):
     """Individual gradients, ``grad_batch`` of shape ``[N, *p]``.
 
     Entry ``n`` is sample ``n``'s contribution to the gradient: with a loss that averages over ``N`` samples, ``1/N``
@@ -22,9 +20,6 @@ class BatchGrad(BackpropExtension):
     savefield = "grad_batch"
     reads = ("dense",)
     batches = Joined(1)
-
-    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dense()[0]

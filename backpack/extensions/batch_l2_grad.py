@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BuiltInExtension
 from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class BatchL2Grad(BackpropExtension):
+class BatchL2Grad(BuiltInExtension):
     """Squared Euclidean norms of the individual gradients, ``batch_l2`` of shape ``[N]``, per parameter.
 
     Of the gradients as ``BatchGrad`` scales them; real, also of complex parameters. They are not stored: norms come
@@ -22,9 +20,6 @@ class BatchL2Grad(BackpropExtension):
     savefield = "batch_l2"
     reads = ("norms",)
     batches = Joined(2)
-
-    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.norms()[0]

@@ -1,28 +1,18 @@
-"""What the second-order extensions have in common."""
+"""The base classes of second-order extensions."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from backpack.extensions import interface
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.strategies import BackpropStrategy, Curvature, ExpectationApproximation, LossHessianStrategy
-from backpack.uses import Individual
-from backpack.uses.base import accumulate
-
-__all__ = [
-    "BackpropStrategy",
-    "Concatenated",
-    "Curvature",
-    "CurvatureExtension",
-    "ExpectationApproximation",
-    "LossHessianStrategy",
-]
+from backpack.extensions.strategies import BackpropStrategy as BackpropStrategy
+from backpack.extensions.strategies import Curvature as Curvature
+from backpack.extensions.strategies import ExpectationApproximation as ExpectationApproximation
+from backpack.extensions.strategies import LossHessianStrategy as LossHessianStrategy
 
 
-class CurvatureExtension(BackpropExtension):
+class CurvatureExtension(interface.Curvature, BackpropExtension):
     """A quantity read from pulled-back columns of a root of the loss Hessian.
 
     Args:
@@ -33,15 +23,6 @@ class CurvatureExtension(BackpropExtension):
     Raises:
         ValueError: ``chunk_size`` or ``mc_samples`` is not positive.
     """
-
-    seeds = "exact"
-    additive = True
-    whole = False
-    """Whether all columns are needed at a time."""
-    backprop = "sqrt"
-    """How they are pulled back: by themselves, or their mean over the batch, module by module (``"average"``)."""
-    semidefinite = True
-    """Whether the loss must have a positive semidefinite Hessian."""
 
     def __init__(
         self,
@@ -58,22 +39,20 @@ class CurvatureExtension(BackpropExtension):
         self.chunk_size = chunk_size
         self.mc_samples = mc_samples
 
-    def merge(self, results: list[Any]) -> Any:
-        """The result of all columns, from those of some each; the first one may be overwritten."""
-        terms = results[:1]
-        for result in results[1:]:
-            accumulate(terms, result)
-        return terms[0]
 
-    def complete(self, result: Any, grads: Individual) -> Any:
-        """Add to the result of all columns what does not depend on them; ``grads``: of the last ones."""
-        return result
+class ExactExtension(CurvatureExtension):
+    """A quantity of exact columns, without options of its own."""
+
+    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
+        super().__init__(savefield, subsampling, chunk_size)
 
 
-class Concatenated(CurvatureExtension):
-    """A quantity that keeps the columns apart, along its first axis."""
+class SampledExtension(CurvatureExtension):
+    """A quantity of ``mc_samples`` random columns; it goes in front of the exact quantity in a list of bases."""
 
-    additive = False
+    seeds = "sampled"
 
-    def merge(self, results: list[Tensor]) -> Tensor:
-        return torch.cat(results)
+    def __init__(
+        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
+    ) -> None:
+        CurvatureExtension.__init__(self, savefield, subsampling, chunk_size, mc_samples)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.curvature import CurvatureExtension
+from backpack.extensions.curvature import ExactExtension, SampledExtension
 from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 
 
-class DiagGGNExact(CurvatureExtension):
+class DiagGGNExact(ExactExtension):
     """Diagonal of the generalized Gauss-Newton matrix of the loss, ``diag_ggn_exact`` of shape ``p``.
 
     ``sum_n J_n^T H_n J_n``, with ``J_n`` the Jacobian of the model's output and ``H_n`` the Hessian of the loss with
@@ -22,14 +20,11 @@ class DiagGGNExact(CurvatureExtension):
     reads = ("sum_squares",)
     batches = Summed(1)
 
-    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling, chunk_size)
-
     def compute(self, grads: Individual) -> Tensor:
         return grads.sum_squares()
 
 
-class DiagGGNMC(DiagGGNExact):
+class DiagGGNMC(SampledExtension, DiagGGNExact):
     """Monte-Carlo estimate of the GGN diagonal, ``diag_ggn_mc`` of shape ``p``.
 
     The loss Hessian is replaced by the mean over ``mc_samples`` of outer products of gradients at labels drawn from
@@ -37,9 +32,3 @@ class DiagGGNMC(DiagGGNExact):
     """
 
     savefield = "diag_ggn_mc"
-    seeds = "sampled"
-
-    def __init__(
-        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
-    ) -> None:
-        CurvatureExtension.__init__(self, savefield, subsampling, chunk_size, mc_samples)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.curvature import CurvatureExtension
+from backpack.extensions.curvature import ExactExtension, SampledExtension
 from backpack.extensions.merge_batches import Joined, Merging, Summed
 from backpack.uses import Individual
 
 
-class DiagHessian(CurvatureExtension):
+class DiagHessian(ExactExtension):
     """Diagonal of the Hessian of the loss, ``diag_h`` of shape ``p``, reduction included.
 
     The GGN diagonal and, for each function of the graph that is not piecewise linear, the diagonal of its residual
@@ -39,14 +37,11 @@ class DiagHessian(CurvatureExtension):
     semidefinite = False
     needs_real_parameters = True
 
-    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling, chunk_size)
-
     def compute(self, grads: Individual) -> Tensor:
         return grads.sum_squares()
 
 
-class DiagHessianMC(DiagHessian):
+class DiagHessianMC(SampledExtension, DiagHessian):
     """Monte-Carlo estimate of the Hessian's diagonal, ``diag_h_mc`` of shape ``p``.
 
     For the GGN as ``DiagGGNMC``; each residual ``R`` is replaced by the mean over ``mc_samples`` of ``r (R r)^T`` with
@@ -60,10 +55,4 @@ class DiagHessianMC(DiagHessian):
     """
 
     savefield = "diag_h_mc"
-    seeds = "sampled"
     semidefinite = True
-
-    def __init__(
-        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
-    ) -> None:
-        CurvatureExtension.__init__(self, savefield, subsampling, chunk_size, mc_samples)

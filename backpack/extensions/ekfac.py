@@ -11,7 +11,8 @@ from backpack.extensions.kfac import KFAC
 from backpack.extensions.kronecker import KroneckerExtension
 from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
-from backpack.uses.kronecker import complete, eigenbases, output_factors, second_moments
+from backpack.uses.eigenbases import eigenbases, squares_in_bases
+from backpack.uses.kronecker import complete, output_factors
 from backpack.utils.kroneckers import Eigen
 
 
@@ -48,7 +49,7 @@ class EKFAC(KroneckerExtension):
     def compute(self, grads: Individual) -> Eigen:
         factors = complete(grads, output_factors(grads, self.approx), self.approx)
         bases = eigenbases(factors, grads)
-        return Eigen(bases, second_moments(grads, bases))
+        return Eigen(bases, squares_in_bases(grads, bases))
 
     def complete(self, result: Any, grads: Individual) -> Any:
         return result
@@ -70,7 +71,7 @@ class SecondMoments(EKFAC):
     bases: dict[str, list[Tensor]]
 
     def compute(self, grads: Individual) -> Any:
-        return partial(second_moments, grads)
+        return partial(squares_in_bases, grads)
 
     def of_parameter(self, name: str, parameter: Tensor, result: Any) -> Tensor:
         return result([basis.to(parameter) for basis in self.bases[name]])

@@ -1,4 +1,4 @@
-"""Kronecker factors by any combination of strategies."""
+"""Kronecker factors by a combination of strategies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import warnings
 from typing import Any
 
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
-from backpack.extensions.strategies import BackpropStrategy, Curvature, ExpectationApproximation, LossHessianStrategy
-
-__all__ = ["HBP", "BackpropStrategy", "Curvature", "ExpectationApproximation", "LossHessianStrategy"]
 
 
 class HBP(KroneckerExtension):

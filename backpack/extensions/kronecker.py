@@ -1,4 +1,4 @@
-"""What the extensions that compute Kronecker factors have in common."""
+"""The base class of extensions that compute Kronecker factors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from backpack.uses.base import accumulate
 from backpack.uses.kronecker import APPROXIMATIONS, assemble, complete, output_factors, separate
 
 FISHER = {"mc": "sampled", "exact": "exact", "empirical": "gradient"}
-"""Which columns take the place of the root of the loss Hessian."""
+"""The columns that are pulled back for each Fisher matrix, by their name in ``seeds``."""
 
 
 FACTORS = Listed((Summed(1), Averaged(), Summed(1), Averaged()))
-"""How factors of batches merge, where they are separated."""
+"""How the factors of batches are merged, which are kept apart for that."""
 
 
 class KroneckerExtension(CurvatureExtension):

@@ -21,7 +21,7 @@ Reduction = Generator[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In a data type in which many terms can be added."""
+    """The tensor in a data type in which many terms can be added."""
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
@@ -30,7 +30,7 @@ class Merging(ABC):
 
     @abstractmethod
     def state(self, result: Any, factor: float, samples: int) -> list[Tensor]:
-        """That of a batch whose loss enters with ``factor`` and whose ``samples`` contribute."""
+        """The state of one batch. Its loss enters with ``factor``, and so many ``samples`` of it contribute."""
 
     @abstractmethod
     def add(self, states: list[list[Tensor]], results: list[Any], factor: float, samples: int) -> None:
@@ -65,7 +65,7 @@ class Summed(Merging):
         torch._foreach_add_([total for (total,) in states], results, alpha=self.weight(factor, samples))
 
     def weight(self, factor: float, samples: int) -> float:
-        """With which a batch's result enters the sum."""
+        """The factor with which a batch's result enters the sum."""
         return factor**self.degree
 
     def finish(self, state: list[Tensor], factor: float, samples: int) -> Tensor:
@@ -158,7 +158,7 @@ class Moments(Merging):
 
 
 def _all_squared(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In one call, unless some are complex."""
+    """The squares of all tensors, in one call unless some are complex."""
     if any(tensor.is_complex() for tensor in tensors):
         return [squared(tensor) for tensor in tensors]
     return list(torch._foreach_mul(tuple(tensors), tuple(tensors)))

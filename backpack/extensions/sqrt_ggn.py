@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from backpack.extensions.curvature import Concatenated
+from backpack.extensions.curvature import ExactExtension, SampledExtension
 from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class SqrtGGNExact(Concatenated):
+class SqrtGGNExact(ExactExtension):
     """Root of the GGN, ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
 
     ``C`` counts the columns of a root of the loss Hessian: classes for cross entropy (times positions), outputs for
@@ -25,15 +24,16 @@ class SqrtGGNExact(Concatenated):
     reads = ("dense",)
     batches = Joined(0.5, axis=1)
     seeds = "documented"
-
-    def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling, chunk_size)
+    additive = False
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.dense()
 
+    def merge(self, results: list[Tensor]) -> Tensor:
+        return torch.cat(results)
 
-class SqrtGGNMC(SqrtGGNExact):
+
+class SqrtGGNMC(SampledExtension, SqrtGGNExact):
     """Monte-Carlo estimate of a root of the GGN, ``sqrt_ggn_mc`` of shape ``[mc_samples, N, *p]``.
 
     Of several extended losses in one pass, each has as many columns. Holds the factor ``1 / sqrt(mc_samples)``, so that
@@ -41,9 +41,3 @@ class SqrtGGNMC(SqrtGGNExact):
     """
 
     savefield = "sqrt_ggn_mc"
-    seeds = "sampled"
-
-    def __init__(
-        self, mc_samples: int = 1, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None
-    ) -> None:
-        Concatenated.__init__(self, savefield, subsampling, chunk_size, mc_samples)

@@ -1,8 +1,8 @@
-"""What ``HBP`` can be told to do: each class lists the strings that one of its arguments takes."""
+"""The strategies of ``HBP``: each class lists the strings that one argument takes."""
 
 
 class Curvature:
-    """The curvature of which there are factors."""
+    """The matrix that the factors approximate."""
 
     GGN = "ggn"
     HESSIAN = "hessian"
@@ -19,7 +19,7 @@ class LossHessianStrategy:
 
 
 class BackpropStrategy:
-    """How it is pulled back."""
+    """How the loss Hessian is pulled back."""
 
     SQRT = "sqrt"
     BATCH_AVERAGE = "average"

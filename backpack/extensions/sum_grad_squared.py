@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BuiltInExtension
 from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 
 
-class SumGradSquared(BackpropExtension):
+class SumGradSquared(BuiltInExtension):
     """Sum over samples of the squared individual gradients, ``sum_grad_squared`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: with a loss that averages over ``N`` samples, ``1/N^2`` times the
@@ -21,9 +19,6 @@ class SumGradSquared(BackpropExtension):
     savefield = "sum_grad_squared"
     reads = ("sum_squares",)
     batches = Summed(2)
-
-    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         return grads.sum_squares()

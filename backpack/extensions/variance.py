@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BuiltInExtension
 from backpack.extensions.merge_batches import Moments
 from backpack.uses import Individual
 from backpack.uses.complex_numbers import squared
 
 
-class Variance(BackpropExtension):
+class Variance(BuiltInExtension):
     """Population variance of the individual gradients over the samples, ``variance`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: mean of the squares minus square of the mean, over all samples or
@@ -22,9 +20,6 @@ class Variance(BackpropExtension):
 
     savefield = "variance"
     reads = ("total", "sum_squares")
-
-    def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:
-        super().__init__(savefield, subsampling=subsampling)
 
     def compute(self, grads: Individual) -> Tensor:
         n, total = max(1, grads.size[1]), grads.total()

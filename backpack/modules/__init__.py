@@ -1,1 +1,1 @@
-"""Extended modules: hooks of their forward pass, what these leave in the graph, and their parameters."""
+"""Extended modules: the hooks of their forward pass, the notes that these leave in the graph, and their parameters."""

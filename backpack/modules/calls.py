@@ -1,4 +1,4 @@
-"""Notes that calls of extended modules leave in the graph: what was called, with which arguments."""
+"""Notes that calls of extended modules leave in the graph: the module and its arguments."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.graph import Edge, Graph
+from backpack.modules.noted import Noted, version_of
 
 OUTPUT = "backpack output"
 INPUT = "backpack input"
@@ -31,11 +32,11 @@ PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.d
 
 @dataclass(eq=False)
 class Note:
-    """What a call of an extended module leaves at the node of each of its outputs.
+    """The note that a call of an extended module leaves at the node of each of its outputs.
 
-    ``place``: of this output among the leaves of all; ``axis``: the one that counts the samples of an input;
-    ``arguments``: of the call, cut off from the graph, which would live forever if one of its nodes held it;
-    ``is_complete``: whether the module can be called with them.
+    ``arguments`` are those of the call. They are cut off from the graph, which would live forever if one of its nodes
+    held it. ``is_complete``: whether the module can be called with them. ``axis`` counts the samples of an input.
+    ``place`` is that of this output among the leaves of all outputs.
     """
 
     module: ref[Module]
@@ -46,9 +47,9 @@ class Note:
     is_packed: bool = False
     """Whether the output is a packed sequence, whose rows are no samples."""
     is_of_base: bool = False
-    """Whether it is not left at the output itself, but at what this is a view of."""
-    output: tuple[Callable[[], Tensor | None], int] | None = None
-    """By a weak reference, or detached where the call may have to be compared with another; with its version."""
+    """Whether the note is not left at the output, but at the tensor that the output is a view of."""
+    output: Noted | None = None
+    """The output, by a weak reference, or detached where the call may have to be compared with another."""
     attached: tuple[Any, Any] | None = None
     """The arguments with their graph, if a gradient flows on to them."""
     random: list[Tensor] | None = None
@@ -56,12 +57,8 @@ class Note:
 
     @property
     def value(self) -> Tensor | None:
-        """The output, if it is still there as it was."""
-        tensor = None if self.output is None else self.output[0]()
-        if tensor is None or self.output is None:
-            return None
-        tensor._fix_weakref()  # type: ignore[attr-defined]  # the reference was perhaps to one that had been dropped
-        return tensor if tensor._version == self.output[1] else None
+        """The output, if it still exists and was not overwritten."""
+        return None if self.output is None else self.output.value()
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -70,12 +67,12 @@ class Note:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many rows each of them has, as far as they differ."""
+        """The different numbers of rows that the inputs have."""
         return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in self.inputs if t.dim()))
 
     @cached_property
     def sizes_of_data(self) -> list[int]:
-        """The same of the first tensor, and of numbers that are no indices."""
+        """The same without integers, which may be indices, unless they are the first input."""
         found = [t for place, t in enumerate(self.inputs) if place == 0 or t.is_floating_point() or t.is_complex()]
         return list(dict.fromkeys(t.shape[self.axis_of(t)] for t in found if t.dim()))
 
@@ -84,13 +81,13 @@ class Note:
         return self.axis if tensor.dim() > self.axis else 0
 
     def outputs(self, output: Any) -> Any:
-        """The output that the note is about, of a further call."""
+        """The output that this note belongs to, taken from all outputs of a further call."""
         leaves = leaves_of(output)
         return leaves[self.place] if self.place < len(leaves) else None
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """What a nested structure holds, with dataclasses opened."""
+    """The leaves of a nested structure, also of dataclasses in it."""
     if isinstance(value, Tensor):
         return [value]
     if type(value) in (tuple, list):
@@ -111,14 +108,14 @@ def leaves_of(value: Any) -> list[Any]:
 def leave_note(
     module: Module, args: Any, kwargs: Any, output: Any, axis: int, random: list[Tensor] | None = None
 ) -> None:
-    """Note at the nodes of a module's outputs, and of inputs that require a gradient, that they are such."""
+    """Leave a note at the nodes of a module's outputs, and at those of inputs that require a gradient."""
     if type(output) is Tensor and len(args) == 1 and not kwargs and output._base is None:
         (x,), node = args, output.grad_fn
         if node is None:
             return
         if type(x) is Tensor and not x.requires_grad:
             note = Note(ref(module), ((x,), {}), True, axis, 0)
-            note.output, note.random = _referred(output, random is not None), random
+            note.output, note.random = _noted_output(output, random is not None), random
             left: Any = node.metadata
             left.setdefault(OUTPUT, {})[output.output_nr] = note
             return
@@ -141,7 +138,7 @@ def _leave_note(module: Module, args: Any, kwargs: Any, output: Any, axis: int, 
         if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
             continue
         note = Note(ref(module), arguments, copied.is_complete, axis, place, packed)
-        note.output, note.attached, note.random = _referred(tensor, random is not None), attached, random
+        note.output, note.attached, note.random = _noted_output(tensor, random is not None), attached, random
         for value in (tensor, tensor._base):  # of a view, which an operation in place takes its own node from
             node = None if value is None else value.grad_fn
             if value is None or node is None:
@@ -179,17 +176,13 @@ class _Copy:
         return [leaf.detach() for leaf in leaves_of(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _referred(tensor: Tensor, hold: bool) -> tuple[Callable[[], Tensor | None], int]:
-    """What gives an output, as long as it is there or where it is to be held, and its version."""
-    version = 0 if tensor.is_inference() else tensor._version
-    if not hold:
-        return ref(tensor), version
-    detached = tensor.detach()  # a node must not hold itself
-    return (lambda: detached), version
+def _noted_output(output: Tensor, hold: bool) -> Noted:
+    """An output by a weak reference, or detached where it is to be held: a node must not hold itself."""
+    return Noted(output.detach() if hold else ref(output), version_of(output))
 
 
 def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
-    """The outputs of extended modules in a graph; and all calls of which it has inputs or outputs."""
+    """The notes of extended modules' outputs in a graph, and one note of each call that has inputs or outputs there."""
     found: dict[Edge, Note] = {}
     calls: dict[int, Note] = {}
     for node, left in graph.notes.items():
@@ -203,9 +196,8 @@ def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
 def run_on_fewer(note: Note, n: int, with_graph: bool = False, whole: Container[int] = ()) -> Any:
     """What a module returns for all of its ``n`` samples but the last; ``None``: it fails.
 
-    ``whole``: memory of inputs that stay as they are.
-
-    A copy runs that has the same parameters, so that the module stays as it is.
+    A copy with the same parameters runs, so that the module itself does not change. ``whole``: the memory of inputs
+    that are not shortened.
     """
     module = note.module()
     if module is None or not note.is_complete:
@@ -222,7 +214,7 @@ def run_on_fewer(note: Note, n: int, with_graph: bool = False, whole: Container[
         args, kwargs = tree_map(fewer, note.arguments)
         with _random_numbers_as_before(), torch.set_grad_enabled(with_graph):
             return _copy(module)(*args, **kwargs)
-    except Exception:  # whatever it may be that the module does not take
+    except Exception:  # a module may raise anything
         return None
 
 

@@ -1,7 +1,7 @@
-"""Hooks of the forward pass: what extended modules leave at the nodes of their outputs.
+"""Hooks of the forward pass, which leave notes at the nodes of extended modules' outputs.
 
-The outermost extended module notes what it was called with, a loss its input, and any module without children what came
-in and out. Nothing else happens before a backward pass begins.
+The outermost extended module notes its arguments, a loss its input, and any module without children its inputs and
+outputs. Nothing else happens before a backward pass begins.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from backpack.torch_internals import caller, gathered_parameters, interpreted, i
 
 @dataclass(eq=False)
 class Extended:
-    """What is kept of an extended module.
+    """The state of one extended module.
 
-    ``owned``: the numbers of its modules and trainable parameters, in pairs, when they were last looked at.
+    ``owned``: pairs of the ``id`` of a module in it and of a trainable parameter, as of the last backward pass.
     """
 
     handles: list[RemovableHandle]
     batch_axis: int = 0
     owned: list[int] = field(default_factory=list)
     trainable: ref[Tensor] | None = None
-    """A parameter that was trainable when that was asked for."""
+    """A parameter that was trainable the last time."""
 
 
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
@@ -77,9 +77,9 @@ def _take_off_copies(module: Module) -> None:
 
 
 def note_parameters(module: Module) -> list[Tensor]:
-    """See to it that each trainable parameter of an extended module and all below it is known; all parameters.
+    """Note all trainable parameters of an extended module and the modules in it; returns all parameters.
 
-    They are looked at when a backward pass begins: most of the time nothing has changed since the last one.
+    This happens when a backward pass begins. Most of the time nothing has changed since the last one.
     """
     extended, found = EXTENDED.get(module), list[Tensor]()
     if extended is None:
@@ -117,7 +117,7 @@ def _is_trainable(parameter: Tensor | None) -> TypeGuard[Tensor]:
 
 @interpreted
 def _enter(module: Module, args: Any) -> None:
-    """Of modules that have others in them: notice the outermost."""
+    """Notice when the forward pass of the outermost extended module begins; for modules that have others in them."""
     drop_interrupted()
     here = HERE
     if here.root is not None:
@@ -132,7 +132,7 @@ def _enter(module: Module, args: Any) -> None:
 
 
 def random_state() -> list[Tensor]:
-    """Of PyTorch's generators."""
+    """The states of PyTorch's generators of random numbers."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
@@ -150,7 +150,7 @@ def _learns(module: Module) -> bool:
 
 
 def _note_gathered(module: Module) -> None:
-    """Know the whole parameters that a fully sharded module has gathered for its forward pass."""
+    """Note the whole parameters that a fully sharded module has gathered for its forward pass."""
     for whole, sharded in gathered_parameters(module):
         if whole.requires_grad:
             SHARDED[whole] = TensorWeakRef(sharded)
@@ -174,7 +174,7 @@ def _close() -> None:
 
 @interpreted
 def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
-    """The outermost extended module notes its outputs, those without children what came in and out."""
+    """Leave the notes of a call: of the outermost extended module, of a loss, and of a module without children."""
     here = HERE
     root, random = here.root, here.random
     if module is root:

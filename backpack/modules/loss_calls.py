@@ -1,4 +1,4 @@
-"""Notes that calls of extended losses leave in the graph: what a loss was called with."""
+"""Notes that calls of extended losses leave in the graph: the arguments of each call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITH_ROOTS: set[type[Module]] = set()
 """Classes of losses for which there is a rule."""
 
 _losses: dict[type[Module], bool] = {}
-"""Which classes are known as losses."""
+"""Whether a class of modules is known as a loss, for classes that were asked for before."""
 
 
 def is_known_loss(module: Module) -> bool:
@@ -41,7 +41,7 @@ class LossCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_certain: bool = True
-    """Otherwise it is a loss if what it returns, a value for each row or position, is only reduced from there on."""
+    """Otherwise it is a loss if the rest of the graph only reduces its output, a value for each row or position."""
 
     @property
     def place(self) -> Edge:
@@ -50,7 +50,7 @@ class LossCall:
 
 
 def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain: bool) -> None:
-    """Note at the node that computed the output of a loss what it was called with."""
+    """Leave a note of a loss's arguments at the node that computed its output."""
     kwargs = dict(kwargs)
     input, args = (args[0], args[1:]) if args else (kwargs.pop("input", None), args)
     if not isinstance(input, Tensor) or not input.requires_grad or output.grad_fn is None:

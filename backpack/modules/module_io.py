@@ -1,8 +1,8 @@
-"""Calls of extended modules: what went in and came out, for rules and hooks that users write.
+"""The inputs and outputs of calls of extended modules, for rules and hooks that users write.
 
-``module.input0``, ``module.input1``, ... and ``module.output`` exist on a module while such code runs for it. Nothing
-is kept for that which autograd would let go: tensors are referred to weakly, except for classes of modules that have a
-rule, and where the forward pass runs in a block with an ``extension_hook``.
+``module.input0``, ``module.input1``, ... and ``module.output`` exist on a module while such code runs for it. No
+tensor is kept that autograd would free: there are weak references only, except for classes of modules that have a rule,
+and in blocks with an ``extension_hook``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from backpack.graph import Graph
 from backpack.graph.users_hooks import MODULE_IO, undisturbed
+from backpack.modules.noted import Noted, version_of
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""
 
 LEFT: WeakKeyDictionary[Module, list[str]] = WeakKeyDictionary()
-"""What stays readable on modules, since their graph was to be retained."""
+"""Attributes that stay on modules after the backward pass, since it was to retain the graph."""
 
 SERVED = re.compile(r"has no attribute '(input\d+|output)'")
 
@@ -43,42 +44,17 @@ def is_ruled(module: Module) -> bool:
 
 
 def forget(module: Module) -> None:
-    """Take away what stayed readable."""
+    """Remove the attributes that stayed on a module."""
     for name in LEFT.pop(module, ()):
         vars(module).pop(name, None)
 
 
-@dataclass(eq=False, slots=True)
-class Noted:
-    """A tensor of the forward pass, perhaps by a weak reference, and how often it had been written to."""
-
-    held: Any
-    version: int
-
-    def value(self) -> Tensor | None:
-        """The tensor, if it is still there as it was."""
-        tensor = self.held
-        if isinstance(tensor, ref):
-            tensor = tensor()
-            if tensor is not None:
-                tensor._fix_weakref()  # the reference was perhaps to one that had been dropped
-        return None if tensor is None or _version(tensor) != self.version else tensor
-
-    def hold(self) -> None:
-        """Refer to it by itself from now on, if it is still there."""
-        self.held = self.value()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _weakly(tensor: Tensor) -> Noted:
-    return Noted(ref(tensor), 0 if tensor.is_inference() else tensor._version)
+    return Noted(ref(tensor), version_of(tensor))
 
 
 def _note(value: Any, hold: Callable[[Tensor], Noted]) -> Any:
-    """What ``hold`` makes of a tensor; of anything else, its leaves with that, and how they belong together."""
+    """A note of a value: ``hold`` of a tensor; of anything else, its leaves, tensors being held, and its structure."""
     if isinstance(value, Tensor):
         return hold(value)
     leaves, spec = tree_flatten(value)
@@ -90,17 +66,17 @@ def _leaves(note: Any) -> list[Any]:
 
 
 def _value(note: Any) -> Any:
-    """Undo ``_note``."""
+    """The value that ``_note`` has made a note of; ``None`` in place of tensors that are gone or were overwritten."""
     leaves = [leaf.value() if isinstance(leaf, Noted) else leaf for leaf in _leaves(note)]
     return leaves[0] if isinstance(note, Noted) else tree_unflatten(leaves, note[1])
 
 
 @dataclass(eq=False, slots=True)
 class ModuleIO:
-    """One call of a module: what came in and out, with each tensor noted.
+    """The inputs and outputs of one call of a module, with a ``Noted`` in place of each tensor.
 
-    ``node``: what computed its first output, which the others may have in common; ``numbers``: of those; ``edges``: of
-    the inputs, where gradients flow to them; ``overwritten``: the places of inputs that were returned.
+    ``numbers``: which outputs of the node that computed the first output the module returned; ``edges``: the graph's
+    edges of the inputs, where gradients flow to them; ``overwritten``: the places of inputs that were returned.
     """
 
     module: Module
@@ -111,7 +87,7 @@ class ModuleIO:
     overwritten: list[int]
 
     def readable(self) -> dict[str, Any]:
-        """The attributes that can be served, but those that the module has of its own."""
+        """The attributes whose tensors still exist, except names that the module itself uses."""
         module, found = self.module, {}
         notes = {f"input{place}": note for place, note in enumerate(self.inputs) if place not in self.overwritten}
         for name, note in {**notes, "output": self.output}.items():
@@ -123,13 +99,13 @@ class ModuleIO:
         return found
 
     def tensors(self) -> Iterator[Tensor]:
-        """What came in and out, as far as it is still there."""
+        """The inputs and outputs that still exist."""
         for noted in self._noted():
             if (tensor := noted.value()) is not None:
                 yield tensor
 
     def hold(self) -> None:
-        """Keep what is still there: autograd frees it when the module's backward pass has run."""
+        """Keep what still exists, since autograd frees it when the module's backward pass has run."""
         for noted in self._noted():
             noted.hold()
 
@@ -139,7 +115,7 @@ class ModuleIO:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """The module has its inputs and outputs as attributes."""
+        """Give the module its inputs and outputs as attributes, while the context lasts."""
         with _serving:
             left = self.module in LEFT
             forget(self.module)
@@ -170,12 +146,12 @@ class ModuleIO:
         LEFT[self.module] = list(added)
 
     def gradients(self, node: Node | None, g_out: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
-        """Those of the inputs, computed when they are read."""
+        """The gradients of the inputs, computed when they are read."""
         return InputGradients(self, node, g_out)
 
 
 def leave_module_io(module: Module, args: Any, kwargs: Any, output: Any, keep: bool) -> None:
-    """Leave at the node that computed a module's outputs what came in and out; ``keep``: hold it."""
+    """Leave a note of a module's inputs and outputs at the node that computed these; ``keep``: hold the tensors."""
     node = output.grad_fn if isinstance(output, Tensor) else None
     if keep or kwargs or node is None or len(args) != 1 or type(args[0]) is not Tensor or (RULED and is_ruled(module)):
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -183,10 +159,9 @@ def leave_module_io(module: Module, args: Any, kwargs: Any, output: Any, keep: b
             _leave(module, (*args, *kwargs.values()), output, tensors, keep or is_ruled(module))
         return
     x = args[0]
-    version = 0 if x.is_inference() else x._version
     metadata: Any = node.metadata
     before = metadata.get(MODULE_IO, ())
-    metadata[MODULE_IO] = *before, (ref(module), ref(x), version, ref(output), output._version, output.output_nr)
+    metadata[MODULE_IO] = *before, (ref(module), ref(x), version_of(x), ref(output), output._version, output.output_nr)
 
 
 def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Tensor], keep: bool) -> None:
@@ -200,7 +175,7 @@ def _leave(module: Module, inputs: Sequence[Any], output: Any, tensors: list[Ten
     if keep:
 
         def hold(tensor: Tensor) -> Noted:  # an output that is kept would keep the node that holds it
-            return Noted(tensor.detach() if id(tensor) in outputs else tensor, _version(tensor))
+            return Noted(tensor.detach() if id(tensor) in outputs else tensor, version_of(tensor))
 
         for place, value in enumerate(inputs):
             if isinstance(value, Tensor) and value.requires_grad and place not in same:
@@ -223,7 +198,7 @@ def module_io_of(graph: Graph) -> dict[Node, list[ModuleIO]]:
 
 
 def _restored(module: Module, input: Any, second: Any, third: Any, *rest: Any) -> ModuleIO:
-    """What was left, in full."""
+    """The ``ModuleIO`` of a note, which has a short form for modules with one input and one output."""
     if not isinstance(input, ref):
         return ModuleIO(module, input, second, third, *rest)
     version, number = rest
@@ -232,7 +207,7 @@ def _restored(module: Module, input: Any, second: Any, third: Any, *rest: Any) -
 
 
 def serve(io: ModuleIO | None) -> Context[None]:
-    """Its inputs and outputs, if there was such a call."""
+    """The context in which a module has its inputs and outputs as attributes; of no call, an empty one."""
     return nullcontext() if io is None else io.served()
 
 

@@ -1,4 +1,4 @@
-"""Parameters of extended modules: what is known of each while it lives, and which modules own it."""
+"""Parameters of extended modules: their names, and the modules that own them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ParameterInfo:
 
     @property
     def owners(self) -> list[Module]:
-        """The modules that are still there."""
+        """The owners that still exist."""
         return [owner for reference in self.references if (owner := reference()) is not None]
 
     @property
@@ -32,7 +32,7 @@ class ParameterInfo:
         return any(owner.training for reference in self.references if (owner := reference()) is not None)
 
     def add(self, owner: Module) -> None:
-        """Note an owner."""
+        """Add a module that owns the parameter."""
         self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
 
 
@@ -44,7 +44,7 @@ _by_number: dict[int, tuple[ref[Tensor], ParameterInfo]] = {}
 
 
 def info_of(parameter: Tensor) -> ParameterInfo | None:
-    """What is known of a parameter; faster than ``PARAMETERS.get``."""
+    """The ``ParameterInfo`` of a parameter; faster than ``PARAMETERS.get``."""
     known = _by_number.get(id(parameter))
     if known is not None and known[0]() is parameter:
         return known[1]

@@ -1,4 +1,4 @@
-"""What one thread is doing: the open blocks, the forward pass that runs, a pass of our own."""
+"""The state of each thread: open blocks, the forward pass that runs, a backward pass of our own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.nn import Module
 
 
 class _Thread(threading.local):
-    """What one thread is doing.
+    """The state of one thread.
 
-    ``root``: the outermost extended module whose forward pass runs, ``depth`` times, called from ``frame``; ``random``:
-    the state of the generators when it began, if it may have to run again; ``inner``: a pass of our own that runs.
+    ``root`` is the outermost extended module whose forward pass runs. It was called from ``frame``. ``depth`` counts
+    its calls that run, one inside of the other. ``random`` is the state of the generators when the pass began, if the
+    module may have to run again. ``inner`` is a backward pass of our own that runs.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ HERE = _Thread()
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Forward passes inside leave no notes, and no cotangents are taken."""
+    """Let forward passes leave no notes, and backward passes take no cotangents."""
     HERE.muted, before = True, HERE.muted
     try:
         yield

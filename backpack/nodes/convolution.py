@@ -22,7 +22,7 @@ def convolution(place: Place) -> Use | None:
     if place.layout.axes != [0]:
         return None
     if place.k == 2:
-        return ElementwiseUse(tuple(place.out[1] if axis == 1 else 1 for axis in range(len(place.out))))
+        return ElementwiseUse(place.channels())
     if place.k != 1:
         return None
     input = place.saved("input")
@@ -42,20 +42,14 @@ def convolution(place: Place) -> Use | None:
     )
 
 
-def _padding(padding: Size | str, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """In the form of ``F.pad``: last dimension first, before and behind."""
-    dims = len(kernel)
-    if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        pairs = [(t // 2, t - t // 2) for t in total]
-    else:
-        pairs = [(p, p) for p in each(padding, dims)]
-    return [side for pair in reversed(pairs) for side in pair]
+def _padding(padding: Size, dims: int) -> list[int]:
+    """The padding as ``F.pad`` takes it: last dimension first, before and behind."""
+    return [side for size in reversed(each(padding, dims)) for side in (size, size)]
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """What follows from the sizes of a convolution alone.
+    """A convolution, described by its sizes alone.
 
     ``kernel`` is the shape of the weight, ``image`` that of padded images, without channels; ``given``: stride,
     padding, dilation and groups.
@@ -75,14 +69,14 @@ class Convolution:
         kernel: Sequence[int],
         out: Sequence[int],
         stride: Size,
-        padding: Size | str,
+        padding: Size,
         dilation: Size,
         groups: int,
     ) -> Convolution:
-        """That of an input, a weight and an output of these shapes."""
+        """The convolution with an input, a weight and an output of these shapes."""
         dims = len(kernel) - 2
         gaps = each(dilation, dims)
-        pads = _padding(padding, kernel[2:], gaps)
+        pads = _padding(padding, dims)
         padded = [sum(sizes) for sizes in zip(image[2:], pads[-2::-2], pads[-1::-2], strict=True)]
         windows = Windows(kernel[2:], out[2:], each(stride, dims), pads, gaps)
         return cls(kernel, padded, windows, groups, (stride, padding, dilation, groups))
@@ -94,13 +88,12 @@ class Convolution:
     def columns(self, x: Tensor) -> Tensor:
         """The patches of ``[n, ..., c, *image]``, ``[n, g, s, i]``."""
         batch = x.flatten(0, x.dim() - self.dims - 2)
-        return _positions(self.windows.columns(batch, self.groups), len(x)).transpose(2, 3)
+        return _positions(self.windows.columns(batch, self.groups), len(x))
 
     def channels(self, grad: Tensor) -> Tensor:
         """A cotangent ``[v, n, ..., c, *spatial]`` as ``[v, n, g, s, o]``."""
         v, n = grad.shape[:2]
-        batch = grad.reshape(-1, self.groups, self.kernel[0] // self.groups, prod(self.windows.out))
-        return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
+        return _channels(grad, v * n, self.dims, self.groups).unflatten(0, (v, n))
 
     def moments(self, x: Tensor, scale: float) -> Tensor:
         """A multiple of the patches' second moment, as ``Dense`` has it."""
@@ -112,7 +105,10 @@ class Convolution:
         return self.windows.gram(x, self.groups)
 
     def share(self) -> float:
-        """What these take, relative to the patches' own: adding a product of pixels is as long as eight of numbers."""
+        """The time that ``gram`` takes, relative to products of patches.
+
+        To add one product of pixels to another takes as long as eight multiplications in a matrix product.
+        """
         pixels, places = prod(self.image), prod(self.windows.out)
         sums = 8 * sum(self.kernel[2:]) * places
         return (pixels * self.kernel[1] + sums) * pixels / (places**2 * max(1, prod(self.kernel[1:])))
@@ -125,7 +121,10 @@ class Convolution:
         return small and symmetric and self.kernel[1] == 1 and self.kernel[0] == self.groups
 
     def individual(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Those of small kernels, one for each channel, ``[n c, 1, *kernel]``: as if samples were channels too."""
+        """Individual gradients of small kernels, one for each channel, ``[n c, 1, *kernel]``.
+
+        They come from one convolution in which samples are channels, too.
+        """
         channels, windows = len(x) * self.groups, self.windows
         return torch.ops.aten.convolution_backward(
             grad.reshape(1, channels, *windows.out),
@@ -147,10 +146,16 @@ class Convolution:
 
 
 def _positions(batch: Tensor, n: int) -> Tensor:
-    """Bring ``k`` images of each sample, ``[n k, g, c, s]``, to further positions of one image, ``[n, g, c, k s]``."""
-    if len(batch) == n:
-        return batch
-    return batch.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+    """``k`` images of each sample, ``[n k, g, c, s]``, as further positions of one image, ``[n, g, k s, c]``."""
+    if len(batch) != n:
+        batch = batch.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+    return batch.transpose(2, 3)
+
+
+def _channels(images: Tensor, n: int, dims: int, groups: int) -> Tensor:
+    """The channels at each position of ``n`` samples' images ``[..., c, *spatial]``, ``[n, g, s, c/g]``."""
+    channels, *spatial = images.shape[-dims - 1 :]
+    return _positions(images.reshape(-1, groups, channels // groups, prod(spatial)), n)
 
 
 def transposed_use(
@@ -162,21 +167,20 @@ def transposed_use(
     groups: int,
     dilation: Size,
 ) -> DenseUse:
-    """That of the weight of a transposed convolution; ``out`` and ``weight`` are shapes."""
+    """The use of the weight of a transposed convolution; ``out`` and ``weight`` are shapes."""
     kernel = weight[2:]
     dims = len(kernel)
     spatial, steps, gaps = input.shape[2:], each(stride, dims), each(dilation, dims)
     # The output, padded as the transposed map crops it, is convolved to the input's size.
-    windows = Windows(kernel, spatial, steps, _padding(padding, kernel, gaps), gaps)
+    windows = Windows(kernel, spatial, steps, _padding(padding, dims), gaps)
 
     def rows(x: Tensor) -> Tensor:
-        batch = x.flatten(0, x.dim() - dims - 2)
-        return _positions(batch.reshape(len(batch), groups, -1, prod(spatial)), len(x)).transpose(2, 3)
+        return _channels(x, len(x), dims, groups)
 
     def columns(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]
         batch = grad.reshape(-1, *grad.shape[-dims - 1 :])
-        return _positions(windows.columns(batch, groups), v * n).transpose(2, 3).unflatten(0, (v, n))
+        return _positions(windows.columns(batch, groups), v * n).unflatten(0, (v, n))
 
     # For Kronecker factors, the map with the matrix ``weight.transpose(0, 1)``: the input, with zeros between its
     # entries, is convolved with the reversed kernel.
@@ -191,18 +195,17 @@ def transposed_use(
             sides = [starts[axis], needed - starts[axis] - batch.shape[2 + axis], *sides]
         reversed_kernel = Windows(kernel, out[2:], each(1, dims), sides, gaps)
         patches = reversed_kernel.view(reversed_kernel.padded(batch)).flip(list(range(2, 2 + dims)))
-        return _positions(patches.reshape(len(batch), groups, -1, prod(out[2:])), len(x)).transpose(2, 3)
+        return _positions(patches.reshape(len(batch), groups, -1, prod(out[2:])), len(x))
 
     def channels(grad: Tensor) -> Tensor:
         v, n = grad.shape[:2]
-        batch = grad.reshape(-1, groups, weight[1], prod(out[2:]))
-        return _positions(batch, v * n).transpose(2, 3).unflatten(0, (v, n))
+        return _channels(grad, v * n, dims, groups).unflatten(0, (v, n))
 
     return DenseUse((input,), rows, columns, flipped=True, other=(spread, channels))
 
 
 def _with_gaps(x: Tensor, axis: int, step: int) -> Tensor:
-    """Zeros between the entries along an axis, which are then ``step`` apart."""
+    """A tensor with zeros between its entries along an axis, which are then ``step`` apart."""
     if step == 1:
         return x
     apart = torch.stack([x, *[torch.zeros_like(x)] * (step - 1)], axis + 1).flatten(axis, axis + 1)

@@ -1,4 +1,4 @@
-"""Sums and products that a parameter is expanded in: position tables, learned scales, gates, class tokens."""
+"""Sums and products with a parameter that is expanded: position tables, learned scales, gates, class tokens."""
 
 from __future__ import annotations
 
@@ -76,9 +76,6 @@ class RepeatUse(Use):
         grad = cotangents[0]
         apart = grad.reshape(grad.shape[0], *self.split)
         return self.shift.arrive(Cotangents({0: apart}), Rows(self.layout, rows.index), shape, dtype)
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("The axes of a repeated tensor are split before the samples are taken.")
 
 
 @form("Repeat")

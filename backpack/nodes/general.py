@@ -1,4 +1,4 @@
-"""The general form of a use, for every node: what it sends along an edge, of one sample's cotangent at a time."""
+"""The general form of a use, for every node: it runs on the cotangent of one sample at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backpack.uses import Cotangents, Explicit, Individual, Use
 from backpack.uses.complex_numbers import converted
 
 ENTRIES = 2**22
-"""Entries of the outputs' cotangents, over all samples that are sent through a node at a time."""
+"""Entries of the cotangents that are sent through a node at a time, over all samples and outputs."""
 
 
 def call_for_each(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -88,9 +88,6 @@ class GeneralUse(Use):
                     value = _put(value, part, v, start)
         return Explicit(value)
 
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("The general form takes the cotangents of all outputs.")
-
 
 def _put(whole: Tensor, part: Tensor, v: int, n: int) -> Tensor:
     """Put ``[w, m, ...]`` into ``[v, n, ...]``, from this seed and sample on."""
@@ -105,7 +102,7 @@ def _put(whole: Tensor, part: Tensor, v: int, n: int) -> Tensor:
 
 
 def only(grads: Tensor, layout: AnyLayout, samples: Tensor) -> Tensor:
-    """Of cotangents ``[v, ...]`` one for each of some samples, ``[v, m, ...]``, zero in all entries of others."""
+    """For each of some samples, cotangents ``[v, ...]`` with zeros in all entries of other samples: ``[v, m, ...]``."""
     owner = layout.owners(grads.shape[1:], grads.device)
     chosen = owner == samples.reshape(-1, *[1] * (grads.dim() - 1))
     return torch.where(chosen, grads.unsqueeze(1), torch.zeros((), dtype=grads.dtype, device=grads.device))
@@ -115,7 +112,7 @@ def only(grads: Tensor, layout: AnyLayout, samples: Tensor) -> Tensor:
 class PlacedUse(Use):
     """Edge ``k`` of a node that sends rows which belong to samples, as ``layout`` says, to what does not.
 
-    That is a parameter of which each entry is used by one sample, or a region in which samples are mixed.
+    The edge leads to a parameter of which each entry is used by one sample, or to a region where samples are mixed.
     """
 
     node: Node
@@ -130,6 +127,3 @@ class PlacedUse(Use):
             sent = torch.zeros(len(first), *shape, device=first.device)
         index = torch.arange(self.layout.n, device=first.device) if rows.index is None else rows.index
         return Explicit(only(converted(sent, dtype), self.layout, index))
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("What a node sends is computed from the cotangents of all its outputs.")

@@ -38,7 +38,7 @@ def embedding_bag(place: Place) -> Use | None:
 
 
 def _padded(indices: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bags of different lengths, ``[bags, longest]``; which entries are real; their weights."""
+    """Bags of different lengths, padded to ``[bags, longest]``; which entries are no padding; their weights."""
     ends = torch.cat([offsets[1:], offsets.new_tensor([len(indices)])])
     lengths = ends - offsets
     place = torch.arange(max(1, int(lengths.max())), device=indices.device)

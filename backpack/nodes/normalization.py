@@ -39,16 +39,12 @@ def _with_history(x: Tensor, scale: Tensor, axes: list[int]) -> tuple[Tensor, Te
     return mean, torch.rsqrt(variance + eps)
 
 
-def _channels(place: Place) -> tuple[int, ...]:
-    return tuple(place.out[1] if axis == 1 else 1 for axis in range(len(place.out)))
-
-
 @form("NativeGroupNorm")
 def group_norm(place: Place) -> Use | None:
     if place.layout.axes != [0]:
         return None
     if place.k == 2:
-        return ElementwiseUse(_channels(place))
+        return ElementwiseUse(place.channels())
     axis = 1 - len(place.out)
 
     def standardized(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -58,16 +54,16 @@ def group_norm(place: Place) -> Use | None:
         return ((apart - mean.reshape(*mean.shape, *tail)) * scale.reshape(*scale.shape, *tail)).reshape(x.shape)
 
     statistics = tuple(place.saved(name).reshape(place.out[0], -1) for name in ("result1", "result2"))
-    return ElementwiseUse(_channels(place), place.saved("input"), standardized, more=statistics)
+    return ElementwiseUse(place.channels(), place.saved("input"), standardized, more=statistics)
 
 
 @form("NativeBatchNorm")
 def batch_norm(place: Place) -> Use | None:
-    """By stored statistics, or by those of the batch, which are constants for the scale."""
+    """The statistics are stored ones, or those of the batch, which do not depend on the scale."""
     if place.layout.axes != [0]:
         return None
     if place.k == 2:
-        return ElementwiseUse(_channels(place))
+        return ElementwiseUse(place.channels())
     if place.k != 1:
         return None
     shape = [-1] + [1] * (len(place.out) - 2)
@@ -86,4 +82,4 @@ def batch_norm(place: Place) -> Use | None:
     def standardized(x: Tensor, *_: Any) -> Tensor:
         return (x - center) * scale
 
-    return ElementwiseUse(_channels(place), place.saved("input"), standardized)
+    return ElementwiseUse(place.channels(), place.saved("input"), standardized)

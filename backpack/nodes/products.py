@@ -1,4 +1,4 @@
-"""Products with a matrix: of rows, of columns, of batches of matrices, and bilinear ones."""
+"""Products with a matrix: of rows, of columns, of batches of matrices; bilinear maps."""
 
 from __future__ import annotations
 
@@ -33,33 +33,6 @@ def grad_columns_of(grad: Tensor) -> Tensor:
     return grad.reshape(*grad.shape[:2], 1, grad.shape[2], -1).transpose(3, 4)
 
 
-def _factors(place: Place, left: int, first: str, second: str) -> Use | None:
-    """``left @ right`` of matrices: the one whose rows or columns are not the samples' is used."""
-    axes = place.layout.axes
-    if place.k == left + 1 and axes == [0]:
-        x = place.saved(first)
-        return DenseUse((x,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, x))
-    if place.k == left and axes == [1] and isinstance(place.layout, Layout):
-        x = place.saved(second)
-        return DenseUse((x,), columns_of, grad_columns_of)
-    return None
-
-
-@form("Mm")
-def product(place: Place) -> Use | None:
-    return _factors(place, 0, "self", "mat2")
-
-
-@form("Addmm")
-def sum_with_product(place: Place) -> Use | None:
-    if place.k == 0:
-        shape = place.shape
-        simple = len(shape) == 1 and place.layout.axes == [0]  # as a linear layer has it
-        own = (1, shape[0]) if simple else place.aligned()
-        return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
-    return _factors(place, 1, "mat1", "mat2") if place.saved("alpha") == 1 else None
-
-
 def groups_of_rows(x: Tensor) -> Tensor:
     """``[n, g, ..., i]`` to ``[n, g, s, i]``."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -80,23 +53,38 @@ def grad_groups_of_columns(grad: Tensor) -> Tensor:
     return grad.reshape(*grad.shape[:4], -1).transpose(3, 4)
 
 
-def _batched_factors(place: Place, left: int, first: str, second: str) -> Use | None:
-    """The same for batches of matrices, which are groups; several samples' entries in one are positions."""
-    axes = place.layout.axes
-    if not isinstance(place.layout, Layout):
+def _factor(place: Place, is_right: bool, names: tuple[str, str]) -> Use | None:
+    """The left or the right factor of a product of matrices that were saved under these names.
+
+    It is used where the samples are rows or columns of the other factor. The matrices of a batch are groups; of each,
+    a sample may have several rows or columns.
+    """
+    axes, batched = place.layout.axes, len(place.out) == 3
+    is_regular = isinstance(place.layout, Layout) or (is_right and not batched)
+    if not is_regular or axes != [batched + (not is_right)]:
         return None
-    if place.k == left + 1 and axes == [1]:
-        x = place.saved(first)
+    x = place.saved(names[not is_right])
+    if is_right and not batched:
+        return DenseUse((x,), rows_of, grad_rows_of, flipped=True, apply=partial(torch.mm, x))
+    if is_right:
         return DenseUse((x,), groups_of_rows, grad_groups_of_rows, flipped=True)
-    if place.k == left and axes == [2]:
-        x = place.saved(second)
+    if batched:
         return DenseUse((x,), groups_of_columns, grad_groups_of_columns)
-    return None
+    return DenseUse((x,), columns_of, grad_columns_of)
 
 
-@form("Bmm")
-def batched_product(place: Place) -> Use | None:
-    return _batched_factors(place, 0, "self", "mat2")
+@form("Mm", "Bmm")
+def product(place: Place) -> Use | None:
+    return _factor(place, place.k == 1, ("self", "mat2"))
+
+
+@form("Addmm", "Baddbmm")
+def sum_with_product(place: Place) -> Use | None:
+    if place.k == 0:
+        own = place.aligned()
+        return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
+    names = ("mat1", "mat2") if len(place.out) == 2 else ("batch1", "batch2")
+    return _factor(place, place.k == 2, names) if place.saved("alpha") == 1 else None
 
 
 @form("GroupedMm")
@@ -106,14 +94,6 @@ def grouped_product(place: Place) -> Use | None:
     if place.k != 1 or place.layout.axes != [0] or offsets is None or len(place.shape) != 3:
         return None
     return StackedUse(place.saved("self"), offsets.tolist(), rows_of, grad_rows_of, flipped=True)
-
-
-@form("Baddbmm")
-def sum_with_batched_product(place: Place) -> Use | None:
-    if place.k == 0:
-        own = place.aligned()
-        return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
-    return _batched_factors(place, 1, "batch1", "batch2") if place.saved("alpha") == 1 else None
 
 
 @form("Trilinear")

@@ -1,4 +1,4 @@
-"""Fused recurrent layers: the node of a whole layer runs again, step by step, as linear maps of known forms."""
+"""Fused recurrent layers: the function of a node, a whole layer, runs again step by step, as linear maps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.nodes.recurrent_steps import lstm_direction
+from backpack.nodes.recurrent_steps import STEPS, direction
 from backpack.nodes.registry import Place, form
 from backpack.samples import Layout, Rows
 from backpack.uses import Cotangents, Individual, Use, join
 from backpack.uses.replay import Linear, Replay
 
 LSTM = 2
-"""What the node saves as its mode."""
+"""The mode that the node of an LSTM saves."""
 
 
 @dataclass(eq=False)
 class RecurrentUse(Use):
-    """Weight ``k - 1`` of a node that is one direction of a layer; all of its uses share what is computed."""
+    """Weight ``k - 1`` of a node that is one direction of a layer. All uses of the node share one replay."""
 
     node: Node
     k: int
@@ -31,9 +31,6 @@ class RecurrentUse(Use):
     def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
         replay, weights = vars(cotangents).setdefault("replays", {}).setdefault(self.node, (self.replay, self.weights))
         return join(replay.individuals(cotangents, rows, dtype)[id(weights[self.k - 1])])
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("A recurrent layer is bound to the cotangents of all its outputs.")
 
 
 @form("MkldnnRnnLayer")
@@ -51,7 +48,7 @@ def lstm(place: Place) -> Use | None:
 
     def function(linear: Linear, x: Tensor, *state: Tensor) -> Sequence[Tensor]:
         start = tuple(s.reshape(-1, s.shape[-1]) for s in state)
-        out, end = lstm_direction(linear, x.transpose(0, 1), start, weights, biased, back)
+        out, end = direction(STEPS[torch.lstm], linear, x.transpose(0, 1), start, weights, biased, back)
         return (out.transpose(0, 1), *(s.reshape(given.shape) for s, given in zip(end, state, strict=True)))
 
     inputs = [(x, 1), *((s, s.dim() - 2) for s in state)]

@@ -69,10 +69,3 @@ def direction(
             state = (linear(state[0], projection), *state[1:])
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if back else outputs, 1), state
-
-
-def lstm_direction(
-    linear: Linear, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, back: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer of an LSTM in one direction over ``x[n, t, i]``: its outputs ``[n, t, h]`` and last state."""
-    return direction(_lstm_step, linear, x, state, weights, biased, back)

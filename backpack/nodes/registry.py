@@ -1,4 +1,4 @@
-"""Normal forms by kind of node. What has none is used in the general form, which is always right."""
+"""Normal forms by kind of node. Nodes without one are used in the general form, which is always right."""
 
 from __future__ import annotations
 
@@ -40,10 +40,14 @@ class Place:
         return saved(self.node, name)
 
     def aligned(self, shape: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
-        """The sizes of what is expanded to the output, one for each axis; ``None``: it differs along samples' axes."""
+        """A shape that is expanded to the output, one size for each axis; ``None``: it is not 1 along samples' axes."""
         shape = self.shape if shape is None else shape
         own = (*[1] * (len(self.out) - len(shape)), *shape)
         return own if all(own[axis] == 1 for axis in self.layout.axes) else None
+
+    def channels(self) -> tuple[int, ...]:
+        """The shape of one number for each channel, axis 1, that is expanded to the output: one size for each axis."""
+        return tuple(size if axis == 1 else 1 for axis, size in enumerate(self.out))
 
 
 Form = Callable[[Place], "Use | None"]
@@ -52,7 +56,7 @@ FORMS: dict[str, Form] = {}
 
 
 def form(*kinds: str) -> Callable[[Form], Form]:
-    """Register the normal form of kinds of nodes; it gives ``None`` where there is none."""
+    """Register a function that gives the normal form of these kinds of nodes, or ``None`` where there is none."""
 
     def register(function: Form) -> Form:
         FORMS.update(dict.fromkeys(kinds, function))

@@ -1,4 +1,4 @@
-"""Uses of a parameter, and the individual gradients that a use and a cotangent define.
+"""Individual gradients of one parameter, as a use and a cotangent define them.
 
 Axes: ``v`` seeds, ``n`` samples, ``s`` positions within a sample, ``o`` outputs, ``i`` inputs, ``*p`` the
 parameter's own.
@@ -9,17 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from backpack.samples import Rows
 from backpack.uses.complex_numbers import as_real, squared
 
 if TYPE_CHECKING:
-    from backpack.uses.factor_maps import LinearMap
+    from backpack.uses.linear_map import LinearMap
 I = TypeVar("I", bound="Individual")
 
 SCRATCH = 2**20
@@ -27,22 +26,22 @@ SCRATCH = 2**20
 
 
 class Individual(ABC):
-    """Individual gradients ``[v, n, *p]`` of one parameter, held as factors; what quantities read.
+    """Individual gradients ``[v, n, *p]`` of one parameter, held as factors. Quantities are computed from these.
 
     Each reduction has a generic definition through ``_dense``, in bounded chunks. A subclass gives closed forms
-    where it knows a cheaper way. What was computed is kept for the next reader.
+    where it knows a cheaper way. Results are kept, so that the next quantity reads them for free.
     """
 
     shape: torch.Size
-    """Of the parameter."""
+    """The shape of the parameter, ``p``."""
     shared: dict[Any, Tensor] | None = None
-    """What was computed for other parameters of the call, from the same cotangents of all samples."""
+    """Results for other parameters of the same call, from the same cotangents of all samples."""
     room: Tensor | None = None
-    """Where the individual gradients may be put, if they are computed: memory of their shape, in order."""
+    """Contiguous memory of the shape of the individual gradients, into which they may be written."""
     filled: Tensor | None = None
-    """Of the positions of each sample, how many there are, ``[n]``; the rest are zero. ``None``: all."""
+    """The share of the positions that each sample fills, ``[n]``; at the rest, it is zero. ``None``: all of them."""
     weights: Tensor | None = None
-    """What the squares of each seed and sample count, ``[v, n]``, in ``sum_squares`` and ``sample_squares``."""
+    """Factors ``[v, n]`` of the squares in ``sum_squares`` and ``sample_squares``."""
 
     @property
     @abstractmethod
@@ -52,22 +51,29 @@ class Individual(ABC):
     @property
     @abstractmethod
     def is_complex(self) -> bool:
-        """Whether they are complex numbers; reductions to squares and products are real all the same."""
+        """Whether they are complex numbers. Reductions to squares and dot products are real in any case."""
 
     @abstractmethod
     def _dense(self) -> Tensor:
         """The individual gradients themselves, ``[v, n, *p]``."""
 
     @abstractmethod
-    def narrow(self, start: int, stop: int) -> Individual:
-        """Those of the samples from ``start`` to ``stop``."""
+    def _narrow(self, start: int, stop: int) -> Individual:
+        """As ``narrow``, without the weights."""
 
     @abstractmethod
     def scaled(self, factor: Tensor) -> Individual:
         """Sample ``n`` multiplied by ``factor[n]``."""
 
+    def narrow(self: I, start: int, stop: int) -> I:
+        """Those of the samples from ``start`` to ``stop``, with their weights."""
+        part = self._narrow(start, stop)
+        if self.weights is not None:
+            part.weights = self.weights[:, start:stop]
+        return part  # type: ignore[return-value]
+
     def weighted(self, weights: Tensor) -> Individual:
-        """The same, their squares weighed by ``weights[v, n]``, of any sign, before they are summed."""
+        """The same, with squares that are multiplied by ``weights[v, n]``, of any sign, before they are summed."""
         found = copy(self)
         vars(found).pop("_known", None)
         found.weights = weights
@@ -94,7 +100,7 @@ class Individual(ABC):
         return self._read("norms")
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Compute several of the reductions above for less than each alone."""
+        """Compute several of the reductions above together, which costs less than one by one."""
         known = self._known
         missing = [name for name in dict.fromkeys(names) if name not in known]
         if "dense" in missing:
@@ -111,14 +117,14 @@ class Individual(ABC):
             known.update(self._sweep(swept))
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
-        """This reduction by a closed form; ``None`` where individual gradients, a few at a time, are as good.
+        """This reduction by a closed form; ``None`` where to form a few individual gradients at a time is as fast.
 
-        ``swept``: these are known, or gone through anyway.
+        ``swept``: the individual gradients are known already, or other reductions need them anyway.
         """
         return None
 
     def know(self, **results: Tensor) -> None:
-        """Note what is known of these reductions."""
+        """Note the results of reductions that were computed elsewhere."""
         self._known.update(results)
 
     @cached_property
@@ -132,7 +138,7 @@ class Individual(ABC):
         return known[name]
 
     def _sweep(self, names: list[str]) -> dict[str, Tensor]:
-        """These reductions from one pass over the individual gradients."""
+        """Compute reductions in one pass over the individual gradients."""
         collected: dict[str, list[Tensor]] = {name: [] for name in names}
         for piece in self.chunks():
             dense = piece.dense()
@@ -160,24 +166,17 @@ class Individual(ABC):
         seeds, samples = self.size
         step = max(1, SCRATCH // max(1, seeds * self.shape.numel()))
         for start in range(0, samples, step):
-            yield self._part(start, min(start + step, samples))
-
-    def _part(self: I, start: int, stop: int) -> I:
-        """As ``narrow``, with the weights."""
-        piece = self.narrow(start, stop)
-        if self.weights is not None:
-            piece.weights = self.weights[:, start:stop]
-        return piece  # type: ignore[return-value]
+            yield self.narrow(start, min(start + step, samples))
 
     def share(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """What is the same for all parameters of the call that have this key, computed once."""
+        """The result of ``compute``, which runs once for all parameters of the call that share this key."""
         known = {} if self.shared is None else self.shared
         if key not in known:
             known[key] = compute()
         return known[key]
 
     def maps(self) -> Sequence[LinearMap]:
-        """The linear maps that the parameter is the matrix of; none: it has no Kronecker factors."""
+        """The linear maps that the parameter is the matrix of; empty if it is the matrix of none."""
         return []
 
     def dots(self, other: Individual) -> Tensor:
@@ -202,81 +201,14 @@ class Individual(ABC):
         return torch.cat(pieces, 1)
 
 
-class Cotangents(dict[int, Tensor]):
-    """Those of a call's outputs, by place; they live as long as one of its uses has not been computed."""
-
-    def __init__(self, grads: dict[int, Tensor]) -> None:
-        super().__init__(grads)
-        self.shared: dict[torch.dtype, dict[Any, Tensor]] = {}
-        """What was computed from them, in a data type, that other uses can read as well."""
-
-
-class Use(ABC):
-    """One place at which a parameter, or a tensor computed from parameters alone, enters a forward pass."""
-
-    def arrive(self, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-        """The individual gradients of the samples ``rows``, from the cotangents ``[v, ...]`` of the call's outputs."""
-        grad = rows.take(cotangents[0], leading=1)
-        needed = dtype.to_complex() if grad.is_complex() else dtype
-        found = self.bind(grad.to(needed).resolve_conj(), rows, shape)
-        filled = rows.filled
-        found.filled = filled if filled is None else filled.to(grad.device, dtype.to_real())
-        if grad.is_complex():
-            return _of_parameter(found, dtype)
-        if rows.index is None:
-            found.shared = cotangents.shared.setdefault(dtype, {})
-        return found
-
-    @abstractmethod
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        """The individual gradients of the samples ``rows`` that a cotangent of the output defines.
-
-        Args:
-            grad: Cotangent of these samples, ``[v, n, ...]``.
-            rows: Brings a recorded tensor to the form ``[n, ...]`` of the same samples.
-            shape: Of the parameter.
-        """
-
-    def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
-        """Where the output is linear in the parameter: the map from a change of it to that of the output ``[*shape]``.
-
-        It takes one vector at a time, but may run inside of ``torch.vmap``. ``None``: not known.
-        """
-        return None
-
-
-class RealPart(Individual):
-    """Individual gradients of a real parameter that is used as a complex one: it has those of the real part."""
-
-    def __init__(self, inner: Individual) -> None:
-        self.inner, self.shape = inner, inner.shape
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.inner.size
-
-    @property
-    def is_complex(self) -> bool:
-        return False
-
-    def narrow(self, start: int, stop: int) -> RealPart:
-        return RealPart(self.inner.narrow(start, stop))
-
-    def scaled(self, factor: Tensor) -> RealPart:
-        return RealPart(self.inner.scaled(factor))
-
-    def _dense(self) -> Tensor:
-        return self.inner.dense().real.contiguous()
-
-
-def _of_parameter(found: Individual, dtype: torch.dtype) -> Individual:
-    """What complex cotangents give for a parameter of this data type."""
-    return found if dtype.is_complex else RealPart(found)
-
-
 def flat(gradients: Tensor) -> Tensor:
     """``[v, n, *p]`` to ``[v, n, p]``, also of a parameter without axes; of complex numbers to pairs of real ones."""
     return as_real(gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(2))
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return reduce(torch.add, terms)
 
 
 def accumulate(terms: list[Tensor], term: Tensor) -> None:
@@ -287,40 +219,3 @@ def accumulate(terms: list[Tensor], term: Tensor) -> None:
         terms[0] = terms[0] + term
     else:
         terms[0].add_(term)
-
-
-class SampleSum:
-    """A sum over samples, the first axis of many tensors, and seeds, the last but one.
-
-    Each core first adds up those samples that it has computed, as far as that can be told: to fetch the others from its
-    neighbour's cache costs several times what adding does.
-    """
-
-    LARGE = 2**13
-    """Entries from which on samples are added one by one, which needs no memory for what is added to the others."""
-
-    def __init__(self) -> None:
-        self._terms: dict[int, list[Tensor]] = {}
-
-    def add(self, tensor: Tensor, squared: bool = False) -> None:
-        """Add ``tensor[n, ..., v, o]``, or its squares."""
-        cores = torch.get_num_threads()
-        cores = 1 if len(tensor) % cores else cores
-        terms, tensor = self._terms.setdefault(cores, []), tensor.unflatten(0, (cores, -1))
-        count = tensor.shape[1] * tensor.shape[-2]
-        if torch.is_grad_enabled() or tensor.numel() <= count * self.LARGE:
-            accumulate(terms, (tensor.square() if squared else tensor).sum((1, -2)))
-            return
-        parts = [part for row in tensor.unbind(1) for part in row.unbind(-2)]
-        if not terms:
-            terms.append(torch.zeros_like(parts[0], memory_format=torch.contiguous_format))
-        for part in parts:
-            if squared:
-                terms[0].addcmul_(part, part)
-            else:
-                terms[0].add_(part)
-
-    def result(self) -> Tensor:
-        """The sum, ``[..., o]``."""
-        sums = [total.sum(0) for (total,) in self._terms.values()]
-        return sum(sums[1:], start=sums[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def squared(tensor: Tensor) -> Tensor:
-    """Squares; of complex numbers, those of their absolute values, which are real."""
+    """The squares of numbers; of complex numbers, the squares of their absolute values."""
     return tensor.real.square() + tensor.imag.square() if tensor.is_complex() else tensor.square()
 
 
@@ -20,7 +20,7 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another data type; of complex numbers the real part, if that is real."""
+    """The tensor in another data type; if that is real, the real part of complex numbers."""
     return (tensor.real if tensor.is_complex() and not dtype.is_complex else tensor).to(dtype)
 
 
@@ -30,5 +30,5 @@ def conjugated(tensor: Tensor) -> Tensor:
 
 
 def double(tensor: Tensor) -> Tensor:
-    """In float64, or complex128."""
+    """The tensor in float64, or in complex128."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -1,4 +1,4 @@
-"""``z[n s o] = W[o i] x[n s i]``, in ``g`` independent groups: linear maps and, unfolded, convolutions."""
+"""Individual gradients of ``W`` in ``z[n s o] = W[o i] x[n s i]``, in ``g`` independent groups."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ import torch
 from torch import Tensor
 
 from backpack.memory import empty, product
-from backpack.samples import Rows
-from backpack.uses.base import SCRATCH, Individual, SampleSum, Use, accumulate
-from backpack.uses.complex_numbers import as_real, conjugated, squared
-from backpack.uses.factor_maps import LinearMap, diagonal_blocks, moment_of_outputs, second_moment
+from backpack.uses.base import SCRATCH, Individual, accumulate
+from backpack.uses.complex_numbers import as_real, squared
+from backpack.uses.dense_map import DenseMap
+from backpack.uses.linear_map import LinearMap
+from backpack.uses.sample_sum import SampleSum
+from backpack.uses.second_moments import second_moment
 
 SMALL = 2**22
 """Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""
 
 
 @dataclass(eq=False)
-class Dense(LinearMap):
+class Dense(Individual):
     """Individual gradients ``sum_s grad[v n g s o] x[n g s i]``; ``x`` are the inputs, conjugated where complex.
 
-    ``x``, made of ``inputs[n, ...]`` by ``unfold`` when it is needed, is ``[n, g, s, i]``, ``grad`` is
-    ``[v, n, g, s, o]``; ``flipped`` says that the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
-    ``other`` makes the map whose Kronecker factors are wanted, where it is not this one. ``moments``, of the ``inputs``
-    and a factor, gives its multiple of the mean over ``g`` of ``sum_ns x[n g s i] x[n g s j]``, with an axis
-    before, for less than from ``x``; ``gram``, of the ``inputs``, with the share of multiplications that are left,
-    ``sum_i x[n g s i] x[n g t i]``, both of real numbers; ``direct``, of the ``inputs`` and one seed's cotangents
-    ``[n, g, s, o]``, the individual gradients in less time, without ``flipped``.
+    Args:
+        inputs: What ``unfold`` makes ``x[n g s i]`` of, when that is needed: tensors ``[n, ...]``.
+        grad: The cotangents, ``[v, n, g, s, o]``.
+        shape: Of the parameter.
+        flipped: Whether the parameter's matrix is ``[g, i, o]`` instead of ``[g, o, i]``.
+        unfold: ``None``: the only one of the ``inputs`` is ``x``.
+        other: Makes the gradients whose Kronecker factors are wanted, where they are not wanted of these.
+        moments: Takes the ``inputs`` and a factor to this multiple of the mean over ``g`` of
+            ``sum_ns x[n g s i] x[n g s j]``, with an axis of size 1 in front. It is faster than from ``x``.
+        gram: Takes the ``inputs`` to ``sum_i x[n g s i] x[n g t i]``, and gives its cost relative to that from ``x``.
+            This and ``moments`` are for real numbers.
+        direct: Takes the ``inputs`` and the cotangents ``[n, g, s, o]`` of one seed to the individual gradients. It is
+            faster, and not for ``flipped`` matrices.
     """
 
     inputs: tuple[Tensor, ...]
@@ -54,7 +62,7 @@ class Dense(LinearMap):
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Those of the axes ``v n g s o i``."""
+        """The sizes of the axes ``v n g s o i``."""
         v, n, g, s, o = self.grad.shape
         return v, n, g, s, o, self.x.shape[3] if self.unfold is None else self.shape.numel() // max(1, g * o)
 
@@ -62,14 +70,14 @@ class Dense(LinearMap):
     def is_complex(self) -> bool:
         return self.grad.is_complex()
 
-    def narrow(self, start: int, stop: int) -> Dense:
+    def _narrow(self, start: int, stop: int) -> Dense:
         part = self._with(tuple([tensor[start:stop] for tensor in self.inputs]), self.grad[:, start:stop], self.unfold)
         if "x" in vars(self):
             vars(part)["x"] = self.x[start:stop]
         return part
 
     def _with(self, inputs: tuple[Tensor, ...], grad: Tensor, unfold: Callable[..., Tensor] | None = None) -> Dense:
-        """As ``replace``, in less time."""
+        """The same with other inputs and cotangents; faster than ``replace``."""
         more = (self.other, self.moments, self.gram, self.direct)
         return type(self)(inputs, grad, self.shape, self.flipped, unfold, *more)
 
@@ -156,7 +164,7 @@ class Dense(LinearMap):
         step, cores = max(1, SCRATCH // max(1, g * i * max(o, s))), torch.get_num_threads()
         step -= step % cores if step > cores else 0
         for start in range(0, n, step):
-            yield self._part(start, min(start + step, n))
+            yield self.narrow(start, min(start + step, n))
 
     def _seeds(self) -> Iterator[Dense]:
         """Pieces of one seed each, or of a few where a product of theirs is too small to be worth a call."""
@@ -240,7 +248,7 @@ class Dense(LinearMap):
 
     @property
     def _gram_share(self) -> float:
-        """What dot products of inputs at the positions of a sample cost, relative to those of ``x``."""
+        """The cost of dot products of inputs at the positions of a sample, relative to dot products of ``x``."""
         return 1 if self.gram is None or self.unfold is None else self.gram[1]()
 
     def dots(self, other: Individual) -> Tensor:
@@ -269,85 +277,16 @@ class Dense(LinearMap):
         return terms[0].reshape(n, v, m, w).permute(1, 0, 3, 2)
 
     def maps(self) -> Sequence[LinearMap]:
-        if self.other is None:
-            return [self]
-        found = self.other()
-        found.shared, found.filled = self.shared, self.filled
-        return [found]
+        grads = self
+        if self.other is not None:
+            grads = self.other()
+            grads.shared, grads.filled = self.shared, self.filled
+        return [DenseMap(grads)]
 
     @property
-    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
-        outputs = self.grad.shape[4]
-        rows = self.shape.numel() // outputs if self.flipped else self.grad.shape[2] * outputs
-        return rows, self.shape.numel() // rows
-
-    @property
-    def blocks(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.grad.shape[2], 1
-
-    @property
-    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
-        v, n, g, s, o = self.grad.shape
-        ranks = v * n * g * s, n * g * s
-        return (ranks[1], ranks[0]) if self.flipped else ranks
-
-    @property
-    def rows(self) -> range:  # type: ignore[override]
-        return range(self.matrix[0])
-
-    @property
-    def inputs_first(self) -> bool:  # type: ignore[override]
+    def groups_of_inputs(self) -> bool:
+        """Whether groups are blocks of the rows or columns that are inputs, rather than of those that are outputs."""
         return self.flipped
-
-    def output_factor(self, approx: str | None) -> Tensor:
-        g, s = self.grad.shape[2:4]
-        grad = self.grad.flatten(0, 1)
-        if approx == "expand" and s > 1:
-            return self._output_blocks(_moments(grad))
-        if g == 1:
-            return moment_of_outputs(self, grad.shape[3], lambda: grad.sum((1, 2)) if s > 1 else grad[:, 0, 0])
-        return self._output_blocks(_moments(grad.sum(2, keepdim=True) if s > 1 else grad))
-
-    def output_blocks(self, moment: Tensor) -> Tensor:
-        groups = self.grad.shape[2]
-        return moment if groups == 1 else self._output_blocks(diagonal_blocks(moment, groups))
-
-    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
-        n, s = self.grad.shape[1], self.grad.shape[3]
-        scale /= n * s if approx == "expand" else n
-        if approx is not None and self.filled is not None:
-            filled = self.filled.clamp(min=0.5 / s)[:, None, None, None]
-            reduced = approx == "reduce"
-            moments = _moments(self.x.mean(2, keepdim=True) / filled if reduced else self.x / filled.sqrt(), scale)
-        elif approx == "reduce" and s > 1:
-            moments = _moments(self.x.mean(2, keepdim=True), scale)
-        elif self.unfold is None or self.moments is None:
-            moments = _moments(self.x, scale)
-        else:
-            moments = self.moments(*self.inputs, scale)
-        return self._input_blocks(moments)
-
-    def _output_blocks(self, blocks: Tensor) -> Tensor:
-        return _of_groups(blocks, along_rows=not self.flipped)
-
-    def _input_blocks(self, blocks: Tensor) -> Tensor:
-        return _of_groups(blocks, along_rows=self.flipped)
-
-    def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
-        blocks = diagonal_blocks(rows, self.grad.shape[2])
-        outputs, inputs = (columns, blocks) if self.flipped else (blocks, columns)
-        shape = torch.Size((rows.shape[1], columns.shape[1]))
-        x, grad = self.x @ inputs.conj(), self.grad @ outputs.conj()
-        return replace(self, inputs=(x,), grad=grad, shape=shape, unfold=None, other=None)
-
-    def transposed(self) -> Dense | None:
-        groups, outputs = self.grad.shape[2], self.grad.shape[4]
-        sizes = outputs, self.shape.numel() // (groups * outputs)
-        rows, columns = sizes[::-1] if self.flipped else sizes
-        lead = self.shape[:-2]
-        if self.other is not None or lead.numel() != groups or self.shape != (*lead, rows, columns):
-            return None
-        return replace(self, flipped=not self.flipped, shape=torch.Size((*lead, columns, rows)))
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows of all samples' and seeds' matrices, ``[n v, ...]``, real."""
@@ -356,8 +295,10 @@ class Dense(LinearMap):
         return as_real(matrices.movedim(3, 1).reshape(self.grad.shape[0] * self.grad.shape[1], -1))
 
 
-class Transposed(Dense):
+class SummedGroups(Dense):
     """The same with the matrix ``[o, g i]``: groups of inputs whose outputs are summed."""
+
+    groups_of_inputs = True
 
     def _dense(self) -> Tensor:
         v, n, g, s, o = self.grad.shape
@@ -367,79 +308,7 @@ class Transposed(Dense):
     def _to_parameter(self, matrix: Tensor) -> Tensor:
         return matrix.transpose(-3, -2).reshape(*matrix.shape[:-3], *self.shape)
 
-    @property
-    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.grad.shape[4], self.shape.numel() // self.grad.shape[4]
-
-    @property
-    def blocks(self) -> tuple[int, int]:  # type: ignore[override]
-        return 1, self.grad.shape[2]
-
-    def _output_blocks(self, blocks: Tensor) -> Tensor:
-        return blocks.mean(0)
-
-    def _input_blocks(self, blocks: Tensor) -> Tensor:
-        return torch.block_diag(*blocks)
-
-    def rotated(self, rows: Tensor, columns: Tensor) -> Dense:
-        blocks = diagonal_blocks(columns, self.grad.shape[2])
-        return replace(self, inputs=(self.x @ blocks.conj(),), grad=self.grad @ rows.conj())
-
-
-def _of_groups(moments: Tensor, along_rows: bool) -> Tensor:
-    """The factor of all groups, whose matrices are stacked along the rows: block-diagonal there, else the mean."""
-    if len(moments) == 1:
-        return moments[0]
-    return torch.block_diag(*moments) if along_rows else moments.mean(0)
-
 
 def _over_seeds(grad: Tensor) -> Tensor:
     """The sum over the first axis; of one seed, itself."""
     return grad[0] if grad.shape[0] == 1 else grad.sum(0)
-
-
-def _moments(rows: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * sum_ns rows[n g s a] conj(rows[n g s b])``, ``[g, a, b]``."""
-    if rows.shape[1] == 1:
-        return second_moment(rows.reshape(-1, rows.shape[3]), scale)[None]
-    return second_moment(rows.transpose(0, 1).flatten(1, 2), scale)
-
-
-@dataclass(eq=False)
-class DenseUse(Use):
-    """A linear map of what ``unfold`` makes of the recorded ``inputs``.
-
-    ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``, ``fold`` a cotangent
-    ``[v, n, ...]`` to ``[v, n, g, s, o]``; ``other`` are such functions for Kronecker factors, where these are not
-    wanted for them; ``moments``, ``gram`` and ``direct`` as in ``Dense``; ``apply`` is the map, of a matrix, as PyTorch
-    has it. A shift in the same call is along the outputs ``o``.
-    """
-
-    inputs: tuple[Tensor, ...]
-    unfold: Callable[..., Tensor]
-    fold: Callable[[Tensor], Tensor]
-    flipped: bool = False
-    other: tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None = None
-    moments: Callable[..., Tensor] | None = None
-    gram: tuple[Callable[..., Tensor], Callable[[], float]] | None = None
-    direct: Callable[..., Tensor] | None = None
-    apply: Callable[[Tensor], Tensor] | None = None
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
-        inputs = tuple([conjugated(rows.take(tensor).to(grad.dtype)) for tensor in self.inputs])
-        other: Callable[[], Dense] | None = None
-        if self.other is not None:
-            unfold, fold = self.other
-
-            def other() -> Dense:
-                x, g = unfold(*inputs), fold(grad)
-                cls = Dense if x.shape[1] == 1 else Transposed
-                return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
-
-        fast = grad.dtype == torch.float32 and grad.device.type == "cpu" and not torch.is_grad_enabled()
-        more = (other, self.moments, self.gram, self.direct if fast else None)
-        return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, *more)
-
-    def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:
-        apply = self.apply
-        return None if apply is None else lambda matrix, shape: apply(matrix).reshape(shape)

@@ -1,4 +1,4 @@
-"""A parameter behind nodes that belong to no sample: a parametrization, a sum of adapters, a part of a table."""
+"""Parameters that a tensor in use is computed from: a parametrization, a sum of adapters, a part of a table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual
-from backpack.uses.factor_maps import LinearMap
+from backpack.uses.composed import Composed
+from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup
 
 
 @dataclass(eq=False)
-class Derived(Individual):
-    """Individual gradients of ``parameter``, which ``pull`` gives for those, ``[r, ...]``, of what is made of it.
+class Derived(Composed):
+    """Individual gradients of ``parameter``, given the ones, ``inner``, of a tensor that is computed from it.
 
-    ``index``: the rows of the parameter that this consists of, for all samples alike, if they are known; ``mask``: of
-    these, those that are looked up indeed.
+    ``pull`` takes gradients ``[r, ...]`` of this tensor to gradients of the parameter. ``index``: the rows of the
+    parameter that the tensor consists of, the same for all samples, if they are known; ``mask``: which of them are in
+    fact looked up.
     """
 
     inner: Individual
@@ -28,33 +30,30 @@ class Derived(Individual):
     mask: Tensor | None = None
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.parameter.shape
+    def pieces(self) -> Sequence[Individual]:  # type: ignore[override]
+        return [self.inner]
+
+    def map(self, function: Callable[[Individual], Individual]) -> Derived:
+        return replace(self, inner=function(self.inner))
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.inner.size
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.parameter.shape
 
     @property
     def is_complex(self) -> bool:
         return self.parameter.is_complex()
 
-    def narrow(self, start: int, stop: int) -> Derived:
-        return replace(self, inner=self.inner.narrow(start, stop))
-
-    def scaled(self, factor: Tensor) -> Derived:
-        return replace(self, inner=self.inner.scaled(factor))
-
     def _dense(self) -> Tensor:
         return self.pull(self.inner.dense().flatten(0, 1)).unflatten(0, self.size)
 
     def maps(self) -> Sequence[LinearMap]:
-        """Those of transposed matrices, of some rows of the parameter, and of rows looked up for all samples alike."""
+        """The maps of a transposed matrix, of some of its rows, or of rows that are looked up alike for all samples."""
         own, shape = self.inner.shape, self.shape
         if self.is_complex or self.inner.is_complex:
             return []  # entries may be conjugated, or be parts of complex ones
         if self.index is not None and self.mask is not None:
-            return [self._lookup(self.index, self.mask)]
+            return self._lookup(self.index, self.mask).maps()
         found = self._entries() if len(shape) > 1 and len(own) > 1 else None
         if found is None:
             return []
@@ -74,17 +73,17 @@ class Derived(Individual):
         if own[1:] == shape[1:] and torch.equal(row[:, 0] + start, used) and len(used) == own[0]:
             maps = self.inner.maps()
             if maps and not any(a.inputs_first or a.matrix[0] != own[0] for a in maps):
-                return [Rows(a, range(start, start + own[0]), shape[0]) for a in maps]
+                return [MapOfSomeRows(a, range(start, start + own[0]), shape[0]) for a in maps]
         if len(shape) == 2 and len(used) == own[:-1].numel():
             index = used[row[:, 0].argsort()]
-            return [self._lookup(index, torch.ones_like(index, dtype=torch.bool))]
+            return self._lookup(index, torch.ones_like(index, dtype=torch.bool)).maps()
         return []
 
     def _entries(self) -> tuple[Tensor, Tensor] | None:
-        """For each entry of the parameter the row and the column of what is made of it where it is found, ``[r, c]``.
+        """For each entry of the parameter, the row and the column of the tensor at which it is found, ``[r, c]``.
 
-        ``-1``: nowhere; ``None``: what is made of it are not entries of the parameter, each in one place. Told by what
-        is pulled back of numbers, in two digits that are exact in 16 bits as well.
+        ``-1``: nowhere; ``None``: the tensor does not consist of entries of the parameter, each in one place. To find
+        out, numbers of the tensor's rows and columns are pulled back, in two digits that are exact in 16 bits as well.
         """
         own, digit = self.inner.shape, 256
         width = own[1:].numel()
@@ -111,59 +110,32 @@ class Derived(Individual):
 
 
 def _are_transposed(row: Tensor, column: Tensor, shape: torch.Size) -> bool:
-    """Whether entries of a parameter are found where they are in ``matrices.mT``, matrices of this shape."""
+    """Whether entries of a parameter are where they are in ``matrices.mT``, with matrices of this shape."""
     places = torch.arange(shape.numel(), device=row.device).reshape(shape)
     return torch.equal(row * shape[1:].numel() + column, places.mT.flatten(1))
 
 
-@dataclass(eq=False)
-class Rows(LinearMap):
-    """Individual gradients of a parameter with ``count`` rows, of which a linear map uses some adjacent ones."""
+class MapOfSomeRows(LinearMap):
+    """The map of some adjacent rows of a parameter with ``count`` rows, as one of the whole parameter."""
 
-    inner: LinearMap
-    rows: range
-    count: int
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return torch.Size((self.count, *self.inner.shape[1:]))
+    def __init__(self, inner: LinearMap, used: range, count: int) -> None:
+        self.inner, self.used = inner, used
+        self.matrix, self.ranks = (count, inner.matrix[1]), inner.ranks
+        self.blocks = (inner.blocks[0] if len(used) == count else 1), inner.blocks[1]
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.inner.size
-
-    @property
-    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.inner.ranks
-
-    @property
-    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.count, self.inner.matrix[1]
-
-    @property
-    def is_complex(self) -> bool:
-        return self.inner.is_complex
-
-    def narrow(self, start: int, stop: int) -> Rows:
-        raise NotImplementedError("Only Kronecker factors are read of a map.")
-
-    def scaled(self, factor: Tensor) -> Rows:
-        raise NotImplementedError("Only Kronecker factors are read of a map.")
-
-    def _dense(self) -> Tensor:
-        dense = self.inner.dense()
-        whole = dense.new_zeros(*self.size, *self.shape)
-        whole[:, :, self.rows.start : self.rows.stop] = dense
-        return whole
+    def rows(self) -> range:
+        return self.used
 
     def output_factor(self, approx: str | None) -> Tensor:
         inner = self.inner.output_factor(approx)
-        whole = inner.new_zeros(self.count, self.count)
-        whole[self.rows.start : self.rows.stop, self.rows.start : self.rows.stop] = inner
+        whole = inner.new_zeros(self.matrix[0], self.matrix[0])
+        whole[self.used.start : self.used.stop, self.used.start : self.used.stop] = inner
         return whole
 
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
         return self.inner.input_factor(approx, scale)
 
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
-        return self.inner.rotated(rows[self.rows.start : self.rows.stop], columns)
+        inner = self.inner if self.blocks == self.inner.blocks else self.inner.ungrouped()
+        return inner.rotated(rows[self.used.start : self.used.stop], columns)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows
-from backpack.uses.base import Individual, Use, flat
+from backpack.uses.base import Individual, flat
 from backpack.uses.complex_numbers import conjugated, squared
+from backpack.uses.use import SamplewiseUse
 
 
 @dataclass(eq=False)
@@ -33,7 +34,7 @@ class Explicit(Individual):
     def is_complex(self) -> bool:
         return self.value.is_complex()
 
-    def narrow(self, start: int, stop: int) -> Explicit:
+    def _narrow(self, start: int, stop: int) -> Explicit:
         return Explicit(self.value[:, start:stop])
 
     def scaled(self, factor: Tensor) -> Explicit:
@@ -55,11 +56,10 @@ class Explicit(Individual):
 
 
 @dataclass(eq=False)
-class ElementwiseUse(Use):
+class ElementwiseUse(SamplewiseUse):
     """A parameter of shape ``padded`` (one size per axis of the output) that is broadcast to the output.
 
-    ``x``, of the output's shape, and ``factor``, which takes the samples of ``more`` as well, give what it is
-    multiplied by; ``x=None``: by ``sign``.
+    It is multiplied by ``factor(x, *more)``, or by ``x`` itself, of the output's shape; without ``x``, by ``sign``.
     """
 
     padded: tuple[int, ...]
@@ -79,18 +79,22 @@ class ElementwiseUse(Use):
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
         if self.x is not None:
-            x = rows.take(self.x).to(grad.dtype)
-            more = [rows.take(tensor).to(grad.dtype) for tensor in self.more]
-            grad = grad * conjugated(x if self.factor is None else self.factor(x, *more))
+            grad = grad * conjugated(self._factor(self.x, rows, grad.dtype))
         return self._reduce(grad, rows, shape, summed=self.x is None and self.sign > 0)
 
     def squares(self, total: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
-        """The sum of squares ``[n, *p]`` over cotangents of single entries, of their own: ``total[1, n, ...]``."""
+        """The sum of squares ``[n, *p]`` over cotangents that have one entry each, from the sum of squares of these.
+
+        The latter is ``total[1, n, ...]``.
+        """
         if self.x is not None:
-            x = rows.take(self.x).to(total.dtype)
-            more = [rows.take(tensor).to(total.dtype) for tensor in self.more]
-            total = total * (x if self.factor is None else self.factor(x, *more)).square()
+            total = total * self._factor(self.x, rows, total.dtype).square()
         return replace(self, sign=1)._reduce(total, rows, shape).value[0]
+
+    def _factor(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """What the parameter is multiplied by in the rows of these samples."""
+        x, *more = (rows.take(tensor).to(dtype) for tensor in (x, *self.more))
+        return x if self.factor is None else self.factor(x, *more)
 
     def _reduce(self, grad: Tensor, rows: Rows, shape: torch.Size, summed: bool = False) -> Explicit:
         own = rows.layout.split_sizes(self.padded)

@@ -2,71 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from backpack.uses.base import Individual
+from backpack.uses.base import Individual, sum_of
+from backpack.uses.composed import Composed
 from backpack.uses.dense import Dense
 from backpack.uses.elementwise import Explicit
-from backpack.uses.factor_maps import LinearMap
+from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup
 from backpack.uses.ragged import Ragged
 from backpack.uses.stacked_matrices import Parts
 
 
 @dataclass(eq=False)
-class Joint(Individual):
+class Joint(Composed):
     """Individual gradients that are the sum of those of several uses."""
 
-    parts: list[Individual]
+    pieces: list[Individual]
 
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.parts[0].shape
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.parts[0].size
-
-    @property
-    def is_complex(self) -> bool:
-        return self.parts[0].is_complex
-
-    def narrow(self, start: int, stop: int) -> Joint:
-        return Joint([part.narrow(start, stop) for part in self.parts])
-
-    def scaled(self, factor: Tensor) -> Joint:
-        return Joint([part.scaled(factor) for part in self.parts])
+    def map(self, function: Callable[[Individual], Individual]) -> Joint:
+        return Joint([function(piece) for piece in self.pieces])
 
     def _dense(self) -> Tensor:
-        return sum((part.dense() for part in self.parts[1:]), start=self.parts[0].dense())
+        return sum_of(piece.dense() for piece in self.pieces)
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
         if name == "total":
-            return sum((part.total() for part in self.parts[1:]), start=self.parts[0].total())
+            return sum_of(piece.total() for piece in self.pieces)
         if name == "norms":
-            norms = sum((part.norms() for part in self.parts[1:]), start=self.parts[0].norms())
-            return sum((2 * a.sample_dots(b) for a, b in combinations(self.parts, 2)), start=norms)
+            norms = sum_of(piece.norms() for piece in self.pieces)
+            return sum((2 * a.sample_dots(b) for a, b in combinations(self.pieces, 2)), start=norms)
         return None
 
     def maps(self) -> Sequence[LinearMap]:
-        found = [part.maps() for part in self.parts]
+        found = [piece.maps() for piece in self.pieces]
         if not all(found) or len({(a.matrix, a.blocks) for maps in found for a in maps}) > 1:
             return []
         return [a for maps in found for a in maps]
 
     def dots(self, other: Individual) -> Tensor:
-        others = other.parts if isinstance(other, Joint) else [other]
-        terms = [a.dots(b) for a in self.parts for b in others]
-        return sum(terms[1:], start=terms[0])
+        others = other.pieces if isinstance(other, Joint) else [other]
+        return sum_of(a.dots(b) for a in self.pieces for b in others)
 
 
 def join(parts: Sequence[Individual]) -> Individual:
-    """One object for all uses: those of one form are merged, others added when they are read."""
+    """The sum of the gradients of all uses. Uses of one form are merged; others are added when they are read."""
     if len(parts) == 1:
         return parts[0]
     parts = [part.padded if isinstance(part, Ragged) else part for part in parts]
@@ -85,7 +70,7 @@ def _form(part: Individual) -> object:
 
 
 def _merge(group: list[Individual]) -> Individual:
-    """The positions of all uses as positions of one."""
+    """Merge uses of one form: their positions become positions of one use."""
     first = group[0]
     if len(group) == 1:
         return first
@@ -96,7 +81,7 @@ def _merge(group: list[Individual]) -> Individual:
                 places.setdefault(place, []).append(part)
         return Parts({place: join(parts) for place, parts in places.items()}, first.whole)
     if isinstance(first, Explicit):
-        return Explicit(sum((part.dense() for part in group[1:]), start=first.value))
+        return Explicit(sum_of(part.dense() for part in group))
     grad = torch.cat([part.grad for part in group], -2)  # type: ignore[attr-defined]
     if isinstance(first, Lookup):
         index = torch.cat([part.index for part in group], -1)  # type: ignore[attr-defined]

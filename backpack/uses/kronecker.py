@@ -14,18 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate as accumulated
-from math import prod
 from operator import mul
 
 import torch
 from torch import Tensor
 
 from backpack.memory import contiguous
-from backpack.uses.base import Individual, accumulate
-from backpack.uses.complex_numbers import double, squared
+from backpack.uses.base import Individual, accumulate, sum_of
 from backpack.uses.elementwise import Explicit
-from backpack.uses.factor_maps import MOMENT, LinearMap, diagonal_blocks, moment_of_outputs, second_moment
-from backpack.uses.joint import join
+from backpack.uses.linear_map import LinearMap
+from backpack.uses.second_moments import matrices_of, moment_of_outputs, second_moment
 
 APPROXIMATIONS = (None, "expand", "reduce")
 """How positions within a sample are treated: input factor; output factor.
@@ -37,15 +35,12 @@ outer products. ``"reduce"``: outer product of the mean; outer product of the su
 LARGEST = 2**12
 """Entries of a parameter of several axes up to which one factor of all of them is formed."""
 
-OVERSAMPLED = 8
-"""Random vectors in excess of the dimension of what their images are to span."""
-
 LARGEST_FACTOR = 2**15
 """Rows that a factor may have: of more, it would take more than 4 GiB in ``float32``."""
 
 
 def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
-    """What of the factors depends on the seeds, and is additive over them: one tensor a map.
+    """The parts of the factors that are sums over seeds: one tensor for each map.
 
     Raises:
         ValueError: A factor would have too many rows.
@@ -55,9 +50,9 @@ def output_factors(grads: Individual, approx: str | None) -> list[Tensor]:
 
 
 def averaged_factors(grads: Individual, curvature: Tensor, approx: str | None) -> list[Tensor]:
-    """The same of a linear map or of its bias, given the curvature in the outputs, ``[p, c, q, p, c, q]``.
+    """The output factors of a linear map or of its bias, given the curvature in the outputs, ``[p, c, q, p, c, q]``.
 
-    ``c`` are channels. Of ``grads``, nothing depends on the cotangents' values.
+    ``c`` are channels. The values of the cotangents in ``grads`` are not used.
     """
     maps = _maps(grads)
     if curvature.shape[0] == curvature.shape[2] == 1:
@@ -79,7 +74,7 @@ def _maps(grads: Individual) -> Sequence[LinearMap]:
 
 
 def complete(grads: Individual, outputs: list[Tensor], approx: str | None) -> list[Tensor]:
-    """The factors, given the output factors of all seeds; summed over maps."""
+    """The factors, summed over maps, given the output factors of all seeds."""
     return assemble(separate(grads, outputs, approx))
 
 
@@ -113,82 +108,8 @@ def assemble(separated: list[Tensor]) -> list[Tensor]:
     return [_sum([factor for factor in pair if factor.numel()]) for pair in pairs]
 
 
-def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[Tensor]:
-    """The eigenvectors of each factor, as columns; of a block-diagonal factor, those of each block.
-
-    A factor that is stored as its diagonal, with one axis, has ones: its eigenvectors are the unit vectors.
-    ``grads``: those that the factors were computed from, if there are no others.
-    """
-    ranks = [len(factor) for factor in factors]
-    maps: Sequence[LinearMap] = [] if grads is None else grads.maps()
-    blocks: Sequence[int] = (1, 1)
-    if maps:
-        ranks = [sum(own) for own in zip(*(a.ranks for a in maps), strict=True)]
-        blocks = maps[0].blocks
-    elif grads is None:
-        blocks = [1 if factor.dim() == 1 else _blocks(factor) for factor in factors]
-    elif len(factors) == 1:
-        ranks = [prod(grads.size)]
-    return [_basis(factor, rank, own, grads) for factor, rank, own in zip(factors, ranks, blocks, strict=False)]
-
-
-def _basis(factor: Tensor, rank: int, blocks: int, grads: Individual | None) -> Tensor:
-    if factor.dim() == 1:
-        return torch.ones_like(factor)
-    if blocks > 1:
-        return torch.block_diag(*torch.linalg.eigh(double(diagonal_blocks(factor, blocks))).eigenvectors.to(factor))
-    moment = None if grads is None or grads.shared is None else grads.shared.get((MOMENT, len(factor)))
-    if grads is None or moment is None or not torch.equal(moment, factor):
-        return eigenvectors(double(factor), rank).to(factor)
-    # A bias and its matrix have the same output factor, unless positions are summed in one of them only.
-    return grads.share(("basis", len(factor)), lambda: eigenvectors(double(factor), rank).to(factor)).clone()
-
-
-def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
-    """Of a symmetric or Hermitian matrix whose rank has this bound, in the order of ``torch.linalg.eigh``.
-
-    The images of a few more random vectors than that span the range, and all vectors of any basis of its complement
-    are eigenvectors (Halko, Martinsson & Tropp, 2011, section 4.1): the decomposition is of a matrix as small as that.
-    """
-    size, probes = len(matrix), rank + OVERSAMPLED
-    if probes * 3 > size:
-        return torch.linalg.eigh(matrix).eigenvectors
-    generator = torch.Generator(matrix.device).manual_seed(0)  # what users draw does not depend on it
-    images = matrix @ torch.randn(size, probes, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    reflectors, scales = torch.geqrf(images)
-    span = torch.linalg.householder_product(reflectors, scales)
-    vectors = torch.linalg.eigh(span.mH @ matrix @ span).eigenvectors
-    within = matrix.new_zeros(size, size)
-    within[probes:, : size - probes].fill_diagonal_(1)
-    within[:probes, size - probes :] = vectors
-    return torch.ormqr(reflectors, scales, within)
-
-
-def _blocks(factor: Tensor) -> int:
-    """Into how many diagonal blocks of one size a matrix can be divided, all else being zero."""
-    size, filled = len(factor), factor.count_nonzero()
-    numbers = (number for number in range(size, 0, -1) if size % number == 0)
-    return next(number for number in numbers if diagonal_blocks(factor, number).count_nonzero() == filled)
-
-
-def second_moments(grads: Individual, bases: list[Tensor]) -> Tensor:
-    """Sums of squares of the individual gradients in a basis, with one axis for each of its factors."""
-    maps = grads.maps()
-    if maps:
-        return join([a.rotated(*bases) for a in maps]).sum_squares()
-    if len(bases) == 1 and bases[0].dim() == 1:
-        return grads.sum_squares()
-    terms: list[Tensor] = []
-    for piece in grads.chunks():
-        rows = _rows(piece, 1)[:, :, 0] if len(bases) == 1 else _rows(piece, len(bases[0]))
-        turned = rows @ bases[-1].conj()
-        turned = turned if len(bases) == 1 else bases[0].mH @ turned
-        accumulate(terms, squared(turned).sum((0, 1)))
-    return terms[0]
-
-
 def _second_moments(grads: Individual) -> list[Tensor]:
-    """Of all entries together; of a larger parameter's rows, and of its columns, or of entries, if it has one axis."""
+    """The second moment of all entries; of large parameters, those of rows and columns, or squares if of one axis."""
     size = grads.shape.numel()
     if len(grads.shape) < 2 and size > LARGEST_FACTOR:
         return [grads.sum_squares()]
@@ -196,18 +117,13 @@ def _second_moments(grads: Individual) -> list[Tensor]:
     height = 1 if whole else _height(grads.shape)
     found: list[list[Tensor]] = [[], []]
     for piece in grads.chunks():
-        rows = _rows(piece, height)
+        rows = matrices_of(piece, height)
         columns = partial(rows.reshape, rows.shape[:-1].numel(), size // height)
         share = isinstance(piece, Explicit) and piece.summed and height == 1
         accumulate(found[1], moment_of_outputs(piece, size, columns) if share else second_moment(columns()))
         if not whole:
             accumulate(found[0], second_moment(rows.transpose(2, 3).reshape(-1, height)))
     return [moment for (moment,) in filter(None, found)]
-
-
-def _rows(grads: Individual, height: int) -> Tensor:
-    """Individual gradients as matrices of so many rows, ``[v, n, r, c]``."""
-    return grads.dense().reshape(*grads.size, height, -1)
 
 
 def _height(shape: torch.Size) -> int:
@@ -228,7 +144,7 @@ def _check_size(shape: torch.Size, *sizes: int) -> None:
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
-    """Of factors, some of them diagonal."""
+    """The sum of factors, some of which may be diagonal."""
     if len({term.dim() for term in terms}) > 1:
         terms = [torch.diag(term) if term.dim() == 1 else term for term in terms]
-    return sum(terms[1:], start=terms[0])
+    return sum_of(terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from backpack.memory import empty
 from backpack.samples import Rows
-from backpack.uses.base import SCRATCH, Individual, Use
+from backpack.uses.base import SCRATCH, Individual
 from backpack.uses.dense import Dense
-from backpack.uses.factor_maps import LinearMap, second_moment
+from backpack.uses.linear_map import LinearMap
+from backpack.uses.second_moments import second_moment
+from backpack.uses.use import SamplewiseUse
 
 
 @dataclass(eq=False)
-class Lookup(LinearMap):
+class Lookup(Individual):
     """Individual gradients whose row ``index[n s]`` receives ``grad[v n s d]``; ``index`` is ``[n, s]``.
 
-    ``mask[n s]`` says where a row is looked up indeed (elsewhere, ``grad`` is zero).
+    ``mask[n s]`` says at which positions a row is in fact looked up (elsewhere, ``grad`` is zero).
     """
 
     index: Tensor
     grad: Tensor
     shape: torch.Size
     mask: Tensor
-    inputs_first = True
-    diagonal_inputs = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -37,7 +37,7 @@ class Lookup(LinearMap):
     def is_complex(self) -> bool:
         return False  # PyTorch has no such embeddings
 
-    def narrow(self, start: int, stop: int) -> Lookup:
+    def _narrow(self, start: int, stop: int) -> Lookup:
         return replace(self, index=self.index[start:stop], grad=self.grad[:, start:stop], mask=self.mask[start:stop])
 
     def scaled(self, factor: Tensor) -> Lookup:
@@ -56,16 +56,17 @@ class Lookup(LinearMap):
         v, n = self.size
         return self._scatter(self.grad, v * n).reshape(v, n, *self.shape)
 
-    def _same_row(self, other: Lookup) -> Tensor:
+    def same_row(self, other: Lookup) -> Tensor:
+        """Whether two positions of a sample look up the same row, as numbers ``[n, s, t]``."""
         return (self.index[:, :, None] == other.index[:, None, :]).to(self.grad.dtype)
 
     def _squares(self) -> Tensor:
-        """Squares that, scattered, give the squared individual gradients: a row's are spread over its positions."""
+        """Squared individual gradients, ``[v, n, s, d]``: those of a row are spread over the positions that use it."""
         step = max(1, SCRATCH // self.index.shape[1] ** 2)
         pieces = []
         for start in range(0, self.size[1], step):
             part = self.narrow(start, start + step)
-            same = part._same_row(part)
+            same = part.same_row(part)
             pieces.append((same @ part.grad).square() / same.sum(2, keepdim=True))
         return torch.cat(pieces, 1)
 
@@ -81,41 +82,11 @@ class Lookup(LinearMap):
             return self._scatter(squares, 1)[0]
         return self._scatter(squares, self.size[1])
 
-    @property
-    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.shape[0], self.shape[1]
-
-    @property
-    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.shape[0], self.grad[..., 0].numel()
-
-    @property
-    def rows(self) -> range:  # type: ignore[override]
-        return range(self.shape[0])
-
-    def output_factor(self, approx: str | None) -> Tensor:
-        grad = self.grad if approx == "expand" else self.grad.sum(2)
-        return second_moment(grad.flatten(0, -2))
-
-    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
-        """The diagonal, which is all that there is but for ``"reduce"``."""
-        n, s = self.index.shape
-        positions = s if self.filled is None else s * self.filled.clamp(min=0.5 / s)[:, None]
-        weight = self.mask.to(self.grad.dtype)
-        if approx == "reduce":
-            weight = weight * (self._same_row(self) @ weight[..., None])[..., 0] / positions**2
-        elif approx == "expand":
-            weight = weight / positions
-        return weight.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), weight.flatten()) * (scale / n)
-
-    def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
-        grad = self.grad @ columns
-        if rows.dim() == 1:
-            return replace(self, grad=grad)
-        return Dense((rows[self.index].unsqueeze(1),), grad.unsqueeze(2), self.shape, flipped=True)
+    def maps(self) -> Sequence[LinearMap]:
+        return [LookupMap(self)]
 
     def dots(self, other: Individual) -> Tensor:
-        """Of pairs of samples that look up the same row, row by row; rows that equally many do, at a time."""
+        """Sums over rows, each of pairs of samples that look it up; rows that equally many do are taken together."""
         if other is not self:
             return super().dots(other)
         v, n = self.size
@@ -145,7 +116,7 @@ class Lookup(LinearMap):
         for start in range(0, self.size[1], step):
             a, b = self.narrow(start, start + step), other.narrow(start, start + step)
             if isinstance(b, Lookup):
-                pieces.append(((a._same_row(b) @ b.grad) * a.grad).sum((2, 3)))
+                pieces.append(((a.same_row(b) @ b.grad) * a.grad).sum((2, 3)))
             elif isinstance(b, Dense) and not b.flipped and b.grad.shape[2] == 1:
                 index = a.index[None, :, None, :].expand(b.size[0], -1, b.grad.shape[3], -1)
                 columns = b.grad[:, :, 0].gather(3, index)
@@ -160,8 +131,46 @@ def _positions(other: Individual) -> int:
 
 
 @dataclass(eq=False)
-class LookupUse(Use):
-    """Rows ``index`` of the table, each times its ``weight``, but for row ``padding``.
+class LookupMap(LinearMap):
+    """A table as the matrix of a linear map: its inputs, the unit vectors of the rows, have a diagonal factor."""
+
+    grads: Lookup
+    inputs_first = True
+    diagonal_inputs = True
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.grads.shape[0], self.grads.shape[1]
+
+    @property
+    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.grads.shape[0], self.grads.grad[..., 0].numel()
+
+    def output_factor(self, approx: str | None) -> Tensor:
+        grad = self.grads.grad if approx == "expand" else self.grads.grad.sum(2)
+        return second_moment(grad.flatten(0, -2))
+
+    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
+        """The diagonal; with ``"reduce"``, the factor has other entries as well, which are left out."""
+        grads, (n, s) = self.grads, self.grads.index.shape
+        positions = s if grads.filled is None else s * grads.filled.clamp(min=0.5 / s)[:, None]
+        weight = grads.mask.to(grads.grad.dtype)
+        if approx == "reduce":
+            weight = weight * (grads.same_row(grads) @ weight[..., None])[..., 0] / positions**2
+        elif approx == "expand":
+            weight = weight / positions
+        return weight.new_zeros(grads.shape[0]).index_add(0, grads.index.flatten(), weight.flatten()) * (scale / n)
+
+    def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
+        grad = self.grads.grad @ columns
+        if rows.dim() == 1:
+            return replace(self.grads, grad=grad)
+        return Dense((rows[self.grads.index].unsqueeze(1),), grad.unsqueeze(2), self.grads.shape, flipped=True)
+
+
+@dataclass(eq=False)
+class LookupUse(SamplewiseUse):
+    """Rows ``index`` of the table, each times its ``weight``; row ``padding`` counts as zero.
 
     ``bag``: the output holds the sum over the last axis of ``index``.
     """

@@ -1,4 +1,4 @@
-"""Samples of very different lengths: they are computed in groups of similar length, since shorter ones are padded."""
+"""Samples of very different lengths. Since shorter ones are padded, samples of similar length are computed together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows, Scattered
-from backpack.uses.base import Cotangents, Individual, Use
-from backpack.uses.factor_maps import LinearMap
+from backpack.uses.base import Individual, sum_of
+from backpack.uses.linear_map import LinearMap
+from backpack.uses.use import Cotangents, SamplewiseUse, Use
 
 SMALL = 2**14
 """Entries of a padded cotangent up to which one group is faster."""
@@ -40,8 +41,8 @@ def groups_of(rows: Rows, entries: int) -> list[tuple[Tensor, Rows]]:
 
 
 def arrive_in_groups(use: Use, cotangents: Cotangents, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> Individual:
-    """As ``use.arrive``, with samples of similar length at a time where they have to be padded a lot."""
-    groups = groups_of(rows, cotangents[0][0].numel()) if type(use).arrive is Use.arrive else []
+    """The same as ``use.arrive``, computed by groups of samples of similar length if padding would cost much."""
+    groups = groups_of(rows, cotangents[0][0].numel()) if isinstance(use, SamplewiseUse) else []
     if not groups:
         return use.arrive(cotangents, rows, shape, dtype)
     parts = [(places, use.arrive(cotangents, own, shape, dtype)) for places, own in groups]
@@ -73,7 +74,7 @@ class Ragged(Individual):
         """The same, of all samples together."""
         return self.whole() if self.weights is None else self.whole().weighted(self.weights)
 
-    def narrow(self, start: int, stop: int) -> Individual:
+    def _narrow(self, start: int, stop: int) -> Individual:
         return self.padded.narrow(start, stop)
 
     def scaled(self, factor: Tensor) -> Ragged:
@@ -98,11 +99,11 @@ class Ragged(Individual):
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
         values = [getattr(part, name)() for _, part in self.groups]
         if name in ("total", "sum_squares"):
-            return sum(values[1:], start=values[0])
+            return sum_of(values)
         return self._placed(values, int(name == "norms"))
 
     def _placed(self, values: Sequence[Tensor], axis: int) -> Tensor:
-        """What each group gives for its samples, in the order of all, along an axis."""
+        """The results of all groups, in the order of the samples along an axis."""
         order = torch.cat([places for places, _ in self.groups]).argsort()
         return torch.cat(list(values), axis).index_select(axis, order.to(values[0].device))
 

@@ -1,4 +1,4 @@
-"""A fused function, replayed as the linear maps that it is made of: recurrent layers."""
+"""Fused functions, such as recurrent layers, that run again as the linear maps which they consist of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a parameter that are used by themselves: the matrices of experts, stacked along the first axis."""
+"""Parameters whose parts are used separately: the matrices of experts, stacked along the first axis."""
 
 from __future__ import annotations
 
@@ -9,92 +9,75 @@ import torch
 from torch import Tensor
 
 from backpack.samples import Rows, found_layout
-from backpack.uses.base import Cotangents, Individual, Use
-from backpack.uses.dense import DenseUse
+from backpack.uses.base import Individual, sum_of
+from backpack.uses.composed import Composed
+from backpack.uses.dense_use import DenseUse
 from backpack.uses.elementwise import Explicit
 from backpack.uses.ragged import arrive_in_groups
+from backpack.uses.use import Cotangents, Use
 
 
 @dataclass(eq=False)
-class Parts(Individual):
-    """Individual gradients of a parameter, from those of its entries along the first axis; of others they are zero."""
+class Parts(Composed):
+    """Individual gradients of a parameter, given those of some entries along its first axis; the rest are zero."""
 
     parts: dict[int, Individual]
     whole: torch.Size
 
     @property
+    def pieces(self) -> Sequence[Individual]:  # type: ignore[override]
+        return list(self.parts.values())
+
+    def map(self, function: Callable[[Individual], Individual]) -> Parts:
+        return Parts({place: function(part) for place, part in self.parts.items()}, self.whole)
+
+    @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.whole
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return next(iter(self.parts.values())).size
-
-    @property
-    def is_complex(self) -> bool:
-        return next(iter(self.parts.values())).is_complex
-
-    def narrow(self, start: int, stop: int) -> Parts:
-        return self._each(lambda part: part.narrow(start, stop))
-
-    def scaled(self, factor: Tensor) -> Parts:
-        return self._each(lambda part: part.scaled(factor))
-
     def weighted(self, weights: Tensor) -> Parts:
-        found = self._each(lambda part: part.weighted(weights))
+        found = self.map(lambda part: part.weighted(weights))
         found.weights = weights
         return found
-
-    def _part(self, start: int, stop: int) -> Parts:
-        found = self._each(lambda part: part._part(start, stop))
-        found.weights = None if self.weights is None else self.weights[:, start:stop]
-        return found
-
-    def _each(self, function: Callable[[Individual], Individual]) -> Parts:
-        return Parts({place: function(part) for place, part in self.parts.items()}, self.whole)
 
     def _dense(self) -> Tensor:
         return self._placed({place: part.dense() for place, part in self.parts.items()}, 2)
 
     def prepare(self, names: Iterable[str]) -> None:
         names = [name for name in names if name not in self._known]
-        for part in self.parts.values():
+        for part in self.pieces:
             part.prepare(names)
         super().prepare(names)
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
         if name == "norms":
-            norms = [part.norms() for part in self.parts.values()]
-            return sum(norms[1:], start=norms[0])
+            return sum_of(part.norms() for part in self.pieces)
         values = {place: getattr(part, name)() for place, part in self.parts.items()}
         return self._placed(values, int(name == "sample_squares"))
 
     def _placed(self, values: dict[int, Tensor], axis: int) -> Tensor:
-        """Values ``[..., *p]`` of each part in their places along an axis of the whole's."""
-        first = next(iter(values.values()))
-        nothing = torch.zeros_like(first)
+        """Put values ``[..., *p]`` of each part in their places along a new axis."""
+        nothing = torch.zeros_like(next(iter(values.values())))
         return torch.stack([values.get(place, nothing) for place in range(self.whole[0])], axis)
 
     def dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Parts):
             return super().dots(other)
         terms = [part.dots(other.parts[place]) for place, part in self.parts.items() if place in other.parts]
-        zero = next(iter(self.parts.values())).norms().new_zeros(*self.size, *other.size)
-        return sum(terms, start=zero)
+        return sum(terms, start=self.pieces[0].norms().new_zeros(*self.size, *other.size))
 
     def sample_dots(self, other: Individual) -> Tensor:
         if not isinstance(other, Parts):
             return super().sample_dots(other)
         terms = [part.sample_dots(other.parts[place]) for place, part in self.parts.items() if place in other.parts]
-        zero = next(iter(self.parts.values())).norms().new_zeros(self.size)
-        return sum(terms, start=zero)
+        return sum(terms, start=self.pieces[0].norms().new_zeros(self.size))
 
 
 @dataclass(eq=False)
 class StackedUse(Use):
-    """Each matrix of a stack multiplies rows ``x`` of its own: those up to its end, behind those of the one before.
+    """Each matrix of a stack multiplies its own rows of ``x``: from the end of the matrix before up to its own end.
 
-    ``unfold``, ``fold`` and ``flipped`` are those of the use of one matrix.
+    ``unfold``, ``fold`` and ``flipped`` are as in ``DenseUse``, for one matrix.
     """
 
     x: Tensor
@@ -116,6 +99,3 @@ class StackedUse(Use):
         if not parts:
             return Explicit(grad.new_zeros(len(grad), rows.count, *shape, dtype=dtype))
         return Parts(parts, shape)
-
-    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Individual:
-        raise NotImplementedError("The rows of each matrix are taken by themselves.")

@@ -1,4 +1,4 @@
-"""Patches of images: what a convolution multiplies with its kernel, and sums over patches that need less than these."""
+"""Patches of images, which convolutions multiply with a kernel, and faster ways to sums over patches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backpack.memory import contiguous, product
 from backpack.uses.base import accumulate
-from backpack.uses.factor_maps import scaled_product, second_moment
+from backpack.uses.second_moments import scaled_product, second_moment
 
 Size = int | Sequence[int]
 
@@ -22,14 +22,14 @@ SMALL = 2**19, 2**26
 
 
 def each(size: Size, dims: int) -> list[int]:
-    """One number a spatial dimension."""
+    """One number for each spatial dimension."""
     sizes = [size] if isinstance(size, int) else list(size)
     return sizes * dims if len(sizes) == 1 else sizes
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Where a kernel is put on an image, one number a spatial dimension each; ``padding`` in the form of ``F.pad``.
+    """The places of a kernel on an image: one number for each spatial dimension, ``padding`` as ``F.pad`` takes it.
 
     Axes: ``b`` images, ``c`` channels in ``g`` groups.
     """

@@ -12,7 +12,7 @@ class weight_jac_t_save_memory:
         self.save_memory = save_memory
 
     def __enter__(self) -> None:
-        """Nothing is to be switched."""
+        """Do nothing."""
 
     def __exit__(self, *exception: Any) -> None:
-        """Nothing was switched."""
+        """Do nothing."""

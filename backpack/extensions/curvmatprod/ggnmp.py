@@ -1,5 +1,3 @@
 """An import path of the original."""
 
-from backpack.extensions.matrix_products import GGNMP
-
-__all__ = ["GGNMP"]
+from backpack.extensions.matrix_products import GGNMP as GGNMP

@@ -1,5 +1,3 @@
 """An import path of the original."""
 
-from backpack.extensions.matrix_products import HMP
-
-__all__ = ["HMP"]
+from backpack.extensions.matrix_products import HMP as HMP

@@ -1,5 +1,3 @@
 """An import path of the original."""
 
-from backpack.extensions.matrix_products import PCHMP
-
-__all__ = ["PCHMP"]
+from backpack.extensions.matrix_products import PCHMP as PCHMP

@@ -1,5 +1,3 @@
 """An import path of the original."""
 
-from backpack.extensions.batch_grad import BatchGrad
-
-__all__ = ["BatchGrad"]
+from backpack.extensions.batch_grad import BatchGrad as BatchGrad

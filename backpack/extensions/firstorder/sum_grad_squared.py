@@ -1,5 +1,3 @@
 """An import path of the original."""
 
-from backpack.extensions.sum_grad_squared import SumGradSquared
-
-__all__ = ["SumGradSquared"]
+from backpack.extensions.sum_grad_squared import SumGradSquared as SumGradSquared

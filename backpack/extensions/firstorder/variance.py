@@ -1,5 +1,3 @@
 """An import path of the original."""
 
-from backpack.extensions.variance import Variance
-
-__all__ = ["Variance"]
+from backpack.extensions.variance import Variance as Variance

@@ -1,5 +1,4 @@
 """An import path of the original."""
 
-from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
-
-__all__ = ["SqrtGGNExact", "SqrtGGNMC"]
+from backpack.extensions.sqrt_ggn import SqrtGGNExact as SqrtGGNExact
+from backpack.extensions.sqrt_ggn import SqrtGGNMC as SqrtGGNMC

@@ -1,5 +1,5 @@
 """An import path of the original."""
 
-from backpack.extensions.hbp import BackpropStrategy, ExpectationApproximation, LossHessianStrategy
-
-__all__ = ["BackpropStrategy", "ExpectationApproximation", "LossHessianStrategy"]
+from backpack.extensions.strategies import BackpropStrategy as BackpropStrategy
+from backpack.extensions.strategies import ExpectationApproximation as ExpectationApproximation
+from backpack.extensions.strategies import LossHessianStrategy as LossHessianStrategy

@@ -1,9 +1,8 @@
-"""Individual gradients of matrices that map inputs to outputs, of which there are Kronecker factors."""
+"""Second moments of inputs and cotangents, and products that are known to be symmetric."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -12,52 +11,11 @@ from torch import Tensor
 from backpack.memory import empty
 from backpack.uses.base import Individual
 
-
-class LinearMap(Individual):
-    """Individual gradients of the matrix of a linear map."""
-
-    matrix: tuple[int, int]
-    """Its shape, and the sizes of its two factors."""
-    blocks: tuple[int, int] = (1, 1)
-    """Of how many diagonal blocks the two factors consist."""
-    ranks: tuple[int, int]
-    """What those of its two factors are at most."""
-    rows: range
-    """Those of the matrix that the map uses."""
-    inputs_first = False
-    """Whether the rows are inputs."""
-    diagonal_inputs = False
-    """Whether the input factor is diagonal, and of one axis."""
-
-    @abstractmethod
-    def output_factor(self, approx: str | None) -> Tensor:
-        """Sum over seeds and samples of outer products of cotangents."""
-
-    def output_blocks(self, moment: Tensor) -> Tensor:
-        """The output factor, given the second moment ``[c, c]`` of the outputs of all groups together."""
-        return moment
-
-    @abstractmethod
-    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
-        """Mean over samples of outer products of inputs, times ``scale``; of one axis where it is diagonal."""
-
-    @abstractmethod
-    def rotated(self, rows: Tensor, columns: Tensor) -> Individual:
-        """Gradients in the bases ``rows`` and ``columns``; a basis of one axis is the identity."""
-
-    def transposed(self) -> LinearMap | None:
-        """The map as one of the transposed matrix, or of a stack of them, where it can be seen as such."""
-        return None
-
-    def maps(self) -> Sequence[LinearMap]:
-        return [self]
-
-
 BLOCKS = 4
-"""Into how many blocks of columns a second moment is divided, of which only those up to the diagonal are computed."""
+"""The number of blocks of columns in which a second moment is computed, each down to the diagonal only."""
 
 LARGE = 3 * 2**15
-"""Entries of the rows from which on that pays: of fewer, the copies cost more than the products."""
+"""Entries of the rows from which on blocks pay off: with fewer, the copies cost more than the products."""
 
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
@@ -105,3 +63,8 @@ def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return matrix
     return matrix.unflatten(1, (groups, -1)).unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def matrices_of(grads: Individual, height: int) -> Tensor:
+    """Individual gradients as matrices of so many rows, ``[v, n, r, c]``."""
+    return grads.dense().reshape(*grads.size, height, -1)
