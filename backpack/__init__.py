@@ -15,8 +15,20 @@
 - ``utils``, ``custom_module``, ``core``: helpers for users, under the original's names.
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
 from backpack import extensions
-from backpack.context import CTX, backpack, convert_module_to_backpack, disable, extend, memory_cleanup, unextend
+from backpack.context import (
+    CTX,
+    backpack,
+    convert_module_to_backpack,
+    disable,
+    extend,
+    memory_cleanup,
+    results,
+    unextend,
+)
 from backpack.dataset import accumulate, across_processes
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.inspection import summary, verify
@@ -32,7 +44,17 @@ __all__ = [
     "extend",
     "extensions",
     "memory_cleanup",
+    "results",
     "summary",
     "unextend",
     "verify",
 ]
+
+try:
+    __version__ = _version("backpack-for-pytorch")
+except _PackageNotFoundError:  # a copy of the folder, without an installation
+    __version__ = "unknown"
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from backpack.backward import STARTS, differentiate
 from backpack.backward.block import Block
 from backpack.curvature import compute_curvature, may_rerun_model
-from backpack.extensions.backprop_extension import FIELDS, BackpropExtension
+from backpack.extensions.backprop_extension import FIELDS, BackpropExtension, Result
 from backpack.graph.users_hooks import guarded, note_retained
 from backpack.memory import keep_what_is_freed
 from backpack.modules.forward_hooks import EXTENDED, attach, detach, drop_interrupted, note_parameters
@@ -46,8 +46,14 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
     Raises:
         TypeError: ``module`` is no ``torch.nn.Module``, or a part of it was scripted or traced.
     """
+    if isinstance(module, type) and issubclass(module, Module):
+        raise TypeError(f"extend() takes an instance: write extend({module.__name__}(...)) instead of its class.")
     if not isinstance(module, Module):
-        raise TypeError(f"extend() takes a torch.nn.Module, got {type(module).__name__}.")
+        remedy = ": take the module instead, such as torch.nn.CrossEntropyLoss() for F.cross_entropy"
+        raise TypeError(
+            f"extend() takes a torch.nn.Module, got {getattr(module, '__name__', type(module).__name__)}"
+            f"{remedy if callable(module) else ''}."
+        )
     for name, child in module.named_modules():
         if isinstance(child, ScriptModule) and any(True for _ in child.parameters()):
             raise TypeError(
@@ -103,6 +109,8 @@ class backpack:
         for ext in exts:
             if isinstance(ext, type) and issubclass(ext, BackpropExtension):
                 raise ValueError(f"backpack() takes instances: write {ext.__name__}() instead of {ext.__name__}.")
+            if isinstance(ext, (list, tuple, set, dict)):
+                raise ValueError("backpack() takes extensions one by one: write backpack(*extensions).")
             if not isinstance(ext, BackpropExtension):
                 raise ValueError(f"backpack() takes extensions of backpack.extensions, got {ext!r}.")
         fields = [ext.savefield for ext in exts]
@@ -202,6 +210,24 @@ def memory_cleanup(module: Module) -> None:
             delattr(parameter, field)
     for child in module.modules():
         forget(child)
+
+
+def results(model: Module, extension: BackpropExtension[Result]) -> dict[str, Result]:
+    """What an extension has stored on the parameters of a model, by parameter name, with its type.
+
+    Parameters without a result (frozen ones, and those that the loss does not depend on) are left out. To read one
+    parameter: ``extension.result(parameter)``.
+
+    >>> import torch
+    >>> from backpack.extensions import BatchGrad
+    >>> model, individual = extend(torch.nn.Linear(2, 3)), BatchGrad(subsampling=[0, 1])
+    >>> with backpack(individual):
+    ...     model(torch.ones(8, 2)).sum().backward()
+    >>> {name: list(g.shape) for name, g in results(model, individual).items()}
+    {'weight': [2, 3, 2], 'bias': [2, 3]}
+    """
+    named = model.named_parameters()
+    return {name: extension.result(p) for name, p in named if extension.savefield in vars(p)}
 
 
 def convert_module_to_backpack(module: M, debug: bool) -> M:

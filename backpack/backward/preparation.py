@@ -123,7 +123,8 @@ def refuse_other_losses(block: Block) -> None:
     names = ", ".join(type(extension).__name__ for extension in block.second_order)
     raise RuntimeError(
         f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) before the "
-        f"forward pass, and call backward() on its output."
+        f"forward pass, and call backward() on its output. In place of a function such as F.cross_entropy, take the "
+        f"module, torch.nn.CrossEntropyLoss()."
     )
 
 

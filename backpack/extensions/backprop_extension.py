@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from inspect import signature
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import Module
@@ -28,7 +29,11 @@ BUILT_IN = (
 not know any others, so that scripts for it register rules for them."""
 
 
-class BackpropExtension(Quantity):
+Result = TypeVar("Result")
+"""The type of a parameter's result."""
+
+
+class BackpropExtension(Quantity, Generic[Result]):
     """A quantity that a backward pass inside ``backpack(...)`` stores on each parameter.
 
     Args:
@@ -88,6 +93,32 @@ class BackpropExtension(Quantity):
         self.rules = {}
         for module, rule in (module_exts or {}).items():
             self.set_module_extension(module, rule, overwrite=True)
+
+    def __repr__(self) -> str:
+        """The call that makes one like this; arguments that have their default are left out."""
+        given = []
+        for name, parameter in signature(type(self)).parameters.items():
+            value = self.subset.given if name == "subsampling" else vars(self).get(name, parameter.default)
+            if name == "savefield" and value == type(self).savefield:
+                continue
+            if repr(value) != repr(parameter.default):
+                given.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def result(self, parameter: Tensor) -> Result:
+        """The result on a parameter: ``getattr(parameter, savefield)``, with its type.
+
+        Raises:
+            AttributeError: The parameter has none.
+        """
+        try:
+            found: Result = vars(parameter)[self.savefield]
+        except KeyError:
+            raise AttributeError(
+                f"The parameter of shape {list(parameter.shape)} has no .{self.savefield}: call backward() inside of "
+                f"backpack({self!r}), on a loss that depends on the parameter."
+            ) from None
+        return found
 
     def get_subsampling(self) -> Any:
         """The samples that contribute, as they were given; ``None`` for all."""
@@ -152,7 +183,7 @@ class BackpropExtension(Quantity):
         RULED.add(module)
 
 
-class BuiltInExtension(BackpropExtension):
+class BuiltInExtension(BackpropExtension[Result]):
     """An extension of this package without options of its own."""
 
     def __init__(self, subsampling: Any = None, savefield: str | None = None) -> None:

@@ -9,7 +9,7 @@ from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class BatchDiagGGNExact(ExactExtension):
+class BatchDiagGGNExact(ExactExtension[Tensor]):
     """Diagonal of each sample's term of the GGN, ``diag_ggn_exact_batch`` of shape ``[N, *p]``.
 
     Scaled as the loss scales its samples, so that the sum over ``N`` is ``diag_ggn_exact``. With ``subsampling``, of
@@ -24,7 +24,7 @@ class BatchDiagGGNExact(ExactExtension):
         return grads.sample_squares()
 
 
-class BatchDiagGGNMC(SampledExtension, BatchDiagGGNExact):
+class BatchDiagGGNMC(SampledExtension[Tensor], BatchDiagGGNExact):
     """Monte-Carlo estimate of each sample's GGN diagonal, ``diag_ggn_mc_batch`` of shape ``[N, *p]``.
 
     As ``DiagGGNMC``, without the sum over samples.

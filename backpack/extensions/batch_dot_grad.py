@@ -10,7 +10,7 @@ from backpack.uses import Individual
 from backpack.uses.complex_numbers import as_real
 
 
-class BatchDotGrad(BuiltInExtension):
+class BatchDotGrad(BuiltInExtension[Tensor]):
     """Pairwise dot products of the individual gradients, ``batch_dot`` of shape ``[N, N]``, per parameter.
 
     Of the gradients as ``BatchGrad`` scales them, and of their real and imaginary parts; the diagonal is ``batch_l2``.

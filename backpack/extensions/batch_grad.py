@@ -9,7 +9,7 @@ from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class BatchGrad(BuiltInExtension):
+class BatchGrad(BuiltInExtension[Tensor]):
     """Individual gradients, ``grad_batch`` of shape ``[N, *p]``.
 
     Entry ``n`` is sample ``n``'s contribution to the gradient: with a loss that averages over ``N`` samples, ``1/N``

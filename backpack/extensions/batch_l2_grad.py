@@ -9,7 +9,7 @@ from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class BatchL2Grad(BuiltInExtension):
+class BatchL2Grad(BuiltInExtension[Tensor]):
     """Squared Euclidean norms of the individual gradients, ``batch_l2`` of shape ``[N]``, per parameter.
 
     Of the gradients as ``BatchGrad`` scales them; real, also of complex parameters. They are not stored: norms come

@@ -12,7 +12,7 @@ from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 
 
-class ClippedGrad(BackpropExtension):
+class ClippedGrad(BackpropExtension[Tensor]):
     """Sum of the individual gradients, each clipped to a norm over all parameters, ``grad_clipped`` of shape ``p``.
 
     Sample ``n``'s gradient, as ``BatchGrad`` scales it, is multiplied by ``min(1, max_norm / norm_n)``, where

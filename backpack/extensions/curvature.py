@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from backpack.extensions import interface
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.backprop_extension import BackpropExtension, Result
 from backpack.extensions.strategies import BackpropStrategy as BackpropStrategy
 from backpack.extensions.strategies import Curvature as Curvature
 from backpack.extensions.strategies import ExpectationApproximation as ExpectationApproximation
 from backpack.extensions.strategies import LossHessianStrategy as LossHessianStrategy
 
 
-class CurvatureExtension(interface.Curvature, BackpropExtension):
+class CurvatureExtension(interface.Curvature, BackpropExtension[Result]):
     """A quantity read from pulled-back columns of a root of the loss Hessian.
 
     Args:
@@ -40,14 +40,14 @@ class CurvatureExtension(interface.Curvature, BackpropExtension):
         self.mc_samples = mc_samples
 
 
-class ExactExtension(CurvatureExtension):
+class ExactExtension(CurvatureExtension[Result]):
     """A quantity of exact columns, without options of its own."""
 
     def __init__(self, subsampling: Any = None, chunk_size: int | None = None, savefield: str | None = None) -> None:
         super().__init__(savefield, subsampling, chunk_size)
 
 
-class SampledExtension(CurvatureExtension):
+class SampledExtension(CurvatureExtension[Result]):
     """A quantity of ``mc_samples`` random columns; it goes in front of the exact quantity in a list of bases."""
 
     seeds = "sampled"

@@ -9,7 +9,7 @@ from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 
 
-class DiagGGNExact(ExactExtension):
+class DiagGGNExact(ExactExtension[Tensor]):
     """Diagonal of the generalized Gauss-Newton matrix of the loss, ``diag_ggn_exact`` of shape ``p``.
 
     ``sum_n J_n^T H_n J_n``, with ``J_n`` the Jacobian of the model's output and ``H_n`` the Hessian of the loss with
@@ -24,7 +24,7 @@ class DiagGGNExact(ExactExtension):
         return grads.sum_squares()
 
 
-class DiagGGNMC(SampledExtension, DiagGGNExact):
+class DiagGGNMC(SampledExtension[Tensor], DiagGGNExact):
     """Monte-Carlo estimate of the GGN diagonal, ``diag_ggn_mc`` of shape ``p``.
 
     The loss Hessian is replaced by the mean over ``mc_samples`` of outer products of gradients at labels drawn from

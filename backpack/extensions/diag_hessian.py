@@ -9,7 +9,7 @@ from backpack.extensions.merge_batches import Joined, Merging, Summed
 from backpack.uses import Individual
 
 
-class DiagHessian(ExactExtension):
+class DiagHessian(ExactExtension[Tensor]):
     """Diagonal of the Hessian of the loss, ``diag_h`` of shape ``p``, reduction included.
 
     The GGN diagonal and, for each function of the graph that is not piecewise linear, the diagonal of its residual
@@ -41,7 +41,7 @@ class DiagHessian(ExactExtension):
         return grads.sum_squares()
 
 
-class DiagHessianMC(SampledExtension, DiagHessian):
+class DiagHessianMC(SampledExtension[Tensor], DiagHessian):
     """Monte-Carlo estimate of the Hessian's diagonal, ``diag_h_mc`` of shape ``p``.
 
     For the GGN as ``DiagGGNMC``; each residual ``R`` is replaced by the mean over ``mc_samples`` of ``r (R r)^T`` with

@@ -16,7 +16,7 @@ from backpack.uses.kronecker import complete, output_factors
 from backpack.utils.kroneckers import Eigen
 
 
-class EKFAC(KroneckerExtension):
+class EKFAC(KroneckerExtension[Eigen]):
     """The eigenbases of Kronecker factors and the curvature along them, ``ekfac``: a ``utils.kroneckers.Eigen``.
 
     ``bases`` are the eigenvectors of the factors that ``KFAC(fisher=fisher, approx=approx)`` computes, in their order.

@@ -13,7 +13,7 @@ from backpack.uses import Individual
 from backpack.uses.complex_numbers import as_real
 
 
-class GGNGram(CurvatureExtension):
+class GGNGram(CurvatureExtension[Tensor]):
     """Gram matrix ``V^T V`` of the GGN's root ``V``, ``ggn_gram`` of shape ``[C * N, C * N]``, per parameter.
 
     Of the columns of ``SqrtGGNExact``, flattened in their order, without storing them; of complex ones, of their real

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor
+
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
-class HBP(KroneckerExtension):
+class HBP(KroneckerExtension[list[Tensor]]):
     """Kronecker factors by the strategies given: a list of tensors.
 
     For what they are and for ``approx``, see ``KroneckerExtension``. The instances that have a name:
@@ -66,6 +68,8 @@ class HBP(KroneckerExtension):
             )
         fisher = "mc" if loss_hessian_strategy == "sampling" else "exact"
         super().__init__(savefield, subsampling, None, mc_samples, approx, fisher)
+        self.curv_type, self.loss_hessian_strategy = curv_type, loss_hessian_strategy
+        self.backprop_strategy, self.ea_strategy = backprop_strategy, ea_strategy
         self.backprop = backprop_strategy
         if curv_type != "ggn":
             if backprop_strategy == "average":

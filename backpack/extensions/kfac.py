@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
-class KFAC(KroneckerExtension):
+class KFAC(KroneckerExtension[list[Tensor]]):
     """Kronecker factors from labels drawn from the model's predictive distribution, ``kfac``: a list of tensors.
 
     For what they are and for ``approx``, see ``KroneckerExtension``. With ``fisher="exact"`` those of ``KFLR``, with

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
-class KFLR(KroneckerExtension):
+class KFLR(KroneckerExtension[list[Tensor]]):
     """Kronecker factors from all columns of a root of the loss Hessian, ``kflr``: a list of tensors.
 
     For what they are and for ``approx``, see ``KroneckerExtension``. (Botev, Ritter & Barber, 2017, section 4.)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from backpack.extensions.kronecker import FACTORS, KroneckerExtension
 
 
-class KFRA(KroneckerExtension):
+class KFRA(KroneckerExtension[list[Tensor]]):
     """Kronecker factors from the recursion of averaged curvatures, ``kfra``: a list of tensors.
 
     For what they are and for ``approx``, see ``KroneckerExtension``. Instead of each sample's columns, the mean over

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from backpack.extensions.backprop_extension import Result
 from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.merge_batches import Averaged, Listed, Summed
 from backpack.samples import Subset
@@ -22,7 +23,7 @@ FACTORS = Listed((Summed(1), Averaged(), Summed(1), Averaged()))
 """How the factors of batches are merged, which are kept apart for that."""
 
 
-class KroneckerExtension(CurvatureExtension):
+class KroneckerExtension(CurvatureExtension[Result]):
     """Kronecker factors of each parameter's block of the generalized Gauss-Newton matrix, a list of tensors.
 
     Their Kronecker product approximates the block in row-major order, as the original's does.

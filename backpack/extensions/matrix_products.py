@@ -26,7 +26,7 @@ class Blocks(Protocol):
         """The positive-curvature Hessian, with modified eigenvalues."""
 
 
-class MatrixProduct(CurvatureExtension):
+class MatrixProduct(CurvatureExtension[Product]):
     """A function that multiplies vectors of a parameter's shape ``p``, or several ``[V, *p]``, with a matrix.
 
     The function can be used after the backward pass, also when parameters have been updated since: the matrix stays the

@@ -10,7 +10,7 @@ from backpack.extensions.merge_batches import Joined
 from backpack.uses import Individual
 
 
-class SqrtGGNExact(ExactExtension):
+class SqrtGGNExact(ExactExtension[Tensor]):
     """Root of the GGN, ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
 
     ``C`` counts the columns of a root of the loss Hessian: classes for cross entropy (times positions), outputs for
@@ -33,7 +33,7 @@ class SqrtGGNExact(ExactExtension):
         return torch.cat(results)
 
 
-class SqrtGGNMC(SampledExtension, SqrtGGNExact):
+class SqrtGGNMC(SampledExtension[Tensor], SqrtGGNExact):
     """Monte-Carlo estimate of a root of the GGN, ``sqrt_ggn_mc`` of shape ``[mc_samples, N, *p]``.
 
     Of several extended losses in one pass, each has as many columns. Holds the factor ``1 / sqrt(mc_samples)``, so that

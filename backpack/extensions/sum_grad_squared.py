@@ -9,7 +9,7 @@ from backpack.extensions.merge_batches import Summed
 from backpack.uses import Individual
 
 
-class SumGradSquared(BuiltInExtension):
+class SumGradSquared(BuiltInExtension[Tensor]):
     """Sum over samples of the squared individual gradients, ``sum_grad_squared`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: with a loss that averages over ``N`` samples, ``1/N^2`` times the

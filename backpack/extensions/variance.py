@@ -10,7 +10,7 @@ from backpack.uses import Individual
 from backpack.uses.complex_numbers import squared
 
 
-class Variance(BuiltInExtension):
+class Variance(BuiltInExtension[Tensor]):
     """Population variance of the individual gradients over the samples, ``variance`` of shape ``p``.
 
     Of the gradients as ``BatchGrad`` scales them: mean of the squares minus square of the mean, over all samples or
