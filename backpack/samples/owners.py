@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph import LEAF, VIEWS, Edge, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded_pass import coded
-from backpack.samples.layout_rules import Unknown, spread
+from backpack.samples.layout_rules import Unknown, input_layouts
 from backpack.samples.layouts import AnyLayout, Scattered, found_layout, same
 
 
@@ -144,7 +144,7 @@ class _Descent:
                 raise Unknown
             if (self.exactly and kind(node) in SELECTING) or (self.thoroughly and kind(node) in MASKING):
                 raise Unknown
-            sent = list(spread(node, edges, layout, number))
+            sent = input_layouts(node, edges, layout, number)
             if self.thoroughly and any(
                 own is None and other is not None and not is_single_parameter(other, self.graph, {"ToCopy", *VIEWS})
                 for own, (other, _) in zip(sent, edges, strict=True)

@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from backpack.graph import Edge, Graph, kind, saved, shape_of
 from backpack.modules.calls import Note, run_on_fewer
 from backpack.samples.ids import SampleIds
-from backpack.samples.layout_rules import onto
+from backpack.samples.layout_rules import broadcast_from
 from backpack.samples.layouts import AnyLayout, Layout, same
 from backpack.samples.owners import Owners, is_single_parameter
 from backpack.torch_internals import is_packed
@@ -374,7 +374,7 @@ def _of_saved(
     if kind(node) == "Embedding":
         return None if layout.occupies([len(shape) - 1]) else layout.moved(range(len(shape) - 1))
     if kind(node) == "Mul":
-        return onto(layout, shape, saved.shape)
+        return broadcast_from(saved.shape, layout, shape)
     return sent[k]
 
 
