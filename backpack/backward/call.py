@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.preparation import is_wanted
-from backpack.graph import LEAF, Edge, Graph, edge_of, variable_of
+from backpack.graph import Edge, Graph, edge_of, full_of
 from backpack.torch_internals import pull_back
 
 STARTS: dict[Any, tuple[str, str]] = {
@@ -55,7 +55,7 @@ class Call:
     def cotangents(self, at: Sequence[Edge]) -> Sequence[Tensor | None]:
         """What the pass will bring to some edges."""
         given = _listed(self.given.get(STARTS[self.function][1])) or [None] * len(self.roots)
-        seeds = [_ones(root) if seed is None else seed for root, seed in zip(self.roots, given, strict=True)]
+        seeds = [full_of(*edge_of(root), 1) if s is None else s for root, s in zip(self.roots, given, strict=True)]
         if [edge_of(root) for root in self.roots] == at:
             return seeds
         return pull_back(self.roots, [GradientEdge(*edge) for edge in at], seeds, self.creates_graph)
@@ -79,13 +79,6 @@ def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return [value] if isinstance(value, (Tensor, GradientEdge)) else list(value)
-
-
-def _ones(root: GradientEdge) -> Tensor:
-    if root.node.name() == LEAF:
-        return torch.ones_like(variable_of(root.node))
-    metadata = root.node._input_metadata[root.output_nr]
-    return torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
 
 
 def edge(root: Any) -> GradientEdge:
