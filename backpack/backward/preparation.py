@@ -21,7 +21,7 @@ from backpack.modules.loss_calls import losses_in
 from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
-from backpack.samples.mixing import behind, holds_computed_values, mixed_data, unproved
+from backpack.samples.mixing import holds_computed_values, mixed_data, unproved
 from backpack.samples.owners import Owners, find_owners
 from backpack.samples.where_samples_begin import decide
 
@@ -68,9 +68,9 @@ def planned(
     n: int,
     rows: int | None,
 ) -> Prepared:
-    """With the uses of the wanted parameters, and where samples are mixed.
+    """Plan a pass: the uses of the wanted parameters, and where samples are mixed.
 
-    ``rows``: how many rows of the inputs the samples are; ``None``: they are no rows.
+    ``rows``: how many rows of the inputs are samples; ``None``: samples are no rows of the inputs.
     """
     plan = make_plan(graph, owners, n, wanted)
     if n > 1 and plan.entries:
@@ -99,19 +99,17 @@ def is_wanted(leaf: Tensor) -> bool:
 
 
 def _passes(block: Block, prepared: Prepared) -> float:
-    """How many backward passes it takes to pull samples through mixed regions, for one column, by entries of tensors.
+    """How many backward passes it costs to pull samples through mixed regions, for one column.
 
-    Subsets of different extensions are pulled by themselves.
+    The cost is estimated by the entries of the tensors. Each subset of samples is pulled by itself.
     """
     graph, plan = prepared.graph, prepared.plan
     size = {node: sum(prod(shape_of(node, number)) for number in range(count_outputs(node))) for node in graph.order}
-    below = {node for entry in plan.mixed for node in behind(entry, graph)}
+    below = set(graph.behind(plan.mixed))
     subsets = {extension.subset.key: extension.subset for extension in block.extensions}
-    device = torch.device("cpu")
-    rows = [subset.rows(plan.n, device) for subset in subsets.values()]
-    return sum(plan.n if own is None else len(own) for own in rows) * (
-        sum(size[node] for node in below) / max(1, sum(size.values()))
-    )
+    rows = [subset.rows(plan.n, torch.device("cpu")) for subset in subsets.values()]
+    samples = sum(plan.n if own is None else len(own) for own in rows)
+    return samples * sum(size[node] for node in below) / max(1, sum(size.values()))
 
 
 def refuse_other_losses(block: Block) -> None:
@@ -145,7 +143,7 @@ def refuse_complex(block: Block, prepared: Prepared) -> None:
 
 
 _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
-"""What users have been told of what mixes the samples of a model."""
+"""For each model, what mixes its samples, as far as the user was warned of it."""
 
 
 def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note], calls: Sequence[Note]) -> None:

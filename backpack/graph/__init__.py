@@ -1,17 +1,6 @@
 """PyTorch's recorded graph: its traversal, and what is known of its nodes."""
 
-from backpack.graph.nodes import (
-    LEAF,
-    VIEWS,
-    call,
-    count_outputs,
-    full_of,
-    is_complex,
-    kind,
-    shape_of,
-    signed,
-    variable_of,
-)
+from backpack.graph.nodes import LEAF, VIEWS, call, count_outputs, is_complex, kind, shape_of, signed, variable_of
 from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
 from backpack.graph.saved_parameters import copy_saved_parameters
 from backpack.graph.traversal import Edge, Graph, Incoming, edge_of, read
@@ -27,7 +16,6 @@ __all__ = [
     "count_outputs",
     "edge_of",
     "forget_recomputed",
-    "full_of",
     "is_complex",
     "is_recomputed",
     "kind",

@@ -37,6 +37,11 @@ class Owners:
     within: dict[tuple[Node, GradientEdge], AnyLayout] = field(default_factory=dict)
     is_thorough: bool = False
 
+    def first_owned(self, node: Node) -> tuple[int, AnyLayout]:
+        """The first output of a node's function that belongs to samples, and where they lie in it."""
+        found = ((number, self.owned.get((node, number))) for number in range(count_outputs(node)))
+        return next((number, layout) for number, layout in found if layout is not None)
+
 
 class _Disputed(Exception):
     """Two nodes send rows of different samples to the same place, unless they send zeros there."""

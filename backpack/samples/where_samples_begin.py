@@ -369,7 +369,7 @@ def _of_saved(
     node: Node, graph: Graph, owners: Owners, k: int, saved: Tensor, sent: Sequence[AnyLayout | None]
 ) -> AnyLayout | None:
     """Where the samples lie in an input that was saved."""
-    number, layout = next((nr, found) for nr in range(99) if (found := owners.owned.get((node, nr))) is not None)
+    number, layout = owners.first_owned(node)
     shape = shape_of(node, number)
     if kind(node) == "Embedding":
         return None if layout.occupies([len(shape) - 1]) else layout.moved(range(len(shape) - 1))
