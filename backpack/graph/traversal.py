@@ -41,7 +41,7 @@ class Graph:
 
     def behind(self, starts: Iterable[Node]) -> Iterator[Node]:
         """Some nodes, and all nodes that edges lead to from them."""
-        pending = list(starts)
+        pending = list(dict.fromkeys(starts))
         seen = set(pending)
         while pending:
             node = pending.pop()

@@ -323,9 +323,15 @@ def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> Se
     if n == 1 and shape and shape[0] != 1:
         return (Layout(1, inner=shape[0]),)
     found = [Layout(n, axis) for axis in axes if shape[axis] == n]
-    if 0 in axes and n > 1 and shape[0] % n == 0 and shape[0] > n:
-        found += [Layout(n, inner=shape[0] // n), Layout(n, outer=shape[0] // n)]
+    if 0 in axes and n > 1:
+        found += layouts_in_blocks(shape, n)
     return tuple(found[:1] if n == 1 else found)
+
+
+def layouts_in_blocks(shape: Sequence[int], n: int) -> list[Layout]:
+    """The layouts in which each of ``n`` samples has several entries along the first axis: together, or in turns."""
+    each = shape[0] // n if 0 < n < shape[0] and shape[0] % n == 0 else 0
+    return [Layout(n, inner=each), Layout(n, outer=each)] if each else []
 
 
 @dataclass

@@ -52,9 +52,7 @@ def mixed_data(
                 known[node] = False
                 for storage in {memory_of(tensor) for _, _, tensor in without_history(node)}:
                     if storage in inputs and storage not in by_samples:
-                        own = own or {
-                            memory_of(tensor) for one in owners.sends for _, _, tensor in without_history(one)
-                        }
+                        own = own or {memory_of(held) for one in owners.sends for _, _, held in without_history(one)}
                         by_samples[storage] = n is None or storage in own or not _is_for_all(*inputs[storage], n)
                     known[node] = known[node] or by_samples.get(storage, False)
             if known[node]:

@@ -1,29 +1,25 @@
 """Where samples begin: at the outputs of extended modules, and along which of their axes.
 
-A sample is a row of an extended model's output: along axis 0, if nothing speaks against it. What may speak against it
-are the sizes of what the module was given. Where these leave a choice, it must be proved in the pass that uses it: a
-node that saved an input of the module must own, row by row, what the input's rows say. Where none did, the layout under
-which samples stay apart is taken; where that is no answer either, a copy of the module runs on one row less, without
-gradients, and the axis that shrinks is taken.
+A sample is a row of an extended model's output: along axis 0, unless the sizes of the module's inputs allow another
+axis. Where they leave a choice, nodes that saved an input of the module prove it (``evidence.py``). If there is no such
+node, we take the layout under which samples stay apart. If that does not decide either, a copy of the module runs on
+one row less, without gradients, and we take the axis that shrinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-import torch
-from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import Edge, Graph, kind, saved, shape_of
+from backpack.graph import Edge, Graph, shape_of
 from backpack.modules.calls import Note, run_on_fewer
+from backpack.samples.evidence import layout_of_saved, proved, saved_inputs
 from backpack.samples.ids import SampleIds
-from backpack.samples.layout_rules import broadcast_from
-from backpack.samples.layouts import AnyLayout, Layout, same
+from backpack.samples.layouts import AnyLayout, Layout, layouts_in_blocks, same
 from backpack.samples.owners import Owners, is_single_parameter
-from backpack.torch_internals import is_packed
+from backpack.torch_internals import memory_of
 
 Sweep = Callable[[dict[Edge, AnyLayout]], Owners]
 
@@ -38,8 +34,8 @@ def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
         return found if found and 1 not in sizes else [Layout(1, first)]
     found.insert(0, Layout(shape[first], first))
     if shape[first] not in sizes:
-        blocks = [n for n in note.sizes_of_data if 0 < n < shape[0] and shape[0] % n == 0 and (n > 1 or sizes == [1])]
-        found += [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
+        blocks = [n for n in note.sizes_of_data if n > 1 or sizes == [1]]
+        found += [layout for n in blocks for layout in layouts_in_blocks(shape, n)]
     return found
 
 
@@ -104,9 +100,8 @@ def _refuse_whole_inputs(graph: Graph, owners: Owners, edge: Edge, note: Note, n
     is_used = False
     for node in graph.order:
         for k, value in saved_inputs(node):
-            if value.untyped_storage()._cdata == given.untyped_storage()._cdata:
-                sent = owners.sends.get(node)
-                if sent is not None and _of_saved(node, graph, owners, k, value, sent) is not None:
+            if memory_of(value) == memory_of(given):
+                if node in owners.sends and layout_of_saved(node, owners, k, value) is not None:
                     return
                 is_used = True
     if is_used:
@@ -141,14 +136,14 @@ class Choice:
             RuntimeError: Several are as good.
         """
         first, *others = self.layouts
-        verdict = proved(self.graph, self.owners, [self.note], first.n)
+        verdict = proved(self.owners, [self.note], first.n)
         if verdict:
             return first, self.owners
         attempts = [
             (first, self.owners),
             *((layout, self.sweep({**self.chosen, self.edge: layout})) for layout in others),
         ]
-        shown = [one for one in attempts[1:] if proved(self.graph, one[1], [self.note], one[0].n)]
+        shown = [one for one in attempts[1:] if proved(one[1], [self.note], one[0].n)]
         if shown and (verdict is False or first.n not in self.note.sizes):
             return shown[0]
         left = [*(attempts[:1] if verdict is None else ()), *(shown or attempts[1:])]
@@ -202,15 +197,14 @@ def _elsewhere(
     sample.
     """
     sizes = {layout.n for edge, layout in chosen.items() if owners.owned.get(edge) is layout}
-    inputs = {tensor.untyped_storage()._cdata for note in calls for tensor in note.inputs}
+    inputs = {memory_of(tensor) for note in calls for tensor in note.inputs}
     above = {node for node, _ in owners.above}
     reaches_data: set[Node] = set()
     is_needed: set[Node] = set()
     for node in reversed(graph.order):
-        following = [(other, number) for other, number in graph.edges[node] if other is not None]
-        if any(other in reaches_data or edge in owners.owned for edge in following for other in edge[:1]) or any(
-            tensor.untyped_storage()._cdata in inputs for _, tensor in saved_inputs(node)
-        ):
+        following = graph.inputs_of(node)
+        is_above_data = any(edge[0] in reaches_data or edge in owners.owned for edge in following)
+        if is_above_data or any(memory_of(tensor) in inputs for _, tensor in saved_inputs(node)):
             reaches_data.add(node)
         is_used = any(edge in owners.mixed or edge[0] in wanted or edge[0] in is_needed for edge in following)
         if is_used and node in above and node not in owners.sends:
@@ -239,8 +233,7 @@ def _layouts_elsewhere(
     if not sizes:
         return [layout for note in calls for layout in candidates(shape, note) if layout.n in note.sizes]
     exact = [Layout(n, axis) for n in sizes for axis in range(len(shape)) if shape[axis] == n]
-    blocks = [n for n in sizes if n > 1 and shape[0] > n and shape[0] % n == 0]
-    return exact + [Layout(n, 0, *pair) for n in blocks for pair in ((1, shape[0] // n), (shape[0] // n, 1))]
+    return exact + [layout for n in sizes if n > 1 for layout in layouts_in_blocks(shape, n)]
 
 
 def _agrees(graph: Graph, before: Owners, after: Owners, calls: Sequence[Note], n: int, data: set[Node]) -> bool:
@@ -262,120 +255,7 @@ def _agrees(graph: Graph, before: Owners, after: Owners, calls: Sequence[Note], 
         edge in before.owned and node not in before.sends for node in after.sends for edge in graph.edges[node]
     ):
         return True
-    return bool(proved(graph, after, calls, n))
-
-
-SAVED = {
-    "Addmm": {1: "mat1", 2: "mat2"},
-    "Mm": {0: "self", 1: "mat2"},
-    "Bmm": {0: "self", 1: "mat2"},
-    "Baddbmm": {1: "batch1", 2: "batch2"},
-    "Mul": {0: "self", 1: "other"},
-    "Convolution": {0: "input"},
-    "NativeLayerNorm": {0: "input"},
-    "NativeGroupNorm": {0: "input"},
-    "NativeBatchNorm": {0: "input"},
-    "Embedding": {0: "indices"},
-    "MkldnnRnnLayer": {0: "input"},
-}
-"""Under which names kinds of nodes save their inputs."""
-
-
-def saved_inputs(node: Node) -> Iterator[tuple[int, Tensor]]:
-    """The inputs that a node saved, and their places; none that are computed again when they are read."""
-    for k, name in SAVED.get(kind(node), {}).items():
-        raw = getattr(node, f"_raw_saved_{name}", None)  # a product with a number has none
-        if raw is not None and not is_packed(raw):
-            found = getattr(node, f"_saved_{name}")
-            if found is not None:
-                yield k, found
-
-
-def proved(graph: Graph, owners: Owners, calls: Sequence[Note], n: int) -> bool | None:
-    """Whether nodes that saved an input of a module own what its ``n`` rows say; ``None``: there are none.
-
-    One that does is a proof, and so are several of which each belongs to a sample of its own. One of which no row
-    belongs to a single sample, but each entry does, speaks against it, and so does it if several samples have all
-    inputs of this size in common.
-    """
-    inputs: dict[int, tuple[Tensor, int]] = {}
-    storages: set[int] = set()
-    shared: set[int] = set()
-    whole: dict[tuple[int, int], int] = {}
-    for call in calls:
-        for tensor in call.inputs:
-            storages.add(tensor.untyped_storage()._cdata)
-            if tensor.dim() and tensor.shape[call.axis_of(tensor)] == n and tensor.numel():
-                inputs[tensor.untyped_storage()._cdata] = (tensor, call.axis_of(tensor))
-    against = False
-    for node, sent in owners.sends.items():
-        if kind(node) == "EmbeddingBag" and saved(node, "offsets").untyped_storage()._cdata in storages:
-            if owners.owned[node, 0].axes == [0]:
-                return True
-            against = True
-        for k, value in saved_inputs(node):
-            storage = value.untyped_storage()._cdata
-            own = _of_saved(node, graph, owners, k, value, sent) if storage in storages else None
-            if own is None or own.n != n:
-                continue
-            owner = own.owners(value.shape, torch.device("cpu"))
-            if n > 1 and len(samples := owner.unique()) == 1:
-                whole[storage, int(value.storage_offset())] = int(samples)
-                if len(set(whole.values())) > 1:
-                    return True
-            if storage in inputs:
-                evidence = _evidence(owner.expand(value.shape), *inputs[storage], value)
-                if evidence is Evidence.FOR:
-                    return True
-                against = against or evidence is Evidence.AGAINST
-                shared.update({storage} if evidence is Evidence.SHARED else ())
-    return False if against or (shared and shared == set(inputs)) else None
-
-
-class Evidence(Enum):
-    """What the samples of some entries say of the layout that they follow from."""
-
-    FOR = "they are those of the rows of an input"
-    AGAINST = "they are others"
-    SHARED = "several have entries in common"
-    NOTHING = "there are entries of one row at most"
-
-
-def _evidence(owner: Tensor, tensor: Tensor, axis: int, like: Tensor) -> Evidence:
-    """Whether entries belong to samples as the rows of the tensor do whose memory they are, in any order."""
-    memory = tensor.untyped_storage().nbytes()
-    size = memory // tensor.element_size()
-    rows = torch.full((size,), -1)
-    index = torch.arange(tensor.shape[axis]).reshape([-1 if a == axis else 1 for a in range(tensor.dim())])
-    rows.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(index.expand(tensor.shape))
-    own = torch.arange(memory // like.element_size())  # real parts are smaller than complex entries
-    own = own * like.element_size() // tensor.element_size()
-    entries = own.as_strided(like.shape, like.stride(), like.storage_offset()).flatten()
-    owner = owner.flatten()
-    of_entry = torch.full((size,), -1).index_put((entries,), owner)
-    if bool((of_entry[entries] != owner).any()):
-        return Evidence.SHARED
-    there = owner >= 0
-    row, owner = rows[entries][there].clamp(min=0), owner[there]
-    of_row = torch.full((tensor.shape[axis],), -1).index_put((row,), owner)
-    if not bool((of_row[row] == owner).all()):
-        return Evidence.AGAINST
-    if len(row.unique()) < 2:
-        return Evidence.NOTHING
-    return Evidence.FOR if len(owner.unique()) > 1 else Evidence.AGAINST
-
-
-def _of_saved(
-    node: Node, graph: Graph, owners: Owners, k: int, saved: Tensor, sent: Sequence[AnyLayout | None]
-) -> AnyLayout | None:
-    """Where the samples lie in an input that was saved."""
-    number, layout = owners.first_owned(node)
-    shape = shape_of(node, number)
-    if kind(node) == "Embedding":
-        return None if layout.occupies([len(shape) - 1]) else layout.moved(range(len(shape) - 1))
-    if kind(node) == "Mul":
-        return broadcast_from(saved.shape, layout, shape)
-    return sent[k]
+    return bool(proved(after, calls, n))
 
 
 def _by_running(edge: Edge, attempts: Sequence[tuple[Layout, Owners]], note: Note) -> tuple[Layout, Owners] | None:
