@@ -24,7 +24,7 @@ class Owners:
     node whose outputs are owned, where the samples lie in what it sends along each edge (``None``: an entry comes from
     several); ``above``: edges that are reached from the roots without coming to samples first; ``joined``: those of
     them at which samples begin, with their layout, that are also mixed below others; ``coded``: nodes that took a coded
-    pass; ``within``: of a node's inputs, the layouts of those entries alone whose second derivatives keep samples apart.
+    pass; ``within``: of a node's inputs, the layouts of those entries whose second derivatives keep samples apart.
     """
 
     owned: dict[Edge, AnyLayout] = field(default_factory=dict)

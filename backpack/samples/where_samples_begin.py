@@ -72,44 +72,22 @@ def decide(
         chosen: dict[Edge, AnyLayout] = {edge: layouts[0] for edge, layouts in possible.items()}
     else:
         chosen = {edge: ids.layout(shape) for edge, shape in shapes.items() if ids.fits(shape)}
-    owners = sweep(chosen)
+    decision = Decision(graph, calls, sweep, ids, chosen, sweep(chosen))
     for edge, shape in shapes.items():
-        if edge not in chosen and edge in owners.above:
+        if edge not in chosen and edge in decision.owners.above:
             raise RuntimeError(
                 f"sample_ids, of shape {list(ids.shape if ids else ())}, does not fit the output of "
                 f"{_name(notes[edge])}, of shape {list(shape)}: give one number for each entry along its first axis, "
                 f"or along its first axes."
             )
     for edge, layouts in possible.items():
-        if len(layouts) > 1 and owners.owned.get(edge) is chosen[edge]:
-            choice = Choice(graph, edge, layouts, notes[edge], chosen, owners, sweep)
-            chosen[edge], owners = choice.made()
-    for edge, layout in chosen.items() if ids is None else ():
-        if owners.owned.get(edge) is layout:
-            _refuse_whole_inputs(graph, owners, edge, notes[edge], layout.n)
-    if _has_more(owners, wanted):
-        chosen, owners = _elsewhere(graph, calls, chosen, owners, sweep, wanted, ids)
-    return chosen, owners
-
-
-def _refuse_whole_inputs(graph: Graph, owners: Owners, edge: Edge, note: Note, n: int) -> None:
-    """Raise where the output of a module has no axis of samples, as each of its entries depends on all inputs."""
-    if n == 1 or len(note.inputs) != 1 or (n in note.sizes and note.inputs[0].dim() > 1):
-        return
-    (given,) = note.inputs
-    is_used = False
-    for node in graph.order:
-        for k, value in saved_inputs(node):
-            if memory_of(value) == memory_of(given):
-                if node in owners.sends and layout_of_saved(node, owners, k, value) is not None:
-                    return
-                is_used = True
-    if is_used:
-        raise RuntimeError(
-            f"The output of {_name(note)}, of shape {list(shape_of(*edge))}, has no axis of samples: each of its "
-            f"entries depends on the whole input, of shape {list(given.shape)}. Give the input an axis of samples, "
-            f"x[None] for one sample; or say with sample_ids= which sample each entry of the output belongs to."
-        )
+        if len(layouts) > 1 and decision.is_taken(edge):
+            decision.choose(edge, layouts, notes[edge])
+    for edge in possible:
+        if decision.is_taken(edge):
+            decision.refuse_whole_inputs(edge, notes[edge])
+    decision.begin_elsewhere(wanted)
+    return decision.chosen, decision.owners
 
 
 def _name(note: Note) -> str:
@@ -118,50 +96,151 @@ def _name(note: Note) -> str:
 
 
 @dataclass(eq=False)
-class Choice:
-    """Between the layouts that an output of a module may have; the first is the one along axis 0."""
+class Decision:
+    """The layouts that are ``chosen`` so far for edges where samples begin, and what follows from them."""
 
     graph: Graph
-    edge: Edge
-    layouts: Sequence[Layout]
-    note: Note
+    calls: Sequence[Note]
+    sweep: Sweep
+    ids: SampleIds | None
     chosen: dict[Edge, AnyLayout]
     owners: Owners
-    sweep: Sweep
 
-    def made(self) -> tuple[Layout, Owners]:
-        """The layout, and what follows from it.
+    def is_taken(self, edge: Edge) -> bool:
+        """Whether samples begin at an edge with the layout chosen for it, and not above."""
+        return self.owners.owned.get(edge) is self.chosen[edge]
+
+    def choose(self, edge: Edge, layouts: Sequence[Layout], note: Note) -> None:
+        """Choose between the layouts that an output of a module may have; the first is the one along axis 0.
 
         Raises:
             RuntimeError: Several are as good.
         """
-        first, *others = self.layouts
-        verdict = proved(self.owners, [self.note], first.n)
+        first, *others = layouts
+        verdict = proved(self.owners, [note], first.n)
         if verdict:
-            return first, self.owners
+            return
         attempts = [
             (first, self.owners),
-            *((layout, self.sweep({**self.chosen, self.edge: layout})) for layout in others),
+            *((layout, self.sweep({**self.chosen, edge: layout})) for layout in others),
         ]
-        shown = [one for one in attempts[1:] if proved(one[1], [self.note], one[0].n)]
-        if shown and (verdict is False or first.n not in self.note.sizes):
+        self.chosen[edge], self.owners = self._best(edge, attempts, note, verdict)
+
+    def _best(
+        self, edge: Edge, attempts: Sequence[tuple[Layout, Owners]], note: Note, verdict: bool | None
+    ) -> tuple[Layout, Owners]:
+        """The best of several layouts, with what follows from each; ``verdict``: of the proof of the first."""
+        first = attempts[0][0]
+        shown = [one for one in attempts[1:] if proved(one[1], [note], one[0].n)]
+        if shown and (verdict is False or first.n not in note.sizes):
             return shown[0]
         left = [*(attempts[:1] if verdict is None else ()), *(shown or attempts[1:])]
         least = None if shown else _least_mixed(self.graph, left)
         if least is not None and least[0] is first:
             return least
-        found = _by_running(self.edge, left, self.note) or least
+        found = _by_running(edge, left, note) or least
         if found is not None:
             return found
         beside = [one for one in left if one[0].axis != first.axis and not _least_mixed(self.graph, [attempts[0], one])]
-        if verdict is None and not shown and (first.n in self.note.sizes or not beside):
+        if verdict is None and not shown and (first.n in note.sizes or not beside):
             return attempts[0]
         ways = dict.fromkeys(f"{layout.n} along axis {layout.axis}" for layout, _ in left)
         raise RuntimeError(
-            f"The output of {_name(self.note)}, of shape {list(shape_of(*self.edge))}, does not tell where its samples "
-            f"lie: {' or '.join(ways)}. Let the model return the samples along the first axis, of a size that no other "
+            f"The output of {_name(note)}, of shape {list(shape_of(*edge))}, does not tell where its samples lie: "
+            f"{' or '.join(ways)}. Let the model return the samples along the first axis, of a size that no other "
             f"axis has."
         )
+
+    def refuse_whole_inputs(self, edge: Edge, note: Note) -> None:
+        """Raise where the output of a module has no axis of samples, as each of its entries depends on all inputs."""
+        n, owners = self.chosen[edge].n, self.owners
+        if n == 1 or len(note.inputs) != 1 or (n in note.sizes and note.inputs[0].dim() > 1):
+            return
+        (given,) = note.inputs
+        is_used = False
+        for node in self.graph.order:
+            for k, value in saved_inputs(node):
+                if memory_of(value) == memory_of(given):
+                    if node in owners.sends and layout_of_saved(node, owners, k, value) is not None:
+                        return
+                    is_used = True
+        if is_used:
+            raise RuntimeError(
+                f"The output of {_name(note)}, of shape {list(shape_of(*edge))}, has no axis of samples: each of its "
+                f"entries depends on the whole input, of shape {list(given.shape)}. Give the input an axis of samples, "
+                f"x[None] for one sample; or say with sample_ids= which sample each entry of the output belongs to."
+            )
+
+    def begin_elsewhere(self, wanted: set[Node]) -> None:
+        """Let samples also begin at edges above all modules' outputs: derivatives, losses that a model computes itself.
+
+        Such an edge is the first one on its path with an axis of the samples' size. That is proved where it comes to
+        rows whose samples are known already, or to nodes that saved an input of a module. What does neither belongs to
+        no sample. ``wanted``: the nodes of parameters.
+        """
+        left = [edge for edge in self.owners.above if edge not in self.owners.joined]
+        if not any(edge[0] in wanted or edge in self.owners.mixed for edge in left):
+            return
+        sizes = {layout.n for edge, layout in self.chosen.items() if self.is_taken(edge)}
+        data = self._above_data()
+        needed = self._above_parameters(wanted)
+        for node in self.graph.order:
+            if node not in needed or node not in data:
+                continue
+            for number in sorted(number for other, number in self.owners.above if other is node):
+                shape, edge = shape_of(node, number), (node, number)
+                if not shape or edge in self.owners.owned:
+                    continue
+                for layout in self._layouts_elsewhere(shape, sizes):
+                    attempt = self.sweep({**self.chosen, edge: layout})
+                    is_told = self.ids is not None and not sizes
+                    if is_told or self._agrees(attempt, layout.n, data):
+                        self.chosen, self.owners = {**self.chosen, edge: layout}, attempt
+                        break
+
+    def _above_data(self) -> set[Node]:
+        """The nodes behind which there are samples, or inputs of modules."""
+        inputs = {memory_of(tensor) for note in self.calls for tensor in note.inputs}
+        found: set[Node] = set()
+        for node in reversed(self.graph.order):
+            is_above = any(edge[0] in found or edge in self.owners.owned for edge in self.graph.inputs_of(node))
+            if is_above or any(memory_of(tensor) in inputs for _, tensor in saved_inputs(node)):
+                found.add(node)
+        return found
+
+    def _above_parameters(self, wanted: set[Node]) -> set[Node]:
+        """The nodes above the samples from which paths lead to parameters, or to where samples are mixed."""
+        owners, above = self.owners, {node for node, _ in self.owners.above}
+        found: set[Node] = set()
+        for node in reversed(self.graph.order):
+            following = self.graph.inputs_of(node)
+            is_used = any(edge in owners.mixed or edge[0] in wanted or edge[0] in found for edge in following)
+            if is_used and node in above and node not in owners.sends:
+                found.add(node)
+        return found
+
+    def _layouts_elsewhere(self, shape: Sequence[int], sizes: set[int]) -> Sequence[AnyLayout]:
+        if self.ids is not None:
+            return [self.ids.layout(shape)] if self.ids.fits(shape) else []
+        if not sizes:
+            return [layout for note in self.calls for layout in candidates(shape, note) if layout.n in note.sizes]
+        exact = [Layout(n, axis) for n in sizes for axis in range(len(shape)) if shape[axis] == n]
+        return exact + [layout for n in sizes if n > 1 for layout in layouts_in_blocks(shape, n)]
+
+    def _agrees(self, after: Owners, n: int, data: set[Node]) -> bool:
+        """Whether known owners stay so with another beginning, and it is proved by one of them, or by a saved input.
+
+        ``data``: nodes behind which inputs are. Where they are mixed there is no proof, and the new beginning is taken.
+        """
+        before = self.owners
+        if any(not same(layout, after.owned.get(edge)) for edge, layout in before.owned.items()):
+            return False
+        new = [edge for node in after.sends if node not in before.sends for edge in self.graph.edges[node]]
+        if any(edge in before.owned or (edge in before.mixed and edge[0] in data) for edge in new):
+            return True
+        if any(edge in before.above and edge not in after.above for edge in before.owned):
+            return True
+        return bool(proved(after, self.calls, n))
 
 
 def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> tuple[Layout, Owners] | None:
@@ -173,89 +252,6 @@ def _least_mixed(graph: Graph, attempts: Sequence[tuple[Layout, Owners]]) -> tup
         if all(own < other for other in mixed if other is not own):
             return attempt
     return None
-
-
-def _has_more(owners: Owners, wanted: set[Node]) -> bool:
-    """Whether something but the samples' rows reaches parameters, directly or where samples are mixed."""
-    left = [edge for edge in owners.above if edge not in owners.joined]
-    return any(edge[0] in wanted or edge in owners.mixed for edge in left)
-
-
-def _elsewhere(
-    graph: Graph,
-    calls: Sequence[Note],
-    chosen: dict[Edge, AnyLayout],
-    owners: Owners,
-    sweep: Sweep,
-    wanted: set[Node],
-    ids: SampleIds | None,
-) -> tuple[dict[Edge, AnyLayout], Owners]:
-    """Samples also begin at edges that no module's output is above: derivatives, losses that a model computes itself.
-
-    Such an edge is the first one on its path with an axis of the samples' size. That is proved where it comes to rows
-    whose samples are known already, or to nodes that saved an input of a module. What does neither belongs to no
-    sample.
-    """
-    sizes = {layout.n for edge, layout in chosen.items() if owners.owned.get(edge) is layout}
-    inputs = {memory_of(tensor) for note in calls for tensor in note.inputs}
-    above = {node for node, _ in owners.above}
-    reaches_data: set[Node] = set()
-    is_needed: set[Node] = set()
-    for node in reversed(graph.order):
-        following = graph.inputs_of(node)
-        is_above_data = any(edge[0] in reaches_data or edge in owners.owned for edge in following)
-        if is_above_data or any(memory_of(tensor) in inputs for _, tensor in saved_inputs(node)):
-            reaches_data.add(node)
-        is_used = any(edge in owners.mixed or edge[0] in wanted or edge[0] in is_needed for edge in following)
-        if is_used and node in above and node not in owners.sends:
-            is_needed.add(node)
-    for node in graph.order:
-        if node not in is_needed or node not in reaches_data:
-            continue
-        for number in sorted(number for other, number in owners.above if other is node):
-            shape = shape_of(node, number)
-            if not shape or (node, number) in owners.owned:
-                continue
-            for layout in _layouts_elsewhere(shape, sizes, calls, ids):
-                attempt = sweep({**chosen, (node, number): layout})
-                is_told = ids is not None and not sizes
-                if is_told or _agrees(graph, owners, attempt, calls, layout.n, reaches_data):
-                    chosen, owners = {**chosen, (node, number): layout}, attempt
-                    break
-    return chosen, owners
-
-
-def _layouts_elsewhere(
-    shape: Sequence[int], sizes: set[int], calls: Sequence[Note], ids: SampleIds | None
-) -> Sequence[AnyLayout]:
-    if ids is not None:
-        return [ids.layout(shape)] if ids.fits(shape) else []
-    if not sizes:
-        return [layout for note in calls for layout in candidates(shape, note) if layout.n in note.sizes]
-    exact = [Layout(n, axis) for n in sizes for axis in range(len(shape)) if shape[axis] == n]
-    return exact + [layout for n in sizes if n > 1 for layout in layouts_in_blocks(shape, n)]
-
-
-def _agrees(graph: Graph, before: Owners, after: Owners, calls: Sequence[Note], n: int, data: set[Node]) -> bool:
-    """Whether what was known of edges stays so, and the new edge is proved by one of them, or by a saved input.
-
-    ``data``: nodes behind which inputs are. Where they are mixed there is no proof, and the rows of the edge are taken.
-    """
-    if any(not same(layout, after.owned.get(edge)) for edge, layout in before.owned.items()):
-        return False
-    if any(
-        edge in before.mixed and edge[0] in data
-        for node in after.sends
-        if node not in before.sends
-        for edge in graph.edges[node]
-    ):
-        return True
-    joined = any(edge in before.above and edge not in after.above for edge in before.owned)
-    if joined or any(
-        edge in before.owned and node not in before.sends for node in after.sends for edge in graph.edges[node]
-    ):
-        return True
-    return bool(proved(after, calls, n))
 
 
 def _by_running(edge: Edge, attempts: Sequence[tuple[Layout, Owners]], note: Note) -> tuple[Layout, Owners] | None:
