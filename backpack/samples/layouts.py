@@ -138,7 +138,7 @@ class Scattered:
         return bool((self.owner < 0).any())
 
     def with_whole_rows(self) -> AnyLayout:
-        """The layout in which entries of no sample count to the sample beside them along the last axis, if it is one."""
+        """The layout in which entries of no sample count to the one sample beside them along the last axis, if any."""
         owner = self.owner
         if not self.has_none or not owner.dim() or owner.shape[-1] == 1:
             return self
