@@ -1,4 +1,4 @@
-"""What users call: ``extend`` a model and a loss, then ``backward`` inside a ``backpack`` block."""
+"""The functions that users call: ``extend`` a model and a loss, then run ``backward`` inside a ``backpack`` block."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
         The module itself.
 
     Raises:
-        TypeError: ``module`` is no ``torch.nn.Module``, or a part of it was scripted or traced.
+        TypeError: ``module`` is not a ``torch.nn.Module``, or a part of it was scripted or traced.
     """
     if isinstance(module, type) and issubclass(module, Module):
         raise TypeError(f"extend() takes an instance: write extend({module.__name__}(...)) instead of its class.")
@@ -157,7 +157,7 @@ class backpack:
 
 
 class Starts(TorchFunctionMode):
-    """Sees backward passes begin inside of a block, and hooks being put on tensors."""
+    """Intercepts calls inside of a block that start a backward pass, register a tensor's hook, or retain a gradient."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()

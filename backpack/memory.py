@@ -1,8 +1,8 @@
 """Memory for large results.
 
 On a CPU, a fresh result of a hundred megabytes costs more in page faults than in arithmetic: 23 ms against 3 ms for
-an outer product into 75 MB. So large results lie in huge pages, which Linux gives to those who ask, and their memory
-is used again when they are gone, as PyTorch does it on a GPU.
+an outer product into 75 MB. So large results lie in huge pages, which Linux gives on request. When a result is deleted,
+its memory is kept for the next one, as PyTorch does it on a GPU.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 from torch import Tensor
 
 LARGE = 2**23
-"""Bytes from which on a result gets memory of its own."""
+"""Smallest result, in bytes, that gets memory of its own."""
 
 KEPT = 2**30
-"""Bytes of unused memory that are kept for the next results, at most."""
+"""Most bytes of unused memory that are kept for the next results."""
 
 FREED = 2**25 - 2**13
-"""Bytes of the largest block that glibc takes into account, less what belongs to it."""
+"""Largest block, in bytes without its header, whose release makes glibc keep blocks of this size."""
 
 _unused: list[mmap.mmap] = []
 
 
 @cache
 def keep_what_is_freed() -> None:
-    """Let the C library use again what PyTorch frees, up to 64 MiB.
+    """Let the C library reuse the memory that PyTorch frees, up to 64 MiB.
 
-    glibc gives blocks larger than any that was freed before pages of their own, and returns to the system what is free
-    at the end of its heap, if that is twice as large, so that each step has to fetch its pages again: a fifth of its
-    time. That ends when a program has freed a block of 32 MiB. One is asked for here, and never written to.
+    glibc gives fresh pages to each block that is larger than all blocks freed before. It also returns the end of its
+    heap to the system when twice that size is free. So each step has to fetch its pages again, which takes a fifth of
+    its time. Both thresholds grow when a program frees a block of 32 MiB: this function does so, without writing to it.
     """
     torch.empty(FREED, dtype=torch.uint8, device="cpu")
 

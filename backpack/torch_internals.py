@@ -1,4 +1,4 @@
-"""The few names of PyTorch that are not part of its public interface, in one place."""
+"""Functions that need names of PyTorch which are not part of its public interface."""
 
 from __future__ import annotations
 
@@ -38,19 +38,12 @@ T = TypeVar("T")
 def pull_back(
     outputs: Sequence[Any], inputs: Sequence[Any], seeds: Sequence[Tensor], create_graph: bool = False
 ) -> tuple[Any, ...]:
-    """As ``torch.autograd.grad(..., retain_graph=True, allow_unused=True)``, without its looks at arguments.
+    """As ``torch.autograd.grad(..., retain_graph=True, allow_unused=True)``, but without checking its arguments.
 
-    They take longer than a pass through a few nodes.
+    The checks take longer than a pass through a few nodes.
     """
-    run = Variable._execution_engine.run_backward
-    return run(
-        tuple(outputs),
-        tuple(seeds),
-        True,
-        create_graph,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
+    return Variable._execution_engine.run_backward(
+        tuple(outputs), tuple(seeds), True, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )
 
 
@@ -79,9 +72,14 @@ def dtype_at(edge: GradientEdge) -> torch.dtype:
     return edge.node._input_metadata[edge.output_nr].dtype
 
 
-def is_packed(saved: Any) -> bool:
+def is_packed(raw: Any) -> bool:
     """Whether a node has saved a tensor through ``saved_tensors_hooks``; older versions of PyTorch do not tell."""
-    return getattr(saved, "unpack_hook", None) is not None
+    return getattr(raw, "unpack_hook", None) is not None
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Identifies the memory that a tensor is a view of: the same for all tensors that share it."""
+    return tensor.untyped_storage()._cdata
 
 
 @contextmanager
@@ -123,10 +121,10 @@ def outside_vmap(tensors: Sequence[Tensor], count: int) -> Iterator[list[Tensor]
 
 
 def vmap(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """As ``torch.vmap(function, randomness="same")``, of tensors to one, without its looks at arguments.
+    """As ``torch.vmap(function, randomness="same")``, for tensors to one tensor, but without checking its arguments.
 
-    They call a hundred functions, which takes as long as what a small network computes. It does not warn of functions
-    that it loops over.
+    The checks call a hundred functions, which takes as long as a pass through a small network. There is no warning of
+    functions that PyTorch loops over.
     """
     lazy_load_decompositions()
     size = len(tensors[0])

@@ -18,8 +18,9 @@ from truth import through_rows
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from backpack.graph import LEAF, count_outputs, read, variable_of
-from backpack.samples import Layout, layout_rules, same
+from backpack.samples import Layout, same
 from backpack.samples.coded_pass import coded
+from backpack.samples.layout_rules import RULES
 from backpack.samples.owners import find_owners
 
 MOST = 2400
@@ -675,7 +676,7 @@ def test_owned_entries_come_from_their_sample_alone_in_large_batches(sizes):
 
 @pytest.mark.parametrize("name", ["Cumsum", "Flip", "Roll", "Softmax", "Sort"])
 def test_a_wrong_rule_is_noticed(monkeypatch, name):
-    monkeypatch.setattr(layout_rules, "SAME", layout_rules.SAME | {name})
+    monkeypatch.setitem(RULES, name, RULES["Relu"])
     with pytest.raises(AssertionError) as caught:
         check_all(range(300), torch.float64)
     assert "comes from others as well" in str(caught.value.__cause__)

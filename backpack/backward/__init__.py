@@ -1,4 +1,4 @@
-"""One backward pass: how it begins, what has arrived, when a parameter is complete."""
+"""One backward pass: how it begins, what arrives at the parameters, and when a parameter is complete."""
 
 from backpack.backward.call import STARTS
 from backpack.backward.first_order import FirstOrderPass

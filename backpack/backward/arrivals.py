@@ -1,4 +1,4 @@
-"""What has arrived at a parameter: cotangents that reached its uses, and gradients pulled through other nodes."""
+"""What has arrived at a parameter: cotangents at its uses, and gradients that were pulled through other nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backpack.uses import Cotangents, DenseUse, Explicit, Individual, StackedUse
 
 @dataclass(eq=False)
 class Arrival:
-    """Cotangents ``[v, ...]`` that reached a use; ``turned``: the use is of the transposed parameter."""
+    """A use, and the cotangents ``[v, ...]`` that reached it; ``turned``: it uses the transposed parameter."""
 
     use: Use
     cotangents: Cotangents
@@ -27,7 +27,7 @@ class Arrival:
 
     @property
     def runs_node(self) -> bool:
-        """Whether the node itself is called, so that what it saved must still be there."""
+        """Whether the node itself is called, so that its saved tensors must still be there."""
         return isinstance(self.use, (GeneralUse, PlacedUse))
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
@@ -43,7 +43,8 @@ class Arrival:
 class Contributions:
     """All that reached one parameter, ``tensor``, or an edge into a region that belongs to no sample.
 
-    ``pulled``: by the key of a subset, individual gradients that are known already; ``count``: how much has arrived.
+    ``pulled``: individual gradients that are known already, by the key of a subset; ``count``: how many contributions
+    have arrived.
     """
 
     shape: torch.Size

@@ -30,10 +30,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 class Block:
     """One ``with backpack(...)``: its extensions, and what the running backward pass has computed so far.
 
-    ``finished``: parameters with all their results, of the extensions of first order; ``hooked``: modules that the
-    user was told of; ``module_io``: calls of modules whose results are not complete yet; ``pulled``: columns at the
-    outputs of modules with a rule; ``applied``: rules that were; ``stored``: results. ``ran``: whether a backward pass
-    of an extended module has.
+    ``finished``: ids of parameters that have all results of first order; ``hooked``: ids of modules for which the
+    user's hook was called; ``module_io``: calls of modules whose results are not complete yet; ``pulled``: columns at
+    the outputs of modules with a rule; ``applied``: rules that were applied, each with its module; ``stored``: where
+    results were stored; ``ran``: whether a backward pass of an extended module ran inside of the block.
     """
 
     extensions: tuple[Quantity, ...]
@@ -54,11 +54,11 @@ class Block:
     keeps_graph: bool = False
     """Whether a result needs the graph after the backward pass, so that PyTorch must not free it."""
     loss_factor: float = 1.0
-    """That of a scaler, by which the loss is multiplied before ``backward()``."""
+    """The factor of a gradient scaler, by which the loss is multiplied before ``backward()``."""
     taker: Callable[[Tensor, str, Any], None] | None = None
-    """What takes the results, in place of the parameters."""
+    """Function that takes each result; ``None``: results are stored on the parameters."""
     manager: ref[Any] | None = None
-    """The context manager that takes the block off again."""
+    """The context manager of the block."""
 
     def __post_init__(self) -> None:
         self.first_order = [extension for extension in self.extensions if extension.seeds is None]
@@ -68,11 +68,11 @@ class Block:
         for extension in self.first_order:
             groups.setdefault(extension.subset.key, []).append(extension)
         self.groups = list(groups.values())
-        """Those of first order, by the samples that they are of."""
+        """The extensions of first order, grouped by the subset of samples that they are computed for."""
         self.reads_module_io = bool(self.extension_hook or self.retain_graph or self.with_rules)
 
     def clear(self) -> None:
-        """Forget what a backward pass delivered; of one that has failed, also what it stored."""
+        """Forget the state of a backward pass, and delete the results that it stored and that were not confirmed."""
         for parameter, savefield in self.stored:
             vars(parameter).pop(savefield, None)
         self.stored.clear()
@@ -81,7 +81,7 @@ class Block:
             store.clear()
 
     def take_off(self, parameters: Iterable[Tensor]) -> None:
-        """Delete what an earlier pass has left of the same name: nothing old is to be taken for new."""
+        """Delete the results of an earlier pass, so that nobody takes them for new ones."""
         for parameter in parameters:
             fields = vars(parameter)
             for extension in self.extensions:
@@ -100,8 +100,13 @@ class Block:
         setattr(parameter, savefield, value)
         self.stored.append((parameter, savefield))
 
+    def parameter_done(self, parameter: Tensor) -> None:
+        """Note that a parameter has all its results of first order."""
+        self.finished.add(id(parameter))
+        self.owners_done(parameter, self.finished)
+
     def owners_done(self, parameter: Tensor, finished: set[int]) -> None:
-        """Tell the user of the modules that have all their results now."""
+        """Call the user's hook with those modules of a parameter that have all their results now."""
         if self.extension_hook is None or parameter not in PARAMETERS:
             return
         for module in PARAMETERS[parameter].owners:
@@ -153,7 +158,7 @@ class Block:
                 self.store(parameter, extension.savefield, value)
 
     def module_done(self, module: Module, io: ModuleIO | None = None) -> None:
-        """Tell the user that a module has all its results."""
+        """Call the user's hook with a module that has all its results."""
         if self.extension_hook is not None and id(module) not in self.hooked:
             self.hooked.add(id(module))
             with muted(), serve(io or self.module_io.pop(id(module), None)):

@@ -1,4 +1,4 @@
-"""A call that starts a backward pass: what it begins at, what it asks for."""
+"""A call that starts a backward pass: where it begins, and which gradients it asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.preparation import is_wanted
-from backpack.graph import LEAF, Edge, Graph, edge_of, variable_of
+from backpack.graph import Edge, Graph, edge_of
+from backpack.graph.nodes import full_of
 from backpack.torch_internals import pull_back
 
 STARTS: dict[Any, tuple[str, str]] = {
@@ -20,9 +21,9 @@ STARTS: dict[Any, tuple[str, str]] = {
     torch.autograd.backward: ("tensors", "grad_tensors"),
     torch.autograd.grad: ("outputs", "grad_outputs"),
 }
-"""What starts a backward pass, and the names of its roots and of what is given for them."""
+"""The functions that start a backward pass, each with the names of its arguments for the roots and their cotangents."""
 
-NAMES = {function: tuple(inspect.signature(function).parameters) for function in STARTS}
+_NAMES = {function: tuple(inspect.signature(function).parameters) for function in STARTS}
 
 
 class Call:
@@ -30,21 +31,18 @@ class Call:
 
     def __init__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.function = function
-        self.given = dict(zip(NAMES[function], args, strict=False), **kwargs)
+        self.given = dict(zip(_NAMES[function], args, strict=False), **kwargs)
 
     @cached_property
     def roots(self) -> list[GradientEdge]:
-        """The edges that the pass begins at; none: it will fail."""
+        """The edges at which the pass begins; an empty list: the pass will fail."""
         found = _listed(self.given.get(STARTS[self.function][0]))
-        if not all(
-            isinstance(root, GradientEdge) or (isinstance(root, Tensor) and root.requires_grad) for root in found
-        ):
-            return []
-        return [edge(root) for root in found]
+        are_valid = (isinstance(t, GradientEdge) or (isinstance(t, Tensor) and t.requires_grad) for t in found)
+        return [edge(root) for root in found] if all(are_valid) else []
 
     @cached_property
     def inputs(self) -> list[Any]:
-        """What gradients are asked for; none: all leaves."""
+        """The tensors or edges whose gradients are asked for; an empty list: all leaves."""
         return _listed(self.given.get("inputs"))
 
     @property
@@ -53,9 +51,9 @@ class Call:
         return bool(self.given.get("create_graph", False))
 
     def cotangents(self, at: Sequence[Edge]) -> Sequence[Tensor | None]:
-        """What the pass will bring to some edges."""
+        """The cotangents that the pass will send to some edges."""
         given = _listed(self.given.get(STARTS[self.function][1])) or [None] * len(self.roots)
-        seeds = [_ones(root) if seed is None else seed for root, seed in zip(self.roots, given, strict=True)]
+        seeds = [full_of(*edge_of(root), 1) if s is None else s for root, s in zip(self.roots, given, strict=True)]
         if [edge_of(root) for root in self.roots] == at:
             return seeds
         return pull_back(self.roots, [GradientEdge(*edge) for edge in at], seeds, self.creates_graph)
@@ -66,7 +64,7 @@ class Call:
         return [edge_of(edge(value)) for value in self.inputs]
 
     def run(self, keep_graph: bool = False) -> Any:
-        """Do what was called for; ``keep_graph``: its nodes have to run again afterwards."""
+        """Run the pass; ``keep_graph``: its nodes have to run again afterwards."""
         return self.function(**({**self.given, "retain_graph": True} if keep_graph else self.given))
 
     @property
@@ -81,15 +79,8 @@ def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, (Tensor, GradientEdge)) else list(value)
 
 
-def _ones(root: GradientEdge) -> Tensor:
-    if root.node.name() == LEAF:
-        return torch.ones_like(variable_of(root.node))
-    metadata = root.node._input_metadata[root.output_nr]
-    return torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-
-
 def edge(root: Any) -> GradientEdge:
-    """That of a tensor, or an edge itself."""
+    """The edge of a tensor; an edge is returned as it is."""
     return root if isinstance(root, GradientEdge) else get_gradient_edge(root)
 
 
@@ -97,6 +88,6 @@ def executed_for(graph: Graph, asked: Sequence[Edge]) -> set[Node]:
     """The nodes that run in a pass with respect to these edges."""
     wanted, executed = set(asked), set[Node]()
     for node in reversed(graph.order):
-        if any((other, number) in wanted or other in executed for other, number in graph.edges[node] if other):
+        if any(edge in wanted or edge[0] in executed for edge in graph.inputs_of(node)):
             executed.add(node)
     return executed

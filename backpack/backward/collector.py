@@ -1,4 +1,4 @@
-"""Takes cotangents to the uses of parameters that they reach, in a backward pass of PyTorch's or one of our own."""
+"""Takes cotangents to the uses of parameters that they reach, in PyTorch's backward pass or in one of our own."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Prepared:
 
 
 class Collector(ABC):
-    """What has arrived at the parameters in one pass.
+    """Collects what arrives at the parameters in one pass.
 
-    A pass ``is_partial`` that ends before some leaves. A node that runs by itself inside of one gives only what the
-    pass needs: such calls are ``deferred`` to its end, and the graph has to be kept until then.
+    ``is_partial``: the pass ends before some leaves. A node that runs by itself inside of such a pass computes only
+    what the pass needs. So such calls are ``deferred`` to its end, and the graph has to be kept until then.
     """
 
     is_partial = False
@@ -56,7 +56,7 @@ class Collector(ABC):
 
     @cached_property
     def places(self) -> dict[Node, int]:
-        """Of the nodes in the order of the graph."""
+        """The place of each node in the order of the graph."""
         return {node: place for place, node in enumerate(self.graph.order)}
 
     def contributions(self, leaf: Node) -> Contributions:
@@ -89,11 +89,11 @@ class Collector(ABC):
         return Arrival(use, cotangents, planned.layout, planned.turned)
 
     def is_mixed(self, planned: PlannedUse) -> bool:
-        """Whether what is sent along an edge goes where samples are mixed."""
+        """Whether the edge of a use leads to where samples are mixed."""
         return planned.entry is not None and planned.entry[0] in self.plan.mixed
 
     def take_in(self, planned: PlannedUse, arrival: Arrival) -> None:
-        """Take a use's cotangents to its parameter, or to where they enter a region."""
+        """Take the cotangents at a use to its parameter, or to the edge at which they enter a region."""
         if self.is_partial and arrival.runs_node:
             self.deferred.append((planned, arrival))
         elif planned.leaf is not None:
@@ -131,28 +131,18 @@ class Collector(ABC):
 
     def outputs_of(self, nodes: Iterable[Node]) -> list[GradientEdge]:
         """The outputs of nodes' functions that belong to samples."""
-        counts = [(node, range(count_outputs(node))) for node in nodes]
-        owned = self.owners.owned
-        return [GradientEdge(node, number) for node, count in counts for number in count if (node, number) in owned]
+        outputs = [(node, number) for node in nodes for number in range(count_outputs(node))]
+        return [GradientEdge(*output) for output in outputs if output in self.owners.owned]
 
     def lowest(self, starts: Sequence[Node], among: Iterable[Node]) -> list[Node]:
-        """Those nodes that have no other such node below them, from the starts on."""
-        among = set(among)
-        below: set[Node] = set()
-        seen = set(starts)
-        pending = list(starts)
-        while pending:
-            for other, _ in self.graph.edges[pending.pop()]:
-                if other is not None and other not in seen:
-                    seen.add(other)
-                    pending.append(other)
-        lowest = []
+        """Those of the nodes, behind the starts, that have no other of them behind themselves."""
+        among, reached = set(among), set(self.graph.behind(starts))
+        lowest: list[Node] = []
+        at_or_above: set[Node] = set()
         for node in reversed(self.graph.order):
-            if node not in seen:
-                continue
-            if any(other in below for other, _ in self.graph.edges[node] if other is not None):
-                below.add(node)
-            elif node in among:
-                below.add(node)
-                lowest.append(node)
+            is_above = any(other in at_or_above for other, _ in self.graph.edges[node])
+            if node in reached and (is_above or node in among):
+                at_or_above.add(node)
+                if not is_above:
+                    lowest.append(node)
         return lowest

@@ -1,4 +1,4 @@
-"""A pass for a batch without a sample, as Poisson sampling draws it: results have no rows, and sums are zero."""
+"""A pass for a batch without a sample, as Poisson sampling may draw it: results have no rows, and sums are zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backpack.uses import Explicit
 
 
 def has_no_entries(notes: Mapping[Edge, Note]) -> bool:
-    """Whether all outputs of extended modules are empty, but for numbers, as losses are."""
+    """Whether all outputs of extended modules are empty, apart from single numbers such as losses."""
     shapes = [shape for edge in notes if (shape := shape_of(*edge))]
     return bool(shapes) and all(0 in shape for shape in shapes)
 
@@ -25,7 +25,7 @@ def has_no_entries(notes: Mapping[Edge, Note]) -> bool:
 def store_results(
     block: Block, notes: Mapping[Edge, Note], losses: Sequence[tuple[Node, int, LossCall]], leaves: Sequence[Node]
 ) -> None:
-    """What the extensions of a block give for the parameters of such a batch.
+    """Store the results of all extensions of a block for a batch without a sample.
 
     Raises:
         RuntimeError: An extension averages over samples.
@@ -57,8 +57,7 @@ def store_results(
             for parameter, found in found_of:
                 block.store(parameter, extension.savefield, extension.compute(found))
     for parameter in parameters:
-        block.finished.add(id(parameter))
-        block.owners_done(parameter, block.finished)
+        block.parameter_done(parameter)
 
 
 def _nothing(parameter: Tensor, columns: int, samples: int) -> Explicit:

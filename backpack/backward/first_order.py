@@ -1,4 +1,4 @@
-"""The backward pass of first order: cotangents are taken where they reach uses, results are computed as they complete.
+"""The backward pass of first order: it computes the results of each parameter as soon as all its uses are reached.
 
 A prehook of each node that uses a parameter receives the complete cotangents of the node's outputs just before the node
 runs, while its saved tensors are still there.
@@ -6,7 +6,7 @@ runs, while its saved tensors are still there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,14 +30,12 @@ from backpack.uses import Cotangents, Explicit, Parts
 
 
 class FirstOrderPass(Collector):
-    """What has arrived in one backward pass, for the extensions of a block."""
+    """Collects what arrives in one backward pass, and computes the extensions of a block that need no second order."""
 
     def __init__(self, block: Block, prepared: Prepared) -> None:
         super().__init__(prepared)
         self.block = block
-        self.complete: set[Node] = set()
         self.postponed: list[tuple[Quantity, Contributions, Tensor]] = []
-        self.handles: list[Any] = []
         extensions = block.first_order
         self.is_simple = not (
             block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions)
@@ -48,22 +46,14 @@ class FirstOrderPass(Collector):
 
     @property
     def may_defer(self) -> bool:
-        """Whether some use may have no normal form."""
+        """Whether some use may have no normal form, so that its node is called by itself."""
         uses = ((kind(node), planned) for node, uses in self.plan.uses.items() for planned in uses)
         return any(planned.leaf is None or planned.sent is not None or name not in FORMS for name, planned in uses)
 
-    def attach(self) -> None:
-        """Put the prehooks on."""
-        for node in self.plan.uses:
-            self.handles.append(node.register_prehook(partial(self._arrived, node)))
-        for node in self.plan.entries:
-            self.handles.append(node.register_prehook(partial(self._entered, node)))
-
-    def detach(self) -> None:
-        """Take the prehooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+    def prehooks(self) -> Iterator[tuple[Node, Callable[..., None]]]:
+        """The nodes that have to be hooked for this pass, each with its prehook."""
+        yield from ((node, partial(self._arrived, node)) for node in self.plan.uses)
+        yield from ((node, partial(self._entered, node)) for node in self.plan.entries)
 
     def _arrived(self, node: Node, grads: Sequence[Tensor | None]) -> None:
         """The cotangents of a node's outputs are complete."""
@@ -89,16 +79,14 @@ class FirstOrderPass(Collector):
                 self.take_in(planned, arrival)
 
     def _compute_alone(self, leaf: Node, arrival: Arrival) -> None:
-        """The results of a parameter of which this is the only use, in the shortest way."""
+        """Compute the results of a parameter whose only use was reached, without collecting contributions."""
         block, parameter = self.block, variable_of(leaf)
         for subset, names, extensions in self.groups:
             grads = arrival.individual(subset, parameter.shape, parameter.dtype)
             grads.prepare(names)
             for extension in extensions:
                 block.store(parameter, extension.savefield, extension.compute(grads))
-        self.complete.add(leaf)
-        block.finished.add(id(parameter))
-        block.owners_done(parameter, block.finished)
+        block.parameter_done(parameter)
 
     def _is_last(self, leaf: Node) -> bool:
         """Whether one more arrival completes a parameter whose results are computed at once."""
@@ -106,7 +94,7 @@ class FirstOrderPass(Collector):
         return self.contributions(leaf).count + 1 == self.plan.expected[leaf] and not postponed
 
     def add(self, contributions: Contributions, arrival: Arrival, leaf: Node | None = None) -> None:
-        """Add an arrival; of what can't be computed any more when the node has run, the individual gradients."""
+        """Add an arrival, or its individual gradients if they can't be computed any more when the node has run."""
         if not arrival.runs_node or (leaf is not None and self._is_last(leaf)):
             contributions.arrivals.append(arrival)
             return
@@ -116,11 +104,11 @@ class FirstOrderPass(Collector):
 
     @property
     def subsets(self) -> dict[Any, Subset]:
-        """Those of all extensions, by key."""
+        """The subsets of samples of all extensions, by key."""
         return {extension.subset.key: extension.subset for extension in self.block.first_order}
 
     def _entered(self, node: Node, _: Any) -> None:
-        """All that enters a region through a node has arrived: pull it on to the parameters while all is there."""
+        """All that enters a region through a node has arrived: pull it on to the parameters before the node runs."""
         if not (HERE.muted or HERE.inner is not None or self.is_partial or node not in self.entering):
             self.enter(node)
 
@@ -147,15 +135,13 @@ class FirstOrderPass(Collector):
         """Compute the results of a parameter."""
         block, parameter = self.block, contributions.tensor
         assert parameter is not None
-        self.complete.add(leaf)
         name = name_of(parameter)
         if contributions.arrivals or contributions.pulled:
             for group in block.groups:
                 extensions = without_rules(group, parameter, name)
                 if extensions:
                     self._compute(contributions, name, extensions)
-        block.finished.add(id(parameter))
-        block.owners_done(parameter, block.finished)
+        block.parameter_done(parameter)
         if not any(extension.needs_all_parameters for extension in block.first_order):
             contributions.arrivals, contributions.pulled = [], {}
 
@@ -172,7 +158,7 @@ class FirstOrderPass(Collector):
                 block.store(parameter, extension.savefield, extension.compute(grads))
 
     def take(self, targets: Sequence[GradientEdge], found: Sequence[Tensor | None]) -> None:
-        """Cotangents that reached outputs of nodes which do not run."""
+        """Take in cotangents that reached the outputs of nodes which do not run."""
         arrived: dict[Node, list[Tensor | None]] = {}
         for target, grad in zip(targets, found, strict=True):
             count = count_outputs(target.node)
@@ -190,7 +176,7 @@ class FirstOrderPass(Collector):
             self.take(targets, pull_back(edges, targets, list(ends.values()), torch.is_grad_enabled()))
 
     def finish(self) -> None:
-        """What had to wait for the end of the pass, regions that it did not run, and what needs all parameters."""
+        """Compute what had to wait for the end of the pass, regions that it did not run, and joint results."""
         self.take_deferred()
         for node in self.entered():
             self.enter(node)
@@ -207,4 +193,5 @@ class FirstOrderPass(Collector):
     @property
     def missed(self) -> list[Tensor]:
         """Parameters of which not all uses were reached."""
-        return [variable_of(leaf) for leaf in self.plan.expected if leaf not in self.complete]
+        parameters = map(variable_of, self.plan.expected)
+        return [parameter for parameter in parameters if id(parameter) not in self.block.finished]

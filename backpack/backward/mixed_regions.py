@@ -1,6 +1,6 @@
-"""Regions that belong to no sample: nodes of parameters alone, and what is below where samples are mixed.
+"""Pulls each sample's cotangent by itself through regions that belong to no sample.
 
-Each sample's cotangent is pulled through such a region by itself.
+Such a region has nodes that handle parameters alone, or lies below a node that mixes samples.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from backpack.graph import LEAF, Graph, count_outputs, kind, saved, signed, vari
 from backpack.nodes.general import call_for_each
 
 ENTRIES = 2**22
-"""Entries of the cotangents that enter a region, over all samples that are pulled through it at a time."""
+"""Largest number of entries of the cotangents of samples that are pulled through a region together."""
 
 
 def place_in(node: Node, leaf: Node) -> int | None:
-    """Which entry along the first axis of a stack of matrices a node selects; ``None``: it does something else."""
+    """Which entry along the first axis of a stacked parameter a node selects; ``None``: it does something else."""
     if kind(node) != "Select" or saved(node, "dim") != 0 or node.next_functions[0][0] is not leaf:
         return None
     size, index = variable_of(leaf).shape, saved(node, "index")
@@ -32,7 +32,8 @@ def pull_through(
 ) -> dict[Node, Tensor]:
     """The gradients ``[n, *p]`` of all parameters behind a node, from cotangents ``[n, ...]`` of its outputs.
 
-    ``places``: of the nodes in the order of the graph; ``one_by_one``: each sample by itself, as autograd does it.
+    ``places``: the place of each node in the order of the graph; ``one_by_one``: one sample at a time, so that results
+    are those of autograd.
     """
     n = len(next(iter(grads.values())))
     step = 1 if one_by_one else max(1, ENTRIES // max(1, sum(grad[0].numel() for grad in grads.values())))

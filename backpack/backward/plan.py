@@ -1,4 +1,4 @@
-"""Before a pass runs: which edges of its graph are uses of parameters, and what arrives at each parameter."""
+"""The plan of a pass: which edges of its graph are uses of parameters, and how many arrive at each parameter."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class PlannedUse:
 
 @dataclass(eq=False)
 class Plan:
-    """Of one pass.
+    """What one pass will take in.
 
-    ``uses``: by node; ``expected``: how much arrives at each parameter, by its node; ``entries``: nodes through which
-    cotangents enter regions that belong to no sample, and the parameters behind each; ``outside``: parameters of whose
-    gradients a part comes from no sample; ``mixed``: of the entries, those behind which data are, and what mixes
-    samples; ``for_all``: the memory of inputs in these regions that are for all samples.
+    ``uses``: for each node; ``expected``: how many contributions arrive at each parameter, by its node; ``entries``:
+    nodes through which cotangents enter regions that belong to no sample, and the parameters behind each; ``outside``:
+    parameters of whose gradients a part comes from no sample; ``mixed``: of the entries, those behind which data are,
+    and what mixes samples; ``for_all``: the memory of inputs in these regions that are for all samples.
     """
 
     n: int
@@ -55,81 +55,96 @@ class Plan:
 
 def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
     """The uses of those parameters whose nodes are wanted."""
-    plan = Plan(n)
-    behind: dict[Node, list[Node]] = {}
-    mixed, owned = owners.mixed, owners.owned
-    is_alone = not any(edge in owned or edge in mixed for edge in owners.above)
+    planner = _Planner(graph, owners, wanted, Plan(n))
+    only_samples = not any(edge in owners.owned or edge in owners.mixed for edge in owners.above)
     for node, sent in owners.sends.items():
-        number, layout = 0, owned.get((node, 0))
-        found: PlannedUse | None
-        for k, (other, behind_it) in enumerate(graph.edges[node]):
-            if other is None:
-                continue
-            edge = (other, behind_it)
-            leaf, turned = (other, False) if other.name() == LEAF else (None, False)
-            if leaf is None:
-                if edge not in mixed:
-                    continue
-                edge, turned = _behind_transpositions(other, behind_it, graph.edges, kind(node) == "GroupedMm")
-                other = edge[0]
-                leaf = other if other.name() == LEAF else None
-            if layout is None:
-                number, layout = next((nr, own) for nr in range(99) if (own := owned.get((node, nr))) is not None)
-            if isinstance(layout, Scattered) and is_alone:  # nothing at all reaches entries of no sample
-                layout = completed(layout, shape_of(node, number))
-            if isinstance(layout, Scattered):
-                layout = layout.with_whole_rows()
-            if leaf is not None:
-                if leaf not in wanted:
-                    continue
-                found = PlannedUse(k, number, layout, sent[k], leaf, turned)
-                plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
-            else:
-                leaves = _reached(other, graph, wanted, behind)
-                if not leaves:
-                    continue
-                found = PlannedUse(k, number, layout, sent[k], None, turned, edge)
-                if other not in plan.entries:
-                    plan.entries[other] = list(leaves)
-                    for leaf in leaves:
-                        plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
-            plan.uses.setdefault(node, []).append(found)
+        planner.add_uses_by(node, sent, only_samples)
     for edge, layout in owners.joined.items():
-        behind_it, turned = _behind_transpositions(*edge, graph.edges)
-        leaf = behind_it[0] if behind_it[0].name() == LEAF else None
-        turned = turned and leaf is not None
-        leaves = [leaf] if leaf is not None else _reached(edge[0], graph, wanted, behind)
         for node, k, number in graph.incoming[edge[0]]:
-            if not leaves or number != edge[1] or node in owners.sends or (node, -1) in mixed:
-                continue
-            entry = edge if leaf is None else None
-            plan.uses.setdefault(node, []).append(PlannedUse(k, 0, layout, layout, leaf, turned, entry))
-            if leaf is not None:
-                plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
-            elif edge[0] not in plan.entries:
-                plan.entries[edge[0]] = list(leaves)
-                for each in leaves:
-                    plan.expected[each] = plan.expected.get(each, 0) + 1
+            if number == edge[1] and node not in owners.sends and (node, -1) not in owners.mixed:
+                planner.add(node, PlannedUse(k, 0, layout, layout), edge)
+    plan = planner.plan
     for uses in plan.uses.values():
-        for found in uses:
-            found.is_alone = found.leaf is not None and plan.expected[found.leaf] == 1
-    outside = {node for node, _ in owners.above if node in wanted}
-    for edge in owners.above:
-        own = owned.get(edge)
-        has_others = isinstance(own, Scattered) and bool((own.owner < 0).any())
-        if has_others or (edge in mixed and edge not in owners.joined):
-            outside.update(_reached(edge[0], graph, wanted, behind))
-    ordered = [*plan.expected, *graph.order]
-    plan.outside = [variable_of(node) for node in dict.fromkeys(ordered) if node in outside]
+        for use in uses:
+            use.is_alone = use.leaf is not None and plan.expected[use.leaf] == 1
+    outside = planner.outside()
+    plan.outside = [variable_of(node) for node in dict.fromkeys([*plan.expected, *graph.order]) if node in outside]
     return plan
+
+
+@dataclass(eq=False)
+class _Planner:
+    """Collects the uses. ``behind``: the wanted parameters behind each node that was asked for so far."""
+
+    graph: Graph
+    owners: Owners
+    wanted: set[Node]
+    plan: Plan
+    behind: dict[Node, list[Node]] = field(default_factory=dict)
+
+    def add_uses_by(self, node: Node, sent: Sequence[AnyLayout | None], only_samples: bool) -> None:
+        """Add those edges of a node that lead from samples to a parameter, or into a region that belongs to no sample.
+
+        ``only_samples``: nothing but the samples reaches an edge that is owned or mixed.
+        """
+        found: tuple[int, AnyLayout] | None = None
+        for k, (other, behind_it) in enumerate(self.graph.edges[node]):
+            if other is not None and (other.name() == LEAF or (other, behind_it) in self.owners.mixed):
+                number, layout = found = found or self._output_of(node, only_samples)
+                self.add(node, PlannedUse(k, number, layout, sent[k]), (other, behind_it))
+
+    def _output_of(self, node: Node, only_samples: bool) -> tuple[int, AnyLayout]:
+        """The first output of a node's function that belongs to samples, and its layout.
+
+        Entries that belong to no sample are counted to those beside them where nothing else can reach them.
+        """
+        number, layout = self.owners.first_owned(node)
+        if only_samples:
+            layout = completed(layout, shape_of(node, number))
+        return number, layout.with_whole_rows() if isinstance(layout, Scattered) else layout
+
+    def add(self, node: Node, use: PlannedUse, edge: Edge) -> None:
+        """Add a use by a node, whose edge ``use.k`` is given, if a wanted parameter is behind that."""
+        edge, use.turned = _behind_transpositions(*edge, self.graph.edges, kind(node) == "GroupedMm")
+        leaves = self.reached(edge[0])
+        if not leaves:
+            return
+        plan = self.plan
+        plan.uses.setdefault(node, []).append(use)
+        if edge[0].name() == LEAF:
+            use.leaf = edge[0]
+        else:
+            use.entry = edge
+            if edge[0] in plan.entries:
+                return
+            plan.entries[edge[0]] = leaves
+        for leaf in leaves:
+            plan.expected[leaf] = plan.expected.get(leaf, 0) + 1
+
+    def reached(self, start: Node) -> list[Node]:
+        """The wanted parameters behind a node, or the parameter itself."""
+        if start not in self.behind:
+            self.behind[start] = [node for node in self.graph.behind([start]) if node in self.wanted]
+        return self.behind[start]
+
+    def outside(self) -> set[Node]:
+        """The nodes of parameters of whose gradients a part comes from no sample."""
+        owners = self.owners
+        outside = {node for node, _ in owners.above if node in self.wanted}
+        for edge in owners.above:
+            layout = owners.owned.get(edge)
+            has_others = isinstance(layout, Scattered) and layout.has_none
+            if has_others or (edge in owners.mixed and edge not in owners.joined):
+                outside.update(self.reached(edge[0]))
+        return outside
 
 
 def _behind_transpositions(
     node: Node, number: int, edges: dict[Node, Any], of_stacks: bool = False
 ) -> tuple[Edge, bool]:
-    """What an edge leads to by transpositions and casts alone, and whether it is transposed.
+    """The edge behind transpositions and casts, and whether they transpose what passes them.
 
-    It stays as it is where only data are behind. ``of_stacks``: matrices of a stack may be transposed as well.
+    They are not passed where no gradient flows behind. ``of_stacks``: matrices of a stack may be transposed as well.
     """
     turned = False
     while node.name() != LEAF:
@@ -150,19 +165,3 @@ def _behind_transpositions(
             break
         (node, number), turned = following, following_turned
     return (node, number), turned
-
-
-def _reached(start: Node, graph: Graph, wanted: set[Node], behind: dict[Node, list[Node]]) -> Sequence[Node]:
-    """The wanted parameters behind a node."""
-    if start not in behind:
-        seen, pending, found = {start}, [start], []
-        while pending:
-            node = pending.pop()
-            if node in wanted:
-                found.append(node)
-            for other, _ in graph.edges[node]:
-                if other is not None and other not in seen:
-                    seen.add(other)
-                    pending.append(other)
-        behind[start] = found
-    return behind[start]

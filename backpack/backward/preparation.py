@@ -21,7 +21,8 @@ from backpack.modules.loss_calls import losses_in
 from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
-from backpack.samples.mixing import behind, holds_computed_values, mixed_data, unproved
+from backpack.samples.mixing import mixed_data
+from backpack.samples.mixing_proofs import holds_computed_values, possible_mixer
 from backpack.samples.owners import Owners, find_owners
 from backpack.samples.where_samples_begin import decide
 
@@ -68,9 +69,9 @@ def planned(
     n: int,
     rows: int | None,
 ) -> Prepared:
-    """With the uses of the wanted parameters, and where samples are mixed.
+    """Plan a pass: the uses of the wanted parameters, and where samples are mixed.
 
-    ``rows``: how many rows of the inputs the samples are; ``None``: they are no rows.
+    ``rows``: how many rows of the inputs are samples; ``None``: samples are no rows of the inputs.
     """
     plan = make_plan(graph, owners, n, wanted)
     if n > 1 and plan.entries:
@@ -99,19 +100,17 @@ def is_wanted(leaf: Tensor) -> bool:
 
 
 def _passes(block: Block, prepared: Prepared) -> float:
-    """How many backward passes it takes to pull samples through mixed regions, for one column, by entries of tensors.
+    """How many backward passes it costs to pull samples through mixed regions, for one column.
 
-    Subsets of different extensions are pulled by themselves.
+    The cost is estimated by the entries of the tensors. Each subset of samples is pulled by itself.
     """
     graph, plan = prepared.graph, prepared.plan
     size = {node: sum(prod(shape_of(node, number)) for number in range(count_outputs(node))) for node in graph.order}
-    below = {node for entry in plan.mixed for node in behind(entry, graph)}
+    below = set(graph.behind(plan.mixed))
     subsets = {extension.subset.key: extension.subset for extension in block.extensions}
-    device = torch.device("cpu")
-    rows = [subset.rows(plan.n, device) for subset in subsets.values()]
-    return sum(plan.n if own is None else len(own) for own in rows) * (
-        sum(size[node] for node in below) / max(1, sum(size.values()))
-    )
+    rows = [subset.rows(plan.n, torch.device("cpu")) for subset in subsets.values()]
+    samples = sum(plan.n if own is None else len(own) for own in rows)
+    return samples * sum(size[node] for node in below) / max(1, sum(size.values()))
 
 
 def refuse_other_losses(block: Block) -> None:
@@ -146,50 +145,57 @@ def refuse_complex(block: Block, prepared: Prepared) -> None:
 
 
 _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
-"""What users have been told of what mixes the samples of a model."""
+"""For each model, what mixes its samples, as far as the user was warned of it."""
+
+
+WAYS_OUT = (
+    "Call .eval() on layers that normalize by statistics of the batch, or replace them by GroupNorm, InstanceNorm "
+    "or LayerNorm"
+)
 
 
 def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note], calls: Sequence[Note]) -> None:
-    """Say once what it costs that samples are mixed.
+    """Warn once of the cost if samples are mixed.
 
     Raises:
         RuntimeError: An extension is not defined then.
     """
-    graph, owners, plan = prepared.graph, prepared.owners, prepared.plan
+    plan = prepared.plan
     if plan.n == 1:
         return
-    ways = (
-        "Call .eval() on layers that normalize by statistics of the batch, or replace them by GroupNorm, InstanceNorm "
-        "or LayerNorm"
-    )
     where = ", ".join(dict.fromkeys(plan.mixed.values()))
-    for extension in block.first_order:
-        if not extension.bounds_influence:
-            continue
-        with muted():
-            mixer = where or unproved(
-                graph, owners, plan.entries, notes, plan.n if block.ids is None else None, plan.for_all
-            )
-        if mixer:
-            raise RuntimeError(
-                f"{type(extension).__name__}: samples are mixed by {mixer}. A sample changes what is computed of "
-                f"others, so that clipping its gradient does not bound its influence. {ways}."
-            )
-    inside = dict.fromkeys(name_of(variable_of(leaf)) for entry in plan.mixed for leaf in plan.entries[entry])
-    for extension in block.second_order:
-        if extension.needs_samples_apart and inside:
-            raise RuntimeError(
-                f"{type(extension).__name__}: samples are mixed by {where}, and for parameters below, as "
-                f"{listed(list(inside))}, Kronecker factors are not defined. {ways}; or freeze these parameters "
-                f"with requires_grad_(False), or take an extension that is diagonal in them."
-            )
+    _refuse_mixed(block, prepared, notes, where)
     module = next((module for note in calls if (module := note.module()) is not None), None)
     if where and module is not None and where not in _told.setdefault(module, set()):
         _told[module].add(where)
         warnings.warn(
             f"Samples are mixed by {where}: what is computed of one depends on others. The gradient of each of the "
             f"{plan.n} samples is pulled through the layers below by itself, in second order for each column, which "
-            f"costs about {_passes(block, prepared):.2g} times a backward pass. {ways}, or let subsampling= select "
+            f"costs about {_passes(block, prepared):.2g} times a backward pass. {WAYS_OUT}, or let subsampling= select "
             f"fewer samples.",
             stacklevel=6,
         )
+
+
+def _refuse_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note], where: str) -> None:
+    """Raise if an extension of a block is not defined where samples are mixed; ``where``: by these nodes."""
+    plan = prepared.plan
+    for extension in block.first_order:
+        if not extension.bounds_influence:
+            continue
+        with muted():
+            n = plan.n if block.ids is None else None
+            mixer = where or possible_mixer(prepared.graph, prepared.owners, plan.entries, notes, n, plan.for_all)
+        if mixer:
+            raise RuntimeError(
+                f"{type(extension).__name__}: samples are mixed by {mixer}. A sample changes what is computed of "
+                f"others, so that clipping its gradient does not bound its influence. {WAYS_OUT}."
+            )
+    inside = dict.fromkeys(name_of(variable_of(leaf)) for entry in plan.mixed for leaf in plan.entries[entry])
+    for extension in block.second_order:
+        if extension.needs_samples_apart and inside:
+            raise RuntimeError(
+                f"{type(extension).__name__}: samples are mixed by {where}, and for parameters below, as "
+                f"{listed(list(inside))}, Kronecker factors are not defined. {WAYS_OUT}; or freeze these parameters "
+                f"with requires_grad_(False), or take an extension that is diagonal in them."
+            )

@@ -1,4 +1,4 @@
-"""Where a backward pass begins: its graph is read, prehooks are put on nodes, and taken off when it has ended."""
+"""Runs a backward pass: reads its graph, puts prehooks on nodes, and takes them off when the pass has ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backpack.backward.empty_batch import has_no_entries, store_results
 from backpack.backward.first_order import FirstOrderPass
 from backpack.backward.plan import Plan
 from backpack.backward.preparation import look_for_mixed, prepare, refuse_complex, refuse_other_losses, wanted_leaves
-from backpack.graph import Edge, Graph, count_outputs, read, variable_of
+from backpack.graph import Edge, Graph, read, variable_of
 from backpack.modules.calls import Note, noted
 from backpack.modules.forward_hooks import note_parameters
 from backpack.modules.loss_calls import LossCall, losses_in
@@ -26,7 +26,7 @@ from backpack.modules.module_io import ModuleIO, module_io_of
 from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 
 ComputeCurvature = Callable[[Block, Call, Prepared, Mapping[Edge, Note], "dict[Node, list[ModuleIO]]"], None]
-"""What computes the extensions of second order."""
+"""Function that computes the extensions of second order."""
 
 
 def differentiate(
@@ -111,7 +111,7 @@ def _take_old_results_off(block: Block, calls: Sequence[Note]) -> None:
 
 
 def _received(leaves: Iterable[Node], asked: Sequence[Edge]) -> list[Node]:
-    """Those that receive gradients."""
+    """Those of the leaves that receive gradients."""
     return [leaf for leaf in leaves if not asked or (leaf, 0) in asked]
 
 
@@ -126,7 +126,7 @@ def _refuse_unseen(parameters: Sequence[Tensor]) -> None:
 
 
 class _Running:
-    """A backward pass under way: what is hooked for it. ``first``: that of first order; ``None``: there is none.
+    """A backward pass under way, and its prehooks. ``first``: the pass of first order; ``None``: there is none.
 
     Raises:
         RuntimeError: An extension cannot be computed.
@@ -141,9 +141,9 @@ class _Running:
         losses: Sequence[tuple[Node, int, LossCall]],
         module_io: dict[Node, list[ModuleIO]],
     ) -> None:
-        self.block, self.module_io, self.first = block, module_io, None
-        self.graph = graph
-        self.notes, self._handles = notes, list[Any]()
+        self.block, self.graph, self.module_io = block, graph, module_io
+        self.first: FirstOrderPass | None = None
+        self._handles: list[Any] = []
         _take_old_results_off(block, calls)
         self.prepared = prepare(graph, notes, calls, block.ids)
         if self.prepared is None:
@@ -168,7 +168,7 @@ class _Running:
 
     @property
     def device(self) -> torch.device:
-        """That of the parameters."""
+        """The device of the parameters."""
         assert self.prepared is not None
         return variable_of(next(iter(self.prepared.plan.expected))).device
 
@@ -177,16 +177,14 @@ class _Running:
         for node, module_io in self.module_io.items():
             for io in module_io:
                 self._handles.append(node.register_prehook(partial(self.block.outputs_arrived, io, node)))
-        if self.first is not None:
-            self.first.attach()
+        for node, prehook in self.first.prehooks() if self.first is not None else ():
+            self._handles.append(node.register_prehook(prehook))
 
     def detach(self) -> None:
         """Take the prehooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.first is not None:
-            self.first.detach()
 
 
 def _warn_of_no_model(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]) -> None:
@@ -202,21 +200,16 @@ def _warn_of_no_model(graph: Graph, losses: Sequence[tuple[Node, int, LossCall]]
 
 
 class Partial:
-    """A pass with respect to other tensors than parameters: which nodes it runs, and where it is continued.
+    """A pass with respect to other tensors than parameters: where it ends, and which uses it misses.
 
-    ``ends``: outputs of modules at which it ends, by their place among what is asked for; ``direct``: the same of other
-    nodes that use parameters; ``beside``: nodes that use parameters beside its way.
+    ``ends``: the outputs of modules at which it ends, with their places among the inputs asked for; ``direct``: the
+    same for other nodes that use parameters; ``beside``: nodes that use parameters and that the pass does not come to.
     """
 
     def __init__(self, graph: Graph, plan: Plan, notes: Mapping[Edge, Note], asked: Sequence[Edge]) -> None:
         places = {edge: place for place, edge in enumerate(asked)}
         executed = executed_for(graph, asked)
-        below: set[Node] = set()
-        for node in graph.order:
-            if any((node, number) in places for number in range(count_outputs(node))):
-                below.add(node)
-            if node in below:
-                below.update(other for other, _ in graph.edges[node] if other is not None)
+        below = set(graph.behind(node for node, _ in asked if node in graph.edges))
         ended = {edge: place for edge, place in places.items() if edge[0] not in executed}
         self.ends = {edge: place for edge, place in ended.items() if edge in notes}
         self.direct = {edge: place for edge, place in ended.items() if edge not in notes and edge[0] in plan.uses}
@@ -253,7 +246,7 @@ def _differentiate_by_others(running: FirstOrderPass, call: Call, partial: Parti
 
 
 def _end(block: Block, running: _Running, asked: bool) -> None:
-    """What is left to do when PyTorch's pass has ended."""
+    """Finish what is left to do when PyTorch's pass has ended, and keep the results."""
     first = running.first
     if first is not None:
         first.finish()

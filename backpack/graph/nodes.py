@@ -23,16 +23,16 @@ LEAF = "torch::autograd::AccumulateGrad"
 
 @cache
 def _kind(name: str) -> str:
-    return re.sub(r"(_copy)?Backward\d*$", "", name)
+    return re.sub(r"Backward\d*(_copy)?$", "", name)
 
 
 def kind(node: Node) -> str:
-    """The function whose node it is, as ``Addmm``; that of a derivative is ``TanhBackward``."""
+    """The name of the function whose node it is, such as ``Addmm``; the node of a derivative is ``TanhBackward``."""
     return _kind(node.name())
 
 
 def variable_of(leaf: Node) -> Tensor:
-    """The tensor that a node accumulates gradients of."""
+    """The tensor whose gradient a leaf's node accumulates."""
     return leaf.variable  # type: ignore[attr-defined]
 
 
@@ -41,11 +41,11 @@ Alias Detach Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squee
 UnsafeView Unsqueeze View
 """
 VIEWS = frozenset(_VIEWS.split())
-"""Kinds of nodes that compute nothing: a tensor, or a part of it, in another form."""
+"""Kinds of nodes that compute nothing: they return a tensor, or a part of it, in another form."""
 
 
 def signed(number: int) -> int:
-    """A number that a node saved, which shows negative ones as large positive ones."""
+    """A number that a node saved: negative numbers are read from nodes as large positive ones."""
     return number - 2**64 if number >= 2**63 else number
 
 
@@ -57,7 +57,7 @@ def count_outputs(node: Node) -> int:
 def shape_of(node: Node, number: int) -> tuple[int, ...]:
     """The shape of output ``number`` of the function whose node it is."""
     if node.name() == LEAF:
-        return tuple(node.variable.shape)  # type: ignore[attr-defined]
+        return tuple(variable_of(node).shape)
     return tuple(node._input_metadata[number].shape)
 
 
@@ -79,13 +79,12 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
     They have the shapes and data types of what the edges lead to. No hook runs.
     """
     if isinstance(node, BackwardCFunction):
-        given = [_zeros(node, k) if grad is None else grad for k, grad in enumerate(cotangents)]
+        given = [full_of(node, k, 0) if grad is None else grad for k, grad in enumerate(cotangents)]
         with kept(node):
             found: Any = node.apply(*given)
         found = found if isinstance(found, tuple) else (found,)
-        wanted = [grad for grad, needed in zip(found, node.needs_input_grad, strict=False) if needed]
-        filled = iter(wanted)
-        results = [None if other is None else next(filled, None) for other, _ in node.next_functions]
+        needed = (grad for grad, is_needed in zip(found, node.needs_input_grad, strict=False) if is_needed)
+        results = [None if other is None else next(needed, None) for other, _ in node.next_functions]
     else:
         with kept(node):
             found = node(*cotangents)  # type: ignore[operator]
@@ -96,9 +95,10 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
     ]
 
 
-def _zeros(node: Node, number: int) -> Tensor:
+def full_of(node: Node, number: int, value: float) -> Tensor:
+    """A tensor of one value, like output ``number`` of the function whose node it is."""
     metadata = node._input_metadata[number]
-    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+    return torch.full(tuple(metadata.shape), value, dtype=metadata.dtype, device=metadata.device)
 
 
 def _fitted(grad: Tensor, node: Node, number: int) -> Tensor:

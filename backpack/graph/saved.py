@@ -1,14 +1,13 @@
-"""What nodes saved: read without a trace, also where ``torch.utils.checkpoint`` computes it again.
+"""Reads what nodes saved without a trace, also where ``torch.utils.checkpoint`` computes it again.
 
-A tensor of a checkpointed region may be unpacked once in a backward pass, and the node's own unpacking has to be that
-one: what was read before is given back to the region.
+PyTorch unpacks a tensor of a checkpointed region once in a backward pass, and has to do so when the node runs. So a
+tensor that was read before is given back to its region.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -18,6 +17,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils import checkpoint
 from torch.utils.checkpoint import _CheckpointFrame, _Handle
+
+from backpack.torch_internals import is_packed
+
+_EXECUTION_GROUP: Any = getattr(checkpoint, "GraphExecGroup", None)
+"""``None``: this version of PyTorch has no groups of passes."""
 
 _names: dict[str, tuple[str, ...]] = {}
 
@@ -41,7 +45,7 @@ def saved(node: Node, name: str) -> Any:
     value = getattr(node, f"_saved_{name}")
     if isinstance(value, Tensor):
         raw = getattr(node, f"_raw_saved_{name}")
-        if getattr(raw, "unpack_hook", None) is not None:
+        if is_packed(raw):
             _give_back(raw, value)
     return value
 
@@ -51,15 +55,21 @@ def is_recomputed(node: Node) -> bool:
     return any(_region(raw) is not None for raw in _raws(node))
 
 
-def _raws(node: Node) -> Iterator[Any]:
+def raws_by_name(node: Node) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The names under which a node saves tensors, each with their handles, which read without unpacking."""
     for name in ("tensors",) if isinstance(node, BackwardCFunction) else tensor_names(node):
         raw = getattr(node, f"_raw_saved_{name}")
-        yield from raw if isinstance(raw, (tuple, list)) else (raw,)
+        yield name, raw if isinstance(raw, (tuple, list)) else (raw,)
+
+
+def _raws(node: Node) -> Iterator[Any]:
+    for _, raws in raws_by_name(node):
+        yield from raws
 
 
 @contextmanager
 def kept(node: Node) -> Iterator[None]:
-    """What a node saved is as before after it ran by itself."""
+    """Context in which a node runs by itself; what it saved is afterwards as before."""
     if not is_recomputed(node):
         yield
         return
@@ -74,13 +84,12 @@ def kept(node: Node) -> Iterator[None]:
 
 
 _regions: WeakSet[Any] = WeakSet()
-"""Those of which something was read."""
+"""Checkpointed regions of which something was read."""
 
 
 def _region(raw: Any) -> Any:
-    """The checkpointed region that a saved tensor belongs to."""
-    hook = getattr(raw, "unpack_hook", None)
-    frame = None if hook is None else _frame_of(hook)
+    """The checkpointed region that a saved tensor belongs to; ``None``: it belongs to none."""
+    frame = _frame_of(raw.unpack_hook) if is_packed(raw) else None
     if frame is not None:
         _regions.add(frame)
     return frame
@@ -93,16 +102,11 @@ def regions(nodes: Iterable[Node]) -> list[Any]:
 
 
 def forget_recomputed() -> None:
-    """Free what was computed again for passes of our own, and for reads outside of one."""
+    """Free the tensors that were computed again for passes of our own, or for reads outside of a pass."""
     running: Any = torch._C._current_graph_task_id()
     for frame in list(_regions):
         for key in [key for key in frame.recomputed if key != running and isinstance(key, int)]:
             del frame.recomputed[key]
-
-
-@cache
-def _has_groups() -> bool:
-    return hasattr(checkpoint, "GraphExecGroup")
 
 
 def _frame_of(hook: Any) -> Any:
@@ -116,10 +120,11 @@ def _frame_of(hook: Any) -> Any:
 
 
 def _give_back(raw: Any, value: Any) -> None:
+    """Let a region return this value when the node unpacks the tensor."""
     frame = _region(raw)
     if frame is None or not isinstance(value, Tensor):
         return
-    group: Any = checkpoint.GraphExecGroup._get_current_group() if _has_groups() else None
+    group: Any = _EXECUTION_GROUP._get_current_group() if _EXECUTION_GROUP is not None else None
     key = torch._C._current_graph_task_id() if group is None else group
     if key == -1:  # outside of a pass each read computes anew
         return

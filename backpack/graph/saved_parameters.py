@@ -1,4 +1,4 @@
-"""Copies of parameters in the place of those that nodes saved: the graph then stays that at their present values.
+"""Puts copies in the place of the parameters that nodes saved, so that the graph keeps their present values.
 
 PyTorch saves parameters themselves, and refuses to use them once they were changed in place.
 """
@@ -19,7 +19,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from backpack.graph.nodes import LEAF, variable_of
-from backpack.graph.saved import regions, tensor_names
+from backpack.graph.saved import raws_by_name, regions
+from backpack.torch_internals import is_packed, memory_of
 
 
 def copy_saved_parameters(nodes: Sequence[Node]) -> None:
@@ -47,28 +48,23 @@ def copy_saved_parameters(nodes: Sequence[Node]) -> None:
 
 
 def _saved_tensors(node: Node) -> Iterable[tuple[Any, Tensor]]:
-    """What a node saved as it is, each with the handle that ``register_hooks`` is called on."""
-    for name in ("tensors",) if isinstance(node, BackwardCFunction) else tensor_names(node):
-        raw: Any = getattr(node, f"_raw_saved_{name}")
-        several = isinstance(raw, (tuple, list))
-        raws = raw if several else [raw]
-        if any(getattr(one, "unpack_hook", None) is not None for one in raws):
+    """The tensors that a node saved without hooks, each with the handle whose ``register_hooks`` replaces it."""
+    for name, raws in raws_by_name(node):
+        if any(map(is_packed, raws)):
             continue
-        values: Any = node.saved_tensors if isinstance(node, BackwardCFunction) else getattr(node, f"_saved_{name}")
-        for one, value in zip(raws, values if several else [values], strict=True):
-            if isinstance(value, Tensor):
-                yield one, value
+        found: Any = node.saved_tensors if isinstance(node, BackwardCFunction) else getattr(node, f"_saved_{name}")
+        values = found if isinstance(found, (tuple, list)) else [found]
+        yield from ((raw, value) for raw, value in zip(raws, values, strict=True) if isinstance(value, Tensor))
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Identifies the memory that a tensor is a view of; ``None``: it has none of its own."""
-    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
-        return None
-    return tensor.untyped_storage()._cdata
+    """Identifies the memory that a tensor is a view of; ``None``: it has no memory of its own."""
+    has_memory = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+    return memory_of(tensor) if has_memory else None
 
 
 def _compute_again(pairs: Sequence[tuple[Tensor, Tensor]], recompute: Callable[..., None], *args: Any) -> None:
-    """Compute a checkpointed region with parameters as they were."""
+    """Compute a checkpointed region again with the parameters' earlier values."""
     present = [parameter.data for parameter, _ in pairs]
     try:
         for parameter, own in pairs:

@@ -1,8 +1,8 @@
-"""One look at all that a backward pass may visit."""
+"""The recorded graph, read once before a backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,22 @@ class Graph:
         """What the forward pass has left at nodes."""
         found: dict[Node, Any] = {node: node.metadata for node in self.order}
         return {node: left for node, left in found.items() if left}
+
+    def inputs_of(self, node: Node) -> list[Edge]:
+        """The edges of a node that lead somewhere."""
+        return [(other, number) for other, number in self.edges[node] if other is not None]
+
+    def behind(self, starts: Iterable[Node]) -> Iterator[Node]:
+        """Some nodes, and all nodes that edges lead to from them."""
+        pending = list(dict.fromkeys(starts))
+        seen = set(pending)
+        while pending:
+            node = pending.pop()
+            yield node
+            for other, _ in self.edges[node]:
+                if other is not None and other not in seen:
+                    seen.add(other)
+                    pending.append(other)
 
 
 def read(roots: Iterable[GradientEdge], instead: Mapping[Edge, Edge] | None = None) -> Graph:

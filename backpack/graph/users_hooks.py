@@ -1,8 +1,8 @@
-"""What users observe of a backward pass, tensor hooks and retained gradients, shows nothing of passes of our own.
+"""Keeps users' tensor hooks and retained gradients out of passes of our own.
 
-PyTorch runs the hooks of a tensor, and ``retain_grad()``, in every pass through its node. A pass of seeds is no
-gradient of the user's. Known are what came in and out of modules without children, inputs of extended losses, and in
-forward passes inside of a block all tensors.
+PyTorch runs the hooks of a tensor, and fills the gradient that ``retain_grad()`` asks for, in every pass through its
+node; but a pass of seeds computes no gradient of the user's. The tensors that we can protect are the inputs and outputs
+of modules without children, the inputs of extended losses, and all tensors of forward passes inside of a block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backpack.graph import Graph
 
 class _Thread(threading.local):
     retained: list[Tensor] | None = None
-    """Tensors whose gradients are to be forgotten; ``None``: no pass of our own runs on this thread."""
+    """Tensors whose gradients will be deleted; ``None``: no pass of our own runs on this thread."""
 
 
 _here = _Thread()
@@ -29,7 +29,7 @@ _here = _Thread()
 
 @contextmanager
 def undisturbed(tensors: Iterable[ref[Tensor] | Tensor]) -> Iterator[None]:
-    """No hook of a user runs on these tensors inside; their retained gradients are afterwards as before."""
+    """Context in which no hook of a user runs on these tensors; their retained gradients are afterwards as before."""
     retained: list[Tensor] = []
     for known in tensors:
         tensor = known if isinstance(known, Tensor) else known()
@@ -53,13 +53,16 @@ def undisturbed(tensors: Iterable[ref[Tensor] | Tensor]) -> Iterator[None]:
 
 
 def forget_retained() -> None:
-    """After a pass of our own: what it added, perhaps to ``torch.vmap``'s tensors, is not to meet the next one's."""
+    """Delete the gradients that a pass of our own retained: the next pass must not add to them.
+
+    Inside of ``torch.vmap`` they would be batched tensors of another size.
+    """
     for tensor in _here.retained or ():
         tensor.grad = None
 
 
 def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A hook that does not run in passes of our own if it is a user's."""
+    """A hook that does nothing in passes of our own; hooks of this package and of PyTorch are returned as they are."""
     if _is_ours(hook):
         return hook
 
@@ -70,9 +73,10 @@ def guarded(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 
 MODULE_IO = "backpack module io"
-"""At the node that computed a module's outputs: what came in and out, for each of its calls."""
+"""Key of a node's metadata: for each call of a module whose output the node computed, its inputs and outputs."""
 
 RETAINED = "backpack retained"
+"""Key of a node's metadata: the tensors that retain their gradient."""
 
 
 def note_retained(tensor: Tensor) -> None:
@@ -83,7 +87,7 @@ def note_retained(tensor: Tensor) -> None:
 
 
 def observed(graph: Graph) -> Iterator[ref[Tensor] | Tensor]:
-    """The tensors that nodes know of."""
+    """The tensors of the user that nodes have notes of."""
     for left in graph.notes.values():
         for _, inputs, output, last, *_ in left.get(MODULE_IO, ()):
             if isinstance(inputs, ref):
@@ -99,7 +103,7 @@ def observed(graph: Graph) -> Iterator[ref[Tensor] | Tensor]:
 
 
 class Guarding(TorchFunctionMode):
-    """Hooks that are registered inside do not run in passes of our own, and no gradient is retained."""
+    """Context in which new hooks are guarded, and ``retain_grad()`` does nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,6 +116,6 @@ class Guarding(TorchFunctionMode):
 
 
 def _is_ours(hook: Any) -> bool:
-    """Also PyTorch's own: those of a fully sharded module gather its parameters."""
+    """Whether a hook is this module's or PyTorch's; the hooks of a fully sharded module gather its parameters."""
     name = getattr(hook, "__module__", None) or ""
     return name == __name__ or name.startswith("torch.")

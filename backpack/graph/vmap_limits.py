@@ -1,107 +1,65 @@
 """Backward nodes that ``torch.vmap`` does not take for several cotangents at a time.
 
-PyTorch loops inside of these nodes, with a warning; some are wrong or an error, so that whole pull-backs are looped.
-The list is what a sweep over PyTorch's own operator database finds; ``tests/test_operators.py`` keeps it true. What
-users' own functions do in their backward pass is not known: for them whole pull-backs are looped as well.
+PyTorch loops inside of these nodes, with a warning. For some of them the loop fails or is wrong, so that whole
+pull-backs are looped; so they are for users' own functions, since nothing is known of their backward pass. The lists
+are what a sweep over PyTorch's own operator database finds; ``tests/test_operators.py`` keeps them true.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-WRONG = frozenset(
-    {
-        "AsStridedScatterBackward",
-        "CdistBackward",
-        "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_defaultBackward",
-        "MaskedSelectBackward",
-        "MaxUnpool2DBackward",
-        "SparseMmReduceImplBackward",
-        "SparseSampledAddmmBackward",
-        "ToSparseBackward",
-    }
-)
-"""Nodes for which the loop inside is not right, or not possible."""
+from backpack.graph.nodes import kind
 
-LOOPED = WRONG | frozenset(
-    {
-        "BatchNormWithUpdateBackward",
-        "CtcLossBackward",
-        "CummaxBackward",
-        "CumminBackward",
-        "EmbeddingBagBackward",
-        "FractionalMaxPool2DBackward",
-        "FractionalMaxPool3DBackward",
-        "LinalgHouseholderProductBackward",
-        "MaskedScatterBackward",
-        "MishBackward",
-        "MkldnnRnnLayerBackward",
-        "MultiMarginLossBackward",
-        "MultilabelMarginLossBackward",
-        "OrmqrBackward",
-        "PdistBackward",
-        "PutBackward",
-        "RreluWithNoiseBackward",
-        "ScaledDotProductFlashAttentionForCpuBackward",
-        "SegmentReduceBackward",
-        "SoftMarginLossBackward",
-        "TakeBackward",
-        "TrilinearBackward",
-        "UnfoldBackward",
-        "UpsampleNearestExact1DBackward",
-        "UpsampleNearestExact2DBackward",
-        "UpsampleNearestExact3DBackward",
-    }
-)
+_WRONG = """
+AsStridedScatter Cdist GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_default
+MaskedSelect MaxUnpool2D SparseMmReduceImpl SparseSampledAddmm ToSparse
+"""
+WRONG = frozenset(_WRONG.split())
+"""Kinds of nodes for which the loop inside is not right, or not possible."""
+
+_LOOPED = """
+BatchNormWithUpdate CtcLoss Cummax Cummin EmbeddingBag FractionalMaxPool2D FractionalMaxPool3D
+LinalgHouseholderProduct MaskedScatter Mish MkldnnRnnLayer MultiMarginLoss MultilabelMarginLoss Ormqr Pdist Put
+RreluWithNoise ScaledDotProductFlashAttentionForCpu SegmentReduce SoftMarginLoss Take Trilinear Unfold
+UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
+"""
+LOOPED = WRONG | frozenset(_LOOPED.split())
 
 Instead = Mapping[GradientEdge, GradientEdge | None]
 """Edges that others take the place of; ``None``: the graph ends there."""
 
 
-def _edges(starts: Iterable[GradientEdge], instead: Instead | None = None) -> Iterator[GradientEdge]:
-    """All edges of a graph, from these on."""
-    pending, visited, followed = list(starts), set(), set()
-    while pending:
-        edge = pending.pop()
-        if instead and edge in instead:
-            taken = instead[edge]
-            if taken is None:
-                continue
-            edge = taken
-        if edge not in visited:
-            visited.add(edge)
-            yield edge
-            if edge.node not in followed:
-                followed.add(edge.node)
-                pending += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
-
-
 def nodes(starts: Iterable[GradientEdge], instead: Instead | None = None) -> list[Node]:
     """All nodes of a graph, from these edges on."""
-    return list(dict.fromkeys(edge.node for edge in _edges(starts, instead)))
-
-
-def _name(node: Node) -> str:
-    return node.name().removesuffix("_copy").rstrip("0123456789")
+    instead, pending = instead or {}, list(starts)
+    found: dict[Node, None] = {}
+    while pending:
+        edge = pending.pop()
+        taken = instead.get(edge, edge)
+        if taken is not None and taken.node not in found:
+            found[taken.node] = None
+            pending += [GradientEdge(node, number) for node, number in taken.node.next_functions if node is not None]
+    return list(found)
 
 
 def is_looped(node: Node) -> bool:
     """Whether a node is looped over by PyTorch, or has to be."""
-    return _name(node) in LOOPED or isinstance(node, BackwardCFunction)
+    return kind(node) in LOOPED or isinstance(node, BackwardCFunction)
 
 
 def must_loop(graph: Iterable[Node]) -> bool:
     """Whether pull-backs through one of the nodes of a graph are looped as a whole."""
-    return any(_name(node) in WRONG or isinstance(node, BackwardCFunction) for node in graph)
+    return any(kind(node) in WRONG or isinstance(node, BackwardCFunction) for node in graph)
 
 
 def counts_backward_passes(edge: GradientEdge) -> bool:
-    """Whether a graph is of ``DistributedDataParallel(static_graph=True)``, in its first backward pass.
+    """Whether a graph is that of ``DistributedDataParallel(static_graph=True)`` in its first backward pass.
 
-    It would take the pull-back of seeds for that pass, and exchange gradients before they are there.
+    That wrapper would take the pull-back of seeds for its first pass, and exchange gradients before they are there.
     """
     wrappers = [node.ddp_weakref() for node in nodes([edge]) if node.name() == "_DDPSinkBackward"]  # type: ignore[attr-defined]
     return any(ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued for ddp in wrappers)

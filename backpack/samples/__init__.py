@@ -1,4 +1,4 @@
-"""Whose entry is it: layouts of samples, and subsets of them."""
+"""Which entries of tensors belong to which sample: layouts, and subsets of the samples."""
 
 from backpack.samples.ids import SampleIds
 from backpack.samples.layouts import (

@@ -1,4 +1,4 @@
-"""The coded pass: which samples the cotangents of a function's inputs come from, found out exactly, for one node.
+"""The coded pass finds out exactly which samples the cotangents of a function's inputs come from, for one node.
 
 Random cotangents of some of the samples are sent through the node, with zeros for all others. An entry of the result
 that is not zero comes from one of these samples. Each sample takes part in some of a few such passes, its code, and all
@@ -12,7 +12,7 @@ need fewer passes, but do not see a contribution below the rounding of another s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from math import comb
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph import call, count_outputs, kind
+from backpack.graph import call, kind
 from backpack.samples.layouts import AnyLayout, found_layout
 from backpack.torch_internals import pull_back
 
@@ -62,18 +62,13 @@ def _agreed(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _owners(node: Node, layouts: Sequence[AnyLayout | None], n: int, generator: torch.Generator) -> list[Tensor | None]:
     """The sample that each entry of the inputs' cotangents comes from; -1: none, ``MIXED``: several."""
-    seeds, owners = _seeds(node, layouts, generator)
-    codes, sample = codes_of(n)
-    found: list[Tensor | None] = [None] * len(node.next_functions)
+    seeds = [None if layout is None else _seed(node, k, layout, generator) for k, layout in enumerate(layouts)]
+
+    def run(takes_part: Tensor) -> Sequence[Tensor | None]:
+        return call(node, [None if seed is None else _only(*seed, takes_part) for seed in seeds])
+
     with torch.no_grad():
-        for number, takes_part in enumerate(codes):
-            given = [_only(*pair, takes_part) for pair in zip(seeds, owners, strict=True)]
-            for k, grad in enumerate(call(node, given)):
-                if grad is not None:
-                    passed = (grad != 0).cpu().to(torch.int64) << number
-                    known = found[k]
-                    found[k] = passed if known is None else known + passed
-    return [None if passes is None else sample[passes] for passes in found]
+        return _decoded(run, n, len(node.next_functions))
 
 
 def samples_of_entries(
@@ -84,7 +79,6 @@ def samples_of_entries(
     Random tangents of some of the ``n`` samples, at the edges where they start, are pushed on to the tensor at
     ``edge``: the pull-back from there is linear in what is pulled back, and its derivative by that the transposed map.
     """
-    codes, sample = codes_of(n)
     with torch.enable_grad():
         point = torch.zeros_like(tensor, requires_grad=True)
         found = pull_back([edge], list(starts), [point], create_graph=True)
@@ -93,15 +87,34 @@ def samples_of_entries(
         for grad, layout in zip(found, starts.values(), strict=True)
         if grad is not None and grad.requires_grad
     ]
-    passed = torch.zeros(tensor.shape, dtype=torch.int64)
-    for number, takes_part in enumerate(codes if reached else ()):
+    if not reached:
+        return torch.full(tensor.shape, -1)
+
+    def run(takes_part: Tensor) -> Sequence[Tensor | None]:
         given = []
         for grad, owner in reached:
             drawn = torch.randn(grad.shape, generator=generator, dtype=torch.float64).to(grad)
             given.append(_only(drawn, owner, takes_part))
-        (pushed,) = torch.autograd.grad([grad for grad, _ in reached], point, given, retain_graph=True)
-        passed += (pushed != 0).cpu().to(torch.int64) << number
-    return sample[passed]
+        return torch.autograd.grad([grad for grad, _ in reached], point, given, retain_graph=True)
+
+    (owner,) = _decoded(run, n, 1)
+    assert owner is not None
+    return owner
+
+
+def _decoded(run: Callable[[Tensor], Sequence[Tensor | None]], n: int, count: int) -> list[Tensor | None]:
+    """The sample that each entry of ``count`` results comes from; -1: none, ``MIXED``: several.
+
+    ``run`` computes the results, given which of the ``n`` samples take part in a pass.
+    """
+    codes, sample = codes_of(n)
+    shown: dict[int, Tensor] = {}
+    for number, takes_part in enumerate(codes):
+        for k, result in enumerate(run(takes_part)):
+            if result is not None:
+                passed = (result != 0).cpu().to(torch.int64) << number
+                shown[k] = shown[k] + passed if k in shown else passed
+    return [sample[shown[k]] if k in shown else None for k in range(count)]
 
 
 @lru_cache(64)
@@ -121,24 +134,14 @@ def codes_of(n: int) -> tuple[Tensor, Tensor]:
     return codes, sample
 
 
-def _seeds(
-    node: Node, layouts: Sequence[AnyLayout | None], generator: torch.Generator
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Random cotangents of the outputs, and to which samples their entries belong."""
-    seeds: list[Tensor | None] = [None] * count_outputs(node)
-    owners: list[Tensor | None] = [None] * count_outputs(node)
-    for k, layout in enumerate(layouts):
-        if layout is not None:
-            metadata = node._input_metadata[k]
-            wide = metadata.dtype if metadata.dtype.is_complex else torch.float64
-            drawn = torch.randn(tuple(metadata.shape), generator=generator, dtype=wide)
-            seeds[k] = drawn.to(metadata.dtype).to(metadata.device)
-            owners[k] = layout.owners(metadata.shape, metadata.device)
-    return seeds, owners
+def _seed(node: Node, number: int, layout: AnyLayout, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random cotangent of one of the outputs, and to which samples its entries belong."""
+    metadata = node._input_metadata[number]
+    wide = metadata.dtype if metadata.dtype.is_complex else torch.float64
+    drawn = torch.randn(tuple(metadata.shape), generator=generator, dtype=wide)
+    return drawn.to(metadata.dtype).to(metadata.device), layout.owners(metadata.shape, metadata.device)
 
 
-def _only(seed: Tensor | None, owner: Tensor | None, takes_part: Tensor) -> Tensor | None:
+def _only(seed: Tensor, owner: Tensor, takes_part: Tensor) -> Tensor:
     """The cotangent of the samples that take part."""
-    if seed is None or owner is None:
-        return None
     return seed.masked_fill(~(takes_part.to(seed.device)[owner.clamp(min=0)] & (owner >= 0)), 0)

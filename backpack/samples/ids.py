@@ -1,4 +1,4 @@
-"""Samples as users number them: which sample each leading entry of the model's output belongs to."""
+"""The numbers that users give to samples: which sample each leading entry of the model's output belongs to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backpack.samples.layouts import AnyLayout, found_layout
 class SampleIds:
     """Numbers of samples, ``-1`` for entries of none.
 
-    What belongs to no sample is one more, the last, which no subset selects.
+    Entries of no sample form one more sample, the last, which no subset selects.
 
     Args:
         given: An integer tensor of the shape of the output's leading axes, or such a tensor and the number of samples.
@@ -48,16 +48,16 @@ class SampleIds:
         self.leaves_out = smallest < 0
         """Whether there are entries of no sample."""
         self.n = self.count + self.leaves_out
-        """How many samples there are, together with the one of all entries of none."""
+        """How many samples there are, together with the one that all entries of no sample form."""
         self.numbers = ids
         self._ids = ids.where(ids >= 0, self.count)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether there is a number for each leading entry of a tensor, whose first axes may be one."""
+        """Whether there is a number for each leading entry of a tensor; its first axis may be several, flattened."""
         return self._of(shape) is not None
 
     def layout(self, shape: Sequence[int]) -> AnyLayout:
-        """Where the samples lie in a tensor that the numbers fit."""
+        """The layout of a tensor that the numbers fit."""
         ids = self._of(shape)
         assert ids is not None
         return found_layout(self.n, ids.reshape(*ids.shape, *[1] * (len(shape) - ids.dim())), exactly=True)

@@ -1,4 +1,4 @@
-"""Layouts: which entries of a tensor belong to which sample, and the tensor brought to one row for each sample."""
+"""Layouts say which entries of a tensor belong to which sample, and bring the tensor to one row for each sample."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Layout:
         return [self.axis]
 
     def split_sizes(self, sizes: Sequence[int]) -> list[int]:
-        """What ``split`` leaves of the axes of a tensor that has one entry for all samples."""
+        """The sizes of one sample's row after ``split``, if the tensor has one entry along the axis of the samples."""
         return [size for axis, size in enumerate(sizes) if axis != self.axis or self.factor > 1]
 
     def occupies(self, axes: Sequence[int]) -> bool:
@@ -105,16 +105,16 @@ class Layout:
         return self.scattered(before).reshaped(before, after)
 
     def scattered(self, shape: Sequence[int]) -> Scattered:
-        """The same as a table."""
+        """The same layout as a table."""
         return Scattered(self.n, self.owners(shape, torch.device("cpu")))
 
 
 @dataclass(frozen=True, eq=False)
 class Scattered:
-    """``n`` samples lie as a table says: ``owner``, of one entry or all along each axis; ``-1``: of no sample.
+    """``n`` samples lie as a table says: ``owner`` holds the sample of each entry, or ``-1`` for no sample.
 
-    If all entries belong to one sample, or to none, the table may have a single entry: the sample is taken to lie along
-    the first axis, which may have any size.
+    The table broadcasts to the tensor. If it has a single entry, the sample is taken to lie along the first axis, which
+    may have any size.
     """
 
     n: int
@@ -138,7 +138,7 @@ class Scattered:
         return bool((self.owner < 0).any())
 
     def with_whole_rows(self) -> AnyLayout:
-        """The same, but entries of none along the last axis count to the sample of those beside them, if it is one."""
+        """The layout in which entries of no sample count to the one sample beside them along the last axis, if any."""
         owner = self.owner
         if not self.has_none or not owner.dim() or owner.shape[-1] == 1:
             return self
@@ -159,7 +159,7 @@ class Scattered:
 
     @cached_property
     def _index(self) -> tuple[Tensor, Tensor]:
-        """For each sample its rows, ``[n, s]``, and which of them there are."""
+        """For each sample its rows, ``[n, s]``, and which of these it has."""
         owner, counts = self.owner.flatten(), self.lengths
         order = owner.argsort(stable=True)
         order = order[(owner[order] < 0).sum() :]
@@ -173,7 +173,7 @@ class Scattered:
 
     @property
     def filled(self) -> Tensor | None:
-        """Of the rows that ``split`` gives each sample, how many it has; ``None``: all."""
+        """The share of the rows from ``split`` that each sample fills; ``None``: all samples fill all rows."""
         inside = self._index[1]
         return None if inside.all() else inside.double().mean(1)
 
@@ -216,7 +216,7 @@ class Scattered:
         return self.owner.to(device)
 
     def split_sizes(self, sizes: Sequence[int]) -> list[int]:
-        """What ``split`` leaves of the axes of a tensor that has one entry for all samples."""
+        """The sizes of one sample's row after ``split``, if the tensor has one entry along the axis of the samples."""
         return [1, *(size for axis, size in enumerate(sizes) if axis not in self.axes)]
 
     def occupies(self, axes: Sequence[int]) -> bool:
@@ -237,7 +237,7 @@ class Scattered:
         return found_layout(self.n, self.owner.expand(*before).reshape(list(after)), exactly=True)
 
     def scattered(self, shape: Sequence[int]) -> Scattered:
-        """The same."""
+        """The layout itself."""
         return self
 
 
@@ -254,10 +254,9 @@ def same(one: AnyLayout | None, other: AnyLayout | None) -> bool:
 
 
 def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
-    """The layout in which entry by entry belongs to these samples; ``-1``: to none, and may be counted to any.
+    """The simplest layout in which each entry belongs to the sample that ``owner`` says; ``-1``: to none.
 
-    As few axes as can be tell the samples apart, and regular owners are seen as such. ``exactly``: entries of none stay
-    told from those of a sample.
+    Entries of no sample may be counted to any, unless the layout must say so ``exactly``.
     """
     if owner.numel() == 0:
         return _empty(n, owner.shape)
@@ -267,7 +266,7 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
         for axis in range(owner.dim() - 1, -1, -1):
             wide = sum(size != 1 for size in owner.shape)
             if owner.shape[axis] == 1 or (wide == 1 and (lenient or not axis)):
-                continue  # entries of none stay told from those of others, and those of one sample are rows
+                continue  # the last axis stays: it may hold entries of no sample, and those of one sample are rows
             largest = owner.amax(axis, keepdim=True)
             smallest = (owner.where(owner >= 0, n) if lenient else owner).amin(axis, keepdim=True)
             if bool(((largest == smallest) | (lenient & (largest < 0))).all()):
@@ -281,9 +280,9 @@ def found_layout(n: int, owner: Tensor, exactly: bool = False) -> AnyLayout:
 
 
 def completed(layout: AnyLayout, shape: Sequence[int]) -> AnyLayout:
-    """The one regular layout that gives the entries of samples to these, and others, of none, to those beside them.
+    """The regular layout that agrees with the entries of samples, and gives each entry of no sample to one of them.
 
-    If there is no such layout, or several, it stays as it is.
+    If there is no such layout, or several, the layout is returned as it is.
     """
     if not isinstance(layout, Scattered) or layout.n < 2 or not layout.has_none:
         return layout
@@ -319,18 +318,24 @@ def _regular(n: int, axis: int, owner: Tensor) -> Layout | None:
 
 @lru_cache(2**12)
 def layouts(shape: tuple[int, ...], n: int, axes: tuple[int, ...] | range) -> Sequence[Layout]:
-    """All layouts of ``n`` samples that a tensor of this shape admits; ``axes`` may hold samples."""
+    """All layouts of ``n`` samples along one of the ``axes`` that a tensor of this shape can have."""
     if n == 1 and shape and shape[0] != 1:
         return (Layout(1, inner=shape[0]),)
     found = [Layout(n, axis) for axis in axes if shape[axis] == n]
-    if 0 in axes and n > 1 and shape[0] % n == 0 and shape[0] > n:
-        found += [Layout(n, inner=shape[0] // n), Layout(n, outer=shape[0] // n)]
+    if 0 in axes and n > 1:
+        found += layouts_in_blocks(shape, n)
     return tuple(found[:1] if n == 1 else found)
+
+
+def layouts_in_blocks(shape: Sequence[int], n: int) -> list[Layout]:
+    """The layouts in which each of ``n`` samples has several entries along the first axis: together, or in turns."""
+    each = shape[0] // n if 0 < n < shape[0] and shape[0] % n == 0 else 0
+    return [Layout(n, inner=each), Layout(n, outer=each)] if each else []
 
 
 @dataclass
 class Rows:
-    """Some samples (``index``; ``None``: all) of tensors with this layout."""
+    """A choice of samples of tensors with this layout. ``index``: their numbers; ``None``: all of them."""
 
     layout: AnyLayout
     index: Tensor | None = None
@@ -341,7 +346,7 @@ class Rows:
 
     @property
     def filled(self) -> Tensor | None:
-        """Of the positions that each sample has in what ``take`` returns, how many there are; ``None``: all."""
+        """The share of the positions from ``take`` that each sample fills; ``None``: all samples fill all positions."""
         filled = self.layout.filled if isinstance(self.layout, Scattered) else None
         return filled if filled is None or self.index is None else filled.to(self.index.device)[self.index]
 

@@ -1,4 +1,4 @@
-"""Whose row is it: for each edge of a graph where the samples lie in its cotangent, or that it is mixed."""
+"""Finds the owners of cotangents: for each edge of a graph where the samples lie, or that they are mixed there."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph import LEAF, VIEWS, Edge, Graph, count_outputs, kind, shape_of
 from backpack.samples.coded_pass import coded
-from backpack.samples.layout_rules import Unknown, spread
+from backpack.samples.layout_rules import Unknown, input_layouts
 from backpack.samples.layouts import AnyLayout, Scattered, found_layout, same
 
 
 @dataclass(eq=False)
 class Owners:
-    """What is known of the edges below the rows that are the samples.
+    """What is known of the edges below those where the samples begin.
 
-    ``owned``: by sample, with a layout, for each edge whose cotangent comes from the samples by rows; ``mixed``: edges
-    of which some row comes from several samples, or that are below such an edge; ``sends``: for each node that the
-    samples reach by rows, where they lie in what it sends along each of its edges (``None``: several in a row);
-    ``above``: edges that something reaches which does not come from the samples' rows; ``joined``: those of them at
-    which samples begin, with their layout, that are also mixed below others; ``coded``: nodes for which the table did
-    not tell; ``within``: of a node's inputs, the layouts of those entries alone whose second derivatives keep samples
-    apart.
+    ``owned``: the edges whose cotangent has no entry that comes from several samples, each with its layout; ``mixed``:
+    all other edges that samples reach, and all edges below these (number -1: the node as a whole); ``sends``: for each
+    node whose outputs are owned, where the samples lie in what it sends along each edge (``None``: an entry comes from
+    several); ``above``: edges that are reached from the roots without coming to samples first; ``joined``: those of
+    them at which samples begin, with their layout, that are also mixed below others; ``coded``: nodes that took a coded
+    pass; ``within``: of a node's inputs, the layouts of those entries whose second derivatives keep samples apart.
     """
 
     owned: dict[Edge, AnyLayout] = field(default_factory=dict)
@@ -37,17 +36,27 @@ class Owners:
     within: dict[tuple[Node, GradientEdge], AnyLayout] = field(default_factory=dict)
     is_thorough: bool = False
 
+    def first_owned(self, node: Node) -> tuple[int, AnyLayout]:
+        """The first output of a node's function that belongs to samples, and where they lie in it."""
+        found = ((number, self.owned.get((node, number))) for number in range(count_outputs(node)))
+        return next((number, layout) for number, layout in found if layout is not None)
+
 
 class _Disputed(Exception):
-    """Two nodes send rows of different samples to the same place, unless they send zeros there."""
+    """Two nodes send entries of different samples to the same place, where one of them may send zeros."""
 
 
 MASKING = frozenset(("MaskedFill", "Where", "Softmax", "SafeSoftmax"))
 """Kinds of nodes that send zeros where positions are masked, which the table counts to the samples beside them."""
 
 ATTENTION = "ScaledDotProduct"
-"""How kinds of nodes begin that take a mask, too: no sample's are the keys that only other samples' queries do not see.
-"""
+"""Prefix of the kinds of attention, which may have a mask: keys that no query sees belong to no sample."""
+
+HANDED_ON = frozenset(("_DDPSink", "RegisterPostBackwardFunction"))
+"""Kinds of nodes that return each cotangent as it is, and whose call by itself would disturb a distributed module."""
+
+SELECTING = frozenset(("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather"))
+"""Kinds of nodes for which the table counts entries that were not selected to the samples of those beside them."""
 
 
 def find_owners(
@@ -59,9 +68,9 @@ def find_owners(
 ) -> Owners:
     """Go down a graph from the edges where the samples begin.
 
-    Below a mixed edge everything is mixed, whatever its own rows say: what comes through the mixed part would be
-    counted twice otherwise. ``known``: of some edges, from where there are more samples; it is taken where these agree.
-    ``thoroughly``: do not take for mixed what only values keep apart, such as positions behind a mask.
+    Everything below a mixed edge counts as mixed: what comes through the mixed part would be counted twice otherwise.
+    ``known``: layouts of some edges that were found with more samples; they are taken where they agree with what is
+    found here. ``thoroughly``: samples that only values keep apart, such as positions behind a mask, are not mixed.
     """
     if known is None:
         try:
@@ -73,7 +82,7 @@ def find_owners(
 
 @dataclass(eq=False)
 class _Descent:
-    """One way down. ``exactly``: entries that a function does not select are told from those that it does."""
+    """One way down. ``exactly``: entries that a function does not select belong to no sample."""
 
     graph: Graph
     begin: Mapping[Edge, AnyLayout]
@@ -84,49 +93,52 @@ class _Descent:
 
     def run(self) -> Owners:
         owners = Owners(is_thorough=self.thoroughly)
-        mixed, above, exactly = owners.mixed, owners.above, self.exactly
-        graph, begin, known = self.graph, self.begin, self.known
         roots: dict[Node, list[int]] = {}
-        for root in graph.roots:
+        for root in self.graph.roots:
             roots.setdefault(root.node, []).append(root.output_nr)
-        starts: dict[Node, list[int]] = {}
-        for node, number in begin:
-            starts.setdefault(node, []).append(number)
-        for node in graph.order:
-            arriving: dict[int, AnyLayout | None] = {}
-            outside = list(roots.get(node, ()))
-            for consumer, k, number in graph.incoming[node]:
-                sent = owners.sends.get(consumer)
-                if sent is not None:
-                    arriving[number] = (
-                        _merged(arriving[number], sent[k], node, number, exactly) if number in arriving else sent[k]
-                    )
-                elif (consumer, -1) in mixed:
-                    arriving[number] = None
-                else:
-                    outside.append(number)
-            if outside:
-                above.update(dict.fromkeys((node, number) for number in outside))
-                for number in starts.get(node, ()):
-                    if number not in outside:
-                        continue
-                    if number not in arriving:
-                        arriving[number] = begin[node, number]
-                        del above[node, number]
-                    elif arriving[number] is None:
-                        owners.joined[node, number] = begin[node, number]
-            if not arriving:
-                continue
-            for number in arriving if known else ():
-                arriving[number] = _completed(arriving[number], known.get((node, number)), shape_of(node, number))
-            if node.name() != LEAF:
+        for node in self.graph.order:
+            arriving = self._arriving(node, roots.get(node, ()), owners)
+            if arriving and node.name() != LEAF:
                 if None in arriving.values():
                     arriving = dict.fromkeys(arriving)
-                    mixed.add((node, -1))
+                    owners.mixed.add((node, -1))
                 else:
                     owners.sends[node] = self._sent(node, arriving, owners)
-            _note(owners, node, arriving)
+            for number, layout in arriving.items():
+                if layout is None:
+                    owners.mixed.add((node, number))
+                else:
+                    owners.owned[node, number] = layout
         return owners
+
+    def _arriving(self, node: Node, roots: Sequence[int], owners: Owners) -> dict[int, AnyLayout | None]:
+        """Where the samples lie in those outputs of a node's function that they reach; ``None``: they are mixed there.
+
+        ``roots``: the outputs at which the graph begins.
+        """
+        arriving: dict[int, AnyLayout | None] = {}
+        outside = list(roots)
+        for consumer, k, number in self.graph.incoming[node]:
+            sent = owners.sends.get(consumer)
+            if sent is not None:
+                is_first = number not in arriving
+                arriving[number] = sent[k] if is_first else self._merged(arriving[number], sent[k], (node, number))
+            elif (consumer, -1) in owners.mixed:
+                arriving[number] = None
+            else:
+                outside.append(number)
+        for number in dict.fromkeys(outside):
+            edge = (node, number)
+            begins = edge in self.begin
+            if begins and number not in arriving:
+                arriving[number] = self.begin[edge]
+                continue
+            owners.above[edge] = None
+            if begins and arriving[number] is None:
+                owners.joined[edge] = self.begin[edge]
+        for number in arriving if self.known else ():
+            arriving[number] = _completed(arriving[number], self.known.get((node, number)), shape_of(node, number))
+        return arriving
 
     def _sent(self, node: Node, arriving: Mapping[int, Any], owners: Owners) -> list[AnyLayout | None]:
         """Where the samples lie in what a node sends along its edges."""
@@ -144,7 +156,7 @@ class _Descent:
                 raise Unknown
             if (self.exactly and kind(node) in SELECTING) or (self.thoroughly and kind(node) in MASKING):
                 raise Unknown
-            sent = list(spread(node, edges, layout, number))
+            sent = input_layouts(node, edges, layout, number)
             if self.thoroughly and any(
                 own is None and other is not None and not is_single_parameter(other, self.graph, {"ToCopy", *VIEWS})
                 for own, (other, _) in zip(sent, edges, strict=True)
@@ -158,16 +170,34 @@ class _Descent:
             exactly = exactly or any(isinstance(own, Scattered) and own.has_none for own in arriving.values())
             return coded(node, [arriving.get(k) for k in range(count)], self.generator, exactly)
 
+    def _merged(self, one: AnyLayout | None, other: AnyLayout | None, edge: Edge) -> AnyLayout | None:
+        """The layout of a sum of two cotangents at an edge; ``None``: some entry belongs to several samples.
+
+        Raises:
+            _Disputed: An exact look may find that no entry does.
+        """
+        if one is None or other is None or one.n != other.n:
+            return None
+        if same(one, other):
+            return one
+        shape = shape_of(*edge)
+        first, second = one.scattered(shape).owner, other.scattered(shape).owner
+        if bool(((first == second) | (first < 0) | (second < 0)).all()):
+            return found_layout(one.n, torch.maximum(first, second), exactly=True)
+        if not self.exactly:
+            raise _Disputed
+        return None
+
 
 def is_single_parameter(node: Node, graph: Graph, among: Container[str] | None = None) -> bool:
     """Whether nodes, ``among`` some kinds, lead from here to one parameter, without a branch."""
     while node.name() != LEAF:
         if among is not None and kind(node) not in among:
             return False
-        following = [other for other, _ in graph.edges[node] if other is not None]
+        following = graph.inputs_of(node)
         if len(following) != 1:
             return False
-        node = following[0]
+        node = following[0][0]
     return True
 
 
@@ -177,37 +207,3 @@ def _completed(layout: AnyLayout | None, known: AnyLayout | None, shape: Sequenc
         return layout
     one, other = layout.scattered(shape).owner, known.scattered(shape).owner
     return known if bool(((one == other) | (one < 0)).all()) else layout
-
-
-def _note(owners: Owners, node: Node, arriving: Mapping[int, AnyLayout | None]) -> None:
-    for number, layout in arriving.items():
-        if layout is None:
-            owners.mixed.add((node, number))
-        else:
-            owners.owned[node, number] = layout
-
-
-HANDED_ON = frozenset(("_DDPSink", "RegisterPostBackwardFunction"))
-"""Kinds of nodes that return each cotangent as it is, and whose call by itself would disturb a distributed module."""
-
-SELECTING = frozenset(("Slice", "Select", "Split", "UnsafeSplit", "SplitWithSizes", "Unbind", "IndexSelect", "Gather"))
-"""Kinds of nodes for which the table counts entries that were not selected to the samples of those beside them."""
-
-
-def _merged(one: AnyLayout | None, other: AnyLayout | None, node: Node, number: int, exactly: bool) -> AnyLayout | None:
-    """The layout of a sum of two cotangents; ``None``: some row belongs to several samples.
-
-    Raises:
-        _Disputed: That may be no longer so if it is looked at exactly.
-    """
-    if one is None or other is None or one.n != other.n:
-        return None
-    if same(one, other):
-        return one
-    shape = shape_of(node, number)
-    first, second = one.scattered(shape).owner, other.scattered(shape).owner
-    if bool(((first == second) | (first < 0) | (second < 0)).all()):
-        return found_layout(one.n, torch.maximum(first, second), exactly=True)
-    if not exactly:
-        raise _Disputed
-    return None

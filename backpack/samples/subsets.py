@@ -14,7 +14,7 @@ class Subset:
     Args:
         entries: ``None`` (all samples), integers in a sequence, tensor or array, a boolean mask, a slice
             or a range. Negative numbers count from the end; duplicates are allowed.
-        among: How many samples there are to choose from, where a pass has one more for all that belongs to none.
+        among: How many samples there are to choose from, if a pass has one more for all entries of no sample.
 
     Raises:
         TypeError: An entry is no integer.
