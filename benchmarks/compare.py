@@ -67,7 +67,7 @@ def spread(old: Measurement | None, new: Measurement | None) -> str:
     if old is None or new is None or old.failure or new.failure or len(old.multiples) < 2:
         return ""
     ratios = [new.multiples[number] / multiple for number, multiple in old.multiples.items()]
-    low, middle, high = quantiles(ratios, n=4)
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 

@@ -114,11 +114,11 @@ def details(results: Results) -> str:
     parts = []
     for network in dict.fromkeys(cell.network for cell in results.cells if cell.series is None):
         own = [cell for cell in results.cells if (cell.network, cell.series) == (network, None)]
-        parts += [f"### {network}, {own[0].batch} samples\n", _cells(own, names, "quantity", ": x plain (MiB)")]
+        parts += [f"### {network}, {own[0].batch} samples\n", _cells(own, names, "quantity", ": × plain (MiB)")]
     for series in series_of(results):
         own = [cell for cell in results.cells if cell.series == series]
         parts += [f"### By {series}\n", f"![Time by {series}]({chart_name(series)})\n"]
-        parts.append(_cells(own, names, f"quantity, {series}", ": x plain (MiB)"))
+        parts.append(_cells(own, names, f"quantity, {series}", ": × plain (MiB)"))
     return "\n".join(parts)
 
 

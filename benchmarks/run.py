@@ -79,7 +79,7 @@ class Measurement:
         if self.failure is not None:
             return Cell(*where, **place, **self.failure)
         found = list(self.multiples.values())
-        spread = None if len(found) < 2 else [round(found, 3) for found in quantiles(found, n=4)[::2]]
+        spread = None if len(found) < 2 else [round(x, 3) for x in quantiles(found, n=4, method="inclusive")[::2]]
         return Cell(*where, **place, multiple=round(median(found), 3), spread=spread, peak_mib=round(self.peak, 1))
 
 
