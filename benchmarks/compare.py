@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 from peers import HERE
 from report import row, table
-from run import Measurement, Process, measure
+from run import STARTING, Measurement, Process, measure
 from subjects import NETWORKS, QUANTITIES
 
 ROOT = HERE.parent
@@ -54,7 +54,7 @@ def worker(commit: str, threads: int) -> Iterator[Process]:
     with checkout(commit) as root:
         process = Process("this package", threads, root)
         try:
-            origin = process.ask(do="origin")
+            origin = process.ask(patience=STARTING, do="origin")
             if not Path(origin.get("file", "")).is_relative_to(root):
                 raise RuntimeError(f"The process for {commit} does not import backpack from {root}: {origin}.")
             yield process

@@ -28,6 +28,8 @@ LIMIT = 16 * 2**30
 """Bytes that one process may use."""
 PATIENCE = 60
 """Seconds that one answer may take: three steps, or a round."""
+STARTING = 600
+"""Seconds that a process may take to import its library."""
 
 
 class Process:
@@ -51,17 +53,17 @@ class Process:
         with self.process:  # waits, and closes its pipes
             pass
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, patience: float = PATIENCE, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        if select([self.process.stdout], [], [], PATIENCE)[0]:
+        if select([self.process.stdout], [], [], patience)[0]:
             answer = self.process.stdout.readline()
             if answer:
                 return json.loads(answer)
         ended = self.process.poll() is not None
         self.stop()
         self.start()
-        return {"error": "process ended" if ended else f"over {PATIENCE} s"}
+        return {"error": "process ended" if ended else f"over {patience} s"}
 
 
 @dataclass
@@ -119,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     libraries = [name for name in options.libraries if Path(LIBRARIES[name]).exists()]
     processes = {name: Process(name, options.threads) for name in libraries}
-    said = {name: process.ask(do="versions") for name, process in processes.items()}
+    said = {name: process.ask(patience=STARTING, do="versions") for name, process in processes.items()}
     versions = {"torch": said[libraries[0]]["torch"], **{name: said[name]["own"] for name in libraries}}
     results = begin(
         versions,

@@ -34,6 +34,7 @@ def modules(monkeypatch) -> dict[str, object]:
     return {name: importlib.import_module(name) for name in ("report", "result_file", "subjects")}
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_a_run_records_machine_versions_and_each_cell(measured):
     results = json.loads(measured.read_text())
@@ -49,6 +50,7 @@ def test_a_run_records_machine_versions_and_each_cell(measured):
         assert cell["peak_mib"] >= 0 and "error" not in cell
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_tables_and_charts_show_what_a_run_measured(measured, tmp_path):
     script("report.py", str(measured), "--output", str(tmp_path))
@@ -96,9 +98,8 @@ def test_the_page_of_benchmarks_is_drawn_from_the_stored_results(modules, tmp_pa
     assert named and all((tmp_path / name).exists() for name in named)
     rows = [line for line in (tmp_path / "benchmark_summary.md").read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 8 and "× plain" in rows[0] and "MiB" in rows[0]
-    first = [
-        cell for cell in results.cells if (cell.network, cell.quantity, cell.series) == ("3C3D", "BatchGrad", None)
-    ]
+    place = "3C3D", "BatchGrad", None
+    first = [cell for cell in results.cells if (cell.network, cell.quantity, cell.series) == place]
     own = next(cell for cell in first if cell.library == "this package")
     fastest = min(cell.multiple for cell in first if cell is not own)
     assert f"| {own.multiple:.2f} | {own.peak_mib:.0f} | {fastest:.2f}, " in rows[2]
