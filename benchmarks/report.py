@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from result_file import Cell, Difference, Results, read
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 OWN = "this package"
@@ -189,7 +190,7 @@ def series_chart(results: Results, series: str) -> Figure:
     return figure
 
 
-def _label(axis: object) -> None:
+def _label(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 

@@ -43,7 +43,7 @@ def plain(model: nn.Module, X: Tensor, y: Tensor, quantity: str = "") -> Step:
     return step
 
 
-def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
+def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str, **options: bool) -> Step:
     """This package or the original: whichever the environment has."""
     from backpack import backpack, extend, extensions
 
@@ -54,7 +54,7 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     if missing:
         raise NotOffered(", ".join(missing))
     lossfunc = extend(nn.CrossEntropyLoss())
-    extend(model)
+    model = extend(model, **options)
     products = [PRODUCTS[name] for name, _ in wanted if name in PRODUCTS]
     vectors = [torch.ones_like(p) for p in model.parameters()]
 
@@ -95,11 +95,12 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
     individual = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
 
-    def step() -> None:
+    def step() -> list[Tensor]:
         found.clear()
         found.update(individual(parameters, X, y))
         for name, parameter in model.named_parameters() if quantity == "BatchGrad" else ():
             parameter.grad = found[name].sum(0)
+        return [*found.values()]
 
     return step
 
