@@ -2,7 +2,7 @@
 # check     what a machine can see: ruff, mypy
 # test      the quick tests; test-all: every test
 # fuzz      random models, losses, extensions and subsets against plain autograd, for 20 minutes at most
-# bench     measurements, beside other packages; takes hours with all of them: `benchmarks/run.py --help`
+# bench     measures all quantities beside other libraries, for hours: BENCH=... are options of `benchmarks/run.py`
 # docs      the pages, in docs/_build; runs all examples for their pictures
 # clean     removes what the above leave, except the environment and downloaded data
 #
@@ -40,7 +40,7 @@ fuzz: $(VENV)/.develop
 	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.develop $(PEERS)/.made
-	$(PYTHON) benchmarks/run.py $(BENCH)
+	$(PYTHON) benchmarks/run.py --output benchmarks/results/costs.json $(BENCH)
 
 docs: $(VENV)/.docs
 	$(PYTHON) -m sphinx --fail-on-warning --keep-going docs docs/_build

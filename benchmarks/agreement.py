@@ -1,47 +1,46 @@
-"""Largest differences between the results of this package and those of the original, in float32, in one table; and of
-Kronecker factors and EKFAC from those of curvlinops, in float64.
+"""Do other libraries compute the same numbers? The largest differences, as a file of results.
 
-They compute every quantity that the other has, on networks that it supports, from the same parameters and data;
-of sampled quantities, which draw in different ways, only the mean over many samples can be compared, so that they are
-left to the tests. A cell shows the largest difference over all entries of all parameters, relative to the largest entry
-of the parameter; of curvlinops, of the products of all parameters' blocks with ten vectors. Run it with the environment
-of this package; the others' is made by ``make bench``'s rule.
+    python benchmarks/agreement.py
 
-    .venv/bin/python benchmarks/agreement.py
+The original computes, in ``float32``, every quantity that both have, from the same parameters and data. Sampled
+quantities are left to the tests: the libraries draw in different ways, so only means over many samples could be
+compared. curvlinops computes Kronecker factors and EKFAC, in ``float64``. A record has the largest difference over all
+entries of all parameters, relative to the largest entry of the parameter. Of curvlinops, it compares products of the
+weights' blocks with ten vectors.
 """
 
-import os
-import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import HERE, PEERS, output_of
+from result_file import Difference, begin, in_words
+from subjects import Positions, mlp, three_c_three_d
 from torch import Tensor, nn
 
-HERE = Path(__file__).parent
-PEERS = HERE / ".venv-peers" / "bin" / "python"
 QUANTITIES = [
     *("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"),
     *("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact"),
     *("KFLR", "KFRA", "HBP", "HBP hessian", "HBP pch-abs", "HBP pch-clip"),
 ]
+DISTRIBUTIONS = {"original": "backpack-for-pytorch", "curvlinops": "curvlinops-for-pytorch"}
 HBP = "sum", "average", "E[J^T E(H) J]"
+Found = dict[tuple[str, str], list[Tensor] | str]
+"""Network and quantity to the result of each parameter; or an error in words."""
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Sigmoid(), nn.Linear(16, 10))
+def small_mlp() -> nn.Module:
+    return mlp(last=nn.Sigmoid, inputs=64, hidden=(32, 16))
 
 
-def three_c_three_d() -> nn.Module:
-    def pooled(*sizes: int, padding: int = 0) -> list[nn.Module]:
-        return [nn.Conv2d(*sizes, padding=padding), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
-
-    dense = [nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)]
-    return nn.Sequential(*pooled(3, 16, 5), *pooled(16, 24, 3), *pooled(24, 32, 3, padding=1), nn.Flatten(), *dense)
+def small_three_c_three_d() -> nn.Module:
+    return three_c_three_d(channels=(16, 24, 32), hidden=(64, 32))
 
 
 def conv1d() -> nn.Module:
@@ -54,19 +53,19 @@ def embedding() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Any, tuple[int, ...], int | None, Any]] = {
-    "MLP": (mlp, (8, 64), None, nn.CrossEntropyLoss),
-    "MLP, squared error": (mlp, (8, 64), None, nn.MSELoss),
-    "3C3D": (three_c_three_d, (8, 3, 32, 32), None, nn.CrossEntropyLoss),
+    "MLP": (small_mlp, (8, 64), None, nn.CrossEntropyLoss),
+    "MLP, squared error": (small_mlp, (8, 64), None, nn.MSELoss),
+    "3C3D": (small_three_c_three_d, (8, 3, 32, 32), None, nn.CrossEntropyLoss),
     "Conv1d": (conv1d, (8, 4, 32), None, nn.CrossEntropyLoss),
     "Embedding": (embedding, (8, 12), 50, nn.CrossEntropyLoss),
 }
 
 
-def results() -> dict[str, list[Tensor] | str]:
-    """Of the package in this environment; the message where it fails."""
+def results() -> Found:
+    """Of the package in this environment."""
     from backpack import backpack, extend, extensions
 
-    found: dict[str, list[Tensor] | str] = {}
+    found: Found = {}
     for net, (build, shape, words, loss) in NETWORKS.items():
         torch.manual_seed(0)
         model, lossfunc = extend(build()), extend(loss())
@@ -74,7 +73,7 @@ def results() -> dict[str, list[Tensor] | str]:
         y = torch.randint(10, shape[:1]) if loss is nn.CrossEntropyLoss else torch.randn(shape[0], 10)
         for quantity in QUANTITIES:
             if net == "3C3D" and quantity.startswith(("KFRA", "HBP")):  # matrices of 12,544 rows
-                found[f"{net}/{quantity}"] = "left out"
+                found[net, quantity] = "left out, too slow"
                 continue
             name, _, curvature = quantity.partition(" ")
             extension = getattr(extensions, name)(*((curvature or "ggn", *HBP) if name == "HBP" else ()))
@@ -83,52 +82,39 @@ def results() -> dict[str, list[Tensor] | str]:
                     lossfunc(model(X), y).backward()
                 values = [getattr(p, extension.savefield) for p in model.parameters()]
                 flat = [value if isinstance(value, list) else [value] for value in values]
-                found[f"{net}/{quantity}"] = [tensor.detach() for tensors in flat for tensor in tensors]
+                found[net, quantity] = [tensor.detach() for tensors in flat for tensor in tensors]
             except Exception as error:
-                found[f"{net}/{quantity}"] = f"{type(error).__name__}"
+                found[net, quantity] = in_words(type(error).__name__, str(error))
     return found
 
 
-BLOCKS = [(kind, *rest) for kind in ("KFAC", "EKFAC") for rest in product(("exact", "empirical"), ("expand", "reduce"))]
+BLOCKS = [*product(("KFAC", "EKFAC"), ("exact", "empirical"), ("expand", "reduce"))]
 
-
-class Sequence(nn.Module):
-    """Weights that positions share."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x).relu().mean(1))
-
-
-BLOCK_NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "MLP": (mlp, (80, 64)),
+BLOCK_NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP": (small_mlp, (80, 64)),
     "CNN": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)), (80, 3, 8, 8)),
-    "Sequence": (Sequence, (80, 5, 8)),
+    "sequence": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Positions(), nn.Linear(16, 10)), (80, 5, 8)),
 }
 
 
-def block_products(peer: bool) -> dict[str, list[Tensor] | str]:
+def block_products(peer: bool) -> Found:
     """Products of the weights' Kronecker-factored blocks with vectors; by curvlinops (``peer``), or by this package.
 
-    So many samples that no factor is singular: a basis of its kernel is arbitrary. Of biases that positions share,
-    ``"expand"`` is an approximation there, and the exact block here.
+    There are so many samples that no factor is singular, for a basis of its kernel would be arbitrary. Biases that
+    positions share are left out: ``"expand"`` is an approximation of their blocks there, and exact here.
     """
-    found: dict[str, list[Tensor] | str] = {}
+    found: Found = {}
     for net, (build, shape) in BLOCK_NETWORKS.items():
         torch.manual_seed(0)
         model, X, y = build().double(), torch.randn(shape).double(), torch.randint(10, shape[:1])
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        V = torch.randn(sum(p.numel() for p in parameters), 10).double()
-        for kind, fisher, approx in BLOCKS:
-            way = (of_curvlinops if peer else of_factors)(model, X, y, kind, fisher, approx)
+        sizes = [p.numel() for p in model.parameters()]
+        V = torch.randn(sum(sizes), 10).double()
+        for block in BLOCKS:
             try:
-                products = way(V).split([p.numel() for p in parameters])
-                found[f"{net}/{kind} {fisher} {approx}"] = list(products[::2])
+                multiply = (of_curvlinops if peer else of_factors)(model, X, y, *block)
+                found[net, " ".join(block)] = list(multiply(V).split(sizes)[::2])
             except Exception as error:
-                found[f"{net}/{kind} {fisher} {approx}"] = type(error).__name__
+                found[net, " ".join(block)] = in_words(type(error).__name__, str(error))
     return found
 
 
@@ -158,52 +144,44 @@ def of_factors(model: nn.Module, X: Tensor, y: Tensor, kind: str, fisher: str, a
     return multiply
 
 
-def difference(ours: list[Tensor] | str, theirs: list[Tensor] | str) -> float | str:
-    """The largest relative one; of roots, between their Gram matrices, which alone are determined."""
+def difference(library: str, ours: list[Tensor] | str, theirs: list[Tensor] | str) -> dict[str, Any]:
+    """The largest relative one; or why there is none."""
     if isinstance(ours, str) or isinstance(theirs, str):
-        return f"{ours if isinstance(ours, str) else 'ok'} / {theirs if isinstance(theirs, str) else 'ok'}"
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+        if ours == theirs:
+            return {"error": ours}
+        who, words = ("this package", ours) if isinstance(ours, str) else (library, theirs)
+        return {"error": f"{who}: {words}"}
+    return {"difference": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))}
 
 
 def gram(roots: list[Tensor] | str) -> list[Tensor] | str:
-    """``V V^T`` of each parameter's root ``[C, N, *p]``."""
+    """``V V^T`` of each parameter's root ``[C, N, *p]``: roots themselves are not determined."""
     return roots if isinstance(roots, str) else [(v := r.flatten(2).flatten(0, 1)).T @ v for r in roots]
 
 
-def run(python: str, environment: dict[str, str]) -> dict[str, list[Tensor] | str]:
-    """``results()`` in another environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "results.pt"
-        subprocess.run([python, __file__, str(file)], check=True, env=environment, cwd=folder)
-        return torch.load(file)
+def differences(ours: Found, theirs: Found) -> Iterator[Difference]:
+    """A record for each network and quantity."""
+    for net, quantity in ours:
+        library, networks = ("original", NETWORKS) if quantity in QUANTITIES else ("curvlinops", BLOCK_NETWORKS)
+        pair = [found[net, quantity] for found in (ours, theirs)]
+        pair = [*map(gram, pair)] if quantity.startswith("Sqrt") else pair
+        yield Difference(net, networks[net][1][0], quantity, library, **difference(library, *pair))
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        warnings.simplefilter("ignore")
-        torch.save({**results(), **block_products(peer=True)}, sys.argv[1])
-        return
-    if not PEERS.exists():
-        raise SystemExit(f"{PEERS} is missing: `make {PEERS.parent.parent.relative_to(HERE.parent)}/.made` makes it.")
     warnings.simplefilter("ignore")
+    if len(sys.argv) > 1:  # in the peers' environment
+        versions = {name: version(of) for name, of in DISTRIBUTIONS.items()}
+        torch.save(({**results(), **block_products(peer=True)}, versions), sys.argv[1])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.pt"
+        output_of(PEERS, __file__, str(file))
+        theirs, versions = torch.load(file)
     ours = {**results(), **block_products(peer=False)}
-    theirs = run(str(PEERS), {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
-    print("| quantity | " + " | ".join(NETWORKS) + " |", "|---" * (len(NETWORKS) + 1) + "|", sep="\n")
-    for quantity in QUANTITIES:
-        cells = []
-        for net in NETWORKS:
-            a, b = ours[f"{net}/{quantity}"], theirs[f"{net}/{quantity}"]
-            value = difference(gram(a), gram(b)) if quantity.startswith("Sqrt") else difference(a, b)
-            cells.append(value if isinstance(value, str) else f"{value:.1e}")
-        print(f"| {quantity} | " + " | ".join(cells) + " |")
-
-    header = ["beside curvlinops", *BLOCK_NETWORKS]
-    print("\n| " + " | ".join(header) + " |", "|---" * len(header) + "|", sep="\n")
-    for block in BLOCKS:
-        names = [f"{net}/{' '.join(block)}" for net in BLOCK_NETWORKS]
-        values = [difference(ours[name], theirs[name]) for name in names]
-        cells = [value if isinstance(value, str) else f"{value:.1e}" for value in values]
-        print(f"| {' '.join(block)} | " + " | ".join(cells) + " |")
+    found = begin({"torch": torch.__version__, **versions}, torch.get_num_threads())
+    found.cells += differences(ours, theirs)
+    found.write(HERE / "results" / "agreement.json")
 
 
 if __name__ == "__main__":

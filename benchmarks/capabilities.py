@@ -1,21 +1,21 @@
-"""What this package and others can do with models as users write them: the comparison in README.md, cell by cell.
+"""What can each library do with models as users write them? The comparison in README.md, cell by cell.
 
-Each cell is a run, compared with a loop over samples by plain autograd in float64. Run as a script, it prints the
-table; the others are in the environment that ``make bench`` makes.
+    python benchmarks/capabilities.py
+
+Each cell is a run, compared with a loop over samples by plain autograd in float64. The script prints the table.
 """
 
 import json
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peers import LIBRARIES, output_of
+from report import table
 from torch import Tensor, nn
+from worker import LIBRARIES as MAKERS
 
-PEERS = Path(__file__).parent / ".venv-peers" / "bin" / "python"
 N = 3
 
 
@@ -113,101 +113,58 @@ def ggn_diagonal(model: nn.Module, X: Tensor, y: Tensor) -> list[Tensor]:
 
 
 TRUTH = {"individual gradients": individual_gradients, "GGN diagonal": ggn_diagonal}
+EXTENSIONS = {
+    "individual gradients": ("BatchGrad", "grad_batch"),
+    "GGN diagonal": ("DiagGGNExact", "diag_ggn_exact"),
+}
+"""Name in the benchmarks, and the attribute that BackPACK leaves."""
 
 
-def by_backpack(quantity: str, model: nn.Module, X: Tensor, y: Tensor, convert: bool) -> list[Tensor]:
-    """This package and the original have the same interface."""
-    from backpack import backpack, extend, extensions
-
-    model = extend(model, use_converter=convert)
-    lossfunc = extend(nn.CrossEntropyLoss())
-    name, field = {
-        "individual gradients": ("BatchGrad", "grad_batch"),
-        "GGN diagonal": ("DiagGGNExact", "diag_ggn_exact"),
-    }[quantity]
-    with backpack(getattr(extensions, name)()):
-        lossfunc(model(X), y).backward()
-    return [getattr(p, field) for p in model.parameters()]
+def results(library: str, quantity: str, model: nn.Module, X: Tensor, y: Tensor, **options: bool) -> list[Tensor]:
+    """By one step of the benchmarks."""
+    extension, field = EXTENSIONS[quantity]
+    returned = MAKERS[library][0](model, X, y, extension, **options)()
+    if library == "torch.func":
+        return returned
+    return [getattr(p, "grad_sample" if library == "Opacus" else field) for p in model.parameters()]
 
 
-def by_func(model: nn.Module, X: Tensor, y: Tensor) -> list[Tensor]:
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, parameters, (x[None],)), y[None]) / N
-
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    return list(torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, X, y).values())
-
-
-def by_opacus(model: nn.Module, X: Tensor, y: Tensor) -> list[Tensor]:
-    from opacus import GradSampleModule
-
-    model = GradSampleModule(model)  # scaled as gradients of the samples' own losses
-    F.cross_entropy(model(X), y).backward()
-    return [p.grad_sample / N for p in model.parameters()]
-
-
-def attempts(implementation: str, quantity: str):
-    """What to try, in words for the table."""
-    if implementation in ("this package", "original"):
-        yield "yes", lambda *problem: by_backpack(quantity, *problem, False)
-        if implementation == "original":
-            yield "with the converter", lambda *problem: by_backpack(quantity, *problem, True)
-    elif quantity == "individual gradients":
-        yield "yes", by_func if implementation == "torch.func" else by_opacus
-
-
-def outcome(implementation: str, quantity: str, model_name: str) -> str:
-    """What one cell says."""
+def outcome(library: str, quantity: str, model_name: str) -> str:
+    """What one cell says: the first attempt that is right, or else how the first one fails."""
     said = ""
-    for word, attempt in attempts(implementation, quantity):
+    attempts = {"yes": {}, "with the converter": {"use_converter": True}} if library == "original" else {"yes": {}}
+    for word, options in attempts.items():
         torch.manual_seed(0)
         make, shape = MODELS[model_name]
         model, X, y = make().double(), torch.rand(N, *shape, dtype=torch.float64), torch.arange(N)
         truth = TRUTH[quantity](model, X, y)
         try:
-            found = attempt(model, X, y)
+            found = results(library, quantity, model, X, y, **options)
         except Exception as error:
-            print(f"{implementation}, {quantity}, {model_name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+            print(f"{library}, {quantity}, {model_name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
             said = said or "error"
             continue
         if len(found) == len(truth) and all(
             a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, truth, strict=True)
         ):
             return word
-        print(f"{implementation}, {quantity}, {model_name}: wrong", file=sys.stderr)
+        print(f"{library}, {quantity}, {model_name}: wrong", file=sys.stderr)
         said = said or "wrong"
     return said
 
 
-def ask(python: str, implementation: str) -> dict[str, dict[str, str]]:
-    """All cells of one implementation, in a process of its own."""
-    environment = dict(os.environ)
-    if python != sys.executable:
-        environment.pop("PYTHONPATH", None)  # it may lead to this package, which has the original's name
-    command = [python, __file__, implementation]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-
-
 def main() -> None:
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1:  # all cells of one library, in its environment
         warnings.simplefilter("ignore")
-        cells = {q: {m: outcome(sys.argv[1], q, m) for m in MODELS} for q in TRUTH}
-        print(json.dumps(cells))
+        print(json.dumps({q: {m: outcome(sys.argv[1], q, m) for m in MODELS} for q in TRUTH}))
         return
-    columns = {
-        "this package": (sys.executable, "individual gradients"),
-        "`torch.func`": (sys.executable, "individual gradients"),
-        "Opacus": (str(PEERS), "individual gradients"),
-        "original": (str(PEERS), "individual gradients"),
-        "this package, GGN": (sys.executable, "GGN diagonal"),
-        "original, GGN": (str(PEERS), "GGN diagonal"),
+    answers = {
+        name: json.loads(output_of(LIBRARIES[name], __file__, name)) for name in LIBRARIES if name != "curvlinops"
     }
-    answers = {name: ask(python, name.partition(",")[0].strip("`")) for name, (python, _) in columns.items()}
-    print("| model | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for model in MODELS:
-        row = [answers[name][quantity][model] for name, (_, quantity) in columns.items()]
-        print("| " + " | ".join([model, *row]) + " |")
+    columns = [(name, "individual gradients") for name in answers]
+    columns += [(name, "GGN diagonal") for name in ("this package", "original")]
+    rows = [[model, *(answers[name][quantity][model] for name, quantity in columns)] for model in MODELS]
+    print(table(["model", *(f"{name}, {quantity}" for name, quantity in columns)], rows))
 
 
 if __name__ == "__main__":

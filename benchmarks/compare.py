@@ -1,4 +1,4 @@
-"""Two commits of this repository beside each other: is a step of the newer one slower?
+"""Is a step slower at one commit of this repository than at another?
 
     python benchmarks/compare.py OLD NEW --network MLP --quantity BatchL2Grad
     python benchmarks/compare.py HEAD . --network "MLP 8-8-8-8" --quantity extended BatchL2Grad --rounds 40
@@ -24,7 +24,9 @@ from pathlib import Path
 from statistics import quantiles
 from tempfile import TemporaryDirectory
 
-from run import HERE, Process, compare, table
+from peers import HERE
+from report import row, table
+from run import STARTING, Measurement, Process, measure
 from subjects import NETWORKS, QUANTITIES
 
 ROOT = HERE.parent
@@ -50,9 +52,9 @@ def checkout(commit: str) -> Iterator[Path]:
 def worker(commit: str, threads: int) -> Iterator[Process]:
     """A process that is certain to measure this commit."""
     with checkout(commit) as root:
-        process = Process(sys.executable, "backpack", threads, root)
+        process = Process("this package", threads, root)
         try:
-            origin = process.ask(do="origin")
+            origin = process.ask(patience=STARTING, do="origin")
             if not Path(origin.get("file", "")).is_relative_to(root):
                 raise RuntimeError(f"The process for {commit} does not import backpack from {root}: {origin}.")
             yield process
@@ -60,11 +62,12 @@ def worker(commit: str, threads: int) -> Iterator[Process]:
             process.stop()
 
 
-def spread(ratios: list[float]) -> str:
-    """The median and the quartiles."""
-    if len(ratios) < 2:
+def spread(old: Measurement | None, new: Measurement | None) -> str:
+    """The median and the quartiles of the rounds' ratios."""
+    if old is None or new is None or old.failure or new.failure or len(old.multiples) < 2:
         return ""
-    low, middle, high = quantiles(ratios, n=4)
+    ratios = [new.multiples[number] / multiple for number, multiple in old.multiples.items()]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -81,15 +84,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # else worktrees would be left
     commits = {f"old: {options.old}": options.old, f"new: {options.new}": options.new}
     old, new = commits
-    header = [old, new, "new / old"]
     with ExitStack() as stack:
         processes = {name: stack.enter_context(worker(commit, options.threads)) for name, commit in commits.items()}
-        print("\n".join(table({}, header, "network, quantity")), flush=True)
+        print(table(["network, quantity", old, new, "new / old"], []), end="", flush=True)
         for net in options.network:
             for quantity in options.quantity:
-                row, multiples = compare(processes, net, quantity, options.rounds, options.seconds)
-                row["new / old"] = spread([found[new] / found[old] for found in multiples if len(found) == 2])
-                print(table({f"{net}, {quantity}": row}, header, "")[-1], flush=True)
+                found = measure(processes, net, quantity, options.rounds, options.seconds)
+                cells = [found[name].cell(net, quantity, name).text if name in found else "" for name in commits]
+                print(row([f"{net}, {quantity}", *cells, spread(*map(found.get, commits))]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Variance of two estimates of the Hessian's diagonal, of one draw each, relative to the diagonal's squared norm.
+"""Where is it best to draw for an estimate of the Hessian's diagonal?
 
-At the outputs of the nonlinear functions (``DiagHessianMC``), and at the parameters: ``v * (H v)`` with random signs
-``v`` (Hutchinson, 1989). Before and after 60 steps of Adam on random data.
+    python benchmarks/estimates.py
 
-    .venv/bin/python benchmarks/estimates.py
+Prints the squared error of one draw, relative to the diagonal's squared norm: at the outputs of the nonlinear functions
+(``DiagHessianMC``), and at the parameters, ``v * (H v)`` with random signs ``v`` (Hutchinson, 1989). Both are
+measured before and after 60 steps of Adam on random data.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""How fast first-order quantities of 3C3D can be on this machine: written by hand for this network, beside the package.
+"""How fast can first-order quantities of 3C3D be? A version written by hand for this network, beside the package.
 
 Plain PyTorch, with what was fastest of all that was tried (``lessons.md``): a hook on the output of each layer, buffers
 that are there before, products in the order in which the library is fastest, sums that each core makes of its own
@@ -8,12 +8,12 @@ shows the median (the minimum), over rounds in which all take turns, of the time
 
 import sys
 from statistics import median
-from time import perf_counter
 
 import torch
+from report import row, table
 from subjects import make
 from torch import Tensor, nn
-from worker import of_backpack, plain
+from worker import of_backpack, plain, timed
 
 CHUNK = 8
 """Samples at a time: what is made of them stays in the caches."""
@@ -112,14 +112,9 @@ def by_hand(model: nn.Module, X: Tensor, y: Tensor, quantity: str):
     return step
 
 
-def timed(step) -> float:
-    start = perf_counter()
-    step()
-    return perf_counter() - start
-
-
 def main(rounds: int) -> None:
-    print(f"{torch.get_num_threads()} threads, {rounds} rounds\n\n| quantity | by hand | this package |\n|---|---|---|")
+    print(f"{torch.get_num_threads()} threads, {rounds} rounds\n")
+    print(table(["quantity", "by hand", "this package"], []), end="")
     for quantity, savefield in {
         "BatchL2Grad": "batch_l2",
         "SumGradSquared": "sum_grad_squared",
@@ -135,7 +130,7 @@ def main(rounds: int) -> None:
         times = [[timed(step) for step in steps] for _ in range(rounds)]
         ratios = [[own[place] / own[0] for own in times] for place in (1, 2)]
         cells = [f"{median(found):.2f} ({min(found):.2f})" for found in ratios]
-        print(f"| {quantity} | {' | '.join(cells)} |", flush=True)
+        print(row([quantity, *cells]), flush=True)
 
 
 if __name__ == "__main__":

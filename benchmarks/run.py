@@ -1,8 +1,12 @@
-"""Time and memory of each quantity as a multiple of plain ``loss.backward()``, forward included, beside other packages.
+"""What does each quantity cost beside plain ``loss.backward()``, and beside other libraries? Writes a file of results.
 
-Each implementation runs in a process of its own. For each network and quantity the processes take turns, a short round
-each; in a round, the quantity and the plain gradient take turns as well. A cell shows the median over the rounds of the
-rounds' ratios, and behind it how far the quantity raises the process's memory above its size at rest, in MiB.
+    python benchmarks/run.py --output benchmarks/results/costs.json
+    python benchmarks/run.py --nets MLP --quantities BatchGrad KFAC --series --output mlp.json
+
+Each library runs in a process of its own. For each network and quantity the processes take turns, a short round each.
+In a round, the quantity and the plain gradient take turns as well. A record has the median of the rounds' ratios,
+forward pass included, and how far the first steps raise the process's memory above its size at rest. ``report.py``
+draws tables and charts from the file.
 """
 
 import argparse
@@ -10,39 +14,32 @@ import json
 import os
 import subprocess
 import sys
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 from select import select
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
+from peers import HERE, LIBRARIES, environment
+from result_file import Cell, begin
 from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, THREADS, TOO_LARGE
 
-HERE = Path(__file__).parent
-PEERS = str(HERE / ".venv-peers" / "bin" / "python")
-IMPLEMENTATIONS = {
-    "this package": (sys.executable, "backpack"),
-    "original 1.7.1": (PEERS, "backpack"),
-    "torch.func": (sys.executable, "torch.func"),
-    "Opacus": (PEERS, "Opacus"),
-    "curvlinops": (PEERS, "curvlinops"),
-}
 LIMIT = 16 * 2**30
 """Bytes that one process may use."""
 PATIENCE = 60
 """Seconds that one answer may take: three steps, or a round."""
+STARTING = 600
+"""Seconds that a process may take to import its library."""
 
 
 class Process:
     """A worker; with ``root``, it imports this package from there."""
 
-    def __init__(self, python: str, implementation: str, threads: int, root: Path | None = None) -> None:
-        self.command = [python, str(HERE / "worker.py"), implementation, str(LIMIT)]
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if python == PEERS:
-            self.environment.pop("PYTHONPATH", None)  # it may lead to this package, which has the original's name
-        if root is not None:
-            self.environment["PYTHONPATH"] = str(root)
+    def __init__(self, library: str, threads: int, root: Path | None = None) -> None:
+        python = LIBRARIES[library]
+        self.command = [python, str(HERE / "worker.py"), library, str(LIMIT)]
+        more = {} if root is None else {"PYTHONPATH": str(root)}
+        self.environment = environment(python, OMP_NUM_THREADS=str(threads), **more)
         self.start()
 
     def start(self) -> None:
@@ -53,126 +50,107 @@ class Process:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with self.process:  # waits, and closes its pipes
+            pass
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, patience: float = PATIENCE, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        if select([self.process.stdout], [], [], PATIENCE)[0]:
+        if select([self.process.stdout], [], [], patience)[0]:
             answer = self.process.stdout.readline()
             if answer:
                 return json.loads(answer)
         ended = self.process.poll() is not None
         self.stop()
         self.start()
-        return {"error": "the process ended" if ended else f"takes over {PATIENCE} s"}
+        return {"error": "process ended" if ended else f"over {patience} s"}
 
 
-Cell = tuple[float, float] | str
-"""Multiple of the plain gradient and MiB; or why there is none."""
+@dataclass
+class Measurement:
+    """Of one library: what it needs, or why there is none."""
+
+    peak: float = 0.0
+    """MiB."""
+    multiples: dict[int, float] = field(default_factory=dict)
+    """Round to multiple of the plain gradient."""
+    failure: dict[str, str] | None = None
+
+    def cell(self, network: str, quantity: str, library: str, **place: Any) -> Cell:
+        where = (network, NETWORKS[network].batch, quantity, library)
+        if self.failure is not None:
+            return Cell(*where, **place, **self.failure)
+        found = list(self.multiples.values())
+        spread = None if len(found) < 2 else [round(x, 3) for x in quantiles(found, n=4, method="inclusive")[::2]]
+        return Cell(*where, **place, multiple=round(median(found), 3), spread=spread, peak_mib=round(self.peak, 1))
 
 
-def compare(
+def measure(
     processes: dict[str, Process], net: str, quantity: str, rounds: int, seconds: float
-) -> tuple[dict[str, Cell], list[dict[str, float]]]:
-    """One row: what each implementation takes; and the multiples of each round."""
-    row: dict[str, Cell] = {}
-    peaks: dict[str, float] = {}
+) -> dict[str, Measurement]:
+    """All that the libraries need for one quantity; those that do not offer it are left out."""
+    found: dict[str, Measurement] = {}
     for name, process in processes.items():
         answer = process.ask(do="build", net=net, quantity=quantity)
         answer = answer or process.ask(do="peak")
         if "peak" in answer:
-            peaks[name] = answer["peak"] / 2**20
+            found[name] = Measurement(peak=answer["peak"] / 2**20)
         elif "missing" not in answer:
-            row[name] = f"fails ({answer['error'].split(': ', 1)[-1][:60]})"
-    multiples: list[dict[str, float]] = [{} for _ in range(rounds)]
-    for found in multiples:
-        for name in peaks:
-            answer = processes[name].ask(do="measure", seconds=seconds)
-            if "plain" in answer:
-                found[name] = answer["quantity"] / answer["plain"]
-    for name, peak in peaks.items():
-        own = [found[name] for found in multiples if name in found]
-        row[name] = (median(own), peak) if own else "fails"
-    return row, multiples
-
-
-def table(rows: dict[str, dict[str, Cell]], names: list[str], first: str) -> list[str]:
-    def text(cell: Cell) -> str:
-        return cell if isinstance(cell, str) else f"{cell[0]:.2f} ({cell[1]:.0f})"
-
-    lines = [f"| {first} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += ["| " + " | ".join([label, *(text(row.get(n, "")) for n in names)]) + " |" for label, row in rows.items()]
-    return lines
-
-
-def draw(title: str, rows: dict[tuple[str, int], dict[str, Cell]], file: Path) -> None:
-    """A line for each quantity (colour) and implementation (dashes)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    quantities = list(dict.fromkeys(quantity for quantity, _ in rows))
-    for place, name in enumerate(IMPLEMENTATIONS):
-        for colour, quantity in enumerate(quantities):
-            points = [(x, row[name][0]) for (q, x), row in rows.items() if q == quantity and name in row and row[name]]
-            points = [(x, y) for x, y in points if isinstance(y, float)]
-            if points:
-                style = {"color": f"C{colour}", "linestyle": ["-", "--", ":", "-.", (0, (1, 4))][place]}
-                axes.plot(*zip(*points, strict=True), marker="o", label=f"{quantity}, {name}", **style)
-    axes.set(xscale="log", yscale="log", xlabel=title, ylabel="multiple of the plain gradient")
-    axes.set_xticks(ticks := sorted({x for _, x in rows}), [str(x) for x in ticks], minor=False)
-    axes.minorticks_off()
-    figure.legend(fontsize="small", loc="outside right center", handlelength=4)
-    figure.savefig(file)
+            found[name] = Measurement(failure=answer)
+    for number in range(rounds):
+        for name, own in found.items():
+            if own.failure is None:
+                answer = processes[name].ask(do="measure", seconds=seconds)
+                if "plain" in answer:
+                    own.multiples[number] = answer["quantity"] / answer["plain"]
+                else:
+                    own.failure = answer
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="*", default=MAIN, choices=[*NETWORKS])
     parser.add_argument("--quantities", nargs="+", default=[*QUANTITIES], choices=[*QUANTITIES])
-    parser.add_argument("--implementations", nargs="+", default=[*IMPLEMENTATIONS], choices=[*IMPLEMENTATIONS])
+    parser.add_argument("--libraries", nargs="+", default=[*LIBRARIES], choices=[*LIBRARIES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--series", nargs="*", default=[*SERIES], choices=[*SERIES], help="what else to vary")
-    parser.add_argument("--quick", action="store_true", help="one network, three quantities, one series, one round")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for the tables and plots")
+    parser.add_argument("--output", type=Path, required=True, help="file of results")
     options = parser.parse_args()
-    if options.quick:
-        options.nets, options.rounds, options.seconds = ["MLP"], 1, 0.2
-        options.quantities, options.series = ["nothing", "BatchGrad", "DiagGGNMC"], ["selected of 128 samples"]
-    chosen = {
-        name: IMPLEMENTATIONS[name] for name in options.implementations if Path(IMPLEMENTATIONS[name][0]).exists()
-    }
-    processes = {name: Process(*how, options.threads) for name, how in chosen.items()}
-    versions = next(iter(processes.values())).ask(do="versions")
-    lines = [
-        str(__doc__),
-        f"{date.today()}, {versions['device']}, {options.threads} threads, PyTorch {versions['torch']}, "
-        f"{options.rounds} rounds of {options.seconds} s.",
-    ]
-    options.output.mkdir(exist_ok=True)
+    libraries = [name for name in options.libraries if Path(LIBRARIES[name]).exists()]
+    processes = {name: Process(name, options.threads) for name in libraries}
+    said = {name: process.ask(patience=STARTING, do="versions") for name, process in processes.items()}
+    versions = {"torch": said[libraries[0]]["torch"], **{name: said[name]["own"] for name in libraries}}
+    results = begin(
+        versions,
+        options.threads,
+        said[libraries[0]]["accelerator"],
+        rounds=options.rounds,
+        seconds=options.seconds,
+        other_threads={net: THREADS[net] for net in options.nets if net in THREADS},
+    )
 
-    def report(more: list[str]) -> None:
-        print("\n".join(more), flush=True)
-        lines.extend(more)
-        (options.output / "results.md").write_text("\n".join(lines) + "\n")
-
-    def measure(net: str, quantity: str) -> dict[str, Cell]:
-        return compare(processes, net, quantity, options.rounds, options.seconds)[0]
+    def add(net: str, quantity: str, more: str = "", **place: Any) -> None:
+        row = measure(processes, net, quantity + more, options.rounds, options.seconds)
+        cells = [own.cell(net, quantity, library, **place) for library, own in row.items()]
+        results.cells += cells
+        results.write(options.output)  # what is measured so far survives if the run is stopped
+        for cell in cells:
+            print(f"{net}, {quantity}{more}, {cell.library}: {cell.text}", file=sys.stderr, flush=True)
 
     for net in options.nets:
-        rows = {q: measure(net, q) for q in options.quantities if (net, q) not in TOO_LARGE}
-        heading = f"## {net}" + (f", {THREADS[net]} thread" if net in THREADS else "")
-        report(["", heading, "", *table({q: row for q, row in rows.items() if row}, [*processes], "quantity")])
+        for quantity in options.quantities:
+            if (net, quantity) not in TOO_LARGE:
+                add(net, quantity)
     for title in options.series:
         quantities, places = SERIES[title]
-        points = {(q, x): measure(net, q + more) for q in quantities for x, (net, more) in places.items()}
-        shown = {f"{q}, {x}": row for (q, x), row in points.items() if row}
-        plot = title.replace(" ", "_") + ".svg"
-        draw(title, points, options.output / plot)
-        report(["", f"## By {title}", "", f"![{title}]({plot})", "", *table(shown, [*processes], f"quantity, {title}")])
+        for quantity in quantities:
+            for at, (net, more) in places.items():
+                add(net, quantity, more, series=title, at=at)
+    for process in processes.values():
+        process.stop()
 
 
 if __name__ == "__main__":

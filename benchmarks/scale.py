@@ -1,4 +1,4 @@
-"""Whole data sets: what ``accumulate`` costs over its batches, and how many samples a second several processes reach.
+"""What does ``accumulate`` cost beyond a loop over batches, and how many samples a second do several processes reach?
 
 python benchmarks/scale.py cost                # accumulate against a loop over its batches, interleaved
 torchrun --nproc-per-node 2 benchmarks/scale.py processes
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
+from functools import partial
 from statistics import median
 
 import torch
@@ -18,6 +18,7 @@ from subjects import make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from worker import timed
 
 from backpack import accumulate, backpack, extend
 from backpack.extensions import BatchL2Grad, DiagGGNMC, SumGradSquared, Variance
@@ -82,22 +83,16 @@ def summed(model: nn.Module, lossfunc: nn.Module, data: DataLoader, extensions: 
         torch.cat(found)
 
 
-def seconds(function, *arguments) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
 def cost(name: str, batches: int, samples: int, rounds: int) -> None:
     for quantity, extensions in QUANTITIES.items():
         model, lossfunc, data = subject(name, batches, samples)
         ratios: dict[str, list[float]] = {"a loop over the batches": [], "a loop that adds up": []}
         for _ in range(rounds):
             for form, function in zip(ratios, (loop, summed), strict=True):
-                first = seconds(function, model, lossfunc, data, extensions)
-                whole = seconds(lambda: accumulate(model, lossfunc, data, *(e() for e in extensions)))  # noqa: B023
-                second = seconds(function, model, lossfunc, data, extensions)
-                ratios[form].append(2 * whole / (first + second))
+                batches_alone = partial(function, model, lossfunc, data, extensions)
+                first = timed(batches_alone)
+                whole = timed(lambda: accumulate(model, lossfunc, data, *(e() for e in extensions)))  # noqa: B023
+                ratios[form].append(2 * whole / (first + timed(batches_alone)))
         found = ", ".join(f"{median(own):.3f} of {form}" for form, own in ratios.items())
         print(f"{name} {batches}x{samples} {quantity}: {found}", flush=True)
 
@@ -122,7 +117,7 @@ def processes(name: str, batches: int, samples: int, rounds: int) -> None:
     for _ in range(rounds):
         for job, function in jobs.items():
             dist.barrier()
-            times[job].append(seconds(function))
+            times[job].append(timed(function))
     if dist.get_rank() == 0:
         for job, found in times.items():
             print(f"{name}, {count} processes, {job}: {batches * count * samples / median(found):.0f} samples/s")

@@ -1,8 +1,8 @@
-"""What is measured: networks and quantities. Nothing here but PyTorch: every environment imports this file."""
+"""What is measured? Networks and quantities. Every environment imports this file, so it needs nothing but PyTorch."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,12 @@ class Block(nn.Module):
         return x + self.narrow(self.activation(self.wide(self.norm2(x))))
 
 
-def mlp(classes: int = 10, last: type[nn.Module] = nn.ReLU) -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), last(), nn.Linear(256, classes))
+def mlp(
+    classes: int = 10, last: type[nn.Module] = nn.ReLU, inputs: int = 784, hidden: tuple[int, int] = (512, 256)
+) -> nn.Module:
+    first, second = hidden
+    layers = [nn.Linear(inputs, first), nn.ReLU(), nn.Linear(first, second), last()]
+    return nn.Sequential(*layers, nn.Linear(second, classes))
 
 
 def small_mlp() -> nn.Module:
@@ -43,13 +47,13 @@ def small_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
 
 
-def three_c_three_d() -> nn.Module:
+def three_c_three_d(channels: tuple[int, int, int] = (64, 96, 128), hidden: tuple[int, int] = (512, 256)) -> nn.Module:
     def pooled(*convolution: int, padding: int = 0) -> list[nn.Module]:
         return [nn.Conv2d(*convolution, padding=padding), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
 
-    dense = [nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)]
-    layers = [*pooled(3, 64, 5), *pooled(64, 96, 3), *pooled(96, 128, 3, padding=1), nn.Flatten(), *dense]
-    return nn.Sequential(*layers)
+    a, b, c = channels
+    layers = [*pooled(3, a, 5), *pooled(a, b, 3), *pooled(b, c, 3, padding=1), nn.Flatten()]
+    return nn.Sequential(*layers, *mlp(inputs=9 * c, hidden=hidden))
 
 
 def all_cnn_c() -> nn.Module:
@@ -83,22 +87,33 @@ def gpt2_block() -> nn.Module:
     return nn.Sequential(Block(256, 4), nn.LayerNorm(256), Positions(), nn.Linear(256, 10))
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int, int | None]] = {
-    "MLP": (mlp, 128, (784,), 10, None),
-    "MLP 8-8-8-8": (small_mlp, 32, (8,), 8, None),
-    "3C3D": (three_c_three_d, 32, (3, 32, 32), 10, None),
-    "All-CNN-C": (all_cnn_c, 16, (3, 32, 32), 100, None),
-    "Conv1d": (conv1d, 64, (8, 128), 10, None),
-    "Embedding": (embedding, 64, (32,), 10, 1000),
-    "Grouped": (grouped, 32, (3, 32, 32), 10, None),
-    "GPT-2 block": (gpt2_block, 8, (128, 256), 10, None),
-    "MLP, sigmoid": (partial(mlp, last=nn.Sigmoid), 128, (784,), 10, None),
-    "CNN, sigmoid": (sigmoid_cnn, 16, (3, 16, 16), 10, None),
-    **{f"3C3D, N={n}": (three_c_three_d, n, (3, 32, 32), 10, None) for n in (8, 128)},
-    **{f"MLP, C={c}": (partial(mlp, c), 128, (784,), c, None) for c in (100, 1000)},
-    **{f"GPT-2 block, T={t}": (gpt2_block, 8, (t, 256), 10, None) for t in (32, 512)},
+class Network(NamedTuple):
+    """A model and the size of its data."""
+
+    build: Callable[[], nn.Module]
+    batch: int
+    shape: tuple[int, ...]
+    """Of one sample."""
+    classes: int = 10
+    words: int | None = None
+    """Inputs are numbers of words below this; ``None``: real numbers."""
+
+
+NETWORKS: dict[str, Network] = {
+    "MLP": Network(mlp, 128, (784,)),
+    "MLP 8-8-8-8": Network(small_mlp, 32, (8,), 8),
+    "3C3D": Network(three_c_three_d, 32, (3, 32, 32)),
+    "All-CNN-C": Network(all_cnn_c, 16, (3, 32, 32), 100),
+    "Conv1d": Network(conv1d, 64, (8, 128)),
+    "Embedding": Network(embedding, 64, (32,), words=1000),
+    "Grouped": Network(grouped, 32, (3, 32, 32)),
+    "GPT-2 block": Network(gpt2_block, 8, (128, 256)),
+    "MLP, sigmoid": Network(partial(mlp, last=nn.Sigmoid), 128, (784,)),
+    "CNN, sigmoid": Network(sigmoid_cnn, 16, (3, 16, 16)),
+    **{f"3C3D, N={n}": Network(three_c_three_d, n, (3, 32, 32)) for n in (8, 128)},
+    **{f"MLP, C={c}": Network(partial(mlp, c), 128, (784,), c) for c in (100, 1000)},
+    **{f"GPT-2 block, T={t}": Network(gpt2_block, 8, (t, 256)) for t in (32, 512)},
 }
-"""Name to model, batch size, shape of one sample, number of classes, number of words (``None``: real inputs)."""
 
 THREADS = {"MLP 8-8-8-8": 1}
 """Networks that are measured with a fixed number of threads, whatever the others use."""
@@ -135,11 +150,12 @@ SERIES: dict[str, tuple[Sequence[str], dict[int, tuple[str, str]]]] = {
 
 def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """The model, inputs and targets; the same ones every time."""
-    model, n, shape, classes, words = NETWORKS[name]
+    network = NETWORKS[name]
     torch.manual_seed(0)
-    X = torch.randn(n, *shape) if words is None else torch.randint(words, (n, *shape))
+    shape = network.batch, *network.shape
+    X = torch.randn(shape) if network.words is None else torch.randint(network.words, shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model().to(device), X.to(device), torch.randint(classes, (n,)).to(device)
+    return network.build().to(device), X.to(device), torch.randint(network.classes, (network.batch,)).to(device)
 
 
 PLAIN = "plain"

@@ -1,27 +1,26 @@
-"""One implementation in a process of its own: measures what it is asked for, one line of JSON each way.
+"""How long does a step take in one library, and how much memory? A process that answers, one line of JSON each way.
 
-A step of each gives the quantity and the gradient, as this package's does, except for quantities named "alone";
-products give no gradient in ``torch.func``.
-
-The original has the name of this package, so that they need an environment and a process each.
+A step of each library computes the quantity and the gradient, as this package's does. Only quantities named "alone",
+and products in ``torch.func``, come without the gradient.
 """
 
 import ctypes
 import gc
 import json
 import os
-import platform
 import resource
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
+from result_file import in_words
 from subjects import ALONE, EXTENDED, PLAIN, PRODUCTS, THREADS, extensions_of, make
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ DEFAULT_THREADS = torch.get_num_threads()
 
 
 class NotOffered(Exception):
-    """The implementation has no such quantity."""
+    """The library has no such quantity."""
 
 
 def plain(model: nn.Module, X: Tensor, y: Tensor, quantity: str = "") -> Step:
@@ -44,7 +43,7 @@ def plain(model: nn.Module, X: Tensor, y: Tensor, quantity: str = "") -> Step:
     return step
 
 
-def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
+def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str, **options: bool) -> Step:
     """This package or the original: whichever the environment has."""
     from backpack import backpack, extend, extensions
 
@@ -55,7 +54,7 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
     if missing:
         raise NotOffered(", ".join(missing))
     lossfunc = extend(nn.CrossEntropyLoss())
-    extend(model)
+    model = extend(model, **options)
     products = [PRODUCTS[name] for name, _ in wanted if name in PRODUCTS]
     vectors = [torch.ones_like(p) for p in model.parameters()]
 
@@ -96,11 +95,12 @@ def of_functorch(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step:
 
     individual = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
 
-    def step() -> None:
+    def step() -> list[Tensor]:
         found.clear()
         found.update(individual(parameters, X, y))
         for name, parameter in model.named_parameters() if quantity == "BatchGrad" else ():
             parameter.grad = found[name].sum(0)
+        return [*found.values()]
 
     return step
 
@@ -158,21 +158,23 @@ def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, quantity: str) -> Step
     return step
 
 
-IMPLEMENTATIONS = {
-    "backpack": of_backpack,
-    "torch.func": of_functorch,
-    "Opacus": of_opacus,
-    "curvlinops": of_curvlinops,
+LIBRARIES = {
+    "this package": (of_backpack, "backpack-for-pytorch"),
+    "original": (of_backpack, "backpack-for-pytorch"),
+    "torch.func": (of_functorch, "torch"),
+    "Opacus": (of_opacus, "opacus"),
+    "curvlinops": (of_curvlinops, "curvlinops-for-pytorch"),
 }
+"""Name to what makes a step, and to the distribution that has its version."""
 
 
 class Subject:
     """A network and a quantity, beside plain PyTorch on a network of its own."""
 
-    def __init__(self, implementation: str, net: str, quantity: str) -> None:
+    def __init__(self, library: str, net: str, quantity: str) -> None:
         torch.set_num_threads(THREADS.get(net, DEFAULT_THREADS))
         self.plain = plain(*make(net))
-        own = plain if quantity == PLAIN else IMPLEMENTATIONS[implementation]
+        own = plain if quantity == PLAIN else LIBRARIES[library][0]
         self.step = own(*make(net), quantity)
 
     def measure(self, seconds: float) -> dict[str, Any]:
@@ -205,6 +207,7 @@ class Subject:
 
 
 def timed(step: Step) -> float:
+    """Seconds of one step."""
     start = perf_counter()
     step()
     if torch.cuda.is_available():
@@ -229,14 +232,14 @@ def reset_peak() -> int:
 class Worker:
     """Answers requests."""
 
-    def __init__(self, implementation: str) -> None:
-        self.implementation = implementation
+    def __init__(self, library: str) -> None:
+        self.library = library
         self.subject: Subject | None = None
 
     def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "versions":
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-            return {"torch": torch.__version__, "device": device or platform.machine()}
+            accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            return {"torch": torch.__version__, "own": version(LIBRARIES[self.library][1]), "accelerator": accelerator}
         if do == "origin":
             import backpack
 
@@ -244,26 +247,27 @@ class Worker:
         if do == "build":
             self.subject = None
             gc.collect()
-            self.subject = Subject(self.implementation, **arguments)
+            self.subject = Subject(self.library, **arguments)
             return {}
         assert self.subject is not None
         return getattr(self.subject, do)(**arguments)
 
 
-def main(implementation: str, bytes_at_most: int) -> None:
+def main(library: str, bytes_at_most: int) -> None:
     # A quantity that does not fit is to fail by itself, not to take the machine with it.
     resource.setrlimit(resource.RLIMIT_AS, (bytes_at_most, bytes_at_most))
     warnings.simplefilter("ignore")
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    worker = Worker(implementation)
+    worker = Worker(library)
     for line in sys.stdin:
         try:
             reply = worker.answer(**json.loads(line))
         except NotOffered:
             reply = {"missing": True}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            message = " ".join(str(error).split())[:300]
+            reply = {"error": in_words(type(error).__name__, message), "message": message}
         print(json.dumps(reply), file=channel, flush=True)
 
 

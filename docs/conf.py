@@ -8,7 +8,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "benchmarks")]
 import tables  # noqa: E402
 
 project = "BackPACK"
@@ -54,7 +54,7 @@ sphinx_gallery_conf = {
 
 
 def setup(app: Sphinx) -> None:
-    """Formulas as MathML, which browsers show without a script; tables from the registries."""
+    """Formulas as MathML, which browsers show without a script; tables from the registries and the benchmarks."""
 
     def inline(writer, node) -> None:
         writer.body.append(tex2mathml(node.astext()))

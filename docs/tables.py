@@ -1,15 +1,17 @@
-"""The parts of the pages that are read off the registries: they can't fall behind the code."""
+"""The parts of the pages that are read off the registries and the results of benchmarks: they can't fall behind."""
 
 import inspect
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
+
+import report  # of the benchmarks
+from report import table
+from result_file import Difference, read
 
 from backpack import extensions
 from backpack.curvature.losses import ROOTS
 from backpack.nodes import FORMS
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 class Order:
@@ -23,10 +25,6 @@ class Order:
     def __call__(self, file: str) -> tuple[int, str]:
         own = Path(file).stem
         return (self.FIRST.index(own) if own in self.FIRST else len(self.FIRST)), own
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
 
 
 def summary(thing: object) -> str:
@@ -71,18 +69,10 @@ def reference() -> str:
     return f"```{{eval-rst}}\n{entries}\n```\n"
 
 
-def results() -> str:
-    """What `make bench` wrote, below the page's own heading."""
-    found = HERE.parent / "benchmarks" / "results"
-    if not found.exists():
-        return "It has not been run for this version. What was measured while it was made:\n"
-    for plot in found.glob("*.svg"):
-        shutil.copy(plot, HERE / "generated")
-    return (found / "results.md").read_text().replace("](", "](generated/")
-
-
 def write(folder: Path) -> None:
     """All parts, for the pages that include them."""
     folder.mkdir(exist_ok=True)
-    for part in (forms, losses, quantities, reference, results):
+    for part in (forms, losses, quantities, reference):
         (folder / f"{part.__name__}.md").write_text(part())
+    report.write(read(RESULTS / "costs.json"), folder)
+    (folder / "benchmark_agreement.md").write_text(report.agreement(read(RESULTS / "agreement.json", Difference)))

@@ -1,0 +1,105 @@
+"""A measurement becomes a file of results, and the file becomes tables and charts."""
+
+import importlib
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+QUANTITIES = ["plain", "BatchGrad", "KFAC"]
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from /proc")
+
+
+def script(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """A run of a tiny network: one short round, and a series of one."""
+    file = tmp_path_factory.mktemp("results") / "costs.json"
+    options = ["--nets", "MLP 8-8-8-8", "--quantities", *QUANTITIES, "--libraries", "this package", "torch.func"]
+    script("run.py", *options, "--series", "--rounds", "2", "--seconds", "0.01", "--output", str(file))
+    return file
+
+
+@pytest.fixture
+def modules(monkeypatch) -> dict[str, object]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return {name: importlib.import_module(name) for name in ("report", "result_file", "subjects")}
+
+
+@pytest.mark.slow
+@ON_LINUX
+def test_a_run_records_machine_versions_and_each_cell(measured):
+    results = json.loads(measured.read_text())
+    assert results["machine"]["cores"] >= 1 and results["machine"]["memory_gib"] > 0
+    assert results["versions"].keys() == {"torch", "this package", "torch.func"}
+    cells = {(cell["quantity"], cell["library"]): cell for cell in results["cells"]}
+    expected = {(quantity, "this package") for quantity in QUANTITIES}
+    assert cells.keys() == expected | {("plain", "torch.func"), ("BatchGrad", "torch.func")}
+    for cell in cells.values():
+        assert (cell["network"], cell["batch"]) == ("MLP 8-8-8-8", 32)
+        low, high = cell["spread"]
+        assert 0 < low <= cell["multiple"] <= high
+        assert cell["peak_mib"] >= 0 and "error" not in cell
+
+
+@pytest.mark.slow
+@ON_LINUX
+def test_tables_and_charts_show_what_a_run_measured(measured, tmp_path):
+    script("report.py", str(measured), "--output", str(tmp_path))
+    details = (tmp_path / "benchmark_details.md").read_text()
+    assert "### MLP 8-8-8-8, 32 samples" in details
+    assert "this package: × plain (MiB) | torch.func: × plain (MiB)" in details
+    for cell in json.loads(measured.read_text())["cells"]:
+        assert f"{cell['multiple']:.2f} ({cell['peak_mib']:.0f})" in details
+    chart = ElementTree.parse(tmp_path / "cost_MLP_8-8-8-8.svg").getroot()
+    assert chart.tag.endswith("svg")
+    assert str(json.loads(measured.read_text())["date"]) in (tmp_path / "benchmark_environment.md").read_text()
+
+
+def test_a_file_is_read_back_as_it_was_written(modules, tmp_path):
+    result_file = modules["result_file"]
+    measured = result_file.Cell("MLP", 128, "KFAC", "original", multiple=1.5, spread=[1.4, 1.7], peak_mib=3)
+    refused = result_file.Cell("MLP", 128, "KFRA", "original", series="batch size", at=8, error="unsupported layer")
+    results = result_file.begin({"torch": "2"}, threads=1, rounds=3, seconds=0.5)
+    results.cells += [measured, refused]
+    results.write(tmp_path / "results.json")
+    assert result_file.read(tmp_path / "results.json") == results
+    assert [cell.text for cell in results.cells] == ["1.50 (3)", "unsupported layer"]
+
+
+def test_stored_cells_are_of_known_networks_and_have_a_number_or_an_error(modules):
+    results = modules["result_file"].read(BENCHMARKS / "results" / "costs.json")
+    networks, quantities = modules["subjects"].NETWORKS, modules["subjects"].QUANTITIES
+    for cell in results.cells:
+        assert networks[cell.network].batch == cell.batch and cell.quantity in quantities
+        assert (cell.multiple is None) == (cell.peak_mib is None) == (cell.error is not None)
+    places = [(cell.network, cell.quantity, cell.library, cell.series, cell.at) for cell in results.cells]
+    assert len(set(places)) == len(places)
+
+
+def test_the_page_of_benchmarks_is_drawn_from_the_stored_results(modules, tmp_path):
+    """It names each file that it includes, and its table has eight rows."""
+    report, result_file = modules["report"], modules["result_file"]
+    stored = BENCHMARKS / "results"
+    results = result_file.read(stored / "costs.json")
+    report.write(results, tmp_path)
+    agreement = report.agreement(result_file.read(stored / "agreement.json", result_file.Difference))
+    (tmp_path / "benchmark_agreement.md").write_text(agreement)
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    named = {part.split()[0].rstrip(")") for part in page.split("generated/")[1:]}
+    assert named and all((tmp_path / name).exists() for name in named)
+    rows = [line for line in (tmp_path / "benchmark_summary.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 8 and "× plain" in rows[0] and "MiB" in rows[0]
+    place = "3C3D", "BatchGrad", None
+    first = [cell for cell in results.cells if (cell.network, cell.quantity, cell.series) == place]
+    own = next(cell for cell in first if cell.library == "this package")
+    fastest = min(cell.multiple for cell in first if cell is not own)
+    assert f"| {own.multiple:.2f} | {own.peak_mib:.0f} | {fastest:.2f}, " in rows[2]
