@@ -1,5 +1,7 @@
 """What the documents show runs."""
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -52,5 +54,15 @@ def test_files_that_pages_for_developers_name_exist(page):
     assert named and not [name for name in named if not any((place / name).exists() for place in places)]
 
 
+DOCTESTS = [path for path in sorted((ROOT / "backpack").rglob("*.py")) if ">>>" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", DOCTESTS, ids=lambda path: path.stem)
+def test_examples_in_docstrings_print_what_they_say(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried and not failed
+
+
 def test_there_is_something_to_run():
-    assert BLOCKS["README"] and EXAMPLES
+    assert BLOCKS["README"] and EXAMPLES and DOCTESTS
