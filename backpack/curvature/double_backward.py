@@ -14,7 +14,7 @@ from backpack.curvature.loss_term import Term, fewer
 from backpack.curvature.pooling import is_reordered
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
-from backpack.curvature.residuals import is_batch_norm, is_fused_node
+from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph, place_of
 from backpack.graph import variable_of

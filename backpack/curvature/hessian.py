@@ -267,7 +267,7 @@ class HessianPass(DoubleBackwardPass):
             return
         recomputed = any(map(is_recomputed, graph.spliced.nodes))  # it is read only once
         for residual in graph.residuals(grads):
-            simple = None if recomputed else self._shortcut(running, graph, residual.local.node)
+            simple = None if recomputed else self._shortcut(running, graph, residual.inputs.node)
             if simple is not None:
                 self._add_squares(squares(residual, simple[0]), simple[1])
                 self.advance(1)
@@ -305,7 +305,7 @@ class HessianPass(DoubleBackwardPass):
             drawn = min(chunk, count - start)
             parts: list[Tensor] = []
             for residual in residuals:
-                signs = [signs_like(residual.like, (drawn, *shape)) for shape in residual.shapes]
+                signs = [signs_like(residual.like, (drawn, *shape)) for shape in residual.inputs.shapes]
                 products = residual.local.products(signs)
                 size = sum(product.square().sum() for product in products)
                 scale = (size / max(1, sum(product.numel() for product in products))) ** 0.25

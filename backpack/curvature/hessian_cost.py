@@ -16,7 +16,6 @@ import torch
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
-from backpack.curvature.residuals.nodes import base_name
 from backpack.graph import LEAF, VIEWS, Graph, kind, shape_of
 
 ENTRY = 40
@@ -143,7 +142,7 @@ class Costs:
     def _contraction(self, node: Node) -> float:
         """Of the squares of individual gradients: products over positions, and a square for each of their entries."""
         shape, products = shape_of(node, 0), multiplications(node)
-        outputs = shape[1 if base_name(node) == "ConvolutionBackward" else -1] if shape else 1
+        outputs = shape[1 if kind(node) == "Convolution" else -1] if shape else 1
         positions = max(1, prod(shape) // max(1, self._n * outputs))
         if not products or positions == 1:
             return 2 * ENTRY * prod(shape)

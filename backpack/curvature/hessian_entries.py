@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.curvature.residuals import WRONG_THIRD, base_name
+from backpack.curvature.residuals.nodes import WRONG_THIRD
+from backpack.graph import kind
 from backpack.torch_internals import vmap
 
 ENTRIES = 2**22
@@ -142,7 +143,7 @@ def refuse_wrong_third(nodes: Sequence[torch.autograd.graph.Node], name: str) ->
     Raises:
         RuntimeError: PyTorch's third derivative of a function is.
     """
-    wrong = {base_name(node) for node in nodes} & WRONG_THIRD
+    wrong = {kind(node) for node in nodes} & WRONG_THIRD
     if wrong:
         raise RuntimeError(
             f"{name} under backward(create_graph=True) needs the third derivatives of "

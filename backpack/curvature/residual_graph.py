@@ -7,24 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.backward.plan import Plan
-from backpack.curvature.residuals import (
-    LocalHessian,
-    Residual,
-    count_columns,
-    is_bilinear,
-    is_flat,
-    positions_of,
-    residual_of,
-)
+from backpack.curvature.residuals.inputs import NodeInputs
+from backpack.curvature.residuals.local import LocalHessian
+from backpack.curvature.residuals.nodes import is_bilinear, is_flat, positions_of
+from backpack.curvature.residuals.residual import Residual, residual_of
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import Graph, is_complex
-from backpack.samples import AnyLayout
-from backpack.torch_internals import dtype_at, shape_at
+from backpack.torch_internals import dtype_at
 
 
 @dataclass(eq=False)
@@ -64,21 +58,21 @@ class ResidualGraph:
             if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
         ]
 
-    def inputs(self, node: Node) -> tuple[list[GradientEdge], list[Size], list[AnyLayout]]:
-        """The live inputs of a node, their shapes, and where the samples lie in each."""
+    def inputs(self, node: Node) -> NodeInputs:
+        """The live inputs of a node, and where the samples lie in each."""
         edges = list(dict.fromkeys(self.live(node)))
         owners = self.prepared.owners
         owned = [owners.owned[edge.node, edge.output_nr] for edge in map(self.spliced.now, edges)]
         layouts = [owners.within.get((node, edge), layout) for edge, layout in zip(edges, owned, strict=True)]
-        return edges, [shape_at(edge) for edge in edges], layouts
+        return NodeInputs(node, edges, layouts)
 
     def columns(self, node: Node) -> int:
         """How many columns the residual of a curved node has, told before anything is computed of it."""
-        edges, shapes, layouts = self.inputs(node)
-        is_known = is_bilinear(node) or positions_of(node, len(shapes[0])) is not None
-        if not is_known and LocalHessian(node, edges, zero_outputs(node)).is_zero(shapes):
+        inputs = self.inputs(node)
+        is_known = is_bilinear(node) or positions_of(node, len(inputs.shapes[0])) is not None
+        if not is_known and LocalHessian(node, inputs.edges, zero_outputs(node)).is_zero():
             return 0
-        return count_columns(node, shapes, layouts)
+        return inputs.count_columns()
 
     def residuals(self, grads: Sequence[Tensor]) -> Iterator[Residual]:
         """Of all nodes, given the gradients of the losses with respect to their inputs.
@@ -105,12 +99,11 @@ class ResidualGraph:
             if found is not None:
                 arrived.setdefault(edge.node, {})[edge.output_nr] = found
         for node, own in arrived.items():
-            inputs, shapes, layouts = self.inputs(node)
-            local = LocalHessian(node, inputs, own)
-            if local.is_zero(shapes):
+            inputs = self.inputs(node)
+            local = LocalHessian(node, inputs.edges, own)
+            if local.is_zero():
                 continue
-            like = next(iter(own.values()))
-            residual = residual_of(local, shapes, layouts, like)
+            residual = residual_of(inputs, local, like=next(iter(own.values())))
             if residual is not None:
                 yield residual
 
@@ -142,7 +135,7 @@ def is_linear(node: Node, k: int) -> bool:
     if is_flat(node, [edge]) or node.name().startswith(LINEAR) or (k and node.name().startswith(NORMALIZATIONS)):
         return True
     try:
-        return LocalHessian(node, [edge], zero_outputs(node)).is_zero([shape_at(edge)])
+        return LocalHessian(node, [edge], zero_outputs(node)).is_zero()
     except RuntimeError:
         return False
 

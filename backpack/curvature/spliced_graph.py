@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.curvature.pooling import Pooling, Turns, poolings, turns
-from backpack.curvature.residuals import Severed
+from backpack.curvature.residuals.local import Severed
 from backpack.graph.vmap_limits import must_loop, nodes
 from backpack.torch_internals import dtype_at, pull_back
 

@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.curvature.residual_graph import is_linear
-from backpack.curvature.residuals import is_flat
+from backpack.curvature.residuals.nodes import is_flat
 from backpack.graph import Edge, Graph, kind, variable_of
 from backpack.modules.calls import Note
 from backpack.modules.loss_calls import LossCall, losses_in
