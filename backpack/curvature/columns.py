@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.mixed_regions import place_in, pull_through
-from backpack.curvature.pooling import pooled
+from backpack.curvature.by_turns import by_turns
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.graph.users_hooks import forget_retained
@@ -81,7 +81,7 @@ class Columns(Collector):
                 pull(*(seed[0] for seed in seeds))
                 return
             poolings = () if self.running.block.reads_module_io else self.spliced.poolings
-            with pooled([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
+            with by_turns([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
             (HERE.inner, HERE.muted), self.is_partial = before, False

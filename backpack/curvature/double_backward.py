@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
+from backpack.curvature.by_turns import is_reordered
 from backpack.curvature.loss_term import Term, fewer
-from backpack.curvature.pooling import is_reordered
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
@@ -52,8 +52,7 @@ class LossGradients:
             whole = point.to(call.input.dtype).view_as(point)  # behind the hooks of the model's output
             if self.chosen is not None:
                 whole = call.input.detach().index_copy(term.layout.axes[0], self.chosen, whole)
-            value = call.loss.forward(whole, *call.args, **call.kwargs)
-            (found,) = torch.autograd.grad(value, whole, term.outer if value.dim() else None, create_graph=True)
+            found = term.grad_at(whole, create_graph=True)
             found = found if self.chosen is None else found.index_select(term.layout.axes[0], self.chosen)
             if weights is not None:
                 found = found * weights[layout.owners(found.shape, weights.device)]

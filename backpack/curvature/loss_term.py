@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Prepared
-from backpack.curvature.losses import LossRoot, loss_root
+from backpack.curvature.losses import LossRoot, loss_gradient, loss_root
 from backpack.graph import Edge
 from backpack.graph.users_hooks import undisturbed
 from backpack.graph.vmap_limits import counts_backward_passes
@@ -63,9 +63,13 @@ class Term:
         call, create = self.call, torch.is_grad_enabled()
         with torch.enable_grad(), muted():
             point = call.input if create else call.input.detach().requires_grad_()
-            value = call.loss.forward(point, *call.args, **call.kwargs)
-            (grad,) = torch.autograd.grad(value, point, self.outer if value.dim() else None, create_graph=create)
+            grad = self.grad_at(point, create_graph=create)
         return self.layout.split(grad).reshape(self.layout.n, -1)
+
+    def grad_at(self, point: Tensor, create_graph: bool) -> Tensor:
+        """The gradient of the loss with respect to its input at ``point``, in the form of the input."""
+        call = self.call
+        return loss_gradient(call.loss, point, call.args, call.kwargs, self.outer, create_graph)
 
     def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
         """``[v, n, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""

@@ -7,7 +7,6 @@ that the curvature stays that at the weights of the pass.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,9 +23,10 @@ from backpack.curvature.double_backward import DoubleBackwardPass
 from backpack.curvature.loss_term import PASSES
 from backpack.curvature.masked_entries import keep_apart
 from backpack.curvature.residual_graph import ResidualGraph
+from backpack.curvature.residuals.local import vmap_or_loop
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
-from backpack.graph.users_hooks import forget_retained, observed, undisturbed
+from backpack.graph.users_hooks import observed, undisturbed
 from backpack.graph.vmap_limits import nodes
 from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
@@ -290,18 +290,12 @@ def _of_one_or_several(
         try:
             with muted(), undisturbed(tensors):
                 prepare()
-                return product(vector) if vector.shape == shape else several(vector)
+                if vector.shape == shape:
+                    return product(vector)
+                (products,) = vmap_or_loop(lambda one: (product(one),), [vector])
+                return products
         finally:
             forget_recomputed()
-
-    def several(vectors: Tensor) -> Tensor:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                return torch.vmap(product)(vectors)
-        except (RuntimeError, UserWarning):  # a derivative that cannot be batched
-            forget_retained()
-            return torch.stack([product(one) for one in vectors])
 
     return multiply
 

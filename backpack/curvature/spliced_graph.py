@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.curvature.pooling import Pooling, Turns, poolings, turns
+from backpack.curvature.by_turns import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals.local import Severed
 from backpack.graph.vmap_limits import must_loop, nodes
 from backpack.torch_internals import dtype_at, pull_back

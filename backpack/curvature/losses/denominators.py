@@ -6,35 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    GaussianNLLLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    Module,
-    MSELoss,
-    NLLLoss,
-    PoissonNLLLoss,
-    SmoothL1Loss,
-    SoftMarginLoss,
-)
-
-COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {}
-"""Loss module to the function of the module, its input and its target that returns what its mean divides by."""
-
-
-def counts(*losses: type[Module]) -> Callable[[Callable[[Any, Tensor | None, Tensor], float]], Any]:
-    """Register the function that follows for these losses."""
-
-    def register(function: Callable[[Any, Tensor | None, Tensor], float]) -> Any:
-        COUNTS.update(dict.fromkeys(losses, function))
-        return function
-
-    return register
+from torch import Tensor, nn
+from torch.nn import Module
 
 
 def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
@@ -58,7 +31,6 @@ def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
     )
 
 
-@counts(CrossEntropyLoss, NLLLoss)
 def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The sum of the targets' class weights; of targets that are probabilities, their number."""
     if target.is_floating_point():
@@ -70,14 +42,20 @@ def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> floa
     return float((weight[target.where(counted, target.new_zeros(()))] * counted).sum())
 
 
-@counts(BCELoss, BCEWithLogitsLoss, GaussianNLLLoss, HuberLoss, L1Loss, MSELoss, PoissonNLLLoss, SmoothL1Loss)
-@counts(SoftMarginLoss)
 def entries(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries."""
     return float(torch.broadcast_shapes(target.shape if output is None else output.shape, target.shape).numel())
 
 
-@counts(KLDivLoss)
 def divergences(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries, or that of samples."""
     return float(len(target)) if loss.reduction == "batchmean" else entries(loss, output, target)
+
+
+COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {
+    **dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss), weights_of_targets),
+    **dict.fromkeys((nn.BCELoss, nn.BCEWithLogitsLoss, nn.GaussianNLLLoss, nn.HuberLoss, nn.L1Loss), entries),
+    **dict.fromkeys((nn.MSELoss, nn.PoissonNLLLoss, nn.SmoothL1Loss, nn.SoftMarginLoss), entries),
+    nn.KLDivLoss: divergences,
+}
+"""Loss module to the function of the module, its input and its target that returns what its mean divides by."""

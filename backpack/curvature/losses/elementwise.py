@@ -5,34 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    GaussianNLLLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    Module,
-    MSELoss,
-    NLLLoss,
-    PoissonNLLLoss,
-    SmoothL1Loss,
-    SoftMarginLoss,
-)
+from torch import Tensor, nn
+from torch.nn import Module
 
 from backpack.curvature.losses.base import Diagonal, LossRoot, by_sample, root_of, term_weight
 from backpack.curvature.losses.functional import hessian_product
 from backpack.samples import AnyLayout
 
 
-@root_of(HuberLoss, KLDivLoss, L1Loss, NLLLoss, SmoothL1Loss, SoftMarginLoss, BCELoss)
+@root_of(nn.HuberLoss, nn.KLDivLoss, nn.L1Loss, nn.NLLLoss, nn.SmoothL1Loss, nn.SoftMarginLoss, nn.BCELoss)
 def elementwise(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the root's columns, summed with random signs."""
     hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
-    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, NLLLoss) else None
+    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, nn.NLLLoss) else None
     root = Diagonal(hessian, term_weight(loss, input, layout, outer, terms))
     if not hessian.any():
         root.notice = (
@@ -42,7 +29,7 @@ def elementwise(
     return root
 
 
-@root_of(MSELoss, GaussianNLLLoss)
+@root_of(nn.MSELoss, nn.GaussianNLLLoss)
 def normal(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
@@ -52,7 +39,7 @@ def normal(
     return Diagonal(hessian, weight, lambda: hessian.sqrt() * torch.randn_like(hessian))
 
 
-@root_of(PoissonNLLLoss)
+@root_of(nn.PoissonNLLLoss)
 def poisson(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
@@ -68,7 +55,7 @@ def poisson(
     return Diagonal(hessian, weight, lambda: (hessian / rate).sqrt() * (rate - torch.poisson(rate)))
 
 
-@root_of(BCEWithLogitsLoss)
+@root_of(nn.BCEWithLogitsLoss)
 def binary_cross_entropy(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:

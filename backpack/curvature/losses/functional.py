@@ -16,18 +16,26 @@ TOLERANCE = 1e-4
 """Negative eigenvalues up to this times the largest are taken for rounding (float32; its square root for float64)."""
 
 
-def hessian_product(
-    loss: Module, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """The function that multiplies with the Hessian of the loss with respect to its input.
+def loss_gradient(
+    loss: Module, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor, create_graph: bool
+) -> Tensor:
+    """The gradient of a loss with respect to its input.
 
     ``outer`` weighs the entries of a loss that is not reduced; of one that is, it only counts as a one.
     """
+    value = loss.forward(input, *args, **kwargs)
+    (grad,) = torch.autograd.grad(value, input, outer if value.dim() else None, create_graph=create_graph)
+    return grad
+
+
+def hessian_product(
+    loss: Module, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """The function that multiplies with the Hessian of the loss with respect to its input; ``outer`` as above."""
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         point = input if create else input.detach().requires_grad_()
-        value = loss.forward(point, *args, **kwargs)
-        (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=True)
+        grad = loss_gradient(loss, point, args, kwargs, outer, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
         if not grad.requires_grad:  # a loss that is linear in its input

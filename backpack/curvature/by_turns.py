@@ -35,39 +35,61 @@ SMALL = 2**15
 
 
 @dataclass(eq=False)
-class Pooling:
-    """A node of max pooling, and the edges from it to the ReLU whose output it pools; none where there is no such."""
+class Turns:
+    """A node with one output that is used, and which several seeds go through one by one."""
 
     node: Any
-    below: list[GradientEdge]
 
     def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
-        """Pull back ``count`` seeds together. ``taken``: edges at which others start or end."""
-        rectified = bool(self.below) and taken.isdisjoint(self.below)
-        last = self.below[-1].node if rectified else self.node
+        """Pull back ``count`` seeds. ``taken``: edges at which others start or end."""
+        last = self._last(taken)
         results: list[Tensor] = []
-        handles.callback(self.node.register_prehook(partial(self._pull, results, count, rectified)).remove)
+        handles.callback(self.node.register_prehook(partial(self._pull, results, count, last)).remove)
         handles.callback(last.register_hook(partial(_replace, results)).remove)
 
-    def _pull(self, results: list[Tensor], count: int, rectified: bool, grads: tuple[Tensor | None, ...]) -> Any:
+    def _last(self, taken: set[GradientEdge]) -> Node:
+        """The node whose result is replaced."""
+        return self.node
+
+    def _pull(self, results: list[Tensor], count: int, last: Node, grads: tuple[Tensor | None, ...]) -> Any:
         """Pull cotangents back, and leave a zero to the nodes themselves."""
-        node, grad = self.node, grads[0]
+        grad, *others = grads
         if grad is None or not is_mapped(grad):
             return None
         with outside_vmap([grad], count) as (seeds,):
-            x, places = node._saved_self, node._saved_result1
-            sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
             zero = seeds.new_zeros(()).expand(seeds.shape[1:])
-            if rectified:
-                selected = x.flatten(-2).gather(-1, places.flatten(-2)).reshape(places.shape)
-                seeds = torch.ops.aten.threshold_backward(seeds, selected, 0)
-            found = empty((count, *x.shape), seeds)
-            for seed, out in zip(seeds, found, strict=True):
-                torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                    seed, x, *sizes, node._saved_ceil_mode, places, grad_input=out
-                )
+            found = self._pulled_back(seeds, others, last)
         results.append(inside_vmap(found, grad))
-        return (zero, *grads[1:])
+        return (zero, *others)
+
+    def _pulled_back(self, seeds: Tensor, others: Sequence[Tensor | None], last: Node) -> Tensor:
+        """What the last node returns for seeds ``[v, ...]``, given what arrives at the other outputs."""
+        rows = [call(self.node, [seed, *others])[0] for seed in seeds]
+        return torch.stack([row for row in rows if row is not None])
+
+
+@dataclass(eq=False)
+class Pooling(Turns):
+    """A node of max pooling, and the edges from it to the ReLU whose output it pools; none where there is no such."""
+
+    below: list[GradientEdge]
+
+    def _last(self, taken: set[GradientEdge]) -> Node:
+        return self.below[-1].node if self.below and taken.isdisjoint(self.below) else self.node
+
+    def _pulled_back(self, seeds: Tensor, others: Sequence[Tensor | None], last: Node) -> Tensor:
+        node = self.node
+        x, places = node._saved_self, node._saved_result1
+        sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
+        if last is not node:
+            selected = x.flatten(-2).gather(-1, places.flatten(-2)).reshape(places.shape)
+            seeds = torch.ops.aten.threshold_backward(seeds, selected, 0)
+        found = empty((len(seeds), *x.shape), seeds)
+        for seed, out in zip(seeds, found, strict=True):
+            torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+                seed, x, *sizes, node._saved_ceil_mode, places, grad_input=out
+            )
+        return found
 
 
 def _replace(results: list[Tensor], grads: tuple[Tensor, ...], _: Any) -> Any:
@@ -76,7 +98,7 @@ def _replace(results: list[Tensor], grads: tuple[Tensor, ...], _: Any) -> Any:
 
 
 def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:
-    """Those among the nodes of a graph, in which others take the place of some edges."""
+    """The nodes of max pooling in a graph in which others take the place of some edges."""
     found = [node for node in graph if node.name() == NAME and _is_large(node)]
     if not found:
         return []
@@ -84,32 +106,8 @@ def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:
     return [Pooling(node, _below(node, arriving, instead)) for node in found]
 
 
-@dataclass(eq=False)
-class Turns:
-    """A node with one output that is used, and which several seeds go through one by one."""
-
-    node: Any
-
-    def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
-        """Pull back ``count`` seeds, one by one."""
-        results: list[Tensor] = []
-        handles.callback(self.node.register_prehook(partial(self._pull, results, count)).remove)
-        handles.callback(self.node.register_hook(partial(_replace, results)).remove)
-
-    def _pull(self, results: list[Tensor], count: int, grads: tuple[Tensor | None, ...]) -> Any:
-        grad = grads[0]
-        if grad is None or not is_mapped(grad):
-            return None
-        with outside_vmap([grad], count) as (seeds,):
-            rows = [call(self.node, [seed, *grads[1:]])[0] for seed in seeds]
-            zero = seeds.new_zeros(()).expand(seeds.shape[1:])
-            found = torch.stack([row for row in rows if row is not None])
-        results.append(inside_vmap(found, grad))
-        return (zero, *grads[1:])
-
-
 def turns(graph: Sequence[Node]) -> list[Turns]:
-    """Those among the nodes of a graph."""
+    """Those nodes of a graph that normalize groups in an order for which ``torch.vmap`` fails."""
     return [Turns(node) for node in graph if is_reordered(node)]
 
 
@@ -121,12 +119,12 @@ def is_reordered(node: Any) -> bool:
 
 
 @contextmanager
-def pooled(found: Iterable[Pooling | Turns], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
+def by_turns(found: Iterable[Turns], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
     """Pull-backs of ``count`` seeds under ``torch.vmap``, between these edges, go by turns through these nodes."""
     taken = {GradientEdge(end.node, end.output_nr) for end in ends}
     with ExitStack() as handles:
-        for pooling in found:
-            pooling.attach(handles, count, taken)
+        for node in found:
+            node.attach(handles, count, taken)
         yield
 
 
