@@ -7,7 +7,7 @@ takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import Module
 from backpack.curvature.averaged import AveragedPass
 from backpack.curvature.loss_term import PASSES
 from backpack.curvature.mean_curvature import AFFINE, ELEMENTWISE, SAME, Mean, is_one_of
+from backpack.curvature.module_chain import Link
 from backpack.curvature.rerun import run_again
 from backpack.modules.thread_state import muted
 
@@ -26,22 +27,22 @@ class AveragedHessianPass(AveragedPass):
     grad: Tensor | None = None
     """Of the losses in a module's output, ``[n, d]``."""
 
-    def _between(self, first: int) -> None:
-        """The residuals are those at the inputs."""
+    def _know_functions(self, links: Sequence[Link]) -> bool:
+        return False  # residuals need the inputs of all modules
 
-    def _step(self, place: int, mean: Mean) -> Mean:
-        module = self.modules[place]
+    def _step(self, link: Link, mean: Mean) -> Mean:
+        module = link.module
         if module._modules and any(p.requires_grad for p in module.parameters()):
             raise RuntimeError(
-                f"{type(self.extensions[0]).__name__}: {type(module).__name__} in the chain holds modules whose second "
+                f"{self._name}: {type(module).__name__} in the chain holds modules whose second "
                 f'derivatives are not taken one by one. Write them into the chain, or use curv_type="ggn".'
             )
-        mean = super()._step(place, mean)
-        residual = self._residual(module, self.inputs[place]) if self.wanted else None
+        mean = super()._step(link, mean)
+        residual = self._residual(module, link.input) if self.wanted else None
         return mean if residual is None else Mean(mean.matrix + residual)
 
     def _residual(self, module: Module, x: Tensor) -> Tensor | None:
-        """That of a module, ``[d, d]``, ``None`` where it is linear; the gradient is pulled back to its input."""
+        """The residual of a module, ``[d, d]``; ``None``: it is zero. The gradient is pulled back to its input."""
         if not x.is_floating_point():
             return None
         if self.grad is None:

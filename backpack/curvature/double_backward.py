@@ -75,10 +75,6 @@ class DoubleBackwardPass(SeedPass):
                 )
 
     @property
-    def _name(self) -> str:
-        return type(self.extensions[0]).__name__
-
-    @property
     def _owner(self) -> Module:
         """One of the modules whose graph it is; a loss, if there are no others."""
         modules = [module for note in self.notes.values() if (module := note.module()) is not None]

@@ -66,6 +66,11 @@ class SeedPass:
         self.subset: Subset = extensions[0].subset
 
     @property
+    def _name(self) -> str:
+        """The class of an extension, for messages."""
+        return type(self.extensions[0]).__name__
+
+    @property
     def ruled(self) -> dict[Node, list[ModuleIO]]:
         """Calls of modules for which an extension has a rule, by the node that computed their output."""
         found: dict[Node, list[ModuleIO]] = {}
