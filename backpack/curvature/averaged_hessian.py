@@ -25,7 +25,9 @@ class AveragedHessianPass(AveragedPass):
     """As ``AveragedPass``, for a curvature that need not be positive semidefinite."""
 
     grad: Tensor | None = None
-    """Of the losses in a module's output, ``[n, d]``."""
+    """The gradient of the losses in a module's output, ``[n, d]``."""
+    modify: Callable[[Tensor], Tensor] | None = None
+    """What is applied to the residuals' eigenvalues."""
 
     def _know_functions(self, links: Sequence[Link]) -> bool:
         return False  # residuals need the inputs of all modules
@@ -71,27 +73,22 @@ class AveragedHessianPass(AveragedPass):
         return torch.diag(rows[0]) if elementwise else torch.stack(rows)
 
     def _modified(self, residual: Tensor) -> Tensor:
-        return residual
+        if self.modify is None:
+            return residual
+        values, vectors = torch.linalg.eigh(residual.double())
+        return ((vectors * self.modify(values)) @ vectors.T).to(residual.dtype)
 
 
 class PositiveParts(AveragedHessianPass):
     """With the positive parts of the residuals' eigenvalues."""
 
-    def _modified(self, residual: Tensor) -> Tensor:
-        return _with_eigenvalues(residual, torch.relu)
+    modify = staticmethod(torch.relu)
 
 
 class AbsoluteValues(AveragedHessianPass):
     """With the absolute values of the residuals' eigenvalues."""
 
-    def _modified(self, residual: Tensor) -> Tensor:
-        return _with_eigenvalues(residual, torch.abs)
-
-
-def _with_eigenvalues(residual: Tensor, modify: Callable[[Tensor], Tensor]) -> Tensor:
-    """A symmetric matrix with modified eigenvalues."""
-    values, vectors = torch.linalg.eigh(residual.double())
-    return ((vectors * modify(values)) @ vectors.T).to(residual.dtype)
+    modify = staticmethod(torch.abs)
 
 
 PASSES["average hessian"] = AveragedHessianPass

@@ -17,7 +17,7 @@ from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.mixed_regions import place_in, pull_through
 from backpack.curvature.by_turns import by_turns
-from backpack.curvature.spliced_graph import SplicedGraph
+from backpack.curvature.spliced_graph import SplicedGraph, arrivals_at
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.graph.users_hooks import forget_retained
 from backpack.modules.thread_state import HERE, muted
@@ -46,14 +46,8 @@ class Columns(Collector):
         self.raw: dict[Node, dict[int, list[Tensor]]] = {}
         tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
         self.captured = set(self.lowest([start.node for start in spliced.starts], tapped))
-        self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
+        self.ends = [edge for node in self.captured for edge in arrivals_at(node, self.graph)]
         self._hooked = [node for node in tapped if node not in self.captured]
-
-    def _arriving(self, node: Node) -> list[int]:
-        """Which outputs of a node's function something arrives at."""
-        found = {number for _, _, number in self.graph.incoming[node]}
-        found |= {root.output_nr for root in self.graph.roots if root.node is node}
-        return sorted(found)
 
     def pull(self, edges: Sequence[GradientEdge], seeds: Sequence[Tensor]) -> None:
         """Send seeds ``[v, ...]``, given at each of the edges, through the graph."""

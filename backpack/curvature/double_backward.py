@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
 from backpack.curvature.by_turns import is_reordered
-from backpack.curvature.loss_term import Term, fewer
+from backpack.curvature.loss_term import Term
 from backpack.curvature.rerun import agree
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
@@ -87,8 +87,11 @@ class DoubleBackwardPass(SeedPass):
             RuntimeError: There is none.
         """
         rounded = has_autocast(self.spliced.nodes)
-        if self._take_selected(rows, rounded):
-            return
+        if rows is not None:
+            chosen, places = rows.unique(return_inverse=True)
+            if self._select(chosen, rounded):
+                self.subset, self.chosen = Subset(places), chosen
+                return
         needed = self._has_fused() or rounded
         if (needed or self._has_reordered()) and not self._join(rounded) and needed:
             raise RuntimeError(
@@ -98,18 +101,6 @@ class DoubleBackwardPass(SeedPass):
                 f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
                 f"autocast, put the model into evaluation mode, or give it its state as an argument."
             )
-
-    def _take_selected(self, rows: Tensor | None, rounded: bool) -> bool:
-        """Go over to a graph of the selected samples alone, if there is one."""
-        if rows is None:
-            return False
-        chosen, places = rows.unique(return_inverse=True)
-        edges = self._rerun(chosen, rounded)
-        if edges is None or (rounded and has_autocast(SplicedGraph(edges).nodes)):
-            return False
-        self.subset, self.selected, self.chosen = Subset(places), True, chosen
-        self._go_over(SplicedGraph(edges), [fewer(layout, len(chosen)) for layout in self.layouts])
-        return True
 
     def _loss_gradients(self, chosen: Tensor | None) -> LossGradients:
         return LossGradients(self.terms, self.layouts, chosen)

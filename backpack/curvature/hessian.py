@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
-from backpack.backward.plan import Plan, PlannedUse, make_plan
+from backpack.backward.plan import PlannedUse, make_plan
 from backpack.curvature.columns import Columns
 from backpack.curvature.double_backward import DoubleBackwardPass
 from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
@@ -59,12 +58,12 @@ class HessianPass(DoubleBackwardPass):
         create = torch.is_grad_enabled()
         if create:
             refuse_wrong_third(self.spliced.nodes, self._name)
-        alone = set() if create else self._alone()
-        others = [leaf for leaf in self.prepared.plan.expected if leaf not in alone]
+        linear = set() if create else self._linear_leaves()
+        others = [leaf for leaf in self.prepared.plan.expected if leaf not in linear]
         try:
-            with muted(), self._said(alone, others):
-                if alone:
-                    self._together_or_not(lambda: self._by_columns(alone, rows))
+            with muted(), self._restricted_to(linear) as graph, self._progress(graph, others):
+                if linear:
+                    self._together_or_not(lambda: self._by_columns(graph, rows))
                 if others:
                     self._by_entries(others)
             for extension in self.extensions:
@@ -78,7 +77,7 @@ class HessianPass(DoubleBackwardPass):
         self.totals.clear()
         self.weights = None
 
-    def _alone(self) -> set[Node]:
+    def _linear_leaves(self) -> set[Node]:
         """The nodes of parameters that enter the graph once, linearly, and by samples.
 
         None below complex functions that are not linear, or below functions that couple samples in second order.
@@ -87,7 +86,7 @@ class HessianPass(DoubleBackwardPass):
         found: set[Node] = set()
         coupled = keep_apart(self.spliced, self.prepared)
         left_out = below(coupled | curved_complex(self.prepared), self.prepared.graph)
-        for node, uses in self.prepared.plan.uses.items():
+        for node, uses in plan.uses.items():
             for planned in uses if node not in left_out else ():
                 if not is_linear(node, planned.k):
                     continue
@@ -116,21 +115,19 @@ class HessianPass(DoubleBackwardPass):
                 found.append(leaf)
         return found
 
-    def _by_columns(self, alone: set[Node], rows: Tensor | None) -> None:
-        with self._of_these(alone) as plan:
-            self.running = running = Columns(self, self.spliced)
-            graph = ResidualGraph(self.spliced, self.prepared, plan)
-            chosen = rows if self.chosen is None else self.chosen
-            seeds = self._place([term.grad()[None] for term in self.terms], chosen)
-            grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.spliced.starts, strict=True)]
-            for edges, columns, weights in self._columns(running, graph, grads, chosen):
-                self.weights = weights
-                running.pull(edges, columns)
-                running.finish()
-                self.advance(len(columns[0]))
-            self.weights = None
-            for parameter, dense, total in self.totals.values():
-                self._add_total(parameter, dense, total)
+    def _by_columns(self, graph: ResidualGraph, rows: Tensor | None) -> None:
+        self.running = running = Columns(self, self.spliced)
+        chosen = rows if self.chosen is None else self.chosen
+        seeds = self._place([term.grad()[None] for term in self.terms], chosen)
+        grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.spliced.starts, strict=True)]
+        for edges, columns, weights in self._weighted_columns(running, graph, grads, chosen):
+            self.weights = weights
+            running.pull(edges, columns)
+            running.finish()
+            self.advance(len(columns[0]))
+        self.weights = None
+        for parameter, dense, total in self.totals.values():
+            self._add_total(parameter, dense, total)
 
     def _by_entries(self, leaves: Sequence[Node]) -> None:
         n = self.prepared.n
@@ -147,29 +144,28 @@ class HessianPass(DoubleBackwardPass):
 
         entries = Entries(gradients, n, parameters, create, not self.spliced.must_loop, self.advance)
         with torch.enable_grad():
-            chosen = None if not self._each else range(n) if rows is None else rows.tolist()
-            found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
+            chosen = None if not self._by_sample else range(n) if rows is None else rows.tolist()
+            found = entries.drawn(self.extensions[0].mc_samples) if self.sampled else entries.exact(chosen)
         for parameter, diagonal in zip(parameters, found, strict=True):
             if diagonal is not None:
-                self._add_diagonal(parameter, diagonal if self._each else diagonal[None])
+                self._add_diagonal(parameter, diagonal if self._by_sample else diagonal[None])
 
     @contextmanager
-    def _said(self, alone: set[Node], others: Sequence[Node]) -> Iterator[None]:
-        """Say before what takes long, and show on a terminal how far it is."""
+    def _progress(self, graph: ResidualGraph, others: Sequence[Node]) -> Iterator[None]:
+        """Warn beforehand of what takes long, and show on a terminal how far it is."""
         if self.sampled:
             with bar(False, None) as self.advance:
                 yield
             return
-        with self._of_these(alone) as plan:
-            running, graph = Columns(self, self.spliced), ResidualGraph(self.spliced, self.prepared, plan)
-            costs = Costs(self.prepared.graph, plan.n, plan.uses, running.captured)
-            shares = [*self._of_columns(costs, running, graph), *self._of_entries(costs, others)]
+        running = Columns(self, self.spliced)
+        costs = Costs(running.graph, graph.n, running.plan.uses, running.captured)
+        shares = [*self._cost_of_columns(costs, running, graph), *self._cost_of_entries(costs, others)]
         names = " and ".join(type(extension).__name__ for extension in self.extensions)
         warn_if_long(self._owner, names, shares, costs.step)
         with bar(None, sum(share.count for share in shares), unit="column", delay=PATIENCE) as self.advance:
             yield
 
-    def _of_columns(self, costs: Costs, running: Columns, graph: ResidualGraph) -> Iterator[Share]:
+    def _cost_of_columns(self, costs: Costs, running: Columns, graph: ResidualGraph) -> Iterator[Share]:
         """What columns of the losses take, and of each node with second derivatives."""
         if not running.plan.uses:
             return
@@ -183,9 +179,9 @@ class HessianPass(DoubleBackwardPass):
             steps = costs.columns(edges, count, chunk, graph.leading) / costs.step
             yield Share(f"{kind(node)} of shape {list(shape_of(node, 0))}", count, steps)
 
-    def _of_entries(self, costs: Costs, leaves: Sequence[Node]) -> Iterator[Share]:
+    def _cost_of_entries(self, costs: Costs, leaves: Sequence[Node]) -> Iterator[Share]:
         """What each parameter takes whose diagonal is taken entry by entry."""
-        samples = self.prepared.n if self._each else 1
+        samples = self.prepared.n if self._by_sample else 1
         one_by_one = torch.is_grad_enabled() or samples > MANY or not self.batchable
         samples = 1 if samples > MANY else samples
         for leaf in leaves:
@@ -195,19 +191,15 @@ class HessianPass(DoubleBackwardPass):
             yield Share(name_of(parameter), count, steps, by_entries=True)
 
     @contextmanager
-    def _of_these(self, leaves: set[Node]) -> Iterator[Plan]:
-        """Only the uses of these parameters count inside."""
+    def _restricted_to(self, leaves: set[Node]) -> Iterator[ResidualGraph]:
+        """Inside, only the uses of these parameters count; the graph that leads to them."""
         prepared = self.prepared
         plan = make_plan(prepared.graph, prepared.owners, prepared.n, leaves)
         self.prepared = replace(prepared, plan=plan)
         try:
-            yield plan
+            yield ResidualGraph(self.spliced, self.prepared)
         finally:
             self.prepared = prepared
-
-    @cached_property
-    def _count(self) -> int:
-        return self.extensions[0].mc_samples
 
     def compute(self, contributions: Contributions) -> None:
         """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
@@ -230,20 +222,20 @@ class HessianPass(DoubleBackwardPass):
         unfold = dense.unfold
         assert unfold is not None
         squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
-        self._add_diagonal(parameter, squares.dense()[0] if self._each else squares.total()[None])
+        self._add_diagonal(parameter, squares.dense()[0] if self._by_sample else squares.total()[None])
 
     @property
-    def _each(self) -> bool:
+    def _by_sample(self) -> bool:
         """Whether diagonals are wanted for each sample."""
         return any("sample_squares" in extension.reads for extension in self.extensions)
 
     def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
         """Add ``[n, *p]``, memory that nothing else uses; one row will do where only the sum over samples is wanted."""
         found = Explicit(diagonal[None])
-        if self._each:
+        if self._by_sample:
             found.know(sample_squares=diagonal)
         if any("sum_squares" in extension.reads for extension in self.extensions):
-            found.know(sum_squares=diagonal.sum(0) if self._each or len(diagonal) > 1 else diagonal[0])
+            found.know(sum_squares=diagonal.sum(0) if self._by_sample or len(diagonal) > 1 else diagonal[0])
         self._add(parameter, found, self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
@@ -251,16 +243,13 @@ class HessianPass(DoubleBackwardPass):
         self.final = False
         super()._add(parameter, grads, extensions)
 
-    def _columns(
+    def _weighted_columns(
         self, running: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[tuple[Sequence[GradientEdge], list[Tensor], Tensor | None]]:
         """Where to start, columns, and their weights: of the losses, then of each node."""
-        start, signs = 0, None if self.sampled else self._signs
+        signs = None if self.sampled else self._signs(rows)
         for stop, seeds in self._chunks():
-            own = None if signs is None else signs[start:stop]
-            own = own[:, rows] if own is not None and rows is not None and self.selected else own
-            yield self.spliced.starts, self._place(seeds, rows), own
-            start = stop
+            yield self.spliced.starts, self._place(seeds, rows), None if signs is None else signs[self.start : stop]
         chunk = self._chunk
         if self.sampled:
             yield from self._drawn_columns(graph, grads, chunk)
@@ -276,14 +265,14 @@ class HessianPass(DoubleBackwardPass):
                 columns, weights = residual.exact(start, start + chunk)
                 yield residual.edges, columns, weights.expand(-1, graph.n)
 
-    @property
-    def _signs(self) -> Tensor | None:
-        """Of the columns of all losses, ``[v, n]``; ``None``: all are positive."""
+    def _signs(self, rows: Tensor | None) -> Tensor | None:
+        """The signs of the columns of all losses, ``[v, n]``; ``None``: all are positive."""
         roots = [term.root for term in self.terms]
         if all(root.signs is None for root in roots):
             return None
         ones = [torch.ones(root.columns, self.n, dtype=self.dtype, device=self.device) for root in roots]
-        return torch.cat([one if root.signs is None else root.signs for one, root in zip(ones, roots, strict=True)])
+        signs = torch.cat([one if root.signs is None else root.signs for one, root in zip(ones, roots, strict=True)])
+        return signs[:, rows] if rows is not None and self.selected else signs
 
     @property
     def sampled(self) -> bool:

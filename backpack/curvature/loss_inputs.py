@@ -68,11 +68,17 @@ def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared:
         )
     graph = read([call.edge for call in calls])
     begin = {edge: layout for part in parts for edge, layout in part.begin.items()}
-    thoroughly = prepared.owners.is_thorough
     are_parts = any(isinstance(layout, Scattered) for layout in begin.values())
-    with muted():
-        owners = find_owners(graph, begin, torch.Generator(), prepared.owners.owned if are_parts else None, thoroughly)
+    owners = _owners(graph, begin, prepared, prepared.owners.owned if are_parts else None)
     return _planned(graph, begin, owners, prepared, parts[0].n)
+
+
+def _owners(
+    graph: Graph, begin: Mapping[Edge, AnyLayout], prepared: Prepared, known: dict[Edge, AnyLayout] | None = None
+) -> Owners:
+    """Whose rows the cotangents are in a part of a graph, looked for as thoroughly as in all of it."""
+    with muted():
+        return find_owners(graph, begin, torch.Generator(), known, prepared.owners.is_thorough)
 
 
 def _planned(graph: Graph, begin: Mapping[Edge, AnyLayout], owners: Owners, prepared: Prepared, n: int) -> Prepared:
@@ -90,16 +96,13 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
     possible: list[AnyLayout] = list(layouts(shape, n, axes))
     if edge in prepared.begin:
         possible = [prepared.begin[edge]]
-    thoroughly = prepared.owners.is_thorough
     for layout in possible:
-        with muted():
-            owners = find_owners(graph, {edge: layout}, torch.Generator(), thoroughly=thoroughly)
+        owners = _owners(graph, {edge: layout}, prepared)
         if n == 1 or _agree(owners, prepared, graph):
             return _planned(graph, {edge: layout}, owners, prepared, n)
     rows = _rows_of_outputs(call, graph, prepared)
     if rows is not None:
-        with muted():
-            owners = find_owners(graph, {edge: rows}, torch.Generator(), prepared.owners.owned, thoroughly)
+        owners = _owners(graph, {edge: rows}, prepared, prepared.owners.owned)
         return _planned(graph, {edge: rows}, owners, prepared, n)
     raise RuntimeError(
         f"The input of {type(call.loss).__name__}, of shape {list(shape)}, does not show where the {n} samples lie: "
@@ -119,8 +122,7 @@ def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLay
         sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
         rows = torch.arange(prod(sizes)).reshape(sizes)
         begin = {call.place: found_layout(rows.numel() + 1, rows)}  # one of none: so no entry counts to any
-        with muted():
-            owners = find_owners(graph, begin, torch.Generator(), {}, prepared.owners.is_thorough)
+        owners = _owners(graph, begin, prepared, {})
         sample = _samples_of_rows(rows.numel(), owners, prepared)
         if sample is not None:
             return found_layout(prepared.n, sample[rows], exactly=True)

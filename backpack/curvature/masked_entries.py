@@ -28,7 +28,7 @@ def keep_apart(spliced: SplicedGraph, prepared: Prepared) -> set[Node]:
     What is left of each input of a node is noted with the owners.
     """
     owners, coded = prepared.owners, set(prepared.owners.coded)  # all others keep samples apart whatever the values are
-    graph, coupled = ResidualGraph(spliced, prepared, prepared.plan), set[Node]()
+    graph, coupled = ResidualGraph(spliced, prepared), set[Node]()
     for node in graph.curved if coded and prepared.n > 1 else ():
         if node not in coded:
             continue

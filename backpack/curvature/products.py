@@ -180,7 +180,7 @@ class CurvatureBlocks:
                     f"{next(iter(coupled)).name()} couples samples in second order, although its values keep them "
                     f"apart: its second derivatives have no eigenvalues of one sample. Use the Hessian or the GGN."
                 )
-            graph = ResidualGraph(self.spliced, self.prepared, self.prepared.plan)
+            graph = ResidualGraph(self.spliced, self.prepared)
             grads = [cotangent.detach() for cotangent in self._of_ggn[1]]
             with muted():
                 found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(grads)]

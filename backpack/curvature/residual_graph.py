@@ -11,28 +11,26 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
-from backpack.backward.plan import Plan
 from backpack.curvature.residuals.inputs import NodeInputs
 from backpack.curvature.residuals.local import LocalHessian
 from backpack.curvature.residuals.nodes import is_bilinear, is_flat, positions_of
 from backpack.curvature.residuals.residual import Residual, residual_of
-from backpack.curvature.spliced_graph import SplicedGraph
+from backpack.curvature.spliced_graph import SplicedGraph, arrivals_at
 from backpack.graph import Graph, is_complex
 from backpack.torch_internals import dtype_at
 
 
 @dataclass(eq=False)
 class ResidualGraph:
-    """Nodes that lead from the inputs of losses, where a graph starts, to the uses of a plan."""
+    """Nodes that lead from the inputs of losses, where a graph starts, to the uses of parameters in a plan."""
 
     spliced: SplicedGraph
     prepared: Prepared
-    plan: Plan
 
     def __post_init__(self) -> None:
-        self.n = self.plan.n
+        self.n = self.prepared.n
         graph, owned = self.prepared.graph, self.prepared.owners.owned
-        self.leading: set[Node] = set(self.plan.uses)
+        self.leading: set[Node] = set(self.prepared.plan.uses)
         """Nodes from which ways lead to uses."""
         for node in reversed(graph.order):
             if any(other in self.leading and (other, number) in owned for other, number in graph.edges[node]):
@@ -80,18 +78,13 @@ class ResidualGraph:
         Raises:
             RuntimeError: PyTorch has no second derivative of a node.
         """
-        graph, curved = self.prepared.graph, self.curved
-        for node in filter(is_complex, curved):
+        for node in filter(is_complex, self.curved):
             raise RuntimeError(
                 f"{node.name()} is a function of complex numbers that is not linear: its second derivatives are no "
                 f"symmetric matrix of the samples' entries. Compute it of real and imaginary parts, or take the "
                 f"Hessian or the GGN."
             )
-        numbers = {node: sorted({number for _, _, number in graph.incoming[node]}) for node in curved}
-        for start in self.spliced.starts:
-            if start.node in numbers:
-                numbers[start.node] = sorted({start.output_nr, *numbers[start.node]})
-        arrivals = [GradientEdge(node, number) for node in curved for number in numbers[node]]
+        arrivals = [edge for node in self.curved for edge in arrivals_at(node, self.prepared.graph)]
         if not arrivals:
             return
         arrived: dict[Node, dict[int, Tensor]] = {}

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack.backward.arrivals import Contributions
 from backpack.backward.block import Block
 from backpack.curvature.columns import Columns
 from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
 from backpack.curvature.rerun import agree, outputs_again
+from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature, without_rules
 from backpack.graph import shape_of, variable_of
@@ -96,11 +97,8 @@ class SeedPass:
     def run(self) -> None:
         """Pull back all seeds and store the results."""
         rows = self.subset.rows(self.n, self.device)
-        if rows is not None:
-            own = self._rerun(rows)
-            if own is not None:
-                self.subset, self.selected = Subset(), True
-                self._go_over(SplicedGraph(own), [fewer(layout, len(rows)) for layout in self.layouts])
+        if rows is not None and self._select(rows):
+            self.subset = Subset()
         try:
             self._together_or_not(lambda: self._pull_all(rows))
         finally:
@@ -216,10 +214,10 @@ class SeedPass:
         """``[v, r, d]`` of each term in the form of the loss's input; of the selected samples only."""
         return [term.placed(own, rows, self.selected) for term, own in zip(self.terms, seeds, strict=True)]
 
-    def _rerun(self, rows: Tensor, rounded: bool = False) -> list[GradientEdge] | None:
-        """The graph of the selected samples alone, where running the module on them gives the same outputs.
+    def _select(self, rows: Tensor, rounded: bool = False) -> bool:
+        """Go on with a graph of the selected samples alone, if running the module on them gives the same outputs.
 
-        ``rounded``: they were computed in 16 bits before, and are not now.
+        ``rounded``: the outputs were computed in 16 bits before, and must not be now.
         """
         notes = [self.notes.get(term.call.place) for term in self.terms]
         calls = {id(note.arguments): note for note in (*self.notes.values(), *notes) if note is not None}
@@ -227,23 +225,26 @@ class SeedPass:
             None in notes
             or len(calls) > 1
             or any(not isinstance(term.layout, Layout) or term.layout.factor > 1 for term in self.terms)
+            or self.prepared.plan.mixed
         ):
-            return None
+            return False
         (note,) = calls.values()
-        outputs = None
-        if note.attached is None and not self.prepared.plan.mixed:
-            outputs = self._run_again(note, rows)
+        outputs = self._run_again(note, rows) if note.attached is None else None
         if outputs is None:
-            return None
+            return False
         found: list[Tensor] = []
         for term, own in zip(self.terms, notes, strict=True):
             again = outputs[own.place] if own is not None and own.place < len(outputs) else None
             expected = term.call.input.index_select(term.layout.axes[0], rows)
             if not isinstance(again, Tensor) or again.grad_fn is None or not agree(again, expected, rounded):
-                return None
+                return False
             found.append(again)
-        self.start_tensors = found
-        return [get_gradient_edge(again) for again in found]
+        spliced = SplicedGraph([get_gradient_edge(again) for again in found])
+        if rounded and has_autocast(spliced.nodes):
+            return False
+        self.start_tensors, self.selected = found, True
+        self._go_over(spliced, [fewer(layout, len(rows)) for layout in self.layouts])
+        return True
 
     def _run_again(self, note: Note, rows: Tensor | None) -> list[Any] | None:
         return outputs_again(note, rows, self.n, self.double_backward)

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.curvature.by_turns import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals.local import Severed
+from backpack.graph import Graph
 from backpack.graph.vmap_limits import must_loop, nodes
 from backpack.torch_internals import dtype_at, pull_back
 
@@ -19,6 +20,13 @@ from backpack.torch_internals import dtype_at, pull_back
 def place_of(edge: GradientEdge) -> GradientEdge:
     """The edge without what some of them hold beside the node and the number, so that equal ones are equal."""
     return GradientEdge(edge.node, edge.output_nr)
+
+
+def arrivals_at(node: Node, graph: Graph) -> list[GradientEdge]:
+    """The outputs of a node's function that something arrives at."""
+    numbers = {number for _, _, number in graph.incoming[node]}
+    numbers |= {root.output_nr for root in graph.roots if root.node is node}
+    return [GradientEdge(node, number) for number in sorted(numbers)]
 
 
 @dataclass

@@ -18,9 +18,8 @@ def elementwise(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the root's columns, summed with random signs."""
-    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
-    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, nn.NLLLoss) else None
-    root = Diagonal(hessian, term_weight(loss, input, layout, outer, terms))
+    hessian, weight = _hessian_and_weight(loss, input, layout, args, kwargs, outer)
+    root = Diagonal(hessian, weight)
     if not hessian.any():
         root.notice = (
             f"{type(loss).__name__} is linear in its input here: its Hessian and the Gauss-Newton matrix are zero. "
@@ -34,8 +33,7 @@ def normal(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the gradient at targets drawn from a normal distribution around ``f`` (squared error: ``N(f, 1/2)``)."""
-    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
-    weight = term_weight(loss, input, layout, outer)
+    hessian, weight = _hessian_and_weight(loss, input, layout, args, kwargs, outer)
     return Diagonal(hessian, weight, lambda: hessian.sqrt() * torch.randn_like(hessian))
 
 
@@ -47,8 +45,7 @@ def poisson(
 
     Signs are drawn where the rate itself is given: then the Hessian depends on the target.
     """
-    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
-    weight = term_weight(loss, input, layout, outer)
+    hessian, weight = _hessian_and_weight(loss, input, layout, args, kwargs, outer)
     if not getattr(loss, "log_input", False):
         return Diagonal(hessian, weight)
     rate = by_sample(layout, input).exp()
@@ -60,7 +57,7 @@ def binary_cross_entropy(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the gradient at labels drawn from the model's Bernoulli distributions."""
-    hessian = _second_derivative(loss, input, layout, args, kwargs, outer)
+    hessian, weight = _hessian_and_weight(loss, input, layout, args, kwargs, outer)
     probability = by_sample(layout, input).sigmoid()
 
     def draw() -> Tensor:
@@ -69,11 +66,13 @@ def binary_cross_entropy(
         drawn = torch.bernoulli(probability)
         return hessian.sqrt() * torch.where(drawn > 0, -odds, 1 / odds)
 
-    return Diagonal(hessian, term_weight(loss, input, layout, outer), draw)
+    return Diagonal(hessian, weight, draw)
 
 
-def _second_derivative(
+def _hessian_and_weight(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The Hessian's diagonal ``[n, d]``, and the weight of each term in the loss."""
     diagonal = hessian_product(loss, input, args, kwargs, outer)(torch.ones_like(input))
-    return by_sample(layout, diagonal)
+    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, nn.NLLLoss) else None
+    return by_sample(layout, diagonal), term_weight(loss, input, layout, outer, terms)
