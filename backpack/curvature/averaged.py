@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Sequential
 
 from backpack.curvature.columns import Columns
-from backpack.curvature.loss_term import PASSES
+from backpack.curvature.loss_term import PASSES, modules_of
 from backpack.curvature.mean_curvature import (
     AFFINE,
     CONVOLUTIONS,
@@ -111,8 +111,7 @@ class AveragedPass(SeedPass):
         """Raise unless the model is a chain of real functions that share no parameters."""
         name, chain = self._name, self.chain
         if not chain.calls or not chain.has_all_calls or chain.is_one_module:
-            modules = [module for note in self.notes.values() if (module := note.module()) is not None]
-            model = " after a ".join(dict.fromkeys(type(module).__name__ for module in modules))
+            model = " after a ".join(dict.fromkeys(type(module).__name__ for module in modules_of(self.notes)))
             raise RuntimeError(
                 f"{name} averages the curvature after each module of a chain, but the model, a {model}, is no "
                 f"torch.nn.Sequential of one input whose output is that of the loss, nor a chain of modules that were "
@@ -304,7 +303,7 @@ class AveragedPass(SeedPass):
         edge = get_gradient_edge(out)
         prepared, spliced = self.prepared, self.spliced
         self.subset = Subset()
-        self._go_over(SplicedGraph([edge]), [Layout(len(out))])
+        self._switch_to(SplicedGraph([edge]), [Layout(len(out))])
         ends = [get_gradient_edge(x)] if x.requires_grad else []
         pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.spliced.must_loop else len(seeds))
         found = []

@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 class Columns(Collector):
     """What reaches the parameters of the columns that are pulled back at a time.
 
-    ``keep``: they stay until all columns have been.
+    ``keeps``: what has arrived is kept until all columns have been pulled back.
     """
 
-    def __init__(self, running: SeedPass, spliced: SplicedGraph, further: Sequence[GradientEdge] = ()) -> None:
-        super().__init__(running.prepared)
-        self.running, self.spliced, self.further = running, spliced, list(further)
-        self.ruled, self.told = running.ruled, running.told
+    def __init__(self, seed_pass: SeedPass, spliced: SplicedGraph, further: Sequence[GradientEdge] = ()) -> None:
+        super().__init__(seed_pass.prepared)
+        self.seed_pass, self.spliced, self.further = seed_pass, spliced, list(further)
+        self.with_rules, self.to_report = seed_pass.with_rules, seed_pass.to_report
         self.reached: list[Tensor | None] = []
         """The columns at the ``further`` edges."""
-        self.keep = running.gathered
+        self.keeps = seed_pass.gathered
         self.count_of_seeds = 1
         self.batched = False
-        self.raw: dict[Node, dict[int, list[Tensor]]] = {}
-        tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
+        self.kept: dict[Node, dict[int, list[Tensor]]] = {}
+        tapped = [node for node in {**self.plan.uses, **self.with_rules, **self.to_report} if node in self.graph.edges]
         self.captured = set(self.lowest([start.node for start in spliced.starts], tapped))
         self.ends = [edge for node in self.captured for edge in arrivals_at(node, self.graph)]
         self._hooked = [node for node in tapped if node not in self.captured]
@@ -55,7 +55,7 @@ class Columns(Collector):
 
         def pull(*seed: Tensor) -> Tensor:
             found = self.spliced.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
-            self.reached = [self._outside(grad) for grad in found[len(self.ends) :]]
+            self.reached = [self._unwrapped(grad) for grad in found[len(self.ends) :]]
             arrived: dict[Node, list[Tensor | None]] = {}
             for end, grad in zip(self.ends, found, strict=False):
                 arrived.setdefault(end.node, [None] * count_outputs(end.node))[end.output_nr] = grad
@@ -74,7 +74,7 @@ class Columns(Collector):
             if not self.batched:
                 pull(*(seed[0] for seed in seeds))
                 return
-            poolings = () if self.running.block.reads_module_io else self.spliced.poolings
+            poolings = () if self.seed_pass.block.reads_module_io else self.spliced.poolings
             with by_turns([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
@@ -83,7 +83,7 @@ class Columns(Collector):
                 handle.remove()
             forget_retained()
 
-    def _outside(self, grad: Tensor | None) -> Tensor | None:
+    def _unwrapped(self, grad: Tensor | None) -> Tensor | None:
         """A column of each seed, ``[v, ...]``."""
         if grad is None or not self.batched:
             return None if grad is None else grad[None]
@@ -104,15 +104,15 @@ class Columns(Collector):
 
     def _receive(self, node: Node, grads: dict[int, Tensor]) -> None:
         with muted():
-            if node in self.ruled:
-                self.running.keep_for_rules(self.ruled[node], grads)
-            if self.running.final:
-                for io in self.told.get(node, ()):
-                    self.running.tell(io)
+            if node in self.with_rules:
+                self.seed_pass.keep_for_rules(self.with_rules[node], grads)
+            if self.seed_pass.final:
+                for io in self.to_report.get(node, ()):
+                    self.seed_pass.report(io)
             if node not in self.plan.uses:
                 return
-            if self.keep:
-                known = self.raw.setdefault(node, {})
+            if self.keeps:
+                known = self.kept.setdefault(node, {})
                 for number, grad in grads.items():
                     known.setdefault(number, []).append(grad)
             else:
@@ -125,10 +125,10 @@ class Columns(Collector):
     def finish(self) -> None:
         """Take on what has entered regions, and complete what is left."""
         with muted():
-            for node, grads in self.raw.items():
+            for node, grads in self.kept.items():
                 whole = {number: torch.cat(parts) for number, parts in grads.items()}
                 self._take_cotangents(node, Cotangents(whole))
-            self.raw.clear()
+            self.kept.clear()
             self.take_deferred()
             for node in self.entered():
                 self._enter(node)
@@ -139,8 +139,8 @@ class Columns(Collector):
 
     def _enter(self, node: Node) -> None:
         """Pull what entered a region through a node on to the parameters behind it."""
-        key, entered = self.running.subset.key, self.entering[node]
-        individual = {number: found.individual(self.running.subset) for number, found in entered.items()}
+        key, entered = self.seed_pass.subset.key, self.entering[node]
+        individual = {number: found.individual(self.seed_pass.subset) for number, found in entered.items()}
         if node in self.plan.mixed:
             size = next(iter(individual.values())).size
             rows = {number: own.dense().flatten(0, 1) for number, own in individual.items()}
@@ -169,7 +169,7 @@ class Columns(Collector):
 
     def completed(self, leaf: Node, contributions: Contributions) -> None:
         if self.found.pop(leaf, None) is not None and (contributions.arrivals or contributions.pulled):
-            self.running.compute(contributions)
+            self.seed_pass.compute(contributions)
 
 
 def _looked_up(node: Node, leaf: Node) -> tuple[Tensor, Tensor] | tuple[()]:

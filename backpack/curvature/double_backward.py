@@ -11,8 +11,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
 from backpack.curvature.by_turns import is_reordered
-from backpack.curvature.loss_term import Term
-from backpack.curvature.rerun import agree
+from backpack.curvature.loss_term import Term, modules_of
+from backpack.curvature.rerun import agree, output_of
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
@@ -77,10 +77,9 @@ class DoubleBackwardPass(SeedPass):
     @property
     def _owner(self) -> Module:
         """One of the modules whose graph it is; a loss, if there are no others."""
-        modules = [module for note in self.notes.values() if (module := note.module()) is not None]
-        return modules[0] if modules else self.terms[0].call.loss
+        return next(modules_of(self.notes), self.terms[0].call.loss)
 
-    def _take_twice_differentiable(self, rows: Tensor | None) -> None:
+    def _switch_to_twice_differentiable(self, rows: Tensor | None) -> None:
         """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
 
         Raises:
@@ -93,7 +92,7 @@ class DoubleBackwardPass(SeedPass):
                 self.subset, self.chosen = Subset(places), chosen
                 return
         needed = self._has_fused() or rounded
-        if (needed or self._has_reordered()) and not self._join(rounded) and needed:
+        if (needed or self._has_reordered()) and not self._rerun_modules(rounded) and needed:
             raise RuntimeError(
                 f"{self._name}: the model has a fused attention or recurrent layer, was run under autocast, or has "
                 f"parts in 16 bits, of which PyTorch has no second derivatives, and running it again in another form "
@@ -132,24 +131,23 @@ class DoubleBackwardPass(SeedPass):
             for new, old, p in zip(found, expected, parameters, strict=True)
         )
 
-    def _join(self, rounded: bool) -> bool:
+    def _rerun_modules(self, rounded: bool) -> bool:
         """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
-        modules: dict[int, list[tuple[GradientEdge, Note]]] = {}
+        calls: dict[int, list[tuple[GradientEdge, Note]]] = {}
         for (node, number), note in self.notes.items():
-            modules.setdefault(id(note.arguments), []).append((GradientEdge(node, number), note))
-        starts, parts = [place_of(term.call.edge) for term in self.terms], []
-        start_tensors = list(self.start_tensors)
-        if not modules:
+            calls.setdefault(id(note.arguments), []).append((GradientEdge(node, number), note))
+        if not calls:
             return False
-        is_seen = True
-        for outputs in sorted(modules.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
+        starts = [place_of(term.call.edge) for term in self.terms]
+        start_tensors, parts, is_seen = list(self.start_tensors), [], True
+        for outputs in sorted(calls.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
             again = self._run_again(outputs[0][1], None)
             part = {}
             for edge, note in outputs:
                 places = [place for place, start in enumerate(starts) if start == edge]
                 expected = self.terms[places[0]].call.input if places else note.value
-                found = None if again is None or note.place >= len(again) else again[note.place]
-                if not isinstance(found, Tensor) or found.grad_fn is None or found.shape != shape_at(edge):
+                found = output_of(note, again)
+                if found is None or found.shape != shape_at(edge):
                     return False
                 if expected is not None and not agree(found, expected, rounded):
                     return False
@@ -162,5 +160,5 @@ class DoubleBackwardPass(SeedPass):
         if not is_seen and not self._has_same_gradients(spliced, rounded):
             return False
         self.start_tensors = start_tensors
-        self._go_over(spliced, self.layouts)
+        self._switch_to(spliced, self.layouts)
         return not (rounded and has_autocast(self.spliced.nodes))

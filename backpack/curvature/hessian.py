@@ -54,7 +54,7 @@ class HessianPass(DoubleBackwardPass):
         self.parameters: dict[int, Tensor] = {}
         self.totals: dict[int, tuple[Tensor, Dense, Tensor]] = {}
         rows = self.subset.rows(self.n, self.device)
-        self._take_twice_differentiable(rows)
+        self._switch_to_twice_differentiable(rows)
         create = torch.is_grad_enabled()
         if create:
             refuse_wrong_third(self.spliced.nodes, self._name)
@@ -116,14 +116,14 @@ class HessianPass(DoubleBackwardPass):
         return found
 
     def _by_columns(self, graph: ResidualGraph, rows: Tensor | None) -> None:
-        self.running = running = Columns(self, self.spliced)
+        self.collector = collector = Columns(self, self.spliced)
         chosen = rows if self.chosen is None else self.chosen
         seeds = self._place([term.grad()[None] for term in self.terms], chosen)
         grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.spliced.starts, strict=True)]
-        for edges, columns, weights in self._weighted_columns(running, graph, grads, chosen):
+        for edges, columns, weights in self._weighted_columns(collector, graph, grads, chosen):
             self.weights = weights
-            running.pull(edges, columns)
-            running.finish()
+            collector.pull(edges, columns)
+            collector.finish()
             self.advance(len(columns[0]))
         self.weights = None
         for parameter, dense, total in self.totals.values():
@@ -157,24 +157,24 @@ class HessianPass(DoubleBackwardPass):
             with bar(False, None) as self.advance:
                 yield
             return
-        running = Columns(self, self.spliced)
-        costs = Costs(running.graph, graph.n, running.plan.uses, running.captured)
-        shares = [*self._cost_of_columns(costs, running, graph), *self._cost_of_entries(costs, others)]
+        collector = Columns(self, self.spliced)
+        costs = Costs(collector.graph, graph.n, collector.plan.uses, collector.captured)
+        shares = [*self._cost_of_columns(costs, collector, graph), *self._cost_of_entries(costs, others)]
         names = " and ".join(type(extension).__name__ for extension in self.extensions)
         warn_if_long(self._owner, names, shares, costs.step)
         with bar(None, sum(share.count for share in shares), unit="column", delay=PATIENCE) as self.advance:
             yield
 
-    def _cost_of_columns(self, costs: Costs, running: Columns, graph: ResidualGraph) -> Iterator[Share]:
+    def _cost_of_columns(self, costs: Costs, collector: Columns, graph: ResidualGraph) -> Iterator[Share]:
         """What columns of the losses take, and of each node with second derivatives."""
-        if not running.plan.uses:
+        if not collector.plan.uses:
             return
         chunk = self._chunk
         steps = costs.columns(self.spliced.starts, self.columns, chunk, graph.leading) / costs.step
         losses = dict.fromkeys(type(term.call.loss).__name__ for term in self.terms)
         yield Share(" and ".join(losses), self.columns, steps)
         for node in graph.curved:
-            count = 1 if self._shortcut(running, graph, node) is not None else graph.columns(node)
+            count = 1 if self._shortcut(collector, graph, node) is not None else graph.columns(node)
             edges = [self.spliced.now(edge) for edge in graph.live(node)]
             steps = costs.columns(edges, count, chunk, graph.leading) / costs.step
             yield Share(f"{kind(node)} of shape {list(shape_of(node, 0))}", count, steps)
@@ -244,7 +244,7 @@ class HessianPass(DoubleBackwardPass):
         super()._add(parameter, grads, extensions)
 
     def _weighted_columns(
-        self, running: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
+        self, collector: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[tuple[Sequence[GradientEdge], list[Tensor], Tensor | None]]:
         """Where to start, columns, and their weights: of the losses, then of each node."""
         signs = None if self.sampled else self._signs(rows)
@@ -256,7 +256,7 @@ class HessianPass(DoubleBackwardPass):
             return
         recomputed = any(map(is_recomputed, graph.spliced.nodes))  # it is read only once
         for residual in graph.residuals(grads):
-            simple = None if recomputed else self._shortcut(running, graph, residual.inputs.node)
+            simple = None if recomputed else self._shortcut(collector, graph, residual.inputs.node)
             if simple is not None:
                 self._add_squares(squares(residual, simple[0]), simple[1])
                 self.advance(1)
@@ -306,14 +306,14 @@ class HessianPass(DoubleBackwardPass):
             yield edges, parts, weights
 
     def _shortcut(
-        self, running: Columns, graph: ResidualGraph, node: Node
+        self, collector: Columns, graph: ResidualGraph, node: Node
     ) -> tuple[Way, list[tuple[int, Tensor, Arrival]]] | None:
         """The way from a node along which sums of squares are all that uses need, and these: where, and of what."""
         found = way(graph, node)
         uses: list[tuple[int, Tensor, Arrival]] = []
         for place, (edge, mixed) in enumerate(() if found is None else found.edges):
-            for planned in running.plan.uses.get(edge.node, ()):
-                arrival = running.arrival(edge.node, planned, Cotangents({0: self.start_tensors[0]}))
+            for planned in collector.plan.uses.get(edge.node, ()):
+                arrival = collector.arrival(edge.node, planned, Cotangents({0: self.start_tensors[0]}))
                 if not self._needs_squares_only(edge, planned, arrival, mixed):
                     return None
                 assert planned.leaf is not None

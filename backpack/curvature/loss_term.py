@@ -7,7 +7,7 @@ the calls. So the losses of a backward pass share a pull-back. Extensions that s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn import Module
 
 from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Prepared
@@ -88,6 +89,11 @@ def fewer(layout: AnyLayout, n: int) -> Layout:
     return Layout(n, layout.axis)
 
 
+def modules_of(notes: Mapping[Edge, Note]) -> Iterator[Module]:
+    """The modules that left these notes, as far as they still exist."""
+    return (module for note in notes.values() if (module := note.module()) is not None)
+
+
 @dataclass(eq=False)
 class Origin:
     """Where seeds begin: at the inputs of losses, whose curvatures add up.
@@ -112,9 +118,9 @@ class Origin:
     def _run(self, block: Block) -> None:
         for term in self.terms:
             self._check(term, block.loss_factor)
-        modules = [module for note in self.notes.values() if (module := note.module()) is not None]
+        roots = list(modules_of(self.notes))
         for extension in block.second_order:
-            if extension.backprop != "sqrt" and any(is_fully_sharded(m) for one in modules for m in one.modules()):
+            if extension.backprop != "sqrt" and any(is_fully_sharded(m) for root in roots for m in root.modules()):
                 raise RuntimeError(
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."

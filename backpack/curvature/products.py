@@ -77,7 +77,7 @@ class ProductPass(DoubleBackwardPass):
         self._refuse_rules()
         given = self.subset.rows(self.n, self.device)
         rows, counts = (None, None) if given is None else given.unique(return_counts=True)
-        self._take_twice_differentiable(rows)
+        self._switch_to_twice_differentiable(rows)
         self._keep_graph()
         chosen = None if self.chosen is None else rows
         weights = None if counts is None else counts.to(self.dtype)

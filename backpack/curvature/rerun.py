@@ -77,18 +77,18 @@ def is_observed(module: Module) -> bool:
     return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 
-def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool) -> list[Any] | None:
-    """All outputs of a module, of the selected samples alone, if it can run again.
+def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool) -> list[Any]:
+    """All outputs of a module, of the selected samples alone; none if it cannot run again.
 
     ``double_backward``: with functions that have second derivatives.
     """
     root = note.module()
     if root is None or not note.is_complete:
-        return None
+        return []
     if any(map(is_fully_sharded, root.modules())):
-        return None  # processes would not gather parameters in step
+        return []  # processes would not gather parameters in step
     if rows is not None and any(map(is_observed, root.modules())):
-        return None  # what a hook has kept would be replaced
+        return []  # what a hook has kept would be replaced
 
     def select(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -107,12 +107,18 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool
         try:
             outputs = leaves_of(root(*args, **kwargs))
         except NOT_TAKEN:  # of a state of all samples, of what counts on all
-            return None
+            return []
     if changed and rows is not None:
-        return None  # it computes with what its last forward pass has left
+        return []  # it computes with what its last forward pass has left
     if double_backward:
         _recompute_twice_differentiably(outputs, leaves_of((args, kwargs)))
     return outputs
+
+
+def output_of(note: Note, outputs: Sequence[Any]) -> Tensor | None:
+    """The output at which a call left a note, among those of another run; ``None``: it is gone or has no graph."""
+    found = outputs[note.place] if note.place < len(outputs) else None
+    return found if isinstance(found, Tensor) and found.grad_fn is not None else None
 
 
 def _recompute_twice_differentiably(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:

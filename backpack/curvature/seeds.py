@@ -18,7 +18,7 @@ from backpack.backward.arrivals import Contributions
 from backpack.backward.block import Block
 from backpack.curvature.columns import Columns
 from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
-from backpack.curvature.rerun import agree, outputs_again
+from backpack.curvature.rerun import agree, output_of, outputs_again
 from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature, without_rules
@@ -60,7 +60,7 @@ class SeedPass:
         self.final = False
         self.gathered = self.selected = False
         self.batchable = True
-        self.running: Columns | None = None
+        self.collector: Columns | None = None
         self.start = 0
         self.weights: Tensor | None = None
         self.finished: set[int] = set()
@@ -72,7 +72,7 @@ class SeedPass:
         return type(self.extensions[0]).__name__
 
     @property
-    def ruled(self) -> dict[Node, list[ModuleIO]]:
+    def with_rules(self) -> dict[Node, list[ModuleIO]]:
         """Calls of modules for which an extension has a rule, by the node that computed their output."""
         found: dict[Node, list[ModuleIO]] = {}
         for node, module_io in self.module_io.items():
@@ -82,11 +82,11 @@ class SeedPass:
         return found
 
     @property
-    def told(self) -> dict[Node, list[ModuleIO]]:
+    def to_report(self) -> dict[Node, list[ModuleIO]]:
         """Calls of modules that a user is told of when this pass is through them."""
         return self.module_io if self.last and self.block.extension_hook is not None else {}
 
-    def tell(self, io: ModuleIO) -> None:
+    def report(self, io: ModuleIO) -> None:
         """The last columns have come to a module's output."""
         known = None if self.selected else io  # that of the selected samples is not what users expect
         if not trainable(io.module):
@@ -109,7 +109,7 @@ class SeedPass:
         try:
             pull()
         except RuntimeError:
-            if self.running is None or not self.running.batched:
+            if self.collector is None or not self.collector.batched:
                 raise
             self._clear()  # a node that vmap_limits.py does not know cannot take seeds together, or memory was short
             self.batchable = False
@@ -117,13 +117,13 @@ class SeedPass:
 
     def _pull_all(self, rows: Tensor | None) -> None:
         for number, seeds in self._chunks():
-            self.running = columns = self.running or Columns(self, self.spliced)
+            self.collector = columns = self.collector or Columns(self, self.spliced)
             self.final = number >= self.columns
             columns.pull(self.spliced.starts, self._place(seeds, rows))
             if self.final or not self.gathered:
                 columns.finish()
 
-    def _go_over(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
+    def _switch_to(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
         """Go on with a graph that was recorded anew."""
         self.spliced, self.layouts = spliced, layouts
         self.prepared, self.notes = self.origin.prepare(spliced.starts, layouts, spliced.replaced)
@@ -133,7 +133,7 @@ class SeedPass:
     def _clear(self) -> None:
         for store in (self.results, self.finished):
             store.clear()
-        self.running = None  # it refers to this pass, and both to the graph
+        self.collector = None  # it refers to this pass, and both to the graph
 
     @property
     def widest(self) -> int:
@@ -142,7 +142,7 @@ class SeedPass:
         return max(sizes, default=1)
 
     @property
-    def _individual(self) -> int:
+    def _entries_pulled_through(self) -> int:
         """Entries of the samples' gradients, of one seed, that are pulled through where samples are mixed."""
         plan = self.prepared.plan
         leaves = {leaf for entry in plan.mixed for leaf in plan.entries[entry]}
@@ -169,7 +169,7 @@ class SeedPass:
         if torch.is_grad_enabled() or not self.batchable or self.spliced.must_loop:
             return 1
         if self.prepared.plan.mixed:
-            return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._individual))
+            return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._entries_pulled_through))
         return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
 
     def _seeds(self, start: int, stop: int) -> list[Tensor]:
@@ -229,24 +229,22 @@ class SeedPass:
         ):
             return False
         (note,) = calls.values()
-        outputs = self._run_again(note, rows) if note.attached is None else None
-        if outputs is None:
-            return False
+        outputs = self._run_again(note, rows) if note.attached is None else []
         found: list[Tensor] = []
         for term, own in zip(self.terms, notes, strict=True):
-            again = outputs[own.place] if own is not None and own.place < len(outputs) else None
+            again = None if own is None else output_of(own, outputs)
             expected = term.call.input.index_select(term.layout.axes[0], rows)
-            if not isinstance(again, Tensor) or again.grad_fn is None or not agree(again, expected, rounded):
+            if again is None or not agree(again, expected, rounded):
                 return False
             found.append(again)
         spliced = SplicedGraph([get_gradient_edge(again) for again in found])
         if rounded and has_autocast(spliced.nodes):
             return False
         self.start_tensors, self.selected = found, True
-        self._go_over(spliced, [fewer(layout, len(rows)) for layout in self.layouts])
+        self._switch_to(spliced, [fewer(layout, len(rows)) for layout in self.layouts])
         return True
 
-    def _run_again(self, note: Note, rows: Tensor | None) -> list[Any] | None:
+    def _run_again(self, note: Note, rows: Tensor | None) -> list[Any]:
         return outputs_again(note, rows, self.n, self.double_backward)
 
     def keep_for_rules(self, module_io: list[ModuleIO], grads: Mapping[int, Tensor]) -> None:
