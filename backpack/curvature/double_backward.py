@@ -13,7 +13,6 @@ from torch.nn import Module
 from backpack.curvature.by_turns import is_reordered
 from backpack.curvature.loss_term import Term, modules_of
 from backpack.curvature.rerun import agree, output_of
-from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph, place_of
@@ -85,7 +84,7 @@ class DoubleBackwardPass(SeedPass):
         Raises:
             RuntimeError: There is none.
         """
-        rounded = has_autocast(self.spliced.nodes)
+        rounded = self.spliced.has_autocast
         if rows is not None:
             chosen, places = rows.unique(return_inverse=True)
             if self._select(chosen, rounded):
@@ -161,4 +160,4 @@ class DoubleBackwardPass(SeedPass):
             return False
         self.start_tensors = start_tensors
         self._switch_to(spliced, self.layouts)
-        return not (rounded and has_autocast(self.spliced.nodes))
+        return not (rounded and self.spliced.has_autocast)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from backpack.backward.collector import Prepared
-from backpack.curvature.residual_graph import is_linear
+from backpack.curvature.linearity import inputs_of, is_linear
 from backpack.curvature.residuals.nodes import is_flat
 from backpack.graph import Edge, Graph, kind, variable_of
 from backpack.modules.calls import Note
@@ -70,8 +70,8 @@ def find_losses(graph: Graph, prepared: Prepared, executed: set[Node] | None, as
 
 def _is_linear(node: Node, graph: Graph) -> bool:
     """Whether a node is linear, piece by piece, in all that it has got together."""
-    live = [(k, GradientEdge(*edge)) for k, edge in enumerate(graph.edges[node]) if edge[0] is not None]
-    return is_flat(node, [edge for _, edge in live]) or (len(live) == 1 and is_linear(node, live[0][0]))
+    inputs = inputs_of(node, graph)
+    return is_flat(node, len(inputs)) or (len(inputs) == 1 and is_linear(node, inputs[0]))
 
 
 def _way(node: Node | None, before: Mapping[Node, Node | None]) -> list[Node]:

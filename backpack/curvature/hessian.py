@@ -26,9 +26,9 @@ from backpack.curvature.double_backward import DoubleBackwardPass
 from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
 from backpack.curvature.hessian_entries import MANY, Entries, refuse_wrong_third, signs_like
 from backpack.curvature.hessian_shortcuts import Way, squares, way
+from backpack.curvature.linearity import linear_leaves
 from backpack.curvature.loss_term import PASSES
-from backpack.curvature.masked_entries import keep_apart
-from backpack.curvature.residual_graph import ResidualGraph, below, curved_complex, is_linear
+from backpack.curvature.residual_graph import ResidualGraph
 from backpack.extensions.interface import Curvature
 from backpack.graph import is_recomputed, kind, shape_of, variable_of
 from backpack.modules.parameters import name_of
@@ -58,7 +58,7 @@ class HessianPass(DoubleBackwardPass):
         create = torch.is_grad_enabled()
         if create:
             refuse_wrong_third(self.spliced.nodes, self._name)
-        linear = set() if create else self._linear_leaves()
+        linear = set() if create else linear_leaves(self.spliced, self.prepared)
         others = [leaf for leaf in self.prepared.plan.expected if leaf not in linear]
         try:
             with muted(), self._restricted_to(linear) as graph, self._progress(graph, others):
@@ -76,44 +76,6 @@ class HessianPass(DoubleBackwardPass):
         super()._clear()
         self.totals.clear()
         self.weights = None
-
-    def _linear_leaves(self) -> set[Node]:
-        """The nodes of parameters that enter the graph once, linearly, and by samples.
-
-        None below complex functions that are not linear, or below functions that couple samples in second order.
-        """
-        plan = self.prepared.plan
-        found: set[Node] = set()
-        coupled = keep_apart(self.spliced, self.prepared)
-        left_out = below(coupled | curved_complex(self.prepared), self.prepared.graph)
-        for node, uses in plan.uses.items():
-            for planned in uses if node not in left_out else ():
-                if not is_linear(node, planned.k):
-                    continue
-                leaves = [planned.leaf] if planned.leaf is not None else self._behind_linear(planned)
-                found.update(leaf for leaf in leaves if plan.expected.get(leaf) == 1)
-        return found
-
-    def _behind_linear(self, planned: PlannedUse) -> list[Node]:
-        """The parameters behind an edge on whom what it leads to depends linearly, in one way."""
-        assert planned.entry is not None
-        plan, (entry, _), graph = self.prepared.plan, planned.entry, self.prepared.graph
-        users = sum(
-            other.entry is not None and other.entry[0] is entry for uses in plan.uses.values() for other in uses
-        )
-        if entry in plan.mixed or planned.sent is not None or users > 1:
-            return []
-        found: list[Node] = []
-        for leaf in plan.entries[entry]:
-            node = entry
-            while node is not leaf:
-                leading = [k for k, (other, _) in enumerate(graph.edges[node]) if other is not None]
-                if len(leading) != 1 or not is_linear(node, leading[0]):
-                    break
-                node = graph.edges[node][leading[0]][0]
-            else:
-                found.append(leaf)
-        return found
 
     def _by_columns(self, graph: ResidualGraph, rows: Tensor | None) -> None:
         self.collector = collector = Columns(self, self.spliced)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +16,7 @@ from backpack.curvature.residuals.local import LocalHessian
 from backpack.curvature.residuals.nodes import is_bilinear, is_flat, positions_of
 from backpack.curvature.residuals.residual import Residual, residual_of
 from backpack.curvature.spliced_graph import SplicedGraph, arrivals_at
-from backpack.graph import Graph, is_complex
-from backpack.torch_internals import dtype_at
+from backpack.graph import is_complex
 
 
 @dataclass(eq=False)
@@ -53,7 +52,7 @@ class ResidualGraph:
         return [
             node
             for node in self.prepared.graph.order
-            if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
+            if node in owners.sends and (live := self.live(node)) and not is_flat(node, len(live))
         ]
 
     def inputs(self, node: Node) -> NodeInputs:
@@ -101,63 +100,9 @@ class ResidualGraph:
                 yield residual
 
 
-def curved_complex(prepared: Prepared) -> set[Node]:
-    """Nodes of complex numbers that are not linear: their second derivatives are of two real parts each."""
-    return {node for node in prepared.owners.sends if _is_curved_and_complex(node)}
-
-
-def below(nodes: set[Node], graph: Graph) -> set[Node]:
-    """All nodes below some of a graph."""
-    found: set[Node] = set()
-    for node in graph.order if nodes else ():
-        if any(consumer in found or consumer in nodes for consumer, _, _ in graph.incoming[node]):
-            found.add(node)
-    return found
-
-
-def _is_curved_and_complex(node: Node) -> bool:
-    following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
-    return is_complex(node) and not is_flat(node, following)
-
-
-def is_linear(node: Node, k: int) -> bool:
-    """Whether a node's output is linear in its input ``k`` alone."""
-    following, number = node.next_functions[k]
-    assert following is not None
-    edge = GradientEdge(following, number)
-    if is_flat(node, [edge]) or node.name().startswith(LINEAR) or (k and node.name().startswith(NORMALIZATIONS)):
-        return True
-    try:
-        return LocalHessian(node, [edge], zero_outputs(node)).is_zero()
-    except RuntimeError:
-        return False
-
-
 def zero_outputs(node: Node) -> dict[int, Tensor]:
     """Zero cotangents of all outputs of a node's function."""
     return {
         number: torch.zeros(data.shape, dtype=data.dtype, device=data.device)
         for number, data in enumerate(node._input_metadata)
     }
-
-
-NORMALIZATIONS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm")
-"""How the names of nodes begin that are linear in their parameters, which are all but the first input."""
-
-LINEAR = ("Trilinear", "Embedding", "AccumulateGrad")
-"""How the names of nodes begin that are linear in each input."""
-
-LOW = (torch.bfloat16, torch.float16)
-
-
-def is_lowered(node: Node) -> bool:
-    """Whether a node brings a tensor to 16 bits, as ``torch.autocast`` does."""
-    if node.name() != "ToCopyBackward0" or dtype_at(GradientEdge(node, 0)) not in LOW:
-        return False
-    following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
-    return any(dtype_at(edge) not in LOW for edge in following)
-
-
-def has_autocast(nodes: Iterable[Node]) -> bool:
-    """Whether a part of a graph was recorded under autocast: derivatives of second order would mix its data types."""
-    return any(map(is_lowered, nodes))

@@ -19,7 +19,6 @@ from backpack.backward.block import Block
 from backpack.curvature.columns import Columns
 from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
 from backpack.curvature.rerun import agree, output_of, outputs_again
-from backpack.curvature.residual_graph import has_autocast
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature, without_rules
 from backpack.graph import shape_of, variable_of
@@ -238,7 +237,7 @@ class SeedPass:
                 return False
             found.append(again)
         spliced = SplicedGraph([get_gradient_edge(again) for again in found])
-        if rounded and has_autocast(spliced.nodes):
+        if rounded and spliced.has_autocast:
             return False
         self.start_tensors, self.selected = found, True
         self._switch_to(spliced, [fewer(layout, len(rows)) for layout in self.layouts])

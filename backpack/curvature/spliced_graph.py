@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
@@ -15,6 +16,17 @@ from backpack.curvature.residuals.local import Severed
 from backpack.graph import Graph
 from backpack.graph.vmap_limits import must_loop, nodes
 from backpack.torch_internals import dtype_at, pull_back
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def _is_lowered(node: Node) -> bool:
+    """Whether a node brings a tensor to 16 bits, as ``torch.autocast`` does."""
+    if node.name() != "ToCopyBackward0" or dtype_at(GradientEdge(node, 0)) not in LOW:
+        return False
+    return any(
+        dtype_at(GradientEdge(other, number)) not in LOW for other, number in node.next_functions if other is not None
+    )
 
 
 def place_of(edge: GradientEdge) -> GradientEdge:
@@ -70,6 +82,11 @@ class SplicedGraph:
     def turns(self) -> list[Turns]:
         """Nodes that several seeds cannot go through together."""
         return turns(self.nodes)
+
+    @property
+    def has_autocast(self) -> bool:
+        """Whether a part was recorded under autocast: derivatives of second order would mix its data types."""
+        return any(map(_is_lowered, self.nodes))
 
     def now(self, edge: GradientEdge) -> GradientEdge:
         """The edge that has taken the place of one."""

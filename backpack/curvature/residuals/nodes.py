@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from backpack.graph import is_complex, kind, signed
 
@@ -57,14 +55,14 @@ def is_batch_norm(node: Node) -> bool:
     return kind(node) in BATCH_NORM and bool(node._saved_training)  # type: ignore[attr-defined]
 
 
-def is_flat(node: Node, live: Sequence[GradientEdge]) -> bool:
-    """Whether all second derivatives of a node with respect to its ``live`` inputs are known to be zero."""
+def is_flat(node: Node, inputs: int) -> bool:
+    """Whether the second derivatives of a node with respect to so many of its inputs are known to be zero."""
     name = kind(node)
     if name in BATCH_NORM:
         return not node._saved_training  # type: ignore[attr-defined]
     if name == "Abs" and is_complex(node):
         return False
-    return name in FLAT or (name in BILINEAR and len(live) == 1)
+    return name in FLAT or (name in BILINEAR and inputs == 1)
 
 
 def is_bilinear(node: Node) -> bool:
