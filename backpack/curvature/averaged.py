@@ -1,8 +1,8 @@
-"""Second order, averaged: the mean curvature over the batch is pulled back through a chain of modules, one by one.
+"""Averaged curvature: the mean over the batch is pulled back through a chain of modules, one module at a time.
 
 With ``H`` the curvature in the output of a module, that in its input is ``1/N sum_n J_n^T H J_n`` (Botev, Ritter &
-Barber, 2017, section 4). Many modules are passed in closed form (``mean_curvature.py``). Anything else pulls back the
-rows of a root of ``H`` for each sample, and so do parameters other than those of linear maps.
+Barber, 2017, section 4). Many modules have a closed form (``mean_curvature.py``). For all others, and for parameters
+of other modules than linear maps, the rows of a root of ``H`` are pulled back for each sample.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from backpack.uses.kronecker import averaged_factors
 from backpack.uses.second_moments import second_moment
 
 LARGEST = 2**14
-"""Entries of one sample's output up to which the curvature in it is formed."""
+"""How many entries one sample's output may have, since the curvature in it is a dense matrix."""
 
 
 class AveragedPass(SeedPass):
     """For extensions whose curvature is averaged over the batch after each module.
 
-    ``wanted``: whether a module before the present one has parameters; ``sign``: of the root that is pulled back;
-    ``curvature``: that in the output of a linear map, ``[p, c, q, p, c, q]`` with its channels ``c``, if there is one.
+    ``wanted``: whether a module before the present one has parameters; ``sign``: the sign of the root that is pulled
+    back; ``curvature``: of a linear map, the curvature in its output, ``[p, c, q, p, c, q]`` with its channels ``c``.
     """
 
     wanted = True
@@ -97,7 +97,7 @@ class AveragedPass(SeedPass):
             self._clear()
 
     def _common_loss(self) -> LossCall:
-        """The call of a loss; the others, if there are any, have the same input."""
+        """The call of the first loss; all others have the same input."""
         first, *others = [term.call for term in self.terms]
         if any(other.place != first.place for other in others):
             raise RuntimeError(
@@ -162,7 +162,7 @@ class AveragedPass(SeedPass):
         return True
 
     def _input_of(self, node: Node) -> Tensor | None:
-        """What a linear map is applied to."""
+        """The input of a linear map, as its node saved it."""
         for planned in self.prepared.plan.uses[node]:
             use = use_of(Place(node, planned.k, planned.number, planned.layout))
             if isinstance(use, DenseUse):
@@ -171,7 +171,7 @@ class AveragedPass(SeedPass):
 
     @property
     def _root_module(self) -> Module:
-        """All modules of the chain."""
+        """A module that holds all modules of the chain."""
         return Sequential(*self.chain.modules)
 
     def _check_size(self, module: Module, shape: torch.Size) -> None:
@@ -241,7 +241,7 @@ class AveragedPass(SeedPass):
         return slope.flatten(1)
 
     def _linear_map(self, module: Module) -> Node | None:
-        """The node that used a module's parameters, if these are those of one linear map."""
+        """The node that used a module's parameters, if these are the parameters of one linear map."""
         if not is_one_of(module, MAPS) or getattr(module, "padding_idx", None) is not None:
             return None
         plan = self.prepared.plan
@@ -291,7 +291,7 @@ class AveragedPass(SeedPass):
         return Mean(terms[0]) if terms else mean
 
     def _pull_back(self, module: Module, x: Tensor, seeds: Tensor, final: bool = True) -> Tensor:
-        """Cotangents ``[v, n, ...]`` of a module's output to those of its input; its parameters are computed.
+        """Pull cotangents ``[v, n, ...]`` of a module's output back to its input; its parameters are computed.
 
         ``final``: these are the last ones for this module.
         """

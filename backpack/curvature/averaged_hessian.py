@@ -1,8 +1,9 @@
 """Second order, averaged, with the second derivatives of the modules: Kronecker factors of the Hessian.
 
-To the curvature that is pulled back through a module ``f`` comes its residual ``R = sum_n d^2 <g_n, f(x_n)>``, with the
-gradient ``g_n`` of the loss in its output (Dangel, Harmeling & Hennig, 2020, section 3). A positive-curvature Hessian
-takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsieh, 2018).
+The curvature that is pulled back through a module ``f`` is added to the module's residual, which is ``R = sum_n d^2
+<g_n, f(x_n)>`` with the gradient ``g_n`` of the loss in the module's output (Dangel, Harmeling & Hennig, 2020, section
+3). A positive-curvature Hessian takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsieh,
+2018).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from backpack.modules.thread_state import muted
 
 
 class AveragedHessianPass(AveragedPass):
-    """As ``AveragedPass``, for a curvature that need not be positive semidefinite."""
+    """Averages the Hessian instead of the Gauss-Newton matrix: it adds the residual of each module."""
 
     grad: Tensor | None = None
     """The gradient of the losses in a module's output, ``[n, d]``."""
@@ -61,7 +62,7 @@ class AveragedHessianPass(AveragedPass):
         return None if found is None or not found.any() else self._modified(found)
 
     def _derivative(self, module: Module, grad: Tensor, x: Tensor) -> Tensor | None:
-        """Of ``grad[n, d]`` with respect to ``x``, summed over samples."""
+        """The derivative of ``grad[n, d]`` with respect to ``x``, summed over samples; ``None``: it is zero."""
         if not grad.requires_grad:
             return None
         elementwise, rows = is_one_of(module, ELEMENTWISE), []
@@ -80,13 +81,13 @@ class AveragedHessianPass(AveragedPass):
 
 
 class PositiveParts(AveragedHessianPass):
-    """With the positive parts of the residuals' eigenvalues."""
+    """Takes the positive parts of the residuals' eigenvalues."""
 
     modify = staticmethod(torch.relu)
 
 
 class AbsoluteValues(AveragedHessianPass):
-    """With the absolute values of the residuals' eigenvalues."""
+    """Takes the absolute values of the residuals' eigenvalues."""
 
     modify = staticmethod(torch.abs)
 

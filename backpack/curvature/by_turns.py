@@ -1,4 +1,4 @@
-"""Nodes that several seeds go through by turns, since ``torch.vmap`` is slow in them or fails.
+"""Nodes that seeds go through one by one, since ``torch.vmap`` is slow there or fails.
 
 Max pooling: ``torch.vmap`` copies the input of a pooling layer and the places of its maxima for each seed, which takes
 two thirds of the time of their pull-back. Here seeds take turns, each into its place of the result. A ReLU whose output
@@ -28,7 +28,7 @@ from backpack.memory import empty
 from backpack.torch_internals import inside_vmap, is_mapped, is_packed, outside_vmap
 
 NAME = "MaxPool2DWithIndicesBackward0"
-"""Of what pools in one dimension as well."""
+"""The node of max pooling in two dimensions, and in one."""
 
 SMALL = 2**15
 """Entries of a layer's input up to which copies take less time than turns."""
@@ -93,7 +93,7 @@ class Pooling(Turns):
 
 
 def _replace(results: list[Tensor], grads: tuple[Tensor, ...], _: Any) -> Any:
-    """What was pulled back, in the place of the zeros."""
+    """Put what was pulled back in the place of the zeros."""
     return (results.pop().reshape(grads[0].shape), *grads[1:]) if results else None
 
 
@@ -120,7 +120,10 @@ def is_reordered(node: Any) -> bool:
 
 @contextmanager
 def by_turns(found: Iterable[Turns], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
-    """Pull-backs of ``count`` seeds under ``torch.vmap``, between these edges, go by turns through these nodes."""
+    """Inside, ``count`` seeds that are pulled back under ``torch.vmap`` go through these nodes one by one.
+
+    ``ends``: the edges at which the pull-back starts and ends.
+    """
     taken = {GradientEdge(end.node, end.output_nr) for end in ends}
     with ExitStack() as handles:
         for node in found:
@@ -129,7 +132,7 @@ def by_turns(found: Iterable[Turns], count: int, ends: Iterable[GradientEdge]) -
 
 
 def _is_large(node: Any) -> bool:
-    """Whether turns pay; what is packed, as by checkpointing, is not unpacked to see."""
+    """Whether turns pay off. A tensor that is packed, as by checkpointing, is not unpacked to find out."""
     if is_packed(node._raw_saved_self):
         return False
     return node._saved_self.numel() > SMALL and node._saved_self.is_contiguous()

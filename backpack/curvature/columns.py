@@ -1,6 +1,6 @@
-"""Columns on their way through a graph: they reach the uses of parameters as cotangents do in first order.
+"""Sends columns through a graph: they reach the uses of parameters as cotangents do in first order.
 
-Several go together under ``torch.vmap``, with a further axis.
+Several columns go together under ``torch.vmap``, along one more axis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Columns(Collector):
-    """What reaches the parameters of the columns that are pulled back at a time.
+    """Collects what reaches the parameters when some columns are pulled back together.
 
     ``keeps``: what has arrived is kept until all columns have been pulled back.
     """
@@ -84,7 +84,7 @@ class Columns(Collector):
             forget_retained()
 
     def _unwrapped(self, grad: Tensor | None) -> Tensor | None:
-        """A column of each seed, ``[v, ...]``."""
+        """What ``torch.vmap`` holds for all seeds, ``[v, ...]``."""
         if grad is None or not self.batched:
             return None if grad is None else grad[None]
         with outside_vmap([grad], self.count_of_seeds) as (columns,):
@@ -123,7 +123,7 @@ class Columns(Collector):
             self.take_in(planned, self.arrival(node, planned, cotangents))
 
     def finish(self) -> None:
-        """Take on what has entered regions, and complete what is left."""
+        """Pull through regions what has entered them, and complete the parameters that are left."""
         with muted():
             for node, grads in self.kept.items():
                 whole = {number: torch.cat(parts) for number, parts in grads.items()}
@@ -138,7 +138,7 @@ class Columns(Collector):
             self.found.clear()
 
     def _enter(self, node: Node) -> None:
-        """Pull what entered a region through a node on to the parameters behind it."""
+        """Pull what entered a region through a node to the parameters behind it."""
         key, entered = self.seed_pass.subset.key, self.entering[node]
         individual = {number: found.individual(self.seed_pass.subset) for number, found in entered.items()}
         if node in self.plan.mixed:
@@ -173,7 +173,7 @@ class Columns(Collector):
 
 
 def _looked_up(node: Node, leaf: Node) -> tuple[Tensor, Tensor] | tuple[()]:
-    """The rows of a parameter that a node looks up, and which of them count."""
+    """The rows of a parameter that a node looks up, and which of them count; nothing for other nodes."""
     if kind(node) != "Embedding" or node.next_functions[0][0] is not leaf or saved(node, "scale_grad_by_freq"):
         return ()
     index = saved(node, "indices")

@@ -1,4 +1,4 @@
-"""Where second order begins: the losses that a backward pass runs through are found, and columns sent from them."""
+"""Where second order begins: it finds the losses of a backward pass, and sends columns from there."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ def _dense_or_zero(grad: Tensor | None, parameter: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class LossGradients:
-    """The gradients of losses with respect to their inputs, as functions of these, of all samples or the ``chosen``.
+    """The gradients of losses with respect to their inputs, as functions of these inputs.
 
-    ``layouts``: where these samples lie in each.
+    ``chosen``: the samples whose inputs are given, ``None``: all; ``layouts``: where these samples lie in each input.
     """
 
     terms: Sequence[Term]
@@ -39,7 +39,7 @@ class LossGradients:
     chosen: Tensor | None
 
     def __call__(self, weights: Tensor | None, points: Sequence[Tensor]) -> list[Tensor]:
-        """With the terms of the samples weighed by ``weights[n]``."""
+        """The gradients at ``points``, the term of sample ``n`` multiplied by ``weights[n]``."""
         return [
             self._of(term, layout, weights, point)
             for term, layout, point in zip(self.terms, self.layouts, points, strict=True)
@@ -59,11 +59,11 @@ class LossGradients:
 
 
 class DoubleBackwardPass(SeedPass):
-    """Second order with second derivatives of the model."""
+    """A pass that needs second derivatives of the model."""
 
     double_backward = True
     chosen: Tensor | None = None
-    """The samples that the graph is of, without duplicates; ``None``: all."""
+    """The samples that the graph holds, without duplicates; ``None``: all."""
 
     def _refuse_rules(self) -> None:
         for extension in self.extensions:
@@ -75,7 +75,7 @@ class DoubleBackwardPass(SeedPass):
 
     @property
     def _owner(self) -> Module:
-        """One of the modules whose graph it is; a loss, if there are no others."""
+        """A module whose call is part of the graph; a loss, if there is no other."""
         return next(modules_of(self.notes), self.terms[0].call.loss)
 
     def _switch_to_twice_differentiable(self, rows: Tensor | None) -> None:
@@ -104,7 +104,7 @@ class DoubleBackwardPass(SeedPass):
         return LossGradients(self.terms, self.layouts, chosen)
 
     def _has_fused(self) -> bool:
-        """Whether there are functions without second derivatives, but others that compute the same."""
+        """Whether there are functions without second derivatives that can be replaced by others."""
         owners = self.prepared.owners
 
         def is_apart(node: Node) -> bool:
@@ -114,11 +114,11 @@ class DoubleBackwardPass(SeedPass):
         return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.spliced.nodes)
 
     def _has_reordered(self) -> bool:
-        """Whether some second derivatives are slow, or fail, for the memory format that a tensor has."""
+        """Whether some second derivatives are slow or fail because of a tensor's memory format."""
         return any(map(is_reordered, self.spliced.nodes))
 
     def _has_same_gradients(self, spliced: SplicedGraph, rounded: bool) -> bool:
-        """Whether modules did the same when they ran again, told by gradients where an output is no longer there."""
+        """Whether modules that ran again did the same, judging by gradients: an output may no longer be there."""
         parameters = [variable_of(leaf) for leaf in self.prepared.plan.expected]
         inputs, generator = [term.call.input for term in self.terms], torch.Generator().manual_seed(0)
         seeds = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in inputs]

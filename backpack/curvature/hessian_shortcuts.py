@@ -1,8 +1,8 @@
-"""Residuals of elementwise functions close to the parameters, without a column for each entry.
+"""Pulls back residuals of elementwise functions close to the parameters without a column for each entry.
 
-The columns of a diagonal residual are unit vectors. A parameter that is used once needs only the sum of their squares
-as long as they are multiples of such, or if it is used without positions. It is pulled back as one vector: with the
-squared entries of the Jacobians.
+The columns of a diagonal residual are unit vectors. As long as they stay multiples of unit vectors, or if a parameter
+is used without positions, the parameter needs only the sum of their squares. That sum is pulled back as one vector,
+with the squared entries of the Jacobians.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SELECTING = frozenset(_SELECTING.split())
 
 @dataclass(frozen=True)
 class Step:
-    """From a node's output to its only live input: a product with a ``matrix``, a choice, or entry by entry."""
+    """A step from a node's output to its only live input: a product with a ``matrix``, a choice, or entry by entry."""
 
     above: GradientEdge
     below: GradientEdge
@@ -54,7 +54,7 @@ class Way:
 
 
 def way(graph: ResidualGraph, node: Node) -> Way | None:
-    """From the input of a curved node to the first parameter; ``None``: the way is not that simple."""
+    """The way from the input of a curved node to the first parameter; ``None``: the way is not that simple."""
     inputs = graph.inputs(node)
     if inputs.layouts != [Layout(graph.n)] or inputs.block_axes != ():
         return None
@@ -76,7 +76,7 @@ def way(graph: ResidualGraph, node: Node) -> Way | None:
 
 
 def squares(residual: Residual, simple: Way) -> list[Tensor]:
-    """At each edge of a way from a residual the sum of the columns' squares, weighed, ``[n, ...]``."""
+    """The weighted sum of the columns' squares at each edge of the way from a residual, ``[n, ...]``."""
     assert isinstance(residual, Blocks)
     total = residual.values[..., 0].reshape(residual.inputs.shapes[0])
     found = [total]
