@@ -1,11 +1,11 @@
-"""The diagonal of the Hessian: seeds at the loss, and at every node of the graph that is not linear.
+"""The diagonal of the Hessian: columns start at the loss, and at every node of the graph that is not linear.
 
 The Hessian of the loss with respect to a parameter is, by the chain rule, the sum over the nodes of the recorded graph
 of ``J^T R J``, with ``J`` the Jacobian of a node's inputs and ``R`` the node's second derivatives weighed by the
 gradient that arrives there. The loss itself contributes the Gauss-Newton matrix. Columns of all ``R`` are pulled back
 like those of the loss's Hessian (Dangel, Harmeling & Hennig, 2020, for elementwise functions in a chain).
 
-That is for parameters that enter the graph once, linearly, by samples. Those of others are taken entry by entry.
+This computes parameters that enter the graph once, linearly, and by samples. All others are computed entry by entry.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from backpack.uses import Cotangents, Dense, DenseUse, ElementwiseUse, Explicit,
 from backpack.utils.progress_bar import bar
 
 PATIENCE = 5.0
-"""Seconds after which it is shown how far the passes are."""
+"""Seconds after which a terminal shows how far the passes are."""
 
 
 class HessianPass(DoubleBackwardPass):
     """The Hessian's diagonal for extensions that share a subset."""
 
     advance: Callable[..., Any]
-    """Shows that so many columns or entries are done."""
+    """Is called with the number of columns or entries that are done, to show it."""
 
     def run(self) -> None:
         """Pull back all columns and store the results."""
@@ -128,7 +128,7 @@ class HessianPass(DoubleBackwardPass):
             yield
 
     def _cost_of_columns(self, costs: Costs, collector: Columns, graph: ResidualGraph) -> Iterator[Share]:
-        """What columns of the losses take, and of each node with second derivatives."""
+        """The costs of columns: those of the losses, and those of each node with second derivatives."""
         if not collector.plan.uses:
             return
         chunk = self._chunk
@@ -142,7 +142,7 @@ class HessianPass(DoubleBackwardPass):
             yield Share(f"{kind(node)} of shape {list(shape_of(node, 0))}", count, steps)
 
     def _cost_of_entries(self, costs: Costs, leaves: Sequence[Node]) -> Iterator[Share]:
-        """What each parameter takes whose diagonal is taken entry by entry."""
+        """The costs of each parameter whose diagonal is computed entry by entry."""
         samples = self.prepared.n if self._by_sample else 1
         one_by_one = torch.is_grad_enabled() or samples > MANY or not self.batchable
         samples = 1 if samples > MANY else samples
@@ -164,7 +164,7 @@ class HessianPass(DoubleBackwardPass):
             self.prepared = prepared
 
     def compute(self, contributions: Contributions) -> None:
-        """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
+        """Add some columns; of a gradient that is an outer product, only the sum of squared cotangents is needed."""
         parameter = contributions.tensor
         grads = self._weighed(contributions)
         if type(grads) is not Dense or grads.grad.shape[3] > 1:
@@ -175,7 +175,7 @@ class HessianPass(DoubleBackwardPass):
         self._note_total(parameter, grads, total)
 
     def _note_total(self, parameter: Tensor, grads: Dense, total: Tensor) -> None:
-        """Add up squared cotangents ``[n, g, s, o]``, by themselves at each position."""
+        """Add up squared cotangents ``[n, g, s, o]``, each position by itself."""
         if id(parameter) in self.totals:
             total = total + self.totals[id(parameter)][2]
         self.totals[id(parameter)] = (parameter, grads, total)
@@ -192,7 +192,7 @@ class HessianPass(DoubleBackwardPass):
         return any("sample_squares" in extension.reads for extension in self.extensions)
 
     def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
-        """Add ``[n, *p]``, memory that nothing else uses; one row will do where only the sum over samples is wanted."""
+        """Add ``[n, *p]``, in memory that nothing else uses; ``[1, *p]`` will do where only the sum is wanted."""
         found = Explicit(diagonal[None])
         if self._by_sample:
             found.know(sample_squares=diagonal)
@@ -208,7 +208,7 @@ class HessianPass(DoubleBackwardPass):
     def _weighted_columns(
         self, collector: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[tuple[Sequence[GradientEdge], list[Tensor], Tensor | None]]:
-        """Where to start, columns, and their weights: of the losses, then of each node."""
+        """The columns of the losses, then of each node: where they start, the columns, and their weights."""
         signs = None if self.sampled else self._signs(rows)
         for stop, seeds in self._chunks():
             yield self.spliced.starts, self._place(seeds, rows), None if signs is None else signs[self.start : stop]
@@ -244,7 +244,7 @@ class HessianPass(DoubleBackwardPass):
     def _drawn_columns(
         self, graph: ResidualGraph, grads: Sequence[Tensor], chunk: int
     ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor]]:
-        """``r`` and ``R r`` for random signs ``r`` at all nodes at a time, as a sum and a difference.
+        """The sums and differences of ``r`` and ``R r`` as columns, for random signs ``r`` at all nodes at once.
 
         The expectation of ``(J^T r) * (J^T R r)`` is the diagonal of ``J^T R J``, and signs of different nodes are
         independent.
@@ -270,7 +270,7 @@ class HessianPass(DoubleBackwardPass):
     def _shortcut(
         self, collector: Columns, graph: ResidualGraph, node: Node
     ) -> tuple[Way, list[tuple[int, Tensor, Arrival]]] | None:
-        """The way from a node along which sums of squares are all that uses need, and these: where, and of what."""
+        """The way from a node along which uses need sums of squares only, and these uses: where, and of what."""
         found = way(graph, node)
         uses: list[tuple[int, Tensor, Arrival]] = []
         for place, (edge, mixed) in enumerate(() if found is None else found.edges):
@@ -283,7 +283,7 @@ class HessianPass(DoubleBackwardPass):
         return None if found is None else (found, uses)
 
     def _add_squares(self, totals: Sequence[Tensor], uses: list[tuple[int, Tensor, Arrival]]) -> None:
-        """Add what the sums of squared columns at the edges of a way give for the uses there."""
+        """Add what the uses along a way make of the sums of squared columns at its edges."""
         for place, parameter, arrival in uses:
             total = totals[place]
             rows = Rows(arrival.layout, self.subset.rows(arrival.layout.n, total.device))

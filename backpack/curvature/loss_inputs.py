@@ -1,4 +1,4 @@
-"""Where the samples lie at the inputs of losses, and what is known of the graph from there on."""
+"""Finds where the samples lie at the inputs of losses, and prepares the graph from there on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def origin_of(
 
 
 def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared: Prepared) -> Prepared:
-    """What is known of the graph from the inputs of several losses on, of which each is known by itself."""
+    """The graph from the inputs of several losses on, prepared from what was prepared for each loss."""
     counts = dict.fromkeys(part.n for part in parts)
     if len(counts) > 1:
         raise RuntimeError(
@@ -82,14 +82,14 @@ def _owners(
 
 
 def _planned(graph: Graph, begin: Mapping[Edge, AnyLayout], owners: Owners, prepared: Prepared, n: int) -> Prepared:
-    """With the uses of those parameters that are in a graph, a part of the one that is known."""
+    """A part of the prepared graph, with the uses of those parameters that are in it."""
     plan = make_plan(graph, owners, n, {leaf for leaf in prepared.plan.expected if leaf in graph.edges})
     plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
     return Prepared(graph, begin, owners, plan)
 
 
 def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
-    """The layout of a loss's input under which the samples are those of the modules' outputs."""
+    """The graph from a loss's input on, with the layout there that gives the samples of the modules' outputs."""
     edge = call.place
     shape, n = tuple(call.input.shape), prepared.n
     axes = (0,) if isinstance(call.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
@@ -112,10 +112,10 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
 
 
 def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLayout | None:
-    """Where the samples lie at the input of a loss, by which samples' outputs its rows are computed from.
+    """Where the samples lie at the input of a loss, judging by the outputs that its rows are computed from.
 
-    ``None``: some row comes from several samples, whatever is taken for a row: all entries along the first axis, all
-    but the last axis, each entry; those of several classes stay together.
+    ``None``: some row comes from several samples, whatever counts as a row: an entry along the first axis, along all
+    axes but the last, or any single entry. The classes of a row stay together.
     """
     shape = call.input.shape
     for axes in _axes_of_rows(call):
@@ -140,7 +140,7 @@ def _axes_of_rows(call: LossCall) -> Iterator[list[int]]:
 
 
 def _rows_that_repeat(call: LossCall, prepared: Prepared) -> AnyLayout | None:
-    """As ``_rows_of_outputs`` where several rows are computed from the same row of an output."""
+    """The same as ``_rows_of_outputs``, also where several rows are computed from one row of an output."""
     owned = prepared.owners.owned
     starts = {GradientEdge(*edge): layout for edge, layout in prepared.begin.items() if owned.get(edge) is layout}
     with muted():
@@ -180,7 +180,7 @@ def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:
 
 
 def _agree(owners: Owners, prepared: Prepared, graph: Graph) -> bool:
-    """Whether the samples are where they were seen from the outputs of modules."""
+    """Whether the samples lie where they lie as seen from the outputs of modules."""
     known = {at: layout for at, layout in prepared.owners.owned.items() if at[0] in graph.edges}
     begun = [at for at in prepared.begin if at in known]
     shared = [at for at in owners.owned if at in known]
@@ -193,7 +193,7 @@ def prepare_again(
     instead: Mapping[Edge, Edge] | None = None,
     thoroughly: bool = False,
 ) -> tuple[Prepared, Mapping[Edge, Note]]:
-    """What is known of a graph that was recorded anew, from edges on whose samples lie as the ``layouts`` say."""
+    """Prepare a graph that was recorded anew, from edges on at which the samples lie as the ``layouts`` say."""
     graph = read(edges, instead)
     notes, calls = noted(graph)
     begin = {edge_of(root): layout for root, layout in zip(graph.roots, layouts, strict=True)}

@@ -31,8 +31,7 @@ from backpack.samples import AnyLayout, Layout
 from backpack.torch_internals import is_fully_sharded
 
 PASSES: dict[str, Any] = {}
-"""How curvature is pulled back: the root's columns by themselves (``SeedPass``), their mean over the batch, with second
-derivatives of the model. The files of the passes add them."""
+"""The class of the pass for each way to pull curvature back, such as ``"sqrt"``. The files of the passes add them."""
 
 
 @dataclass(eq=False)
@@ -49,13 +48,13 @@ class Term:
 
     @cached_property
     def root(self) -> LossRoot:
-        """Of the loss's Hessian with respect to its input."""
+        """The root of the loss's Hessian with respect to its input."""
         call = self.call
         with muted(), without_autocast(call.input.device):
             return loss_root(call.loss, call.input, self.layout, call.args, call.kwargs, self.outer)
 
     def none(self, count: int) -> Tensor:
-        """So many seeds that are zero."""
+        """As many seeds as ``count`` says, all zero."""
         size = prod(self.layout.split(self.call.input.detach().to("meta")).shape[1:])
         return self.call.input.new_zeros(count, self.layout.n, size)
 
@@ -73,7 +72,10 @@ class Term:
         return loss_gradient(call.loss, point, call.args, call.kwargs, self.outer, create_graph)
 
     def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
-        """``[v, n, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""
+        """Seeds ``[v, n, d]`` in the form of the loss's input, zero for all but the ``chosen`` samples.
+
+        ``is_selected``: the form is that of an input with these samples alone.
+        """
         layout = self.layout
         shape = layout.split(self.call.input).shape[1:]
         if chosen is not None and is_selected:
@@ -84,7 +86,7 @@ class Term:
 
 
 def fewer(layout: AnyLayout, n: int) -> Layout:
-    """The layout of so many of the samples."""
+    """The layout of a tensor with ``n`` of the samples."""
     assert isinstance(layout, Layout)
     return Layout(n, layout.axis)
 
@@ -98,9 +100,9 @@ def modules_of(notes: Mapping[Edge, Note]) -> Iterator[Module]:
 class Origin:
     """Where seeds begin: at the inputs of losses, whose curvatures add up.
 
-    ``terms``: of the losses, in the order of their calls; ``notes``: of the calls of extended modules that their inputs
-    come from, by the edge of their output; ``prepare``: gives what is known of the graph from some edges on, with the
-    notes of module calls in it.
+    ``terms``: the losses, in the order of their calls; ``notes``: the notes of the calls of extended modules that their
+    inputs come from, by the edge of their output; ``prepare``: the function that prepares a graph from some edges on,
+    and returns it with the notes of module calls in it.
     """
 
     terms: Sequence[Term]
@@ -108,7 +110,7 @@ class Origin:
     notes: Mapping[Edge, Note]
     prepare: Callable[..., tuple[Prepared, Mapping[Edge, Note]]]
     module_io: dict[Node, list[Any]] = field(default_factory=dict)
-    """The calls of modules, by the node that computed their output, where a block reads them."""
+    """The calls of modules, by the node that computed their output, if a block reads them."""
 
     def run(self, block: Block) -> None:
         """Compute the second-order extensions of a block."""

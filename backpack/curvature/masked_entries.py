@@ -23,7 +23,7 @@ from backpack.samples.coded_pass import codes_of
 
 
 def keep_apart(spliced: SplicedGraph, prepared: Prepared) -> set[Node]:
-    """Leave out entries that couple samples, where what arrives there has no effect; nodes that couple samples still.
+    """Leave out entries that couple samples if what arrives there has no effect; return nodes that do so still.
 
     What is left of each input of a node is noted with the owners.
     """
@@ -51,7 +51,7 @@ def keep_apart(spliced: SplicedGraph, prepared: Prepared) -> set[Node]:
 
 
 def _random_outputs(node: Node, prepared: Prepared) -> dict[int, Tensor]:
-    """Random cotangents of the outputs that the samples reach."""
+    """Random cotangents of those outputs of a node that belong to samples."""
     found = {}
     for number, data in enumerate(node._input_metadata):
         layout = prepared.owners.owned.get((node, number))

@@ -1,4 +1,4 @@
-"""The recorded graph between the inputs of losses and the uses of parameters: its nodes with second derivatives."""
+"""Finds the nodes with second derivatives in the graph between the inputs of losses and the uses of parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ResidualGraph:
 
     @cached_property
     def curved(self) -> list[Node]:
-        """The nodes whose second derivatives may count."""
+        """The nodes whose second derivatives may contribute."""
         owners = self.prepared.owners
         return [
             node
@@ -72,7 +72,7 @@ class ResidualGraph:
         return inputs.count_columns()
 
     def residuals(self, grads: Sequence[Tensor]) -> Iterator[Residual]:
-        """Of all nodes, given the gradients of the losses with respect to their inputs.
+        """The residuals of all nodes, given the gradients of the losses with respect to their inputs.
 
         Raises:
             RuntimeError: PyTorch has no second derivative of a node.

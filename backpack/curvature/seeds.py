@@ -1,7 +1,7 @@
-"""Second order: roots of the loss Hessian are pulled back by autograd through whatever graph it recorded.
+"""Second order: autograd pulls roots of the loss Hessian back through the graph that it recorded.
 
 Before the ordinary backward pass, columns of a root of the loss's Hessian (*seeds*) are sent through the graph from its
-input on, some at a time. They reach the uses of the parameters as cotangents do in first order, with a further axis.
+input on, some at a time. They reach the uses of the parameters as cotangents do in first order, with one more axis.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WIDEST = 2**23
 class SeedPass:
     """Seeds of one kind, for extensions that share them, pulled back chunk by chunk.
 
-    ``last``: nothing else will be computed for the block, so that modules are done when this pass is through them.
+    ``last``: nothing else will be computed for the block, so that a module is done when this pass is through it.
     """
 
     double_backward = False
@@ -86,7 +86,7 @@ class SeedPass:
         return self.module_io if self.last and self.block.extension_hook is not None else {}
 
     def report(self, io: ModuleIO) -> None:
-        """The last columns have come to a module's output."""
+        """Tell the user that a module is done: the last columns have come to its output."""
         known = None if self.selected else io  # that of the selected samples is not what users expect
         if not trainable(io.module):
             self.block.module_done(io.module, known)
@@ -104,7 +104,7 @@ class SeedPass:
             self._clear()
 
     def _together_or_not(self, pull: Callable[[], None]) -> None:
-        """Several seeds at a time; if that fails, one by one."""
+        """Pull several seeds back at a time; if that fails, one by one."""
         try:
             pull()
         except RuntimeError:
@@ -123,7 +123,7 @@ class SeedPass:
                 columns.finish()
 
     def _switch_to(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
-        """Go on with a graph that was recorded anew."""
+        """Continue with a graph that was recorded anew."""
         self.spliced, self.layouts = spliced, layouts
         self.prepared, self.notes = self.origin.prepare(spliced.starts, layouts, spliced.replaced)
         self.spliced.known = self.prepared.graph.order
@@ -142,7 +142,7 @@ class SeedPass:
 
     @property
     def _entries_pulled_through(self) -> int:
-        """Entries of the samples' gradients, of one seed, that are pulled through where samples are mixed."""
+        """Entries of the samples' gradients, for one seed, that go through regions where samples are mixed."""
         plan = self.prepared.plan
         leaves = {leaf for entry in plan.mixed for leaf in plan.entries[entry]}
         return self.n * sum(variable_of(leaf).numel() for leaf in leaves)
@@ -172,7 +172,7 @@ class SeedPass:
         return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
 
     def _seeds(self, start: int, stop: int) -> list[Tensor]:
-        """Some of the seeds, for each term ``[v, r, d]``: one after the other, with zeros for those of others."""
+        """Some of the seeds, for each term ``[v, r, d]``: those of one term after the other, zero for other terms."""
         found, end = [], 0
         for term, count in zip(self.terms, self.counts, strict=True):
             begin, end = end, end + count
@@ -210,11 +210,11 @@ class SeedPass:
         return sum(self.counts)
 
     def _place(self, seeds: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
-        """``[v, r, d]`` of each term in the form of the loss's input; of the selected samples only."""
+        """Seeds ``[v, r, d]`` of each term in the form of the loss's input, for the selected samples only."""
         return [term.placed(own, rows, self.selected) for term, own in zip(self.terms, seeds, strict=True)]
 
     def _select(self, rows: Tensor, rounded: bool = False) -> bool:
-        """Go on with a graph of the selected samples alone, if running the module on them gives the same outputs.
+        """Continue with a graph of the selected samples alone, if running the module on them gives the same outputs.
 
         ``rounded``: the outputs were computed in 16 bits before, and must not be now.
         """
@@ -263,7 +263,7 @@ class SeedPass:
                 self.block.pulled.setdefault((id(extension), id(io.module)), []).append(own)
 
     def compute(self, contributions: Contributions) -> None:
-        """All of some columns has arrived at a parameter."""
+        """Compute results of a parameter, at which all of some columns has arrived."""
         parameter = contributions.tensor
         extensions = without_rules(self.extensions, parameter, name_of(parameter), last=self.final)
         if extensions:
@@ -307,7 +307,7 @@ class SeedPass:
                 self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
 
     def _room(self, extension: Curvature, parameter: Tensor, grads: Individual) -> Tensor | None:
-        """Where the columns of these seeds, of more to come, belong in a result that keeps those of all."""
+        """Where the columns of these seeds belong in a result that keeps the columns of all seeds."""
         if extension.additive or torch.is_grad_enabled():
             return None
         seeds, samples = grads.size

@@ -1,4 +1,4 @@
-"""A graph of which parts were recorded anew, by running modules again with functions that have second derivatives."""
+"""A graph with parts that were recorded anew, by running modules again with twice differentiable functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _is_lowered(node: Node) -> bool:
 
 
 def place_of(edge: GradientEdge) -> GradientEdge:
-    """The edge without what some of them hold beside the node and the number, so that equal ones are equal."""
+    """The edge with its node and number alone, so that edges to the same place are equal."""
     return GradientEdge(edge.node, edge.output_nr)
 
 
@@ -52,7 +52,7 @@ class SplicedGraph:
     starts: Sequence[GradientEdge]
     parts: Sequence[Mapping[GradientEdge, GradientEdge]] = ()
     known: Sequence[Node] | None = None
-    """Its nodes, if somebody has looked."""
+    """The nodes of the graph, if they are known already."""
     _nodes: dict[int, set[Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class SplicedGraph:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """All of the graph."""
+        """All nodes of the graph."""
         return list(self.known) if self.known is not None else nodes(self.starts, self.instead)
 
     @cached_property
@@ -89,7 +89,7 @@ class SplicedGraph:
         return any(map(_is_lowered, self.nodes))
 
     def now(self, edge: GradientEdge) -> GradientEdge:
-        """The edge that has taken the place of one."""
+        """The edge that has taken the place of this one; the same if none has."""
         return self.instead.get(place_of(edge), edge)
 
     def grad(

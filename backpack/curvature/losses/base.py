@@ -31,7 +31,7 @@ class LossRoot(ABC):
     smallest: float = 0.0
     """The smallest eigenvalue, where it is negative by more than rounding."""
     notice: str | None = None
-    """What to warn of where columns of the root are used."""
+    """The warning to give if columns of the root are used."""
 
     def require_semidefinite(self) -> None:
         """Raise where there is no root without signs.
@@ -61,7 +61,7 @@ class LossRoot(ABC):
         """
 
     def documented(self, start: int, stop: int) -> Tensor:
-        """As ``exact``, of a root with one column per output, for results that keep the axis of the columns."""
+        """The columns of a root with one column per output, for results that keep the axis of the columns."""
         return self.exact(start, stop)
 
     @property
@@ -71,15 +71,15 @@ class LossRoot(ABC):
 
 
 def divided(grad: Tensor, weight: Tensor) -> Tensor:
-    """By the square root of a weight, which is zero only where the gradient is."""
+    """The gradient divided by the square root of a weight, which is zero only where the gradient is."""
     return torch.where(weight > 0, grad / weight.sqrt(), torch.zeros_like(grad))
 
 
 def term_weight(loss: Module, input: Tensor, layout: AnyLayout, outer: Tensor, terms: int | None = None) -> Tensor:
-    """What the reduction of a loss of so many terms (default: one an entry) multiplies them by.
+    """What the reduction of a loss multiplies each of its ``terms`` by (default: one term for each entry).
 
-    Broadcastable to ``[n, d]``; one where a loss does not say how it is reduced. One that is not reduced has a value
-    for each entry, for each position or for each row of its input, which ``outer`` weighs.
+    Broadcastable to ``[n, d]``; one if a loss does not say how it is reduced. A loss that is not reduced has a value
+    for each entry, position or row of its input, which ``outer`` weighs.
     """
     reduction = getattr(loss, "reduction", "sum")
     if outer.dim():
@@ -110,7 +110,7 @@ def root_of(*losses: type[Module]) -> Callable[[Rule], Rule]:
 
 
 def by_sample(layout: AnyLayout, tensor: Tensor) -> Tensor:
-    """``[n, d]``."""
+    """A tensor in the form of the input as ``[n, d]``."""
     return layout.split(tensor).reshape(layout.n, -1)
 
 

@@ -14,7 +14,7 @@ from backpack.samples import AnyLayout, found_layout
 
 
 class SoftmaxRoot(LossRoot):
-    """Of ``positions`` softmaxes a sample; ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``, perhaps ``signed``.
+    """The root for ``positions`` softmaxes a sample. ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``.
 
     With ``q = sqrt(p)``, a unit vector, ``diag(p) - p p^T = diag(q) (I - q q^T) diag(q)``, and the columns but the
     last of the Householder matrix that maps ``q`` to the last axis are a root of ``I - q q^T``: ``c - 1`` columns.

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 
 def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
-    """By what a loss divides the sum over its entries; 1 for a sum. Zero where no entry counts.
+    """What a loss divides the sum over its entries by: 1 for a sum, and 0 if no entry counts.
 
     An ``output`` that is not known is taken to have the target's shape.
 

@@ -13,7 +13,7 @@ from backpack.curvature.losses.base import LossRoot, divided, term_weight
 from backpack.samples import AnyLayout
 
 TOLERANCE = 1e-4
-"""Negative eigenvalues up to this times the largest are taken for rounding (float32; its square root for float64)."""
+"""Negative eigenvalues down to this times the largest count as rounding in float32; its square in float64."""
 
 
 def loss_gradient(
@@ -47,7 +47,7 @@ def hessian_product(
 
 
 class DenseRoot(LossRoot):
-    """From the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
+    """The root of the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
 
     def __init__(self, hessian: Tensor, weight: Tensor) -> None:
         self._weight = weight

@@ -29,7 +29,7 @@ def _layers(
     bidirectional: bool,
     batch_first: Any = None,
 ) -> Any:
-    """A recurrent layer with the arguments of ``torch.lstm``, but not of packed sequences, nor with unseen dropout."""
+    """A recurrent layer with the arguments of ``torch.lstm``; packed sequences and dropout are not replaced."""
     if batch_first is None or not isinstance(has_biases, bool) or (dropout > 0 and train and num_layers > 1):
         return NotImplemented
     directions = 2 if bidirectional else 1

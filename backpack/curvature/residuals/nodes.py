@@ -1,4 +1,4 @@
-"""What is known of backward nodes by their names; for all others, PyTorch's second derivatives tell."""
+"""Facts about nodes that their names tell; for all other nodes, PyTorch's second derivatives tell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Rsqrt Sigmoid Silu Sin Sinc Sinh Softplus Sqrt Square Tan Tanh Xlogy
 """
 
 FLAT = frozenset(_PIECEWISE_LINEAR.split())
-"""Piecewise linear, of real numbers. (That a node is linear is found out without a list, but not for nothing.)"""
+"""Piecewise linear in real numbers. (Other linear nodes are found out as well, but that takes time.)"""
 
 BILINEAR = frozenset(["Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Linear", "Mm", "Mul", "Mv"])
 """Linear in each operand: flat where only one of them is data."""
@@ -33,7 +33,7 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Entry by entry: an output depends on the entries of the operands at its place only."""
 
 WRONG_THIRD = frozenset(["NativeLayerNorm", "SpecialI1", "SpecialI1E"])
-"""Of these PyTorch's third derivatives are wrong: their double backward takes what it has kept for constants."""
+"""PyTorch's third derivatives of these are wrong: their double backward takes saved tensors for constants."""
 
 FUSED = (
     *("ScaledDotProduct", "CudnnRnn", "MiopenRnn", "MkldnnRnnLayer", "ThnnFusedLstmCell", "ThnnFusedGruCell"),
