@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,35 +26,31 @@ def _dense_or_zero(grad: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if grad is None else grad.to_dense()
 
 
-@dataclass(eq=False)
-class LossGradients:
+def loss_gradients(
+    terms: Sequence[Term],
+    layouts: Sequence[AnyLayout],
+    chosen: Tensor | None,
+    weights: Tensor | None,
+    points: Sequence[Tensor],
+) -> list[Tensor]:
     """The gradients of losses with respect to their inputs, as functions of these inputs.
 
-    ``chosen``: the samples whose inputs are given, ``None``: all; ``layouts``: where these samples lie in each input.
+    ``points``: the inputs of the ``chosen`` samples, ``None``: all; ``layouts``: where these samples lie in each;
+    ``weights``: what the term of each sample is multiplied by, ``[n]``.
     """
-
-    terms: Sequence[Term]
-    layouts: Sequence[AnyLayout]
-    chosen: Tensor | None
-
-    def __call__(self, weights: Tensor | None, points: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients at ``points``, the term of sample ``n`` multiplied by ``weights[n]``."""
-        return [
-            self._of(term, layout, weights, point)
-            for term, layout, point in zip(self.terms, self.layouts, points, strict=True)
-        ]
-
-    def _of(self, term: Term, layout: AnyLayout, weights: Tensor | None, point: Tensor) -> Tensor:
-        call = term.call
+    grads = []
+    for term, layout, point in zip(terms, layouts, points, strict=True):
+        call, axis = term.call, term.layout.axes[0] if chosen is not None else 0
         with torch.enable_grad(), muted():
             whole = point.to(call.input.dtype).view_as(point)  # behind the hooks of the model's output
-            if self.chosen is not None:
-                whole = call.input.detach().index_copy(term.layout.axes[0], self.chosen, whole)
-            found = term.grad_at(whole, create_graph=True)
-            found = found if self.chosen is None else found.index_select(term.layout.axes[0], self.chosen)
+            if chosen is not None:
+                whole = call.input.detach().index_copy(axis, chosen, whole)
+            grad = term.grad_at(whole, create_graph=True)
+            grad = grad if chosen is None else grad.index_select(axis, chosen)
             if weights is not None:
-                found = found * weights[layout.owners(found.shape, weights.device)]
-            return found.to(point.dtype)
+                grad = grad * weights[layout.owners(grad.shape, weights.device)]
+            grads.append(grad.to(point.dtype))
+    return grads
 
 
 class DoubleBackwardPass(SeedPass):
@@ -91,7 +86,8 @@ class DoubleBackwardPass(SeedPass):
                 self.subset, self.chosen = Subset(places), chosen
                 return
         needed = self._has_fused() or rounded
-        if (needed or self._has_reordered()) and not self._rerun_modules(rounded) and needed:
+        # In some memory formats, second derivatives are slow or fail.
+        if (needed or any(map(is_reordered, self.spliced.nodes))) and not self._rerun_modules(rounded) and needed:
             raise RuntimeError(
                 f"{self._name}: the model has a fused attention or recurrent layer, was run under autocast, or has "
                 f"parts in 16 bits, of which PyTorch has no second derivatives, and running it again in another form "
@@ -99,9 +95,6 @@ class DoubleBackwardPass(SeedPass):
                 f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
                 f"autocast, put the model into evaluation mode, or give it its state as an argument."
             )
-
-    def _loss_gradients(self, chosen: Tensor | None) -> LossGradients:
-        return LossGradients(self.terms, self.layouts, chosen)
 
     def _has_fused(self) -> bool:
         """Whether there are functions without second derivatives that can be replaced by others."""
@@ -112,10 +105,6 @@ class DoubleBackwardPass(SeedPass):
             return sent is not None and sent[0] is not None
 
         return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.spliced.nodes)
-
-    def _has_reordered(self) -> bool:
-        """Whether some second derivatives are slow or fail because of a tensor's memory format."""
-        return any(map(is_reordered, self.spliced.nodes))
 
     def _has_same_gradients(self, spliced: SplicedGraph, rounded: bool) -> bool:
         """Whether modules that ran again did the same, judging by gradients: an output may no longer be there."""

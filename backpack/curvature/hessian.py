@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.plan import PlannedUse, make_plan
 from backpack.curvature.columns import Columns
-from backpack.curvature.double_backward import DoubleBackwardPass
+from backpack.curvature.double_backward import DoubleBackwardPass, loss_gradients
 from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
 from backpack.curvature.hessian_entries import MANY, Entries, refuse_wrong_third, signs_like
 from backpack.curvature.hessian_shortcuts import Way, squares, way
@@ -95,13 +95,12 @@ class HessianPass(DoubleBackwardPass):
         n = self.prepared.n
         rows = self.subset.rows(n, self.device)
         counts = None if rows is None else torch.bincount(rows, minlength=n).to(self.dtype)
-        gradient = self._loss_gradients(self.chosen)
         parameters = [variable_of(leaf) for leaf in leaves]
         create = torch.is_grad_enabled()
 
         def gradients(weights: Tensor | None) -> Sequence[Tensor | None]:
             own = counts if weights is None else weights
-            seeds = gradient(own, self.start_tensors)
+            seeds = loss_gradients(self.terms, self.layouts, self.chosen, own, self.start_tensors)
             return self.spliced.grad(self.spliced.starts, parameters, seeds, create_graph=True)
 
         entries = Entries(gradients, n, parameters, create, not self.spliced.must_loop, self.advance)

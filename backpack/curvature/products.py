@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
 from backpack.backward.collector import Prepared
-from backpack.curvature.double_backward import DoubleBackwardPass
+from backpack.curvature.double_backward import DoubleBackwardPass, loss_gradients
 from backpack.curvature.loss_term import PASSES
 from backpack.curvature.masked_entries import keep_apart
 from backpack.curvature.residual_graph import ResidualGraph
@@ -83,7 +83,7 @@ class ProductPass(DoubleBackwardPass):
         weights = None if counts is None else counts.to(self.dtype)
         if weights is not None and rows is not None and chosen is None:
             weights = weights.new_zeros(self.prepared.n).index_copy(0, rows, weights)
-        gradient, starts = partial(self._loss_gradients(chosen), weights), self.start_tensors
+        gradient, starts = partial(loss_gradients, self.terms, self.layouts, chosen, weights), self.start_tensors
         tensors: list[ref[Tensor] | Tensor] = [*map(ref, starts), *observed(self.prepared.graph)]
         curvature = CurvatureBlocks(self.spliced, self.prepared, starts, gradient, tensors)
         owner, handle, products = self._owner, Handle(), list[Product]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -71,13 +72,13 @@ class SeedPass:
         return type(self.extensions[0]).__name__
 
     @property
-    def with_rules(self) -> dict[Node, list[ModuleIO]]:
-        """Calls of modules for which an extension has a rule, by the node that computed their output."""
-        found: dict[Node, list[ModuleIO]] = {}
+    def with_rules(self) -> dict[Node, list[tuple[Any, ModuleIO]]]:
+        """Extensions and calls of modules that they have a rule for, by the node that computed the module's output."""
+        found: dict[Node, list[tuple[Any, ModuleIO]]] = {}
         for node, module_io in self.module_io.items():
-            for io in module_io:
-                if any(extension.rules and extension.rule_for(io.module) for extension in self.extensions):
-                    found.setdefault(node, []).append(io)
+            for io, extension in product(module_io, self.extensions):
+                if extension.rules and extension.rule_for(io.module) is not None:
+                    found.setdefault(node, []).append((extension, io))
         return found
 
     @property
@@ -130,8 +131,8 @@ class SeedPass:
         self.module_io = module_io_of(self.prepared.graph) if self.module_io else {}
 
     def _clear(self) -> None:
-        for store in (self.results, self.finished):
-            store.clear()
+        self.results.clear()
+        self.finished.clear()
         self.collector = None  # it refers to this pass, and both to the graph
 
     @property
@@ -220,12 +221,8 @@ class SeedPass:
         """
         notes = [self.notes.get(term.call.place) for term in self.terms]
         calls = {id(note.arguments): note for note in (*self.notes.values(), *notes) if note is not None}
-        if (
-            None in notes
-            or len(calls) > 1
-            or any(not isinstance(term.layout, Layout) or term.layout.factor > 1 for term in self.terms)
-            or self.prepared.plan.mixed
-        ):
+        is_regular = all(isinstance(term.layout, Layout) and term.layout.factor == 1 for term in self.terms)
+        if None in notes or len(calls) > 1 or not is_regular or self.prepared.plan.mixed:
             return False
         (note,) = calls.values()
         outputs = self._run_again(note, rows) if note.attached is None else []
@@ -246,21 +243,18 @@ class SeedPass:
     def _run_again(self, note: Note, rows: Tensor | None) -> list[Any]:
         return outputs_again(note, rows, self.n, self.double_backward)
 
-    def keep_for_rules(self, module_io: list[ModuleIO], grads: Mapping[int, Tensor]) -> None:
-        """Note the columns ``[v, n, ...]`` at a module's output for a rule."""
-        for io in module_io:
-            for extension in self.extensions:
-                if not (extension.rules and extension.rule_for(io.module) is not None):
-                    continue
-                if len(io.numbers) > 1 or io.numbers[0] not in grads:
-                    raise RuntimeError(
-                        f"{type(io.module).__name__} has several outputs: {type(extension).__name__} can't take "
-                        f"a rule for it. Do without the rule: none is needed for any module."
-                    )
-                own = grads[io.numbers[0]]
-                rows = None if self.selected else self.subset.rows(self.n, own.device)
-                own = own if rows is None else own.index_select(1, rows)
-                self.block.pulled.setdefault((id(extension), id(io.module)), []).append(own)
+    def keep_for_rules(self, calls: Sequence[tuple[Any, ModuleIO]], grads: Mapping[int, Tensor]) -> None:
+        """Note the columns ``[v, n, ...]`` at a module's output for the rules of extensions."""
+        for extension, io in calls:
+            if len(io.numbers) > 1 or io.numbers[0] not in grads:
+                raise RuntimeError(
+                    f"{type(io.module).__name__} has several outputs: {type(extension).__name__} can't take a rule for "
+                    f"it. Do without the rule: none is needed for any module."
+                )
+            own = grads[io.numbers[0]]
+            rows = None if self.selected else self.subset.rows(self.n, own.device)
+            own = own if rows is None else own.index_select(1, rows)
+            self.block.pulled.setdefault((id(extension), id(io.module)), []).append(own)
 
     def compute(self, contributions: Contributions) -> None:
         """Compute results of a parameter, at which all of some columns has arrived."""
