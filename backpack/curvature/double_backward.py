@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
 from backpack.curvature.by_turns import is_reordered
@@ -98,13 +98,12 @@ class DoubleBackwardPass(SeedPass):
 
     def _has_fused(self) -> bool:
         """Whether there are functions without second derivatives that can be replaced by others."""
-        owners = self.prepared.owners
-
-        def is_apart(node: Node) -> bool:
-            sent = owners.sends.get(node)
-            return sent is not None and sent[0] is not None
-
-        return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.spliced.nodes)
+        sends = self.prepared.owners.sends
+        # Normalization of each sample by itself can be replaced, that of a batch cannot.
+        return any(
+            is_fused_node(node) or (is_batch_norm(node) and sends.get(node, [None])[0] is not None)
+            for node in self.spliced.nodes
+        )
 
     def _has_same_gradients(self, spliced: SplicedGraph, rounded: bool) -> bool:
         """Whether modules that ran again did the same, judging by gradients: an output may no longer be there."""

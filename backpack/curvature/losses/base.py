@@ -60,6 +60,17 @@ class LossRoot(ABC):
         A term is what the loss sums or averages; entries that do not count are zero.
         """
 
+    def _without_signs(self, values: Tensor, tolerance: float = 0.0) -> Tensor:
+        """Eigenvalues ``[n, v]`` without their signs, which are noted if some are negative.
+
+        ``tolerance``: negative ones down to this times the largest count as rounding.
+        """
+        smallest = values.min().item() if values.numel() else 0.0
+        if smallest < 0 and smallest < -tolerance * values.abs().max().item():
+            self.smallest, self.signs = smallest, values.sign().T
+            return values.abs()
+        return values
+
     def documented(self, start: int, stop: int) -> Tensor:
         """The columns of a root with one column per output, for results that keep the axis of the columns."""
         return self.exact(start, stop)
@@ -121,11 +132,7 @@ class Diagonal(LossRoot):
     """
 
     def __init__(self, hessian: Tensor, weight: Tensor, draw: Callable[[], Tensor] | None = None) -> None:
-        self.smallest = min(0.0, hessian.min().item()) if hessian.numel() else 0.0
-        if self.smallest < 0:
-            self.signs = hessian.sign().T
-            hessian = hessian.abs()
-        self.scale = hessian.sqrt()
+        self.scale = self._without_signs(hessian).sqrt()
         self.columns = hessian.shape[1]
         self._weight, self._draw = weight, draw
 

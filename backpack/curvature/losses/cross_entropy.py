@@ -23,11 +23,9 @@ class SoftmaxRoot(LossRoot):
     def __init__(self, probability: Tensor, weight: Tensor, shape: torch.Size, axis: int, signed: bool) -> None:
         self.positions, self.classes = probability.shape[1:]
         self.columns = self.positions * (self.classes - 1)
-        self.smallest = min(0.0, weight.min().item()) if signed and weight.numel() else 0.0
-        if self.smallest < 0:
-            self.signs = weight.sign().T.repeat_interleave(self.classes - 1, 0)
-            weight = weight.abs()
-        self.probability, self.weight = probability, weight
+        self.probability, self.weight = probability, self._without_signs(weight) if signed else weight
+        if self.signs is not None:
+            self.signs = self.signs.repeat_interleave(self.classes - 1, 0)
         self.shape, self.axis = shape, axis
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.curvature.losses.base import LossRoot, divided, term_weight
+from backpack.curvature.losses.base import LossRoot, by_sample, divided, term_weight
 from backpack.samples import AnyLayout
 
 TOLERANCE = 1e-4
@@ -52,11 +52,7 @@ class DenseRoot(LossRoot):
     def __init__(self, hessian: Tensor, weight: Tensor) -> None:
         self._weight = weight
         values, vectors = torch.linalg.eigh(hessian)
-        tolerance = TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2
-        if values.numel() and values.min() < -tolerance * values.abs().max():
-            self.smallest = values.min().item()
-            self.signs = values.sign().T
-            values = values.abs()
+        values = self._without_signs(values, TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2)
         self.root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).permute(2, 0, 1)
         self.columns = len(self.root)
 
@@ -85,11 +81,11 @@ def functional(
     for column in range(size):
         unit = split.new_zeros(n, size)
         unit[:, column] = 1
-        columns.append(layout.split(product(layout.join(unit.reshape(split.shape)))).reshape(n, size))
+        columns.append(by_sample(layout, product(layout.join(unit.reshape(split.shape)))))
     hessian = torch.stack(columns, 2)
     check = torch.arange(n * size, device=input.device).cos().to(input.dtype).reshape(split.shape)
     expected = torch.einsum("nde,ne->nd", hessian, check.reshape(n, size))
-    found = layout.split(product(layout.join(check))).reshape(n, size)
+    found = by_sample(layout, product(layout.join(check)))
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * max(1e-30, found.abs().max().item())):
         raise ValueError(
             f"{type(loss).__name__} couples the samples of a batch: its Hessian with respect to its input of shape "
