@@ -81,7 +81,7 @@ class AveragedPass(SeedPass):
         links = [Link(module, self._linear_map(module)) for module in self.chain.modules]
         first = [link.learns for link in links].index(True)
         needed = links[first:]
-        if not self._know_functions(needed):
+        if not self._read_functions(needed):
             self._run_modules(links, first, rows)
         first_term, *others = self._seeds(0, self.columns)
         seeds = sum(others, start=first_term)
@@ -127,11 +127,11 @@ class AveragedPass(SeedPass):
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
 
-    def _know_functions(self, links: Sequence[Link]) -> bool:
-        """Note what is known of elementwise functions without running the model again, if that is enough.
+    def _read_functions(self, links: Sequence[Link]) -> bool:
+        """Read off the graph what elementwise functions returned; ``False``: the model has to run again.
 
-        It is where linear layers follow each other, with one elementwise function between two of them: its slopes are
-        what the graph makes of ones.
+        The graph is enough if linear layers follow each other, with at most one elementwise function between two of
+        them. Its slopes are what the graph makes of ones.
         """
         modules = self._root_module.modules()
         if len(self.chain.calls) > 1 or any(is_observed(module) or "forward" in vars(module) for module in modules):

@@ -30,7 +30,7 @@ class AveragedHessianPass(AveragedPass):
     modify: Callable[[Tensor], Tensor] | None = None
     """What is applied to the residuals' eigenvalues."""
 
-    def _know_functions(self, links: Sequence[Link]) -> bool:
+    def _read_functions(self, links: Sequence[Link]) -> bool:
         return False  # residuals need the inputs of all modules
 
     def _step(self, link: Link, mean: Mean) -> Mean:
