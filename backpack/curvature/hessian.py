@@ -25,7 +25,7 @@ from backpack.curvature.columns import Columns
 from backpack.curvature.double_backward import DoubleBackwardPass, loss_gradients
 from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
 from backpack.curvature.hessian_entries import MANY, Entries, refuse_wrong_third, signs_like
-from backpack.curvature.hessian_shortcuts import Way, squares, way
+from backpack.curvature.hessian_shortcuts import SimpleWay, simple_way, summed_squares
 from backpack.curvature.linearity import linear_leaves
 from backpack.curvature.loss_term import PASSES
 from backpack.curvature.residual_graph import ResidualGraph
@@ -219,7 +219,7 @@ class HessianPass(DoubleBackwardPass):
         for residual in graph.residuals(grads):
             simple = None if recomputed else self._shortcut(collector, graph, residual.inputs.node)
             if simple is not None:
-                self._add_squares(squares(residual, simple[0]), simple[1])
+                self._add_squares(summed_squares(residual, simple[0]), simple[1])
                 self.advance(1)
                 continue
             for start in range(0, residual.columns, chunk):
@@ -268,9 +268,9 @@ class HessianPass(DoubleBackwardPass):
 
     def _shortcut(
         self, collector: Columns, graph: ResidualGraph, node: Node
-    ) -> tuple[Way, list[tuple[int, Tensor, Arrival]]] | None:
+    ) -> tuple[SimpleWay, list[tuple[int, Tensor, Arrival]]] | None:
         """The way from a node along which uses need sums of squares only, and these uses: where, and of what."""
-        found = way(graph, node)
+        found = simple_way(graph, node)
         uses: list[tuple[int, Tensor, Arrival]] = []
         for place, (edge, mixed) in enumerate(() if found is None else found.edges):
             for planned in collector.plan.uses.get(edge.node, ()):

@@ -43,7 +43,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Way:
+class SimpleWay:
     """The edges from a curved node to the first parameter, and the steps between.
 
     With each edge: whether columns that begin as unit vectors are more than multiples of such there.
@@ -53,7 +53,7 @@ class Way:
     steps: list[Step]
 
 
-def way(graph: ResidualGraph, node: Node) -> Way | None:
+def simple_way(graph: ResidualGraph, node: Node) -> SimpleWay | None:
     """The way from the input of a curved node to the first parameter; ``None``: the way is not that simple."""
     inputs = graph.inputs(node)
     if inputs.layouts != [Layout(graph.n)] or inputs.block_axes != ():
@@ -72,10 +72,10 @@ def way(graph: ResidualGraph, node: Node) -> Way | None:
         steps.append(Step(edge, live[0], matrix, selecting))
         edge = graph.spliced.now(live[0])
         passed.append((edge, mixed))
-    return Way(passed, steps)
+    return SimpleWay(passed, steps)
 
 
-def squares(residual: Residual, simple: Way) -> list[Tensor]:
+def summed_squares(residual: Residual, simple: SimpleWay) -> list[Tensor]:
     """The weighted sum of the columns' squares at each edge of the way from a residual, ``[n, ...]``."""
     assert isinstance(residual, Blocks)
     total = residual.values[..., 0].reshape(residual.inputs.shapes[0])
