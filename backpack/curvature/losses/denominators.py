@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {}
+"""Loss module to the function of the module, its input and its target that returns what its mean divides by."""
+
+
+def counts(*losses: type[Module]) -> Callable[[Callable[[Any, Tensor | None, Tensor], float]], Any]:
+    """Register the function that follows for these losses."""
+
+    def register(function: Callable[[Any, Tensor | None, Tensor], float]) -> Any:
+        COUNTS.update(dict.fromkeys(losses, function))
+        return function
+
+    return register
+
 
 def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
     """What a loss divides the sum over its entries by: 1 for a sum, and 0 if no entry counts.
@@ -31,6 +44,7 @@ def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
     )
 
 
+@counts(nn.CrossEntropyLoss, nn.NLLLoss)
 def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The sum of the targets' class weights; of targets that are probabilities, their number."""
     if target.is_floating_point():
@@ -42,20 +56,14 @@ def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> floa
     return float((weight[target.where(counted, target.new_zeros(()))] * counted).sum())
 
 
+@counts(nn.BCELoss, nn.BCEWithLogitsLoss, nn.GaussianNLLLoss, nn.HuberLoss, nn.L1Loss, nn.MSELoss)
+@counts(nn.PoissonNLLLoss, nn.SmoothL1Loss, nn.SoftMarginLoss)
 def entries(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries."""
     return float(torch.broadcast_shapes(target.shape if output is None else output.shape, target.shape).numel())
 
 
+@counts(nn.KLDivLoss)
 def divergences(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries, or that of samples."""
     return float(len(target)) if loss.reduction == "batchmean" else entries(loss, output, target)
-
-
-COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {
-    **dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss), weights_of_targets),
-    **dict.fromkeys((nn.BCELoss, nn.BCEWithLogitsLoss, nn.GaussianNLLLoss, nn.HuberLoss, nn.L1Loss), entries),
-    **dict.fromkeys((nn.MSELoss, nn.PoissonNLLLoss, nn.SmoothL1Loss, nn.SoftMarginLoss), entries),
-    nn.KLDivLoss: divergences,
-}
-"""Loss module to the function of the module, its input and its target that returns what its mean divides by."""

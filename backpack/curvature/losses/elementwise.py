@@ -18,7 +18,8 @@ def elementwise(
     loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> LossRoot:
     """Sampled: the root's columns, summed with random signs."""
-    hessian, weight = _hessian_and_weight(loss, input, layout, args, kwargs, outer)
+    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, nn.NLLLoss) else None
+    hessian, weight = _hessian_and_weight(loss, input, layout, args, kwargs, outer, terms)
     root = Diagonal(hessian, weight)
     if not hessian.any():
         root.notice = (
@@ -70,9 +71,14 @@ def binary_cross_entropy(
 
 
 def _hessian_and_weight(
-    loss: Module, input: Tensor, layout: AnyLayout, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
+    loss: Module,
+    input: Tensor,
+    layout: AnyLayout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outer: Tensor,
+    terms: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The Hessian's diagonal ``[n, d]``, and the weight of each term in the loss."""
+    """The Hessian's diagonal ``[n, d]``, and the weight of each of the ``terms`` of a loss (default: one an entry)."""
     diagonal = hessian_product(loss, input, args, kwargs, outer)(torch.ones_like(input))
-    terms = (args[0] if args else kwargs["target"]).numel() if isinstance(loss, nn.NLLLoss) else None
     return by_sample(layout, diagonal), term_weight(loss, input, layout, outer, terms)
