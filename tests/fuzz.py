@@ -34,7 +34,7 @@ from torch import nn
 from truth import close
 
 from backpack import accumulate, backpack, extend, extensions, verify
-from backpack.curvature import pooling
+from backpack.curvature import by_turns
 from backpack.inspection import verification
 
 CLEAR = re.compile(
@@ -551,7 +551,7 @@ def case(number: int) -> list[str]:
     """Every third case has one loss, the others a history of steps or a data set; what was refused."""
     r = random.Random(number)
     torch.manual_seed(number)
-    pooling.SMALL = number % 2 * 2**15  # columns go through max pooling by turns in every second case
+    by_turns.SMALL = number % 2 * 2**15  # columns go through max pooling by turns in every second case
     if number % 3 == 0:
         return single(r)
     return data_set(r) if number % 15 == 1 else steps(r)

@@ -604,7 +604,7 @@ def test_create_graph_says_what_it_costs_and_leaves_gradients_as_they_are():
 
 def test_create_graph_is_refused_where_third_derivatives_of_pytorch_are_wrong():
     model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()), extend(nn.MSELoss())
-    with pytest.raises(RuntimeError, match="third derivatives of NativeLayerNormBackward"), backpack(DiagHessian()):
+    with pytest.raises(RuntimeError, match="third derivatives of NativeLayerNorm,"), backpack(DiagHessian()):
         lossfunc(model(values(3, 3)), values(3, 3)).backward(create_graph=True)
     assert not any(hasattr(p, "diag_h") for p in model.parameters())
 

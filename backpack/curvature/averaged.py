@@ -1,13 +1,13 @@
-"""Second order, averaged: the mean curvature over the batch is pulled back through a chain of modules, one by one.
+"""Averaged curvature: the mean over the batch is pulled back through a chain of modules, one module at a time.
 
 With ``H`` the curvature in the output of a module, that in its input is ``1/N sum_n J_n^T H J_n`` (Botev, Ritter &
-Barber, 2017, section 4). Many modules are passed in closed form (``mean_curvature.py``). Anything else pulls back the
-rows of a root of ``H`` for each sample, and so do parameters other than those of linear maps.
+Barber, 2017, section 4). Many modules have a closed form (``mean_curvature.py``). For all others, and for parameters
+of other modules than linear maps, the rows of a root of ``H`` are pulled back for each sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Sequential
 
 from backpack.curvature.columns import Columns
-from backpack.curvature.loss_term import PASSES
+from backpack.curvature.loss_term import PASSES, modules_of
 from backpack.curvature.mean_curvature import (
     AFFINE,
     CONVOLUTIONS,
@@ -28,15 +28,14 @@ from backpack.curvature.mean_curvature import (
     in_closed_form,
     is_one_of,
 )
+from backpack.curvature.module_chain import Link, ModuleChain
 from backpack.curvature.rerun import agree, is_observed, run_again
 from backpack.curvature.seeds import WIDEST, SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature
-from backpack.graph import Edge, edge_of, is_complex, is_recomputed, shape_of, variable_of
+from backpack.graph import is_complex, is_recomputed, shape_of, variable_of
 from backpack.graph.users_hooks import forget_retained
-from backpack.modules.calls import Note
 from backpack.modules.loss_calls import LossCall
-from backpack.modules.module_io import module_io_of
 from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
 from backpack.samples import Layout, Subset
@@ -47,33 +46,19 @@ from backpack.uses.kronecker import averaged_factors
 from backpack.uses.second_moments import second_moment
 
 LARGEST = 2**14
-"""Entries of one sample's output up to which the curvature in it is formed."""
+"""How many entries one sample's output may have, since the curvature in it is a dense matrix."""
 
 
 class AveragedPass(SeedPass):
     """For extensions whose curvature is averaged over the batch after each module.
 
-    ``wanted``: whether a module before the present one has parameters; ``sign``: of the root that is pulled back;
-    ``curvature``: that in the output of a linear map, ``[p, c, q, p, c, q]`` with its channels ``c``, if there is one.
+    ``wanted``: whether a module before the present one has parameters; ``sign``: the sign of the root that is pulled
+    back; ``curvature``: of a linear map, the curvature in its output, ``[p, c, q, p, c, q]`` with its channels ``c``.
     """
 
     wanted = True
     sign = 1
     curvature: Tensor | None = None
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.modules: list[Module] = []
-        self.linked: list[Note] = []
-        """Of those that have left one, the last one first."""
-        self.learn: list[bool] = []
-        """Which of them have trainable parameters."""
-        self.maps: list[Node | None] = []
-        """The nodes of those whose parameters are those of a linear map."""
-        self.inputs: list[Tensor] = []
-        """Of the modules, where the model had to run again."""
-        self.between: dict[int, tuple[Tensor, GradientEdge]] | None = None
-        """Otherwise, what each elementwise function returned, and where its graph ends."""
 
     def run(self) -> None:
         """Pull back the mean curvature and store the results.
@@ -86,18 +71,18 @@ class AveragedPass(SeedPass):
         ids = self.block.ids
         if ids is not None and prod(ids.shape) != self.n:
             raise RuntimeError(
-                f"{type(self.extensions[0]).__name__} averages the curvature over the rows of a module's output, so "
+                f"{self._name} averages the curvature over the rows of a module's output, so "
                 f"that each row must be a sample of its own: leave sample_ids out, or use KFLR."
             )
-        self.loss = self._common()
+        self.loss = self._common_loss()
         rows = self.extensions[0].subset.rows(self.n, self.device)
-        self.modules = self._chain()
-        self.learn = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
-        self.maps = [self._map(module) for module in self.modules]
-        first = self.learn.index(True)
-        self.between = self._between(first)
-        if self.between is None:
-            self._forward(first, rows)
+        self.chain = ModuleChain(self.prepared.graph, self.notes, self.loss.place)
+        self._check_chain()
+        links = [Link(module, self._linear_map(module)) for module in self.chain.modules]
+        first = [link.learns for link in links].index(True)
+        needed = links[first:]
+        if not self._read_functions(needed):
+            self._run_modules(links, first, rows)
         first_term, *others = self._seeds(0, self.columns)
         seeds = sum(others, start=first_term)
         columns = (seeds if rows is None else seeds[:, rows]).flatten(0, 1)
@@ -105,37 +90,34 @@ class AveragedPass(SeedPass):
         mean = Mean(columns, True)
         mean = mean if len(mean.given) <= mean.given.shape[1] else Mean(mean.matrix)
         try:
-            for place in reversed(range(first, len(self.modules))):
-                self.wanted = place > first
-                mean = self._step(place, mean)
+            for link in reversed(needed):
+                self.wanted = link is not needed[0]
+                mean = self._step(link, mean)
         finally:
             self._clear()
 
-    def _common(self) -> LossCall:
-        """The call of a loss; the others, if there are any, have the same input."""
+    def _common_loss(self) -> LossCall:
+        """The call of the first loss; all others have the same input."""
         first, *others = [term.call for term in self.terms]
         if any(other.place != first.place for other in others):
             raise RuntimeError(
-                f"{type(self.extensions[0]).__name__} averages the curvature after each module of a chain, but the "
-                f"losses of this backward pass, {' and '.join(type(term.call.loss).__name__ for term in self.terms)}, "
-                f"have different inputs. Call backward() for each loss by itself, or use KFLR."
+                f"{self._name} averages the curvature after each module of a chain, but the losses of this "
+                f"backward pass, {' and '.join(type(term.call.loss).__name__ for term in self.terms)}, have different "
+                f"inputs. Call backward() for each loss by itself, or use KFLR."
             )
         return first
 
-    def _chain(self) -> list[Module]:
-        """The modules of the model."""
-        name = type(self.extensions[0]).__name__
-        modules = list(self._links())[::-1]
-        roots = [note.module() for note in self.linked]
-        unused = {id(note.arguments) for note in self.notes.values()} - {id(note.arguments) for note in self.linked}
-        is_one = len(roots) == 1 and roots[0] is not None and roots[0]._modules and not _is_sequential(roots[0])
-        if unused or not roots or is_one:
+    def _check_chain(self) -> None:
+        """Raise unless the model is a chain of real functions that share no parameters."""
+        name, chain = self._name, self.chain
+        if not chain.calls or not chain.has_all_calls or chain.is_one_module:
+            model = " after a ".join(dict.fromkeys(type(module).__name__ for module in modules_of(self.notes)))
             raise RuntimeError(
-                f"{name} averages the curvature after each module of a chain, but the model, a {self._model_name}, "
-                f"is no torch.nn.Sequential of one input whose output is that of the loss, nor a chain of modules "
-                f"that were extended one by one. Write it as a Sequential, of any modules, or use KFLR."
+                f"{name} averages the curvature after each module of a chain, but the model, a {model}, is no "
+                f"torch.nn.Sequential of one input whose output is that of the loss, nor a chain of modules that were "
+                f"extended one by one. Write it as a Sequential, of any modules, or use KFLR."
             )
-        parameters = [id(p) for module in modules for p in module.parameters()]
+        parameters = [id(p) for module in chain.modules for p in module.parameters()]
         if len(set(parameters)) < len(parameters):
             raise RuntimeError(f"{name}: two modules of the chain share a parameter. Use KFLR for such a model.")
         if any(map(is_complex, self.spliced.nodes)):
@@ -144,87 +126,43 @@ class AveragedPass(SeedPass):
             )
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
-        return modules
 
-    def _links(self) -> Iterator[Module]:
-        """The modules of a chain of extended ones, from the last one on, as far as each is called with one tensor.
+    def _read_functions(self, links: Sequence[Link]) -> bool:
+        """Read off the graph what elementwise functions returned; ``False``: the model has to run again.
 
-        Those with parameters have left a note of this tensor. Of those without, the graph leads to the next output.
-        """
-        calls: dict[Edge, list[Module]] = {}
-        for node, module_io in module_io_of(self.prepared.graph).items():
-            for io in module_io:
-                for number in io.numbers:
-                    calls.setdefault((node, number), []).append(io.module)
-        edge: Edge | None = self.loss.place
-        while edge is not None and (edge in calls or edge in self.notes):
-            note = self.notes.get(edge)
-            if note is None:
-                yield from reversed(calls[edge])
-                edge = self._first_below(self.prepared.graph.edges[edge[0]], calls)
-                continue
-            root, (args, kwargs) = note.module(), note.arguments
-            if not note.is_complete or root is None or len(args) != 1 or kwargs:
-                return
-            self.linked.append(note)
-            yield from reversed(list(_chain(root)))
-            (x,) = args if note.attached is None else note.attached[0]
-            if not isinstance(x, Tensor) or not x.requires_grad:
-                return
-            edge = self._first_below([edge_of(get_gradient_edge(x))], calls)
-
-    def _first_below(self, edges: Sequence[Edge], calls: Mapping[Edge, Any]) -> Edge | None:
-        """The only output of a module that all ways along these edges come to first."""
-        found, seen, pending = set[Edge](), set[Node](), list(edges)
-        while pending:
-            edge = pending.pop()
-            if edge in calls or edge in self.notes:
-                found.add(edge)
-            elif edge[0] is not None and edge[0] not in seen:
-                seen.add(edge[0])
-                pending += self.prepared.graph.edges[edge[0]]
-        return found.pop() if len(found) == 1 else None
-
-    @property
-    def _model_name(self) -> str:
-        modules = [type(module).__name__ for note in self.notes.values() if (module := note.module()) is not None]
-        return " after a ".join(dict.fromkeys(modules))
-
-    def _between(self, first: int) -> dict[int, tuple[Tensor, GradientEdge]] | None:
-        """What is known of elementwise functions without running the model again; ``None``: it has to run.
-
-        It has not where, from the first module with parameters on, linear layers follow each other, with one
-        elementwise function between two of them: its slopes are what the graph makes of ones.
+        The graph is enough if linear layers follow each other, with at most one elementwise function between two of
+        them. Its slopes are what the graph makes of ones.
         """
         modules = self._root_module.modules()
-        if len(self.linked) > 1 or any(is_observed(module) or "forward" in vars(module) for module in modules):
-            return None
-        found: dict[int, tuple[Tensor, GradientEdge]] = {}
-        function, x = -1, None
-        for place in reversed(range(first, len(self.modules))):
-            module = self.modules[place]
-            node = self.maps[place] if place == first or is_one_of(module, (nn.Linear,)) else None
+        if len(self.chain.calls) > 1 or any(is_observed(module) or "forward" in vars(module) for module in modules):
+            return False
+        found: list[tuple[Link, tuple[Tensor, GradientEdge]]] = []
+        function: Link | None = None
+        x: Tensor | None = None
+        for link in reversed(links):
+            node = link.node if link is links[0] or is_one_of(link.module, (nn.Linear,)) else None
             if node is not None and self.prepared.owners.owned[node, 0] == Layout(self.n):
                 shape = torch.Size(shape_of(node, 0))
                 if x is None and node is not self.loss.edge.node:
-                    return None
+                    return False
                 if x is not None and (len(x) != shape[0] or x.numel() != shape.numel()):
-                    return None
-                if x is not None and function >= 0:
-                    found[function] = x, GradientEdge(node, 0)
-                own = self._input_of(node)
-                if own is None:
-                    return None
-                function, x = -1, own
-                self._check_size(module, shape)
-            elif x is not None and function < 0 and x.requires_grad and is_one_of(module, ELEMENTWISE):
-                function = place
-            elif x is None or not is_one_of(module, SAME):
-                return None
-        return found
+                    return False
+                if x is not None and function is not None:
+                    found.append((function, (x, GradientEdge(node, 0))))
+                function, x = None, self._input_of(node)
+                if x is None:
+                    return False
+                self._check_size(link.module, shape)
+            elif x is not None and function is None and x.requires_grad and is_one_of(link.module, ELEMENTWISE):
+                function = link
+            elif x is None or not is_one_of(link.module, SAME):
+                return False
+        for link, between in found:
+            link.between = between
+        return True
 
     def _input_of(self, node: Node) -> Tensor | None:
-        """What a linear map is applied to."""
+        """The input of a linear map, as its node saved it."""
         for planned in self.prepared.plan.uses[node]:
             use = use_of(Place(node, planned.k, planned.number, planned.layout))
             if isinstance(use, DenseUse):
@@ -233,28 +171,28 @@ class AveragedPass(SeedPass):
 
     @property
     def _root_module(self) -> Module:
-        """All modules of the chain."""
-        return Sequential(*self.modules)
+        """A module that holds all modules of the chain."""
+        return Sequential(*self.chain.modules)
 
     def _check_size(self, module: Module, shape: torch.Size) -> None:
         size = shape[1:].numel()
         if size > LARGEST:
             raise ValueError(
-                f"{type(self.extensions[0]).__name__} needs the curvature in the output of {type(module).__name__}, of "
-                f"shape {list(shape)}: a matrix of {size} rows. At most {LARGEST} are formed. Use KFAC."
+                f"{self._name} needs the curvature in the output of {type(module).__name__}, of shape {list(shape)}: "
+                f"a matrix of {size} rows. At most {LARGEST} are formed. Use KFAC."
             )
 
-    def _forward(self, first: int, rows: Tensor | None) -> None:
-        """Run the model again, of the selected samples, and note the inputs of its modules."""
-        name, root = type(self.extensions[0]).__name__, self._root_module
-        args = self.linked[-1].arguments
+    def _run_modules(self, links: Sequence[Link], first: int, rows: Tensor | None) -> None:
+        """Run the model again on the selected samples, and note the inputs of its modules."""
+        name, root = self._name, self._root_module
+        args = self.chain.calls[-1].arguments
         if any(module.training and module._buffers for module in root.modules()):
             raise RuntimeError(f"{name} runs the model once more, which would update running statistics: call eval().")
         x = args[0][0] if rows is None else args[0][0].index_select(0, rows)
         n = len(x)
         with torch.no_grad(), torch.random.fork_rng(enabled=root.training), run_again(root):
-            for place, module in enumerate(self.modules):
-                self.inputs.append(x)
+            for place, link in enumerate(links):
+                link.x, module = x, link.module
                 x = module(x if is_one_of(module, AFFINE) else x.clone())  # it may work in place
                 if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != n:
                     raise RuntimeError(
@@ -270,43 +208,40 @@ class AveragedPass(SeedPass):
                 f"pass: is there dropout in training mode? Call eval() first."
             )
 
-    def _step(self, place: int, mean: Mean) -> Mean:
-        """The curvature in a module's output to that in its input; parameters on the way."""
-        module = self.modules[place]
-        if self.learn[place]:
-            node = self.maps[place]
-            if node is None:
-                return self._root(module, self.inputs[place], mean)
-            self._factors(module, node, mean)
-        return self._through(place, mean) if self.wanted else mean
+    def _step(self, link: Link, mean: Mean) -> Mean:
+        """The curvature in a module's output to that in its input; the module's parameters are computed."""
+        if link.learns:
+            if link.node is None:
+                return self._through_root(link, mean)
+            self._compute_factors(link.module, link.node, mean)
+        return self._through(link, mean) if self.wanted else mean
 
-    def _through(self, place: int, mean: Mean) -> Mean:
-        """To the input of a module without parameters, or of which they are done."""
-        module = self.modules[place]
-        if is_one_of(module, ELEMENTWISE):
-            slope = self._slope(place).to(mean.given.dtype)
+    def _through(self, link: Link, mean: Mean) -> Mean:
+        """The curvature in the input of a module that has no parameters, or whose parameters are computed already."""
+        if is_one_of(link.module, ELEMENTWISE):
+            slope = self._slope(link).to(mean.given.dtype)
             return Mean(second_moment(slope, 1 / len(slope)).mul_(mean.matrix))
-        found = in_closed_form(module, self.inputs[place] if self.inputs else None, mean)
-        return self._root(module, self.inputs[place], mean) if found is None else found
+        found = in_closed_form(link.module, link.x, mean)
+        return self._through_root(link, mean) if found is None else found
 
-    def _slope(self, place: int) -> Tensor:
+    def _slope(self, link: Link) -> Tensor:
         """The derivative of an elementwise function, ``[n, d]``."""
-        if self.between is not None:
-            out, edge = self.between[place]
+        if link.between is not None:
+            out, edge = link.between
             with muted():
                 (slope,) = pull_back([out], [edge], [torch.ones_like(out)])
             forget_retained()
             rows = self.extensions[0].subset.rows(self.n, slope.device)
             slope = slope.reshape(self.n, -1)
             return slope if rows is None else slope.index_select(0, rows)
-        module, x = self.modules[place], self.inputs[place].detach().requires_grad_()
-        with torch.enable_grad(), muted(), run_again(module):
-            out = module(x.clone())
+        x = link.input.detach().requires_grad_()
+        with torch.enable_grad(), muted(), run_again(link.module):
+            out = link.module(x.clone())
             (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
         return slope.flatten(1)
 
-    def _map(self, module: Module) -> Node | None:
-        """The node that used a module's parameters, if these are those of one linear map."""
+    def _linear_map(self, module: Module) -> Node | None:
+        """The node that used a module's parameters, if these are the parameters of one linear map."""
         if not is_one_of(module, MAPS) or getattr(module, "padding_idx", None) is not None:
             return None
         plan = self.prepared.plan
@@ -322,8 +257,8 @@ class AveragedPass(SeedPass):
         found = {id(variable_of(leaf)) for leaf in leaves if leaf is not None}
         return node if found == own and None not in leaves and not is_recomputed(node) else None
 
-    def _factors(self, module: Module, node: Node, mean: Mean) -> None:
-        """Those of a linear map, from the curvature itself; of its cotangents, no values are needed."""
+    def _compute_factors(self, module: Module, node: Node, mean: Mean) -> None:
+        """The factors of a linear map, from the curvature itself: the values of cotangents are not needed."""
         size, last, shape = len(mean.matrix), not is_one_of(module, CONVOLUTIONS), shape_of(node, 0)
         channels = shape[-1 if last else 1]
         axes = (size // channels, channels, 1) if last else (1, channels, size // channels)
@@ -340,8 +275,9 @@ class AveragedPass(SeedPass):
         found = super()._value(extension, grads)
         return found if self.sign > 0 else [-factor for factor in found]
 
-    def _root(self, module: Module, x: Tensor, mean: Mean) -> Mean:
-        """By the rows of a root, for each sample; parameters on the way."""
+    def _through_root(self, link: Link, mean: Mean) -> Mean:
+        """Pull back the rows of a root for each sample; the module's parameters are computed."""
+        module, x = link.module, link.input
         n, size = len(x), mean.given.shape[1]
         step = max(1, WIDEST // (n * max(x[0].numel(), size)))
         pieces = [(sign, rows) for sign, root in mean.roots() for rows in root.split(step)]
@@ -355,7 +291,7 @@ class AveragedPass(SeedPass):
         return Mean(terms[0]) if terms else mean
 
     def _pull_back(self, module: Module, x: Tensor, seeds: Tensor, final: bool = True) -> Tensor:
-        """Cotangents ``[v, n, ...]`` of a module's output to those of its input; its parameters are computed.
+        """Pull cotangents ``[v, n, ...]`` of a module's output back to its input; its parameters are computed.
 
         ``final``: these are the last ones for this module.
         """
@@ -367,7 +303,7 @@ class AveragedPass(SeedPass):
         edge = get_gradient_edge(out)
         prepared, spliced = self.prepared, self.spliced
         self.subset = Subset()
-        self._go_over(SplicedGraph([edge]), [Layout(len(out))])
+        self._switch_to(SplicedGraph([edge]), [Layout(len(out))])
         ends = [get_gradient_edge(x)] if x.requires_grad else []
         pieces = seeds.reshape(len(seeds), *out.shape).split(1 if self.spliced.must_loop else len(seeds))
         found = []
@@ -383,16 +319,3 @@ class AveragedPass(SeedPass):
 
 
 PASSES["average"] = AveragedPass
-
-
-def _is_sequential(module: Module) -> bool:
-    return isinstance(module, Sequential) and type(module).forward is Sequential.forward
-
-
-def _chain(module: Module) -> Iterator[Module]:
-    """The modules that a sequential one, however nested, runs one after the other."""
-    if not _is_sequential(module):
-        yield module
-        return
-    for child in module._modules.values():
-        yield from _chain(child)  # type: ignore[arg-type]

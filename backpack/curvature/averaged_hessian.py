@@ -1,13 +1,14 @@
 """Second order, averaged, with the second derivatives of the modules: Kronecker factors of the Hessian.
 
-To the curvature that is pulled back through a module ``f`` comes its residual ``R = sum_n d^2 <g_n, f(x_n)>``, with the
-gradient ``g_n`` of the loss in its output (Dangel, Harmeling & Hennig, 2020, section 3). A positive-curvature Hessian
-takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsieh, 2018).
+The curvature that is pulled back through a module ``f`` is added to the module's residual, which is ``R = sum_n d^2
+<g_n, f(x_n)>`` with the gradient ``g_n`` of the loss in the module's output (Dangel, Harmeling & Hennig, 2020, section
+3). A positive-curvature Hessian takes absolute values or positive parts of the eigenvalues of ``R`` (Chen & Hsieh,
+2018).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,32 +17,35 @@ from torch.nn import Module
 from backpack.curvature.averaged import AveragedPass
 from backpack.curvature.loss_term import PASSES
 from backpack.curvature.mean_curvature import AFFINE, ELEMENTWISE, SAME, Mean, is_one_of
+from backpack.curvature.module_chain import Link
 from backpack.curvature.rerun import run_again
 from backpack.modules.thread_state import muted
 
 
 class AveragedHessianPass(AveragedPass):
-    """As ``AveragedPass``, for a curvature that need not be positive semidefinite."""
+    """Averages the Hessian instead of the Gauss-Newton matrix: it adds the residual of each module."""
 
     grad: Tensor | None = None
-    """Of the losses in a module's output, ``[n, d]``."""
+    """The gradient of the losses in a module's output, ``[n, d]``."""
+    modify: Callable[[Tensor], Tensor] | None = None
+    """What is applied to the residuals' eigenvalues."""
 
-    def _between(self, first: int) -> None:
-        """The residuals are those at the inputs."""
+    def _read_functions(self, links: Sequence[Link]) -> bool:
+        return False  # residuals need the inputs of all modules
 
-    def _step(self, place: int, mean: Mean) -> Mean:
-        module = self.modules[place]
+    def _step(self, link: Link, mean: Mean) -> Mean:
+        module = link.module
         if module._modules and any(p.requires_grad for p in module.parameters()):
             raise RuntimeError(
-                f"{type(self.extensions[0]).__name__}: {type(module).__name__} in the chain holds modules whose second "
+                f"{self._name}: {type(module).__name__} in the chain holds modules whose second "
                 f'derivatives are not taken one by one. Write them into the chain, or use curv_type="ggn".'
             )
-        mean = super()._step(place, mean)
-        residual = self._residual(module, self.inputs[place]) if self.wanted else None
+        mean = super()._step(link, mean)
+        residual = self._residual(module, link.input) if self.wanted else None
         return mean if residual is None else Mean(mean.matrix + residual)
 
     def _residual(self, module: Module, x: Tensor) -> Tensor | None:
-        """That of a module, ``[d, d]``, ``None`` where it is linear; the gradient is pulled back to its input."""
+        """The residual of a module, ``[d, d]``; ``None``: it is zero. The gradient is pulled back to its input."""
         if not x.is_floating_point():
             return None
         if self.grad is None:
@@ -58,7 +62,7 @@ class AveragedHessianPass(AveragedPass):
         return None if found is None or not found.any() else self._modified(found)
 
     def _derivative(self, module: Module, grad: Tensor, x: Tensor) -> Tensor | None:
-        """Of ``grad[n, d]`` with respect to ``x``, summed over samples."""
+        """The derivative of ``grad[n, d]`` with respect to ``x``, summed over samples; ``None``: it is zero."""
         if not grad.requires_grad:
             return None
         elementwise, rows = is_one_of(module, ELEMENTWISE), []
@@ -70,27 +74,22 @@ class AveragedHessianPass(AveragedPass):
         return torch.diag(rows[0]) if elementwise else torch.stack(rows)
 
     def _modified(self, residual: Tensor) -> Tensor:
-        return residual
+        if self.modify is None:
+            return residual
+        values, vectors = torch.linalg.eigh(residual.double())
+        return ((vectors * self.modify(values)) @ vectors.T).to(residual.dtype)
 
 
 class PositiveParts(AveragedHessianPass):
-    """With the positive parts of the residuals' eigenvalues."""
+    """Takes the positive parts of the residuals' eigenvalues."""
 
-    def _modified(self, residual: Tensor) -> Tensor:
-        return _with_eigenvalues(residual, torch.relu)
+    modify = staticmethod(torch.relu)
 
 
 class AbsoluteValues(AveragedHessianPass):
-    """With the absolute values of the residuals' eigenvalues."""
+    """Takes the absolute values of the residuals' eigenvalues."""
 
-    def _modified(self, residual: Tensor) -> Tensor:
-        return _with_eigenvalues(residual, torch.abs)
-
-
-def _with_eigenvalues(residual: Tensor, modify: Callable[[Tensor], Tensor]) -> Tensor:
-    """A symmetric matrix with modified eigenvalues."""
-    values, vectors = torch.linalg.eigh(residual.double())
-    return ((vectors * modify(values)) @ vectors.T).to(residual.dtype)
+    modify = staticmethod(torch.abs)
 
 
 PASSES["average hessian"] = AveragedHessianPass

@@ -1,6 +1,6 @@
-"""Columns on their way through a graph: they reach the uses of parameters as cotangents do in first order.
+"""Sends columns through a graph: they reach the uses of parameters as cotangents do in first order.
 
-Several go together under ``torch.vmap``, with a further axis.
+Several columns go together under ``torch.vmap``, along one more axis.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.mixed_regions import place_in, pull_through
-from backpack.curvature.pooling import pooled
-from backpack.curvature.spliced_graph import SplicedGraph
+from backpack.curvature.by_turns import by_turns
+from backpack.curvature.spliced_graph import SplicedGraph, arrivals_at
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.graph.users_hooks import forget_retained
 from backpack.modules.thread_state import HERE, muted
@@ -29,31 +29,25 @@ if TYPE_CHECKING:
 
 
 class Columns(Collector):
-    """What reaches the parameters of the columns that are pulled back at a time.
+    """Collects what reaches the parameters when some columns are pulled back together.
 
-    ``keep``: they stay until all columns have been.
+    ``keeps``: what has arrived is kept until all columns have been pulled back.
     """
 
-    def __init__(self, running: SeedPass, spliced: SplicedGraph, further: Sequence[GradientEdge] = ()) -> None:
-        super().__init__(running.prepared)
-        self.running, self.spliced, self.further = running, spliced, list(further)
-        self.ruled, self.told = running.ruled, running.told
+    def __init__(self, seed_pass: SeedPass, spliced: SplicedGraph, further: Sequence[GradientEdge] = ()) -> None:
+        super().__init__(seed_pass.prepared)
+        self.seed_pass, self.spliced, self.further = seed_pass, spliced, list(further)
+        self.with_rules, self.to_report = seed_pass.with_rules, seed_pass.to_report
         self.reached: list[Tensor | None] = []
         """The columns at the ``further`` edges."""
-        self.keep = running.gathered
+        self.keeps = seed_pass.gathered
         self.count_of_seeds = 1
         self.batched = False
-        self.raw: dict[Node, dict[int, list[Tensor]]] = {}
-        tapped = [node for node in {**self.plan.uses, **self.ruled, **self.told} if node in self.graph.edges]
+        self.kept: dict[Node, dict[int, list[Tensor]]] = {}
+        tapped = [node for node in {**self.plan.uses, **self.with_rules, **self.to_report} if node in self.graph.edges]
         self.captured = set(self.lowest([start.node for start in spliced.starts], tapped))
-        self.ends = [GradientEdge(node, number) for node in self.captured for number in self._arriving(node)]
+        self.ends = [edge for node in self.captured for edge in arrivals_at(node, self.graph)]
         self._hooked = [node for node in tapped if node not in self.captured]
-
-    def _arriving(self, node: Node) -> list[int]:
-        """Which outputs of a node's function something arrives at."""
-        found = {number for _, _, number in self.graph.incoming[node]}
-        found |= {root.output_nr for root in self.graph.roots if root.node is node}
-        return sorted(found)
 
     def pull(self, edges: Sequence[GradientEdge], seeds: Sequence[Tensor]) -> None:
         """Send seeds ``[v, ...]``, given at each of the edges, through the graph."""
@@ -61,7 +55,7 @@ class Columns(Collector):
 
         def pull(*seed: Tensor) -> Tensor:
             found = self.spliced.grad(edges, [*self.ends, *self.further], seed, create_graph=create)
-            self.reached = [self._outside(grad) for grad in found[len(self.ends) :]]
+            self.reached = [self._unwrapped(grad) for grad in found[len(self.ends) :]]
             arrived: dict[Node, list[Tensor | None]] = {}
             for end, grad in zip(self.ends, found, strict=False):
                 arrived.setdefault(end.node, [None] * count_outputs(end.node))[end.output_nr] = grad
@@ -80,8 +74,8 @@ class Columns(Collector):
             if not self.batched:
                 pull(*(seed[0] for seed in seeds))
                 return
-            poolings = () if self.running.block.reads_module_io else self.spliced.poolings
-            with pooled([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
+            poolings = () if self.seed_pass.block.reads_module_io else self.spliced.poolings
+            with by_turns([*poolings, *self.spliced.turns], self.count_of_seeds, [*edges, *self.ends]):
                 vmap(pull, *seeds)  # recomputed activations may draw dropout again
         finally:
             (HERE.inner, HERE.muted), self.is_partial = before, False
@@ -89,8 +83,8 @@ class Columns(Collector):
                 handle.remove()
             forget_retained()
 
-    def _outside(self, grad: Tensor | None) -> Tensor | None:
-        """A column of each seed, ``[v, ...]``."""
+    def _unwrapped(self, grad: Tensor | None) -> Tensor | None:
+        """What ``torch.vmap`` holds for all seeds, ``[v, ...]``."""
         if grad is None or not self.batched:
             return None if grad is None else grad[None]
         with outside_vmap([grad], self.count_of_seeds) as (columns,):
@@ -110,15 +104,15 @@ class Columns(Collector):
 
     def _receive(self, node: Node, grads: dict[int, Tensor]) -> None:
         with muted():
-            if node in self.ruled:
-                self.running.keep_for_rules(self.ruled[node], grads)
-            if self.running.final:
-                for io in self.told.get(node, ()):
-                    self.running.tell(io)
+            if node in self.with_rules:
+                self.seed_pass.keep_for_rules(self.with_rules[node], grads)
+            if self.seed_pass.final:
+                for io in self.to_report.get(node, ()):
+                    self.seed_pass.report(io)
             if node not in self.plan.uses:
                 return
-            if self.keep:
-                known = self.raw.setdefault(node, {})
+            if self.keeps:
+                known = self.kept.setdefault(node, {})
                 for number, grad in grads.items():
                     known.setdefault(number, []).append(grad)
             else:
@@ -129,12 +123,12 @@ class Columns(Collector):
             self.take_in(planned, self.arrival(node, planned, cotangents))
 
     def finish(self) -> None:
-        """Take on what has entered regions, and complete what is left."""
+        """Pull through regions what has entered them, and complete the parameters that are left."""
         with muted():
-            for node, grads in self.raw.items():
+            for node, grads in self.kept.items():
                 whole = {number: torch.cat(parts) for number, parts in grads.items()}
                 self._take_cotangents(node, Cotangents(whole))
-            self.raw.clear()
+            self.kept.clear()
             self.take_deferred()
             for node in self.entered():
                 self._enter(node)
@@ -144,9 +138,9 @@ class Columns(Collector):
             self.found.clear()
 
     def _enter(self, node: Node) -> None:
-        """Pull what entered a region through a node on to the parameters behind it."""
-        key, entered = self.running.subset.key, self.entering[node]
-        individual = {number: found.individual(self.running.subset) for number, found in entered.items()}
+        """Pull what entered a region through a node to the parameters behind it."""
+        key, entered = self.seed_pass.subset.key, self.entering[node]
+        individual = {number: found.individual(self.seed_pass.subset) for number, found in entered.items()}
         if node in self.plan.mixed:
             size = next(iter(individual.values())).size
             rows = {number: own.dense().flatten(0, 1) for number, own in individual.items()}
@@ -175,11 +169,11 @@ class Columns(Collector):
 
     def completed(self, leaf: Node, contributions: Contributions) -> None:
         if self.found.pop(leaf, None) is not None and (contributions.arrivals or contributions.pulled):
-            self.running.compute(contributions)
+            self.seed_pass.compute(contributions)
 
 
 def _looked_up(node: Node, leaf: Node) -> tuple[Tensor, Tensor] | tuple[()]:
-    """The rows of a parameter that a node looks up, and which of them count."""
+    """The rows of a parameter that a node looks up, and which of them count; nothing for other nodes."""
     if kind(node) != "Embedding" or node.next_functions[0][0] is not leaf or saved(node, "scale_grad_by_freq"):
         return ()
     index = saved(node, "indices")

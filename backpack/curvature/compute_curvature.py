@@ -1,4 +1,4 @@
-"""Where second order begins: the losses that a backward pass runs through are found, and columns sent from them."""
+"""Where second order begins: it finds the losses of a backward pass, and sends columns from there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from backpack.backward.block import Block
 from backpack.backward.call import Call, executed_for
 from backpack.backward.collector import Prepared
 from backpack.backward.preparation import refuse_other_losses
+from backpack.curvature.find_losses import find_losses, refuse_other_terms
 from backpack.curvature.loss_inputs import origin_of
 from backpack.curvature.loss_term import PASSES
-from backpack.curvature.terms import refuse_beside, terms_of
 from backpack.graph import Edge, forget_recomputed
 from backpack.graph.users_hooks import observed, undisturbed
 from backpack.modules.calls import Note
@@ -28,19 +28,19 @@ def may_rerun_model(block: Block) -> bool:
 def compute_curvature(
     block: Block, call: Call, prepared: Prepared, notes: Mapping[Edge, Note], module_io: dict[Node, list[ModuleIO]]
 ) -> None:
-    """Compute the extensions of second order, of the losses that a call runs through, before its pass begins."""
+    """Compute the second-order extensions, for the losses that a call runs through, before its pass begins."""
     graph, asked = prepared.graph, call.asked
-    terms = terms_of(graph, prepared, executed_for(graph, asked) if asked else None, asked)
-    if terms.beside and not terms.losses:
-        refuse_other_losses(block)
-    if terms.beside:
+    losses = find_losses(graph, prepared, executed_for(graph, asked) if asked else None, asked)
+    if losses.other_way:
+        if not losses.calls:
+            refuse_other_losses(block)
         names = ", ".join(type(extension).__name__ for extension in block.second_order)
-        refuse_beside(terms.beside, prepared, notes, names)
-    if not terms.losses:
+        refuse_other_terms(losses.other_way, prepared, notes, names)
+    if not losses.calls:
         return
     with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(graph)):
-        outers = call.cotangents([edge for edge, _ in terms.losses])
-        found = [(own, outer) for (_, own), outer in zip(terms.losses, outers, strict=True) if outer is not None]
+        outers = call.cotangents([edge for edge, _ in losses.calls])
+        found = [(own, outer) for (_, own), outer in zip(losses.calls, outers, strict=True) if outer is not None]
         try:
             if found:
                 origin_of(found, prepared, notes, module_io).run(block)

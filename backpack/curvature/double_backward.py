@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
-from backpack.curvature.loss_term import Term, fewer
-from backpack.curvature.pooling import is_reordered
-from backpack.curvature.rerun import agree
-from backpack.curvature.residual_graph import has_autocast
-from backpack.curvature.residuals import is_batch_norm, is_fused_node
+from backpack.curvature.by_turns import is_reordered
+from backpack.curvature.loss_term import Term, modules_of
+from backpack.curvature.rerun import agree, output_of
+from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph, place_of
 from backpack.graph import variable_of
@@ -28,44 +26,39 @@ def _dense_or_zero(grad: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if grad is None else grad.to_dense()
 
 
-@dataclass(eq=False)
-class LossGradients:
-    """The gradients of losses with respect to their inputs, as functions of these, of all samples or the ``chosen``.
+def loss_gradients(
+    terms: Sequence[Term],
+    layouts: Sequence[AnyLayout],
+    chosen: Tensor | None,
+    weights: Tensor | None,
+    points: Sequence[Tensor],
+) -> list[Tensor]:
+    """The gradients of losses with respect to their inputs, as functions of these inputs.
 
-    ``layouts``: where these samples lie in each.
+    ``points``: the inputs of the ``chosen`` samples, ``None``: all; ``layouts``: where these samples lie in each;
+    ``weights``: what the term of each sample is multiplied by, ``[n]``.
     """
-
-    terms: Sequence[Term]
-    layouts: Sequence[AnyLayout]
-    chosen: Tensor | None
-
-    def __call__(self, weights: Tensor | None, points: Sequence[Tensor]) -> list[Tensor]:
-        """With the terms of the samples weighed by ``weights[n]``."""
-        return [
-            self._of(term, layout, weights, point)
-            for term, layout, point in zip(self.terms, self.layouts, points, strict=True)
-        ]
-
-    def _of(self, term: Term, layout: AnyLayout, weights: Tensor | None, point: Tensor) -> Tensor:
-        call = term.call
+    grads = []
+    for term, layout, point in zip(terms, layouts, points, strict=True):
+        call, axis = term.call, term.layout.axes[0] if chosen is not None else 0
         with torch.enable_grad(), muted():
             whole = point.to(call.input.dtype).view_as(point)  # behind the hooks of the model's output
-            if self.chosen is not None:
-                whole = call.input.detach().index_copy(term.layout.axes[0], self.chosen, whole)
-            value = call.loss.forward(whole, *call.args, **call.kwargs)
-            (found,) = torch.autograd.grad(value, whole, term.outer if value.dim() else None, create_graph=True)
-            found = found if self.chosen is None else found.index_select(term.layout.axes[0], self.chosen)
+            if chosen is not None:
+                whole = call.input.detach().index_copy(axis, chosen, whole)
+            grad = term.grad_at(whole, create_graph=True)
+            grad = grad if chosen is None else grad.index_select(axis, chosen)
             if weights is not None:
-                found = found * weights[layout.owners(found.shape, weights.device)]
-            return found.to(point.dtype)
+                grad = grad * weights[layout.owners(grad.shape, weights.device)]
+            grads.append(grad.to(point.dtype))
+    return grads
 
 
 class DoubleBackwardPass(SeedPass):
-    """Second order with second derivatives of the model."""
+    """A pass that needs second derivatives of the model."""
 
     double_backward = True
     chosen: Tensor | None = None
-    """The samples that the graph is of, without duplicates; ``None``: all."""
+    """The samples that the graph holds, without duplicates; ``None``: all."""
 
     def _refuse_rules(self) -> None:
         for extension in self.extensions:
@@ -76,26 +69,25 @@ class DoubleBackwardPass(SeedPass):
                 )
 
     @property
-    def _name(self) -> str:
-        return type(self.extensions[0]).__name__
-
-    @property
     def _owner(self) -> Module:
-        """One of the modules whose graph it is; a loss, if there are no others."""
-        modules = [module for note in self.notes.values() if (module := note.module()) is not None]
-        return modules[0] if modules else self.terms[0].call.loss
+        """A module whose call is part of the graph; a loss, if there is no other."""
+        return next(modules_of(self.notes), self.terms[0].call.loss)
 
-    def _take_twice_differentiable(self, rows: Tensor | None) -> None:
+    def _switch_to_twice_differentiable(self, rows: Tensor | None) -> None:
         """Go over to a graph whose nodes all have second derivatives, if possible of the selected samples alone.
 
         Raises:
             RuntimeError: There is none.
         """
-        rounded = has_autocast(self.spliced.nodes)
-        if self._take_selected(rows, rounded):
-            return
+        rounded = self.spliced.has_autocast
+        if rows is not None:
+            chosen, places = rows.unique(return_inverse=True)
+            if self._select(chosen, rounded):
+                self.subset, self.chosen = Subset(places), chosen
+                return
         needed = self._has_fused() or rounded
-        if (needed or self._has_reordered()) and not self._join(rounded) and needed:
+        # In some memory formats, second derivatives are slow or fail.
+        if (needed or any(map(is_reordered, self.spliced.nodes))) and not self._rerun_modules(rounded) and needed:
             raise RuntimeError(
                 f"{self._name}: the model has a fused attention or recurrent layer, was run under autocast, or has "
                 f"parts in 16 bits, of which PyTorch has no second derivatives, and running it again in another form "
@@ -104,37 +96,17 @@ class DoubleBackwardPass(SeedPass):
                 f"autocast, put the model into evaluation mode, or give it its state as an argument."
             )
 
-    def _take_selected(self, rows: Tensor | None, rounded: bool) -> bool:
-        """Go over to a graph of the selected samples alone, if there is one."""
-        if rows is None:
-            return False
-        chosen, places = rows.unique(return_inverse=True)
-        edges = self._rerun(chosen, rounded)
-        if edges is None or (rounded and has_autocast(SplicedGraph(edges).nodes)):
-            return False
-        self.subset, self.selected, self.chosen = Subset(places), True, chosen
-        self._go_over(SplicedGraph(edges), [fewer(layout, len(chosen)) for layout in self.layouts])
-        return True
-
-    def _loss_gradients(self, chosen: Tensor | None) -> LossGradients:
-        return LossGradients(self.terms, self.layouts, chosen)
-
     def _has_fused(self) -> bool:
-        """Whether there are functions without second derivatives, but others that compute the same."""
-        owners = self.prepared.owners
-
-        def is_apart(node: Node) -> bool:
-            sent = owners.sends.get(node)
-            return sent is not None and sent[0] is not None
-
-        return any(is_fused_node(node) or (is_batch_norm(node) and is_apart(node)) for node in self.spliced.nodes)
-
-    def _has_reordered(self) -> bool:
-        """Whether some second derivatives are slow, or fail, for the memory format that a tensor has."""
-        return any(map(is_reordered, self.spliced.nodes))
+        """Whether there are functions without second derivatives that can be replaced by others."""
+        sends = self.prepared.owners.sends
+        # Normalization of each sample by itself can be replaced, that of a batch cannot.
+        return any(
+            is_fused_node(node) or (is_batch_norm(node) and sends.get(node, [None])[0] is not None)
+            for node in self.spliced.nodes
+        )
 
     def _has_same_gradients(self, spliced: SplicedGraph, rounded: bool) -> bool:
-        """Whether modules did the same when they ran again, told by gradients where an output is no longer there."""
+        """Whether modules that ran again did the same, judging by gradients: an output may no longer be there."""
         parameters = [variable_of(leaf) for leaf in self.prepared.plan.expected]
         inputs, generator = [term.call.input for term in self.terms], torch.Generator().manual_seed(0)
         seeds = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in inputs]
@@ -146,24 +118,23 @@ class DoubleBackwardPass(SeedPass):
             for new, old, p in zip(found, expected, parameters, strict=True)
         )
 
-    def _join(self, rounded: bool) -> bool:
+    def _rerun_modules(self, rounded: bool) -> bool:
         """Run all modules again, with functions that have second derivatives, if that gives the same outputs."""
-        modules: dict[int, list[tuple[GradientEdge, Note]]] = {}
+        calls: dict[int, list[tuple[GradientEdge, Note]]] = {}
         for (node, number), note in self.notes.items():
-            modules.setdefault(id(note.arguments), []).append((GradientEdge(node, number), note))
-        starts, parts = [place_of(term.call.edge) for term in self.terms], []
-        start_tensors = list(self.start_tensors)
-        if not modules:
+            calls.setdefault(id(note.arguments), []).append((GradientEdge(node, number), note))
+        if not calls:
             return False
-        is_seen = True
-        for outputs in sorted(modules.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
+        starts = [place_of(term.call.edge) for term in self.terms]
+        start_tensors, parts, is_seen = list(self.start_tensors), [], True
+        for outputs in sorted(calls.values(), key=lambda own: -max(edge.node._sequence_nr() for edge, _ in own)):
             again = self._run_again(outputs[0][1], None)
             part = {}
             for edge, note in outputs:
                 places = [place for place, start in enumerate(starts) if start == edge]
                 expected = self.terms[places[0]].call.input if places else note.value
-                found = None if again is None or note.place >= len(again) else again[note.place]
-                if not isinstance(found, Tensor) or found.grad_fn is None or found.shape != shape_at(edge):
+                found = output_of(note, again)
+                if found is None or found.shape != shape_at(edge):
                     return False
                 if expected is not None and not agree(found, expected, rounded):
                     return False
@@ -176,5 +147,5 @@ class DoubleBackwardPass(SeedPass):
         if not is_seen and not self._has_same_gradients(spliced, rounded):
             return False
         self.start_tensors = start_tensors
-        self._go_over(spliced, self.layouts)
-        return not (rounded and has_autocast(self.spliced.nodes))
+        self._switch_to(spliced, self.layouts)
+        return not (rounded and self.spliced.has_autocast)

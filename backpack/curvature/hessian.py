@@ -1,11 +1,11 @@
-"""The diagonal of the Hessian: seeds at the loss, and at every node of the graph that is not linear.
+"""The diagonal of the Hessian: columns start at the loss, and at every node of the graph that is not linear.
 
 The Hessian of the loss with respect to a parameter is, by the chain rule, the sum over the nodes of the recorded graph
 of ``J^T R J``, with ``J`` the Jacobian of a node's inputs and ``R`` the node's second derivatives weighed by the
 gradient that arrives there. The loss itself contributes the Gauss-Newton matrix. Columns of all ``R`` are pulled back
 like those of the loss's Hessian (Dangel, Harmeling & Hennig, 2020, for elementwise functions in a chain).
 
-That is for parameters that enter the graph once, linearly, by samples. Those of others are taken entry by entry.
+This computes parameters that enter the graph once, linearly, and by samples. All others are computed entry by entry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,15 +20,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
-from backpack.backward.plan import Plan, PlannedUse, make_plan
+from backpack.backward.plan import PlannedUse, make_plan
 from backpack.curvature.columns import Columns
-from backpack.curvature.double_backward import DoubleBackwardPass
+from backpack.curvature.double_backward import DoubleBackwardPass, loss_gradients
 from backpack.curvature.hessian_cost import Costs, Share, warn_if_long
 from backpack.curvature.hessian_entries import MANY, Entries, refuse_wrong_third, signs_like
-from backpack.curvature.hessian_shortcuts import Way, squares, way
+from backpack.curvature.hessian_shortcuts import SimpleWay, simple_way, summed_squares
+from backpack.curvature.linearity import linear_leaves
 from backpack.curvature.loss_term import PASSES
-from backpack.curvature.masked_entries import keep_apart
-from backpack.curvature.residual_graph import ResidualGraph, below, curved_complex, is_linear
+from backpack.curvature.residual_graph import ResidualGraph
 from backpack.extensions.interface import Curvature
 from backpack.graph import is_recomputed, kind, shape_of, variable_of
 from backpack.modules.parameters import name_of
@@ -40,14 +39,14 @@ from backpack.uses import Cotangents, Dense, DenseUse, ElementwiseUse, Explicit,
 from backpack.utils.progress_bar import bar
 
 PATIENCE = 5.0
-"""Seconds after which it is shown how far the passes are."""
+"""Seconds after which a terminal shows how far the passes are."""
 
 
 class HessianPass(DoubleBackwardPass):
     """The Hessian's diagonal for extensions that share a subset."""
 
     advance: Callable[..., Any]
-    """Shows that so many columns or entries are done."""
+    """Is called with the number of columns or entries that are done, to show it."""
 
     def run(self) -> None:
         """Pull back all columns and store the results."""
@@ -55,16 +54,16 @@ class HessianPass(DoubleBackwardPass):
         self.parameters: dict[int, Tensor] = {}
         self.totals: dict[int, tuple[Tensor, Dense, Tensor]] = {}
         rows = self.subset.rows(self.n, self.device)
-        self._take_twice_differentiable(rows)
+        self._switch_to_twice_differentiable(rows)
         create = torch.is_grad_enabled()
         if create:
             refuse_wrong_third(self.spliced.nodes, self._name)
-        alone = set() if create else self._alone()
-        others = [leaf for leaf in self.prepared.plan.expected if leaf not in alone]
+        linear = set() if create else linear_leaves(self.spliced, self.prepared)
+        others = [leaf for leaf in self.prepared.plan.expected if leaf not in linear]
         try:
-            with muted(), self._said(alone, others):
-                if alone:
-                    self._together_or_not(lambda: self._by_columns(alone, rows))
+            with muted(), self._restricted_to(linear) as graph, self._progress(graph, others):
+                if linear:
+                    self._together_or_not(lambda: self._by_columns(graph, rows))
                 if others:
                     self._by_entries(others)
             for extension in self.extensions:
@@ -78,114 +77,72 @@ class HessianPass(DoubleBackwardPass):
         self.totals.clear()
         self.weights = None
 
-    def _alone(self) -> set[Node]:
-        """The nodes of parameters that enter the graph once, linearly, and by samples.
-
-        None below complex functions that are not linear, or below functions that couple samples in second order.
-        """
-        plan = self.prepared.plan
-        found: set[Node] = set()
-        coupled = keep_apart(self.spliced, self.prepared)
-        left_out = below(coupled | curved_complex(self.prepared), self.prepared.graph)
-        for node, uses in self.prepared.plan.uses.items():
-            for planned in uses if node not in left_out else ():
-                if not is_linear(node, planned.k):
-                    continue
-                leaves = [planned.leaf] if planned.leaf is not None else self._behind_linear(planned)
-                found.update(leaf for leaf in leaves if plan.expected.get(leaf) == 1)
-        return found
-
-    def _behind_linear(self, planned: PlannedUse) -> list[Node]:
-        """The parameters behind an edge on whom what it leads to depends linearly, in one way."""
-        assert planned.entry is not None
-        plan, (entry, _), graph = self.prepared.plan, planned.entry, self.prepared.graph
-        users = sum(
-            other.entry is not None and other.entry[0] is entry for uses in plan.uses.values() for other in uses
-        )
-        if entry in plan.mixed or planned.sent is not None or users > 1:
-            return []
-        found: list[Node] = []
-        for leaf in plan.entries[entry]:
-            node = entry
-            while node is not leaf:
-                leading = [k for k, (other, _) in enumerate(graph.edges[node]) if other is not None]
-                if len(leading) != 1 or not is_linear(node, leading[0]):
-                    break
-                node = graph.edges[node][leading[0]][0]
-            else:
-                found.append(leaf)
-        return found
-
-    def _by_columns(self, alone: set[Node], rows: Tensor | None) -> None:
-        with self._of_these(alone) as plan:
-            self.running = running = Columns(self, self.spliced)
-            graph = ResidualGraph(self.spliced, self.prepared, plan)
-            chosen = rows if self.chosen is None else self.chosen
-            seeds = self._place([term.grad()[None] for term in self.terms], chosen)
-            grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.spliced.starts, strict=True)]
-            for edges, columns, weights in self._columns(running, graph, grads, chosen):
-                self.weights = weights
-                running.pull(edges, columns)
-                running.finish()
-                self.advance(len(columns[0]))
-            self.weights = None
-            for parameter, dense, total in self.totals.values():
-                self._add_total(parameter, dense, total)
+    def _by_columns(self, graph: ResidualGraph, rows: Tensor | None) -> None:
+        self.collector = collector = Columns(self, self.spliced)
+        chosen = rows if self.chosen is None else self.chosen
+        seeds = self._place([term.grad()[None] for term in self.terms], chosen)
+        grads = [own[0].to(dtype_at(start)) for own, start in zip(seeds, self.spliced.starts, strict=True)]
+        for edges, columns, weights in self._weighted_columns(collector, graph, grads, chosen):
+            self.weights = weights
+            collector.pull(edges, columns)
+            collector.finish()
+            self.advance(len(columns[0]))
+        self.weights = None
+        for parameter, dense, total in self.totals.values():
+            self._add_total(parameter, dense, total)
 
     def _by_entries(self, leaves: Sequence[Node]) -> None:
         n = self.prepared.n
         rows = self.subset.rows(n, self.device)
         counts = None if rows is None else torch.bincount(rows, minlength=n).to(self.dtype)
-        gradient = self._loss_gradients(self.chosen)
         parameters = [variable_of(leaf) for leaf in leaves]
         create = torch.is_grad_enabled()
 
         def gradients(weights: Tensor | None) -> Sequence[Tensor | None]:
             own = counts if weights is None else weights
-            seeds = gradient(own, self.start_tensors)
+            seeds = loss_gradients(self.terms, self.layouts, self.chosen, own, self.start_tensors)
             return self.spliced.grad(self.spliced.starts, parameters, seeds, create_graph=True)
 
         entries = Entries(gradients, n, parameters, create, not self.spliced.must_loop, self.advance)
         with torch.enable_grad():
-            chosen = None if not self._each else range(n) if rows is None else rows.tolist()
-            found = entries.drawn(self._count) if self.sampled else entries.exact(chosen)
+            chosen = None if not self._by_sample else range(n) if rows is None else rows.tolist()
+            found = entries.drawn(self.extensions[0].mc_samples) if self.sampled else entries.exact(chosen)
         for parameter, diagonal in zip(parameters, found, strict=True):
             if diagonal is not None:
-                self._add_diagonal(parameter, diagonal if self._each else diagonal[None])
+                self._add_diagonal(parameter, diagonal if self._by_sample else diagonal[None])
 
     @contextmanager
-    def _said(self, alone: set[Node], others: Sequence[Node]) -> Iterator[None]:
-        """Say before what takes long, and show on a terminal how far it is."""
+    def _progress(self, graph: ResidualGraph, others: Sequence[Node]) -> Iterator[None]:
+        """Warn beforehand of what takes long, and show on a terminal how far it is."""
         if self.sampled:
             with bar(False, None) as self.advance:
                 yield
             return
-        with self._of_these(alone) as plan:
-            running, graph = Columns(self, self.spliced), ResidualGraph(self.spliced, self.prepared, plan)
-            costs = Costs(self.prepared.graph, plan.n, plan.uses, running.captured)
-            shares = [*self._of_columns(costs, running, graph), *self._of_entries(costs, others)]
+        collector = Columns(self, self.spliced)
+        costs = Costs(collector.graph, graph.n, collector.plan.uses, collector.captured)
+        shares = [*self._cost_of_columns(costs, collector, graph), *self._cost_of_entries(costs, others)]
         names = " and ".join(type(extension).__name__ for extension in self.extensions)
         warn_if_long(self._owner, names, shares, costs.step)
         with bar(None, sum(share.count for share in shares), unit="column", delay=PATIENCE) as self.advance:
             yield
 
-    def _of_columns(self, costs: Costs, running: Columns, graph: ResidualGraph) -> Iterator[Share]:
-        """What columns of the losses take, and of each node with second derivatives."""
-        if not running.plan.uses:
+    def _cost_of_columns(self, costs: Costs, collector: Columns, graph: ResidualGraph) -> Iterator[Share]:
+        """The costs of columns: those of the losses, and those of each node with second derivatives."""
+        if not collector.plan.uses:
             return
         chunk = self._chunk
         steps = costs.columns(self.spliced.starts, self.columns, chunk, graph.leading) / costs.step
         losses = dict.fromkeys(type(term.call.loss).__name__ for term in self.terms)
         yield Share(" and ".join(losses), self.columns, steps)
         for node in graph.curved:
-            count = 1 if self._shortcut(running, graph, node) is not None else graph.columns(node)
+            count = 1 if self._shortcut(collector, graph, node) is not None else graph.columns(node)
             edges = [self.spliced.now(edge) for edge in graph.live(node)]
             steps = costs.columns(edges, count, chunk, graph.leading) / costs.step
             yield Share(f"{kind(node)} of shape {list(shape_of(node, 0))}", count, steps)
 
-    def _of_entries(self, costs: Costs, leaves: Sequence[Node]) -> Iterator[Share]:
-        """What each parameter takes whose diagonal is taken entry by entry."""
-        samples = self.prepared.n if self._each else 1
+    def _cost_of_entries(self, costs: Costs, leaves: Sequence[Node]) -> Iterator[Share]:
+        """The costs of each parameter whose diagonal is computed entry by entry."""
+        samples = self.prepared.n if self._by_sample else 1
         one_by_one = torch.is_grad_enabled() or samples > MANY or not self.batchable
         samples = 1 if samples > MANY else samples
         for leaf in leaves:
@@ -195,22 +152,18 @@ class HessianPass(DoubleBackwardPass):
             yield Share(name_of(parameter), count, steps, by_entries=True)
 
     @contextmanager
-    def _of_these(self, leaves: set[Node]) -> Iterator[Plan]:
-        """Only the uses of these parameters count inside."""
+    def _restricted_to(self, leaves: set[Node]) -> Iterator[ResidualGraph]:
+        """Inside, only the uses of these parameters count; the graph that leads to them."""
         prepared = self.prepared
         plan = make_plan(prepared.graph, prepared.owners, prepared.n, leaves)
         self.prepared = replace(prepared, plan=plan)
         try:
-            yield plan
+            yield ResidualGraph(self.spliced, self.prepared)
         finally:
             self.prepared = prepared
 
-    @cached_property
-    def _count(self) -> int:
-        return self.extensions[0].mc_samples
-
     def compute(self, contributions: Contributions) -> None:
-        """Where a sample's gradient is an outer product, the sum of squared cotangents is all that is needed."""
+        """Add some columns; of a gradient that is an outer product, only the sum of squared cotangents is needed."""
         parameter = contributions.tensor
         grads = self._weighed(contributions)
         if type(grads) is not Dense or grads.grad.shape[3] > 1:
@@ -221,7 +174,7 @@ class HessianPass(DoubleBackwardPass):
         self._note_total(parameter, grads, total)
 
     def _note_total(self, parameter: Tensor, grads: Dense, total: Tensor) -> None:
-        """Add up squared cotangents ``[n, g, s, o]``, by themselves at each position."""
+        """Add up squared cotangents ``[n, g, s, o]``, each position by itself."""
         if id(parameter) in self.totals:
             total = total + self.totals[id(parameter)][2]
         self.totals[id(parameter)] = (parameter, grads, total)
@@ -230,20 +183,20 @@ class HessianPass(DoubleBackwardPass):
         unfold = dense.unfold
         assert unfold is not None
         squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
-        self._add_diagonal(parameter, squares.dense()[0] if self._each else squares.total()[None])
+        self._add_diagonal(parameter, squares.dense()[0] if self._by_sample else squares.total()[None])
 
     @property
-    def _each(self) -> bool:
+    def _by_sample(self) -> bool:
         """Whether diagonals are wanted for each sample."""
         return any("sample_squares" in extension.reads for extension in self.extensions)
 
     def _add_diagonal(self, parameter: Tensor, diagonal: Tensor) -> None:
-        """Add ``[n, *p]``, memory that nothing else uses; one row will do where only the sum over samples is wanted."""
+        """Add ``[n, *p]``, in memory that nothing else uses; ``[1, *p]`` will do where only the sum is wanted."""
         found = Explicit(diagonal[None])
-        if self._each:
+        if self._by_sample:
             found.know(sample_squares=diagonal)
         if any("sum_squares" in extension.reads for extension in self.extensions):
-            found.know(sum_squares=diagonal.sum(0) if self._each or len(diagonal) > 1 else diagonal[0])
+            found.know(sum_squares=diagonal.sum(0) if self._by_sample or len(diagonal) > 1 else diagonal[0])
         self._add(parameter, found, self.extensions)
 
     def _add(self, parameter: Tensor, grads: Individual, extensions: list[Curvature]) -> None:
@@ -251,39 +204,36 @@ class HessianPass(DoubleBackwardPass):
         self.final = False
         super()._add(parameter, grads, extensions)
 
-    def _columns(
-        self, running: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
+    def _weighted_columns(
+        self, collector: Columns, graph: ResidualGraph, grads: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[tuple[Sequence[GradientEdge], list[Tensor], Tensor | None]]:
-        """Where to start, columns, and their weights: of the losses, then of each node."""
-        start, signs = 0, None if self.sampled else self._signs
+        """The columns of the losses, then of each node: where they start, the columns, and their weights."""
+        signs = None if self.sampled else self._signs(rows)
         for stop, seeds in self._chunks():
-            own = None if signs is None else signs[start:stop]
-            own = own[:, rows] if own is not None and rows is not None and self.selected else own
-            yield self.spliced.starts, self._place(seeds, rows), own
-            start = stop
+            yield self.spliced.starts, self._place(seeds, rows), None if signs is None else signs[self.start : stop]
         chunk = self._chunk
         if self.sampled:
             yield from self._drawn_columns(graph, grads, chunk)
             return
         recomputed = any(map(is_recomputed, graph.spliced.nodes))  # it is read only once
         for residual in graph.residuals(grads):
-            simple = None if recomputed else self._shortcut(running, graph, residual.local.node)
+            simple = None if recomputed else self._shortcut(collector, graph, residual.inputs.node)
             if simple is not None:
-                self._add_squares(squares(residual, simple[0]), simple[1])
+                self._add_squares(summed_squares(residual, simple[0]), simple[1])
                 self.advance(1)
                 continue
             for start in range(0, residual.columns, chunk):
                 columns, weights = residual.exact(start, start + chunk)
                 yield residual.edges, columns, weights.expand(-1, graph.n)
 
-    @property
-    def _signs(self) -> Tensor | None:
-        """Of the columns of all losses, ``[v, n]``; ``None``: all are positive."""
+    def _signs(self, rows: Tensor | None) -> Tensor | None:
+        """The signs of the columns of all losses, ``[v, n]``; ``None``: all are positive."""
         roots = [term.root for term in self.terms]
         if all(root.signs is None for root in roots):
             return None
         ones = [torch.ones(root.columns, self.n, dtype=self.dtype, device=self.device) for root in roots]
-        return torch.cat([one if root.signs is None else root.signs for one, root in zip(ones, roots, strict=True)])
+        signs = torch.cat([one if root.signs is None else root.signs for one, root in zip(ones, roots, strict=True)])
+        return signs[:, rows] if rows is not None and self.selected else signs
 
     @property
     def sampled(self) -> bool:
@@ -293,7 +243,7 @@ class HessianPass(DoubleBackwardPass):
     def _drawn_columns(
         self, graph: ResidualGraph, grads: Sequence[Tensor], chunk: int
     ) -> Iterator[tuple[list[GradientEdge], list[Tensor], Tensor]]:
-        """``r`` and ``R r`` for random signs ``r`` at all nodes at a time, as a sum and a difference.
+        """The sums and differences of ``r`` and ``R r`` as columns, for random signs ``r`` at all nodes at once.
 
         The expectation of ``(J^T r) * (J^T R r)`` is the diagonal of ``J^T R J``, and signs of different nodes are
         independent.
@@ -305,7 +255,7 @@ class HessianPass(DoubleBackwardPass):
             drawn = min(chunk, count - start)
             parts: list[Tensor] = []
             for residual in residuals:
-                signs = [signs_like(residual.like, (drawn, *shape)) for shape in residual.shapes]
+                signs = [signs_like(residual.like, (drawn, *shape)) for shape in residual.inputs.shapes]
                 products = residual.local.products(signs)
                 size = sum(product.square().sum() for product in products)
                 scale = (size / max(1, sum(product.numel() for product in products))) ** 0.25
@@ -317,14 +267,14 @@ class HessianPass(DoubleBackwardPass):
             yield edges, parts, weights
 
     def _shortcut(
-        self, running: Columns, graph: ResidualGraph, node: Node
-    ) -> tuple[Way, list[tuple[int, Tensor, Arrival]]] | None:
-        """The way from a node along which sums of squares are all that uses need, and these: where, and of what."""
-        found = way(graph, node)
+        self, collector: Columns, graph: ResidualGraph, node: Node
+    ) -> tuple[SimpleWay, list[tuple[int, Tensor, Arrival]]] | None:
+        """The way from a node along which uses need sums of squares only, and these uses: where, and of what."""
+        found = simple_way(graph, node)
         uses: list[tuple[int, Tensor, Arrival]] = []
         for place, (edge, mixed) in enumerate(() if found is None else found.edges):
-            for planned in running.plan.uses.get(edge.node, ()):
-                arrival = running.arrival(edge.node, planned, Cotangents({0: self.start_tensors[0]}))
+            for planned in collector.plan.uses.get(edge.node, ()):
+                arrival = collector.arrival(edge.node, planned, Cotangents({0: self.start_tensors[0]}))
                 if not self._needs_squares_only(edge, planned, arrival, mixed):
                     return None
                 assert planned.leaf is not None
@@ -332,7 +282,7 @@ class HessianPass(DoubleBackwardPass):
         return None if found is None else (found, uses)
 
     def _add_squares(self, totals: Sequence[Tensor], uses: list[tuple[int, Tensor, Arrival]]) -> None:
-        """Add what the sums of squared columns at the edges of a way give for the uses there."""
+        """Add what the uses along a way make of the sums of squared columns at its edges."""
         for place, parameter, arrival in uses:
             total = totals[place]
             rows = Rows(arrival.layout, self.subset.rows(arrival.layout.n, total.device))

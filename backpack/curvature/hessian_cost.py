@@ -1,7 +1,7 @@
-"""What the Hessian's diagonal costs, told from the graph before anything is computed.
+"""Estimates what the Hessian's diagonal costs, from the graph alone, before anything is computed.
 
-The unit is a multiplication in a large matrix product. What else takes time is counted in this unit, by measurements on
-CPUs: entries that go through memory, calls of nodes. The estimate is meant to be right up to a factor of two.
+The unit is one multiplication in a large matrix product. Entries that go through memory and calls of nodes are counted
+in this unit too, as measured on CPUs. The estimate should be right up to a factor of two.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ import torch
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
-from backpack.curvature.residuals.nodes import base_name
 from backpack.graph import LEAF, VIEWS, Graph, kind, shape_of
 
 ENTRY = 40
-"""For an entry of an output that a function computes; of many columns, which no cache holds, twice as much."""
+"""Cost of each entry that a function computes; twice as much for many columns, which no cache holds."""
 
 CALL = 2**18
-"""For a call of a node."""
+"""Cost of a call of a node."""
 
 PULL = 2**25
-"""For a pull-back, beside the calls of its nodes."""
+"""Cost of a pull-back, beside the calls of its nodes."""
 
 BEFORE = 2**26
-"""For what is done once: for a graph, for the second derivatives of a node, for a parameter."""
+"""Cost of what is done once for a graph, for the second derivatives of a node, or for a parameter."""
 
 LONG = 100
-"""Steps of training up to which nothing is said of what takes as long as these."""
+"""How many steps of training the diagonal may take without a warning."""
 
 MOMENT = 2**35
-"""Multiplications up to which nothing is said either: about a second."""
+"""How many multiplications it may take without a warning, whatever a step takes: about a second."""
 
 OPERANDS = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1}
 """The place of the left one of two matrices."""
@@ -43,7 +42,7 @@ OPERANDS = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1}
 
 @dataclass(frozen=True)
 class Share:
-    """For a node or a parameter: ``count`` columns or entries, which take as long as so many ``steps`` of training."""
+    """What a node or parameter costs: ``count`` columns or entries, which take as long as ``steps`` of training."""
 
     what: str
     count: int
@@ -52,11 +51,11 @@ class Share:
 
 
 _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
-"""What users have been told of a model."""
+"""The warnings that users have got for a model."""
 
 
 def warn_if_long(module: Module, names: str, shares: Iterable[Share], step: float) -> None:
-    """Say what takes long in a model, and what to do instead; once."""
+    """Warn once of what takes long in a model, and say what to do instead."""
     shares = list(shares)
     steps = sum(share.steps for share in shares)
     keeps_graphs = torch.is_grad_enabled()
@@ -84,7 +83,7 @@ def warn_if_long(module: Module, names: str, shares: Iterable[Share], step: floa
 
 
 def multiplications(node: Node) -> int:
-    """Those of a matrix product or convolution; of any other function, zero."""
+    """How many a matrix product or convolution takes; zero for any other function."""
     name, edges = kind(node), node.next_functions
     shape = shape_of(node, 0) if node.name() != LEAF else ()
     if name == "Convolution" and edges[1][0] is not None:
@@ -98,16 +97,16 @@ def multiplications(node: Node) -> int:
 
 
 def work(node: Node, entry: int = ENTRY) -> int:
-    """What the forward pass through a node's function costs."""
+    """The cost of the forward pass through a node's function."""
     entries = 0 if kind(node) in VIEWS or node.name() == LEAF else prod(shape_of(node, 0))
     return multiplications(node) + entry * entries
 
 
 class Costs:
-    """Of passes through a graph.
+    """The costs of passes through a graph.
 
-    ``uses``: nodes that use parameters, of which ``n`` samples' gradients are computed; ``ends``: those of them at
-    which pull-backs of columns end.
+    ``uses``: nodes that use parameters, for each of which the gradients of ``n`` samples are computed; ``ends``: the
+    nodes at which pull-backs of columns end.
     """
 
     def __init__(self, graph: Graph, n: int, uses: Iterable[Node], ends: Iterable[Node]) -> None:
@@ -116,34 +115,35 @@ class Costs:
         self._work = {node: work(node) for node in graph.order}
         self._wide = {node: work(node, 2 * ENTRY) for node in graph.order}
         self.step = sum(3 * own + 3 * CALL for own in self._work.values())
-        """The forward and the backward pass."""
+        """The cost of a step of training: a forward and a backward pass."""
 
-    def columns(self, edges: Sequence[GradientEdge], count: int, chunk: int, leading: set[Node] | None) -> float:
-        """Of pulling columns back from these edges, some at a time, through the nodes that are ``leading`` to uses."""
+    def columns(self, edges: Sequence[GradientEdge], count: int, chunk: int, leading: set[Node]) -> float:
+        """Cost of pulling columns back from these edges, some at a time, through nodes that are ``leading`` to uses."""
         below = self._below(edges, leading)
         each = float(sum(self._wide[node] for node in below - self._ends))
         each += sum(self._contraction(node) for node in below & self._uses)
         return BEFORE + count * each + -(-count // chunk) * (PULL + 3 * CALL * len(below))
 
     def entries(self, count: int, calls: int, one_by_one: bool) -> float:
-        """Of second derivatives, in so many calls or each by itself; they go through the graph of the gradient."""
+        """Cost of second derivatives, in so many calls or one by one; they go through the graph of the gradient."""
         calls = (count if one_by_one else calls) * 12 * CALL * len(self._work)
         return BEFORE + 2 * count * sum(self._wide.values()) + calls
 
-    def _below(self, edges: Sequence[GradientEdge], leading: set[Node] | None) -> set[Node]:
+    def _below(self, edges: Sequence[GradientEdge], leading: set[Node]) -> set[Node]:
+        """The leading nodes that are reached from these edges through such nodes."""
         seen, pending = set[Node](), [edge.node for edge in edges]
         while pending:
             node = pending.pop()
-            if node in seen or node not in self._work or (leading is not None and node not in leading):
+            if node in seen or node not in self._work or node not in leading:
                 continue
             seen.add(node)
             pending += [other for other, _ in self._graph.edges[node] if other is not None]
         return seen
 
     def _contraction(self, node: Node) -> float:
-        """Of the squares of individual gradients: products over positions, and a square for each of their entries."""
+        """Cost of squared individual gradients: products over positions, and a square for each entry."""
         shape, products = shape_of(node, 0), multiplications(node)
-        outputs = shape[1 if base_name(node) == "ConvolutionBackward" else -1] if shape else 1
+        outputs = shape[1 if kind(node) == "Convolution" else -1] if shape else 1
         positions = max(1, prod(shape) // max(1, self._n * outputs))
         if not products or positions == 1:
             return 2 * ENTRY * prod(shape)

@@ -1,9 +1,8 @@
-"""The Hessian's diagonal entry by entry: a derivative of the gradient for each, or for each vector that is drawn.
+"""The Hessian's diagonal entry by entry: the gradient is differentiated once for each entry or each random vector.
 
-That is right for every parameter: one that enters the graph in several places or not linearly, one below what mixes
-samples. And it is what can be differentiated further, for ``backward(create_graph=True)``: the roots of residuals that
-are pulled back otherwise, square roots of entries of any sign and eigenvectors, have no derivatives where entries cross
-zero or eigenvalues meet.
+This works for every parameter, also for one that enters the graph in several places or not linearly, or below what
+mixes samples. The result can also be differentiated further, for ``backward(create_graph=True)``. Columns cannot:
+square roots have no derivative where an entry crosses zero, and eigenvectors have none where eigenvalues meet.
 """
 
 from __future__ import annotations
@@ -16,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.curvature.residuals import WRONG_THIRD, base_name
+from backpack.curvature.residuals.nodes import WRONG_THIRD
+from backpack.graph import kind
 from backpack.torch_internals import vmap
 
 ENTRIES = 2**22
-"""Entries of the vectors that are multiplied with the Hessian at a time."""
+"""How many entries the vectors have that are multiplied with the Hessian at a time."""
 
 
 MANY = 16
-"""Samples from which on their terms are derivatives by their weights, which takes each entry by itself."""
+"""For more samples than this, each entry is differentiated by the samples' weights, which gives all terms at once."""
 
 
 @dataclass(eq=False)
 class Entries:
-    """Diagonals ``[*p]``, or one for each sample ``[n, *p]``.
+    """Computes the diagonals of the Hessian, ``[*p]``, or one for each sample, ``[n, *p]``.
 
     ``gradients``: of the parameters, as a function of the samples' weights; ``n``: how many
     samples there are; ``is_batchable``: whether several derivatives may be taken together.
@@ -44,7 +44,7 @@ class Entries:
     """Shows that so many entries are done."""
 
     def exact(self, chosen: Sequence[int] | None) -> list[Tensor | None]:
-        """By unit vectors; of each of the ``chosen`` samples, ``None``: of all together.
+        """The diagonals from products with unit vectors, for each of the ``chosen`` samples; ``None``: for their sum.
 
         A result is ``None`` if the loss does not depend on a parameter.
         """
@@ -78,7 +78,7 @@ class Entries:
         return found
 
     def _ones(self, only: int | None = None) -> Tensor:
-        """Weights of the samples; zero but for one, they need no gradient."""
+        """Weights of the samples, all one, to be differentiated by; or zero for all samples but one."""
         like = self.parameters[0]
         if only is None:
             return torch.ones(self.n, dtype=like.dtype, device=like.device, requires_grad=True)
@@ -142,7 +142,7 @@ def refuse_wrong_third(nodes: Sequence[torch.autograd.graph.Node], name: str) ->
     Raises:
         RuntimeError: PyTorch's third derivative of a function is.
     """
-    wrong = {base_name(node) for node in nodes} & WRONG_THIRD
+    wrong = {kind(node) for node in nodes} & WRONG_THIRD
     if wrong:
         raise RuntimeError(
             f"{name} under backward(create_graph=True) needs the third derivatives of "

@@ -1,8 +1,8 @@
-"""Residuals of elementwise functions close to the parameters, without a column for each entry.
+"""Pulls back residuals of elementwise functions close to the parameters without a column for each entry.
 
-The columns of a diagonal residual are unit vectors. A parameter that is used once needs only the sum of their squares
-as long as they are multiples of such, or if it is used without positions. It is pulled back as one vector: with the
-squared entries of the Jacobians.
+The columns of a diagonal residual are unit vectors. As long as they stay multiples of unit vectors, or if a parameter
+is used without positions, the parameter needs only the sum of their squares. That sum is pulled back as one vector,
+with the squared entries of the Jacobians.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.curvature.residual_graph import ResidualGraph
-from backpack.curvature.residuals.nodes import ELEMENTWISE, base_name
-from backpack.curvature.residuals.residual import Blocks, Residual, block_axes
+from backpack.curvature.residuals.nodes import ELEMENTWISE
+from backpack.curvature.residuals.residual import Blocks, Residual
+from backpack.graph import kind
 from backpack.samples import Layout
 from backpack.torch_internals import dtype_at, pull_back, shape_at
 
-_LINEAR_BY_ENTRIES = (
-    "Abs Add Clamp ClampMax ClampMin Hardshrink Hardsigmoid Hardtanh LeakyRelu NativeDropout Neg Relu Softshrink Sub "
-    "Threshold"
-)
-BY_ENTRIES = ELEMENTWISE | {f"{name}Backward" for name in _LINEAR_BY_ENTRIES.split()}
+_LINEAR = """
+Abs Add Clamp ClampMax ClampMin Hardshrink Hardsigmoid Hardtanh LeakyRelu NativeDropout Neg Relu Softshrink Sub
+Threshold
+"""
+BY_ENTRIES = ELEMENTWISE.union(_LINEAR.split())
+"""Kinds of nodes that compute each entry of the output from the entry of the input at its place."""
+
 _SELECTING = "Clone MaxPool2DWithIndices MaxPool3DWithIndices ReshapeAlias Squeeze Unsqueeze UnsafeView View"
-SELECTING = {f"{name}Backward" for name in _SELECTING.split()}
-"""Each output is one of the inputs."""
+SELECTING = frozenset(_SELECTING.split())
+"""Kinds of nodes of which each output is one of the inputs."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """From a node's output to its only live input: a product with a ``matrix``, a choice, or entry by entry."""
+    """A step from a node's output to its only live input: a product with a ``matrix``, a choice, or entry by entry."""
 
     above: GradientEdge
     below: GradientEdge
@@ -40,7 +43,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Way:
+class SimpleWay:
     """The edges from a curved node to the first parameter, and the steps between.
 
     With each edge: whether columns that begin as unit vectors are more than multiples of such there.
@@ -50,32 +53,32 @@ class Way:
     steps: list[Step]
 
 
-def way(graph: ResidualGraph, node: Node) -> Way | None:
-    """From the input of a curved node to the first parameter; ``None``: the way is not that simple."""
-    edges, shapes, layouts = graph.inputs(node)
-    if len(edges) > 1 or layouts != [Layout(graph.n)] or block_axes(node, shapes, layouts) != ():
+def simple_way(graph: ResidualGraph, node: Node) -> SimpleWay | None:
+    """The way from the input of a curved node to the first parameter; ``None``: the way is not that simple."""
+    inputs = graph.inputs(node)
+    if inputs.layouts != [Layout(graph.n)] or inputs.block_axes != ():
         return None
-    edge = graph.spliced.now(edges[0])
-    shape, mixed, steps, passed = shapes[0], False, list[Step](), [(edge, False)]
+    edge = graph.spliced.now(inputs.edges[0])
+    shape, mixed, steps, passed = inputs.shapes[0], False, list[Step](), [(edge, False)]
     while live := graph.live(edge.node):
         below = shape_at(live[0])
         if len(live) > 1 or below[:1] != shape[:1] or dtype_at(live[0]).is_complex:
             return None
         matrix = _is_matrix(edge.node, live[0])
-        selecting = base_name(edge.node) in SELECTING
-        if not (base_name(edge.node) in BY_ENTRIES and below == shape) and (mixed or not (matrix or selecting)):
+        selecting = kind(edge.node) in SELECTING
+        if not (kind(edge.node) in BY_ENTRIES and below == shape) and (mixed or not (matrix or selecting)):
             return None
         shape, mixed = below, mixed or matrix
         steps.append(Step(edge, live[0], matrix, selecting))
         edge = graph.spliced.now(live[0])
         passed.append((edge, mixed))
-    return Way(passed, steps)
+    return SimpleWay(passed, steps)
 
 
-def squares(residual: Residual, simple: Way) -> list[Tensor]:
-    """At each edge of a way from a residual the sum of the columns' squares, weighed, ``[n, ...]``."""
+def summed_squares(residual: Residual, simple: SimpleWay) -> list[Tensor]:
+    """The weighted sum of the columns' squares at each edge of the way from a residual, ``[n, ...]``."""
     assert isinstance(residual, Blocks)
-    total = residual.values[..., 0].reshape(residual.shapes[0])
+    total = residual.values[..., 0].reshape(residual.inputs.shapes[0])
     found = [total]
     for step in simple.steps:
         if step.matrix:
@@ -91,7 +94,7 @@ def squares(residual: Residual, simple: Way) -> list[Tensor]:
 
 def _is_matrix(node: Node, data: GradientEdge) -> bool:
     """Whether a node multiplies the rows of its data by a matrix."""
-    place = {"AddmmBackward": 1, "MmBackward": 0}.get(base_name(node))
+    place = {"Addmm": 1, "Mm": 0}.get(kind(node))
     if place is None or node.next_functions[place][0] is not data.node:
         return False
     return place == 0 or node._saved_alpha == 1  # type: ignore[attr-defined]

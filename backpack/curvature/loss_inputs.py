@@ -1,4 +1,4 @@
-"""Where the samples lie at the inputs of losses, and what is known of the graph from there on."""
+"""Finds where the samples lie at the inputs of losses, and prepares the graph from there on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def origin_of(
 
 
 def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared: Prepared) -> Prepared:
-    """What is known of the graph from the inputs of several losses on, of which each is known by itself."""
+    """The graph from the inputs of several losses on, prepared from what was prepared for each loss."""
     counts = dict.fromkeys(part.n for part in parts)
     if len(counts) > 1:
         raise RuntimeError(
@@ -68,38 +68,41 @@ def _from_losses(calls: Sequence[LossCall], parts: Sequence[Prepared], prepared:
         )
     graph = read([call.edge for call in calls])
     begin = {edge: layout for part in parts for edge, layout in part.begin.items()}
-    thoroughly = prepared.owners.is_thorough
     are_parts = any(isinstance(layout, Scattered) for layout in begin.values())
-    with muted():
-        owners = find_owners(graph, begin, torch.Generator(), prepared.owners.owned if are_parts else None, thoroughly)
+    owners = _owners(graph, begin, prepared, prepared.owners.owned if are_parts else None)
     return _planned(graph, begin, owners, prepared, parts[0].n)
 
 
+def _owners(
+    graph: Graph, begin: Mapping[Edge, AnyLayout], prepared: Prepared, known: dict[Edge, AnyLayout] | None = None
+) -> Owners:
+    """Whose rows the cotangents are in a part of a graph, looked for as thoroughly as in all of it."""
+    with muted():
+        return find_owners(graph, begin, torch.Generator(), known, prepared.owners.is_thorough)
+
+
 def _planned(graph: Graph, begin: Mapping[Edge, AnyLayout], owners: Owners, prepared: Prepared, n: int) -> Prepared:
-    """With the uses of those parameters that are in a graph, a part of the one that is known."""
+    """A part of the prepared graph, with the uses of those parameters that are in it."""
     plan = make_plan(graph, owners, n, {leaf for leaf in prepared.plan.expected if leaf in graph.edges})
     plan.mixed = {entry: name for entry, name in prepared.plan.mixed.items() if entry in plan.entries}
     return Prepared(graph, begin, owners, plan)
 
 
 def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
-    """The layout of a loss's input under which the samples are those of the modules' outputs."""
+    """The graph from a loss's input on, with the layout there that gives the samples of the modules' outputs."""
     edge = call.place
     shape, n = tuple(call.input.shape), prepared.n
     axes = (0,) if isinstance(call.loss, torch.nn.CrossEntropyLoss) else range(len(shape))
     possible: list[AnyLayout] = list(layouts(shape, n, axes))
     if edge in prepared.begin:
         possible = [prepared.begin[edge]]
-    thoroughly = prepared.owners.is_thorough
     for layout in possible:
-        with muted():
-            owners = find_owners(graph, {edge: layout}, torch.Generator(), thoroughly=thoroughly)
+        owners = _owners(graph, {edge: layout}, prepared)
         if n == 1 or _agree(owners, prepared, graph):
             return _planned(graph, {edge: layout}, owners, prepared, n)
     rows = _rows_of_outputs(call, graph, prepared)
     if rows is not None:
-        with muted():
-            owners = find_owners(graph, {edge: rows}, torch.Generator(), prepared.owners.owned, thoroughly)
+        owners = _owners(graph, {edge: rows}, prepared, prepared.owners.owned)
         return _planned(graph, {edge: rows}, owners, prepared, n)
     raise RuntimeError(
         f"The input of {type(call.loss).__name__}, of shape {list(shape)}, does not show where the {n} samples lie: "
@@ -109,18 +112,17 @@ def _from_loss(call: LossCall, graph: Graph, prepared: Prepared) -> Prepared:
 
 
 def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLayout | None:
-    """Where the samples lie at the input of a loss, by which samples' outputs its rows are computed from.
+    """Where the samples lie at the input of a loss, judging by the outputs that its rows are computed from.
 
-    ``None``: some row comes from several samples, whatever is taken for a row: all entries along the first axis, all
-    but the last axis, each entry; those of several classes stay together.
+    ``None``: some row comes from several samples, whatever counts as a row: an entry along the first axis, along all
+    axes but the last, or any single entry. The classes of a row stay together.
     """
     shape = call.input.shape
     for axes in _axes_of_rows(call):
         sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
         rows = torch.arange(prod(sizes)).reshape(sizes)
         begin = {call.place: found_layout(rows.numel() + 1, rows)}  # one of none: so no entry counts to any
-        with muted():
-            owners = find_owners(graph, begin, torch.Generator(), {}, prepared.owners.is_thorough)
+        owners = _owners(graph, begin, prepared, {})
         sample = _samples_of_rows(rows.numel(), owners, prepared)
         if sample is not None:
             return found_layout(prepared.n, sample[rows], exactly=True)
@@ -138,7 +140,7 @@ def _axes_of_rows(call: LossCall) -> Iterator[list[int]]:
 
 
 def _rows_that_repeat(call: LossCall, prepared: Prepared) -> AnyLayout | None:
-    """As ``_rows_of_outputs`` where several rows are computed from the same row of an output."""
+    """The same as ``_rows_of_outputs``, also where several rows are computed from one row of an output."""
     owned = prepared.owners.owned
     starts = {GradientEdge(*edge): layout for edge, layout in prepared.begin.items() if owned.get(edge) is layout}
     with muted():
@@ -178,7 +180,7 @@ def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:
 
 
 def _agree(owners: Owners, prepared: Prepared, graph: Graph) -> bool:
-    """Whether the samples are where they were seen from the outputs of modules."""
+    """Whether the samples lie where they lie as seen from the outputs of modules."""
     known = {at: layout for at, layout in prepared.owners.owned.items() if at[0] in graph.edges}
     begun = [at for at in prepared.begin if at in known]
     shared = [at for at in owners.owned if at in known]
@@ -191,7 +193,7 @@ def prepare_again(
     instead: Mapping[Edge, Edge] | None = None,
     thoroughly: bool = False,
 ) -> tuple[Prepared, Mapping[Edge, Note]]:
-    """What is known of a graph that was recorded anew, from edges on whose samples lie as the ``layouts`` say."""
+    """Prepare a graph that was recorded anew, from edges on at which the samples lie as the ``layouts`` say."""
     graph = read(edges, instead)
     notes, calls = noted(graph)
     begin = {edge_of(root): layout for root, layout in zip(graph.roots, layouts, strict=True)}

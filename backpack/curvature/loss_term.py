@@ -7,7 +7,7 @@ the calls. So the losses of a backward pass share a pull-back. Extensions that s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn import Module
 
 from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Prepared
-from backpack.curvature.losses import LossRoot, loss_root
+from backpack.curvature.losses import LossRoot, loss_gradient, loss_root
 from backpack.graph import Edge
 from backpack.graph.users_hooks import undisturbed
 from backpack.graph.vmap_limits import counts_backward_passes
@@ -30,8 +31,7 @@ from backpack.samples import AnyLayout, Layout
 from backpack.torch_internals import is_fully_sharded
 
 PASSES: dict[str, Any] = {}
-"""How curvature is pulled back: the root's columns by themselves (``SeedPass``), their mean over the batch, with second
-derivatives of the model. The files of the passes add them."""
+"""The class of the pass for each way to pull curvature back, such as ``"sqrt"``. The files of the passes add them."""
 
 
 @dataclass(eq=False)
@@ -48,13 +48,13 @@ class Term:
 
     @cached_property
     def root(self) -> LossRoot:
-        """Of the loss's Hessian with respect to its input."""
+        """The root of the loss's Hessian with respect to its input."""
         call = self.call
         with muted(), without_autocast(call.input.device):
             return loss_root(call.loss, call.input, self.layout, call.args, call.kwargs, self.outer)
 
     def none(self, count: int) -> Tensor:
-        """So many seeds that are zero."""
+        """As many seeds as ``count`` says, all zero."""
         size = prod(self.layout.split(self.call.input.detach().to("meta")).shape[1:])
         return self.call.input.new_zeros(count, self.layout.n, size)
 
@@ -63,12 +63,19 @@ class Term:
         call, create = self.call, torch.is_grad_enabled()
         with torch.enable_grad(), muted():
             point = call.input if create else call.input.detach().requires_grad_()
-            value = call.loss.forward(point, *call.args, **call.kwargs)
-            (grad,) = torch.autograd.grad(value, point, self.outer if value.dim() else None, create_graph=create)
+            grad = self.grad_at(point, create_graph=create)
         return self.layout.split(grad).reshape(self.layout.n, -1)
 
+    def grad_at(self, point: Tensor, create_graph: bool) -> Tensor:
+        """The gradient of the loss with respect to its input at ``point``, in the form of the input."""
+        call = self.call
+        return loss_gradient(call.loss, point, call.args, call.kwargs, self.outer, create_graph)
+
     def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
-        """``[v, n, d]`` in the form of the loss's input: zero but for the ``chosen`` samples, or of these alone."""
+        """Seeds ``[v, n, d]`` in the form of the loss's input, zero for all but the ``chosen`` samples.
+
+        ``is_selected``: the form is that of an input with these samples alone.
+        """
         layout = self.layout
         shape = layout.split(self.call.input).shape[1:]
         if chosen is not None and is_selected:
@@ -79,18 +86,23 @@ class Term:
 
 
 def fewer(layout: AnyLayout, n: int) -> Layout:
-    """The layout of so many of the samples."""
+    """The layout of a tensor with ``n`` of the samples."""
     assert isinstance(layout, Layout)
     return Layout(n, layout.axis)
+
+
+def modules_of(notes: Mapping[Edge, Note]) -> Iterator[Module]:
+    """The modules that left these notes, as far as they still exist."""
+    return (module for note in notes.values() if (module := note.module()) is not None)
 
 
 @dataclass(eq=False)
 class Origin:
     """Where seeds begin: at the inputs of losses, whose curvatures add up.
 
-    ``terms``: of the losses, in the order of their calls; ``notes``: of the calls of extended modules that their inputs
-    come from, by the edge of their output; ``prepare``: gives what is known of the graph from some edges on, with the
-    notes of module calls in it.
+    ``terms``: the losses, in the order of their calls; ``notes``: the notes of the calls of extended modules that their
+    inputs come from, by the edge of their output; ``prepare``: the function that prepares a graph from some edges on,
+    and returns it with the notes of module calls in it.
     """
 
     terms: Sequence[Term]
@@ -98,7 +110,7 @@ class Origin:
     notes: Mapping[Edge, Note]
     prepare: Callable[..., tuple[Prepared, Mapping[Edge, Note]]]
     module_io: dict[Node, list[Any]] = field(default_factory=dict)
-    """The calls of modules, by the node that computed their output, where a block reads them."""
+    """The calls of modules, by the node that computed their output, if a block reads them."""
 
     def run(self, block: Block) -> None:
         """Compute the second-order extensions of a block."""
@@ -108,9 +120,9 @@ class Origin:
     def _run(self, block: Block) -> None:
         for term in self.terms:
             self._check(term, block.loss_factor)
-        modules = [module for note in self.notes.values() if (module := note.module()) is not None]
+        roots = list(modules_of(self.notes))
         for extension in block.second_order:
-            if extension.backprop != "sqrt" and any(is_fully_sharded(m) for one in modules for m in one.modules()):
+            if extension.backprop != "sqrt" and any(is_fully_sharded(m) for root in roots for m in root.modules()):
                 raise RuntimeError(
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."

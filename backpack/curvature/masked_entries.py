@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
 from backpack.curvature.residual_graph import ResidualGraph
-from backpack.curvature.residuals import LocalHessian
+from backpack.curvature.residuals.local import LocalHessian
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import variable_of
 from backpack.samples import found_layout
@@ -23,27 +23,25 @@ from backpack.samples.coded_pass import codes_of
 
 
 def keep_apart(spliced: SplicedGraph, prepared: Prepared) -> set[Node]:
-    """Leave out entries that couple samples, where what arrives there has no effect; nodes that couple samples still.
+    """Leave out entries that couple samples if what arrives there has no effect; return nodes that do so still.
 
     What is left of each input of a node is noted with the owners.
     """
     owners, coded = prepared.owners, set(prepared.owners.coded)  # all others keep samples apart whatever the values are
-    graph, coupled = ResidualGraph(spliced, prepared, prepared.plan), set[Node]()
+    graph, coupled = ResidualGraph(spliced, prepared), set[Node]()
     for node in graph.curved if coded and prepared.n > 1 else ():
         if node not in coded:
             continue
-        edges, shapes, layouts = graph.inputs(node)
-        local = LocalHessian(node, edges, _random_outputs(node, prepared))
-        if local.is_zero(shapes):
+        inputs = graph.inputs(node)
+        local = LocalHessian(node, inputs.edges, _random_outputs(node, prepared))
+        if local.is_zero():
             continue
-        own = [
-            layout.owners(shape, torch.device("cpu")).expand(shape)
-            for layout, shape in zip(layouts, shapes, strict=True)
-        ]
+        known = zip(inputs.layouts, inputs.shapes, strict=True)
+        own = [layout.owners(shape, torch.device("cpu")).expand(shape) for layout, shape in known]
         shared = _shared(local, own, prepared.n)
         if not any(bool(hit.any()) for hit in shared):
             continue
-        for place, (edge, hit) in enumerate(zip(edges, shared, strict=True)):
+        for place, (edge, hit) in enumerate(zip(inputs.edges, shared, strict=True)):
             if hit.any() and _is_without_effect(edge, hit, spliced, prepared):
                 own[place] = own[place].masked_fill(hit, -1)
                 owners.within[node, edge] = found_layout(prepared.n, own[place], exactly=True)
@@ -53,7 +51,7 @@ def keep_apart(spliced: SplicedGraph, prepared: Prepared) -> set[Node]:
 
 
 def _random_outputs(node: Node, prepared: Prepared) -> dict[int, Tensor]:
-    """Random cotangents of the outputs that the samples reach."""
+    """Random cotangents of those outputs of a node that belong to samples."""
     found = {}
     for number, data in enumerate(node._input_metadata):
         layout = prepared.owners.owned.get((node, number))

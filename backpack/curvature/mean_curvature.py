@@ -1,4 +1,4 @@
-"""The mean curvature over the batch, and how it passes modules in closed form.
+"""The mean curvature over the batch, and closed forms that pull it back through modules.
 
 Where all samples have the same Jacobian ``J``, the curvature ``J^T H J`` is the pull-back of the rows of ``H``,
 transposed and pulled back once more. An elementwise function multiplies ``H`` with the second moment of its slopes, and
@@ -28,7 +28,7 @@ from backpack.uses.second_moments import scaled_product, second_moment, symmetri
 from backpack.uses.windows import each
 
 SHIFT = 1e-13
-"""What is added to the diagonal of a curvature, relative to its largest entry, to have a Cholesky decomposition."""
+"""What is added to the diagonal of a curvature, times its largest entry, so that it has a Cholesky decomposition."""
 
 ELEMENTWISE = (
     *(nn.AlphaDropout, nn.CELU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ELU, nn.GELU, nn.Hardshrink),
@@ -55,7 +55,7 @@ AFFINE = (
 """Modules whose Jacobians are the same for all samples."""
 
 POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-"""Modules that select entries of windows, and the number of their axes."""
+"""Modules that select one entry of each window, and how many axes a window has."""
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class Mean:
 
 
 def is_one_of(module: Module, kinds: tuple[type[Module], ...]) -> bool:
-    """Whether the forward pass of a module is that of one of these classes, which no user has changed."""
+    """Whether a module runs the forward pass of one of these classes, unchanged by any user."""
     if not isinstance(module, kinds) or "forward" in vars(module) or is_observed(module):
         return False
     return any(type(module).forward is cls.forward for cls in kinds if isinstance(module, cls))
@@ -126,7 +126,7 @@ def _through_linear(weight: Tensor, mean: Mean) -> Mean:
 
 
 def _adjoint(module: Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Rows ``[v, d]`` of cotangents of an affine module's output to those of its input: as if each were a sample."""
+    """Pulls cotangents ``[v, d]`` of an affine module's output back to its input, as if each were a sample."""
 
     def pull(rows: Tensor) -> Tensor:
         result = empty((len(rows), x[0].numel()), rows)
@@ -143,7 +143,7 @@ def _adjoint(module: Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _selected(module: Any, x: Tensor, curvature: Tensor) -> Tensor:
-    """Through max pooling: two entries have the curvature of windows in as many samples as select both of them."""
+    """Through max pooling: two entries have the curvature of two windows, averaged over samples that select both."""
     dims = next(dims for cls, dims in POOLS.items() if isinstance(module, cls))
     pool = copy.copy(module)
     pool.return_indices = True

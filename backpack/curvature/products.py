@@ -1,4 +1,4 @@
-"""Products with curvature matrices that can be used after the backward pass, each parameter's block for itself.
+"""Products with curvature matrices that work after the backward pass, with the block of each parameter by itself.
 
 They need a graph that outlives the backward pass: that of the forward pass, which is kept, or that of the modules that
 were run again with functions that have second derivatives. Its nodes get copies of the parameters that they saved, so
@@ -7,7 +7,6 @@ that the curvature stays that at the weights of the pass.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,13 +19,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
 from backpack.backward.collector import Prepared
-from backpack.curvature.double_backward import DoubleBackwardPass
+from backpack.curvature.double_backward import DoubleBackwardPass, loss_gradients
 from backpack.curvature.loss_term import PASSES
 from backpack.curvature.masked_entries import keep_apart
 from backpack.curvature.residual_graph import ResidualGraph
+from backpack.curvature.residuals.local import vmap_or_loop
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.graph import LEAF, copy_saved_parameters, count_outputs, forget_recomputed, shape_of, variable_of
-from backpack.graph.users_hooks import forget_retained, observed, undisturbed
+from backpack.graph.users_hooks import observed, undisturbed
 from backpack.graph.vmap_limits import nodes
 from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
@@ -36,7 +36,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Handle:
-    """What the functions of one backward pass share: what they need is kept as long as one of them lives."""
+    """The functions of one backward pass share a handle: what they need is kept as long as one of them lives."""
 
 
 HELD: WeakKeyDictionary[Module, WeakKeyDictionary[Handle, list[Product]]] = WeakKeyDictionary()
@@ -70,20 +70,20 @@ class BlockProduct:
 
 
 class ProductPass(DoubleBackwardPass):
-    """Leaves functions on the parameters, for extensions that share a subset, with a graph that outlives the pass."""
+    """Stores functions on the parameters, for extensions that share a subset; their graph outlives the pass."""
 
     def run(self) -> None:
         """Store the functions; nothing is multiplied yet."""
         self._refuse_rules()
         given = self.subset.rows(self.n, self.device)
         rows, counts = (None, None) if given is None else given.unique(return_counts=True)
-        self._take_twice_differentiable(rows)
+        self._switch_to_twice_differentiable(rows)
         self._keep_graph()
         chosen = None if self.chosen is None else rows
         weights = None if counts is None else counts.to(self.dtype)
         if weights is not None and rows is not None and chosen is None:
             weights = weights.new_zeros(self.prepared.n).index_copy(0, rows, weights)
-        gradient, starts = partial(self._loss_gradients(chosen), weights), self.start_tensors
+        gradient, starts = partial(loss_gradients, self.terms, self.layouts, chosen, weights), self.start_tensors
         tensors: list[ref[Tensor] | Tensor] = [*map(ref, starts), *observed(self.prepared.graph)]
         curvature = CurvatureBlocks(self.spliced, self.prepared, starts, gradient, tensors)
         owner, handle, products = self._owner, Handle(), list[Product]()
@@ -95,7 +95,7 @@ class ProductPass(DoubleBackwardPass):
                 products.append(extension.product(curvature, parameter))
 
     def _keep_graph(self) -> None:
-        """See to it that the graph outlives the backward pass, and stays that at the present parameters."""
+        """Make the graph outlive the backward pass, and stay the graph of the present parameters."""
         own = set(self.origin.prepared.graph.order)
         if any(node in own and node.name() != LEAF for node in self.spliced.nodes):
             self.block.keeps_graph = True
@@ -106,9 +106,9 @@ class ProductPass(DoubleBackwardPass):
 
 @dataclass(eq=False)
 class Entrance:
-    """Where a parameter enters the graph: itself, or the only output that it has a part in and that is linear in it.
+    """Where a parameter enters the graph: at itself, or at the only output that depends on it, linearly.
 
-    ``change``: of what is there, as the parameter moves along a vector.
+    ``change``: how what is there changes as the parameter moves along a vector.
     """
 
     place: Tensor | GradientEdge
@@ -124,10 +124,11 @@ class Entrance:
 class CurvatureBlocks:
     """Multiplies with blocks of the Hessian, of the GGN, and of the GGN with a part of the residuals.
 
-    ``gradient``: of the losses, at ``starts``, where the graph starts, or at any other values.
+    ``gradient``: the gradients of the losses at ``starts``, where the graph starts, or at any other values.
 
-    Of a gradient that is a linear function of those at an output, these are differentiated instead: what is linear in
-    the parameters need not be differentiated twice, and all parameters share one graph of first derivatives.
+    If a parameter's gradient is a linear function of the gradient at an output, the latter is differentiated instead:
+    what is linear in the parameters need not be differentiated twice, and all parameters share one graph of first
+    derivatives.
     """
 
     spliced: SplicedGraph
@@ -153,7 +154,7 @@ class CurvatureBlocks:
         return points, self.gradient(points)
 
     def hessian(self, parameter: Tensor) -> Product:
-        """Of the loss (Pearlmutter, 1994)."""
+        """The Hessian of the loss (Pearlmutter, 1994)."""
         cotangents = self._of_hessian
 
         def pull() -> tuple[Entrance, Tensor]:
@@ -171,7 +172,7 @@ class CurvatureBlocks:
         return self._semidefinite(parameter, [], [])
 
     def positive(self, parameter: Tensor, modify: Product) -> Product:
-        """The GGN and, for every node, its residual with modified eigenvalues."""
+        """The sum of the GGN and, for every node, its residual with modified eigenvalues."""
         if modify not in self.modified:
             with muted():
                 coupled = keep_apart(self.spliced, self.prepared)
@@ -180,7 +181,7 @@ class CurvatureBlocks:
                     f"{next(iter(coupled)).name()} couples samples in second order, although its values keep them "
                     f"apart: its second derivatives have no eigenvalues of one sample. Use the Hessian or the GGN."
                 )
-            graph = ResidualGraph(self.spliced, self.prepared, self.prepared.plan)
+            graph = ResidualGraph(self.spliced, self.prepared)
             grads = [cotangent.detach() for cotangent in self._of_ggn[1]]
             with muted():
                 found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(grads)]
@@ -192,7 +193,7 @@ class CurvatureBlocks:
     def _semidefinite(
         self, parameter: Tensor, residuals: list[tuple[list[GradientEdge], Any]], zeros: list[Tensor]
     ) -> Product:
-        """The GGN and ``J^T R J`` for matrices ``R`` between the edges given with each; ``zeros``: at all these."""
+        """The GGN plus ``J^T R J`` for each matrix ``R`` between the edges given with it; ``zeros``: at all of them."""
         edges = [*self.edges, *(edge for own, _ in residuals for edge in own)]
         points, cotangents = self._of_ggn
 
@@ -217,7 +218,7 @@ class CurvatureBlocks:
     def _pull(
         self, parameter: Tensor, edges: Sequence[GradientEdge], cotangents: list[Tensor]
     ) -> tuple[Entrance, Tensor]:
-        """Where a parameter enters, and the pull-back to there of cotangents at the edges, as a function of them."""
+        """Where a parameter enters, and the cotangents at the edges pulled back to there, as a function of them."""
         entrance = self._entrances.get(id(parameter))
         entrances = list(self._entrances.values())
         if entrance is None:
@@ -236,10 +237,10 @@ class CurvatureBlocks:
         return dict(self._outputs())
 
     def _outputs(self) -> Iterator[tuple[int, Entrance]]:
-        """Of parameters: the output that all of the loss depends on them through, linear in them."""
+        """For parameters, the output that is linear in them, and through which alone the loss depends on them."""
         parts = self.spliced.parts
         if len(parts) > 1 or any(edge not in part.values() for part in parts for edge in self.edges):
-            return  # what functions have kept leads to graphs that others have taken the place of
+            return  # what functions have kept leads to graphs that others replace
         plan, graph = self.prepared.plan, self.prepared.graph
         for node, uses in plan.uses.items():
             for planned in uses:
@@ -259,7 +260,7 @@ class CurvatureBlocks:
 
 
 def _change(forward: Callable[[Tensor, Size], Tensor], output: Size, turned: bool, vector: Tensor) -> Tensor:
-    """That of a node's output ``[*output]``, as its parameter, perhaps transposed, moves along a vector."""
+    """How a node's output ``[*output]`` changes as its parameter, perhaps transposed, moves along a vector."""
     with torch.no_grad():
         return forward(vector.T if turned else vector, output)
 
@@ -271,7 +272,7 @@ def _grads(value: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> Sequence[
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """Those of tables may be sparse."""
+    """The gradient of a table may be sparse."""
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
@@ -290,18 +291,12 @@ def _of_one_or_several(
         try:
             with muted(), undisturbed(tensors):
                 prepare()
-                return product(vector) if vector.shape == shape else several(vector)
+                if vector.shape == shape:
+                    return product(vector)
+                (products,) = vmap_or_loop(lambda one: (product(one),), [vector])
+                return products
         finally:
             forget_recomputed()
-
-    def several(vectors: Tensor) -> Tensor:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                return torch.vmap(product)(vectors)
-        except (RuntimeError, UserWarning):  # a derivative that cannot be batched
-            forget_retained()
-            return torch.stack([product(one) for one in vectors])
 
     return multiply
 

@@ -1,7 +1,7 @@
 """Running a module again: on selected samples, with other functions, or piece by piece.
 
-Nothing of it is to be seen afterwards: not on the module, nor in its buffers, nor in the random numbers that others
-draw. What comes out counts only where it agrees with what the forward pass of the user gave.
+It leaves no trace: not on the module, nor in its buffers, nor in the random numbers that others draw. The outputs are
+used only if they agree with those of the user's forward pass.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from backpack.modules.calls import Note, leaves_of
 from backpack.torch_internals import is_fully_sharded, uncompiled
 
 NOT_TAKEN = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError)
-"""What a module raises that does not take fewer samples."""
+"""What a module may raise that cannot run on fewer samples."""
 
 
 @contextmanager
 def run_again(root: Module) -> Iterator[list[str]]:
-    """A forward pass inside leaves no attribute of the module and its submodules changed, nor statistics in buffers.
+    """What runs inside leaves no attribute of the module and its submodules changed, nor statistics in buffers.
 
-    What it gives lists, afterwards, buffers that were changed and that the next forward pass may depend on.
+    Yields a list that afterwards names the buffers that were changed and that the next forward pass may depend on.
     """
     before = [(module, dict(vars(module))) for module in root.modules()]
     buffers = [(m._buffers, name, b) for m in root.modules() if m.training for name, b in m._buffers.items()]
@@ -77,18 +77,18 @@ def is_observed(module: Module) -> bool:
     return not all(name.startswith(("backpack.", "torch.")) for name in names)
 
 
-def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool) -> list[Any] | None:
-    """All outputs of a module, of the selected samples alone, if it can run again.
+def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool) -> list[Any]:
+    """All outputs of a module, of the selected samples alone; none if it cannot run again.
 
     ``double_backward``: with functions that have second derivatives.
     """
     root = note.module()
     if root is None or not note.is_complete:
-        return None
+        return []
     if any(map(is_fully_sharded, root.modules())):
-        return None  # processes would not gather parameters in step
+        return []  # processes would not gather parameters in step
     if rows is not None and any(map(is_observed, root.modules())):
-        return None  # what a hook has kept would be replaced
+        return []  # what a hook has kept would be replaced
 
     def select(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -106,17 +106,23 @@ def outputs_again(note: Note, rows: Tensor | None, n: int, double_backward: bool
             contexts.enter_context(TwiceDifferentiable())
         try:
             outputs = leaves_of(root(*args, **kwargs))
-        except NOT_TAKEN:  # of a state of all samples, of what counts on all
-            return None
+        except NOT_TAKEN:  # it has a state for all samples, or relies on their number
+            return []
     if changed and rows is not None:
-        return None  # it computes with what its last forward pass has left
+        return []  # it computes with what its last forward pass has left
     if double_backward:
         _recompute_twice_differentiably(outputs, leaves_of((args, kwargs)))
     return outputs
 
 
+def output_of(note: Note, outputs: Sequence[Any]) -> Tensor | None:
+    """The output at which a call left a note, among those of another run; ``None``: it is gone or has no graph."""
+    found = outputs[note.place] if note.place < len(outputs) else None
+    return found if isinstance(found, Tensor) and found.grad_fn is not None else None
+
+
 def _recompute_twice_differentiably(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
-    """Checkpointed regions of a graph are computed again as they were: with functions that have second derivatives."""
+    """Let checkpointed regions of a graph be computed again with functions that have second derivatives, too."""
     found, known = (
         regions(read([get_gradient_edge(t) for t in tensors if isinstance(t, Tensor) and t.requires_grad]).order)
         for tensors in (outputs, inputs)

@@ -1,44 +1,35 @@
-"""The recorded graph between the inputs of losses and the uses of parameters: its nodes with second derivatives."""
+"""Finds the nodes with second derivatives in the graph between the inputs of losses and the uses of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.collector import Prepared
-from backpack.backward.plan import Plan
-from backpack.curvature.residuals import (
-    LocalHessian,
-    Residual,
-    count_columns,
-    is_bilinear,
-    is_flat,
-    positions_of,
-    residual_of,
-)
-from backpack.curvature.spliced_graph import SplicedGraph
-from backpack.graph import Graph, is_complex
-from backpack.samples import AnyLayout
-from backpack.torch_internals import dtype_at, shape_at
+from backpack.curvature.residuals.inputs import NodeInputs
+from backpack.curvature.residuals.local import LocalHessian
+from backpack.curvature.residuals.nodes import is_bilinear, is_flat, positions_of
+from backpack.curvature.residuals.residual import Residual, residual_of
+from backpack.curvature.spliced_graph import SplicedGraph, arrivals_at
+from backpack.graph import is_complex
 
 
 @dataclass(eq=False)
 class ResidualGraph:
-    """Nodes that lead from the inputs of losses, where a graph starts, to the uses of a plan."""
+    """Nodes that lead from the inputs of losses, where a graph starts, to the uses of parameters in a plan."""
 
     spliced: SplicedGraph
     prepared: Prepared
-    plan: Plan
 
     def __post_init__(self) -> None:
-        self.n = self.plan.n
+        self.n = self.prepared.n
         graph, owned = self.prepared.graph, self.prepared.owners.owned
-        self.leading: set[Node] = set(self.plan.uses)
+        self.leading: set[Node] = set(self.prepared.plan.uses)
         """Nodes from which ways lead to uses."""
         for node in reversed(graph.order):
             if any(other in self.leading and (other, number) in owned for other, number in graph.edges[node]):
@@ -56,48 +47,43 @@ class ResidualGraph:
 
     @cached_property
     def curved(self) -> list[Node]:
-        """The nodes whose second derivatives may count."""
+        """The nodes whose second derivatives may contribute."""
         owners = self.prepared.owners
         return [
             node
             for node in self.prepared.graph.order
-            if node in owners.sends and (live := self.live(node)) and not is_flat(node, live)
+            if node in owners.sends and (live := self.live(node)) and not is_flat(node, len(live))
         ]
 
-    def inputs(self, node: Node) -> tuple[list[GradientEdge], list[Size], list[AnyLayout]]:
-        """The live inputs of a node, their shapes, and where the samples lie in each."""
+    def inputs(self, node: Node) -> NodeInputs:
+        """The live inputs of a node, and where the samples lie in each."""
         edges = list(dict.fromkeys(self.live(node)))
         owners = self.prepared.owners
         owned = [owners.owned[edge.node, edge.output_nr] for edge in map(self.spliced.now, edges)]
         layouts = [owners.within.get((node, edge), layout) for edge, layout in zip(edges, owned, strict=True)]
-        return edges, [shape_at(edge) for edge in edges], layouts
+        return NodeInputs(node, edges, layouts)
 
     def columns(self, node: Node) -> int:
         """How many columns the residual of a curved node has, told before anything is computed of it."""
-        edges, shapes, layouts = self.inputs(node)
-        is_known = is_bilinear(node) or positions_of(node, len(shapes[0])) is not None
-        if not is_known and LocalHessian(node, edges, zero_outputs(node)).is_zero(shapes):
+        inputs = self.inputs(node)
+        is_known = is_bilinear(node) or positions_of(node, len(inputs.shapes[0])) is not None
+        if not is_known and LocalHessian(node, inputs.edges, zero_outputs(node)).is_zero():
             return 0
-        return count_columns(node, shapes, layouts)
+        return inputs.count_columns()
 
     def residuals(self, grads: Sequence[Tensor]) -> Iterator[Residual]:
-        """Of all nodes, given the gradients of the losses with respect to their inputs.
+        """The residuals of all nodes, given the gradients of the losses with respect to their inputs.
 
         Raises:
             RuntimeError: PyTorch has no second derivative of a node.
         """
-        graph, curved = self.prepared.graph, self.curved
-        for node in filter(is_complex, curved):
+        for node in filter(is_complex, self.curved):
             raise RuntimeError(
                 f"{node.name()} is a function of complex numbers that is not linear: its second derivatives are no "
                 f"symmetric matrix of the samples' entries. Compute it of real and imaginary parts, or take the "
                 f"Hessian or the GGN."
             )
-        numbers = {node: sorted({number for _, _, number in graph.incoming[node]}) for node in curved}
-        for start in self.spliced.starts:
-            if start.node in numbers:
-                numbers[start.node] = sorted({start.output_nr, *numbers[start.node]})
-        arrivals = [GradientEdge(node, number) for node in curved for number in numbers[node]]
+        arrivals = [edge for node in self.curved for edge in arrivals_at(node, self.prepared.graph)]
         if not arrivals:
             return
         arrived: dict[Node, dict[int, Tensor]] = {}
@@ -105,46 +91,13 @@ class ResidualGraph:
             if found is not None:
                 arrived.setdefault(edge.node, {})[edge.output_nr] = found
         for node, own in arrived.items():
-            inputs, shapes, layouts = self.inputs(node)
-            local = LocalHessian(node, inputs, own)
-            if local.is_zero(shapes):
+            inputs = self.inputs(node)
+            local = LocalHessian(node, inputs.edges, own)
+            if local.is_zero():
                 continue
-            like = next(iter(own.values()))
-            residual = residual_of(local, shapes, layouts, like)
+            residual = residual_of(inputs, local, like=next(iter(own.values())))
             if residual is not None:
                 yield residual
-
-
-def curved_complex(prepared: Prepared) -> set[Node]:
-    """Nodes of complex numbers that are not linear: their second derivatives are of two real parts each."""
-    return {node for node in prepared.owners.sends if _is_curved_and_complex(node)}
-
-
-def below(nodes: set[Node], graph: Graph) -> set[Node]:
-    """All nodes below some of a graph."""
-    found: set[Node] = set()
-    for node in graph.order if nodes else ():
-        if any(consumer in found or consumer in nodes for consumer, _, _ in graph.incoming[node]):
-            found.add(node)
-    return found
-
-
-def _is_curved_and_complex(node: Node) -> bool:
-    following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
-    return is_complex(node) and not is_flat(node, following)
-
-
-def is_linear(node: Node, k: int) -> bool:
-    """Whether a node's output is linear in its input ``k`` alone."""
-    following, number = node.next_functions[k]
-    assert following is not None
-    edge = GradientEdge(following, number)
-    if is_flat(node, [edge]) or node.name().startswith(LINEAR) or (k and node.name().startswith(NORMALIZATIONS)):
-        return True
-    try:
-        return LocalHessian(node, [edge], zero_outputs(node)).is_zero([shape_at(edge)])
-    except RuntimeError:
-        return False
 
 
 def zero_outputs(node: Node) -> dict[int, Tensor]:
@@ -153,25 +106,3 @@ def zero_outputs(node: Node) -> dict[int, Tensor]:
         number: torch.zeros(data.shape, dtype=data.dtype, device=data.device)
         for number, data in enumerate(node._input_metadata)
     }
-
-
-NORMALIZATIONS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm")
-"""How the names of nodes begin that are linear in their parameters, which are all but the first input."""
-
-LINEAR = ("Trilinear", "Embedding", "AccumulateGrad")
-"""How the names of nodes begin that are linear in each input."""
-
-LOW = (torch.bfloat16, torch.float16)
-
-
-def is_lowered(node: Node) -> bool:
-    """Whether a node brings a tensor to 16 bits, as ``torch.autocast`` does."""
-    if node.name() != "ToCopyBackward0" or dtype_at(GradientEdge(node, 0)) not in LOW:
-        return False
-    following = [GradientEdge(other, number) for other, number in node.next_functions if other is not None]
-    return any(dtype_at(edge) not in LOW for edge in following)
-
-
-def has_autocast(nodes: Iterable[Node]) -> bool:
-    """Whether a part of a graph was recorded under autocast: derivatives of second order would mix its data types."""
-    return any(map(is_lowered, nodes))

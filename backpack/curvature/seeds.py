@@ -1,24 +1,25 @@
-"""Second order: roots of the loss Hessian are pulled back by autograd through whatever graph it recorded.
+"""Second order: autograd pulls roots of the loss Hessian back through the graph that it recorded.
 
 Before the ordinary backward pass, columns of a root of the loss's Hessian (*seeds*) are sent through the graph from its
-input on, some at a time. They reach the uses of the parameters as cotangents do in first order, with a further axis.
+input on, some at a time. They reach the uses of the parameters as cotangents do in first order, with one more axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack.backward.arrivals import Contributions
 from backpack.backward.block import Block
 from backpack.curvature.columns import Columns
 from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
-from backpack.curvature.rerun import agree, outputs_again
+from backpack.curvature.rerun import agree, output_of, outputs_again
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature, without_rules
 from backpack.graph import shape_of, variable_of
@@ -36,7 +37,7 @@ WIDEST = 2**23
 class SeedPass:
     """Seeds of one kind, for extensions that share them, pulled back chunk by chunk.
 
-    ``last``: nothing else will be computed for the block, so that modules are done when this pass is through them.
+    ``last``: nothing else will be computed for the block, so that a module is done when this pass is through it.
     """
 
     double_backward = False
@@ -59,29 +60,34 @@ class SeedPass:
         self.final = False
         self.gathered = self.selected = False
         self.batchable = True
-        self.running: Columns | None = None
+        self.collector: Columns | None = None
         self.start = 0
         self.weights: Tensor | None = None
         self.finished: set[int] = set()
         self.subset: Subset = extensions[0].subset
 
     @property
-    def ruled(self) -> dict[Node, list[ModuleIO]]:
-        """Calls of modules for which an extension has a rule, by the node that computed their output."""
-        found: dict[Node, list[ModuleIO]] = {}
+    def _name(self) -> str:
+        """The class of an extension, for messages."""
+        return type(self.extensions[0]).__name__
+
+    @property
+    def with_rules(self) -> dict[Node, list[tuple[Any, ModuleIO]]]:
+        """Extensions and calls of modules that they have a rule for, by the node that computed the module's output."""
+        found: dict[Node, list[tuple[Any, ModuleIO]]] = {}
         for node, module_io in self.module_io.items():
-            for io in module_io:
-                if any(extension.rules and extension.rule_for(io.module) for extension in self.extensions):
-                    found.setdefault(node, []).append(io)
+            for io, extension in product(module_io, self.extensions):
+                if extension.rules and extension.rule_for(io.module) is not None:
+                    found.setdefault(node, []).append((extension, io))
         return found
 
     @property
-    def told(self) -> dict[Node, list[ModuleIO]]:
+    def to_report(self) -> dict[Node, list[ModuleIO]]:
         """Calls of modules that a user is told of when this pass is through them."""
         return self.module_io if self.last and self.block.extension_hook is not None else {}
 
-    def tell(self, io: ModuleIO) -> None:
-        """The last columns have come to a module's output."""
+    def report(self, io: ModuleIO) -> None:
+        """Tell the user that a module is done: the last columns have come to its output."""
         known = None if self.selected else io  # that of the selected samples is not what users expect
         if not trainable(io.module):
             self.block.module_done(io.module, known)
@@ -91,22 +97,19 @@ class SeedPass:
     def run(self) -> None:
         """Pull back all seeds and store the results."""
         rows = self.subset.rows(self.n, self.device)
-        if rows is not None:
-            own = self._rerun(rows)
-            if own is not None:
-                self.subset, self.selected = Subset(), True
-                self._go_over(SplicedGraph(own), [fewer(layout, len(rows)) for layout in self.layouts])
+        if rows is not None and self._select(rows):
+            self.subset = Subset()
         try:
             self._together_or_not(lambda: self._pull_all(rows))
         finally:
             self._clear()
 
     def _together_or_not(self, pull: Callable[[], None]) -> None:
-        """Several seeds at a time; if that fails, one by one."""
+        """Pull several seeds back at a time; if that fails, one by one."""
         try:
             pull()
         except RuntimeError:
-            if self.running is None or not self.running.batched:
+            if self.collector is None or not self.collector.batched:
                 raise
             self._clear()  # a node that vmap_limits.py does not know cannot take seeds together, or memory was short
             self.batchable = False
@@ -114,23 +117,23 @@ class SeedPass:
 
     def _pull_all(self, rows: Tensor | None) -> None:
         for number, seeds in self._chunks():
-            self.running = columns = self.running or Columns(self, self.spliced)
+            self.collector = columns = self.collector or Columns(self, self.spliced)
             self.final = number >= self.columns
             columns.pull(self.spliced.starts, self._place(seeds, rows))
             if self.final or not self.gathered:
                 columns.finish()
 
-    def _go_over(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
-        """Go on with a graph that was recorded anew."""
+    def _switch_to(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
+        """Continue with a graph that was recorded anew."""
         self.spliced, self.layouts = spliced, layouts
         self.prepared, self.notes = self.origin.prepare(spliced.starts, layouts, spliced.replaced)
         self.spliced.known = self.prepared.graph.order
         self.module_io = module_io_of(self.prepared.graph) if self.module_io else {}
 
     def _clear(self) -> None:
-        for store in (self.results, self.finished):
-            store.clear()
-        self.running = None  # it refers to this pass, and both to the graph
+        self.results.clear()
+        self.finished.clear()
+        self.collector = None  # it refers to this pass, and both to the graph
 
     @property
     def widest(self) -> int:
@@ -139,8 +142,8 @@ class SeedPass:
         return max(sizes, default=1)
 
     @property
-    def _individual(self) -> int:
-        """Entries of the samples' gradients, of one seed, that are pulled through where samples are mixed."""
+    def _entries_pulled_through(self) -> int:
+        """Entries of the samples' gradients, for one seed, that go through regions where samples are mixed."""
         plan = self.prepared.plan
         leaves = {leaf for entry in plan.mixed for leaf in plan.entries[entry]}
         return self.n * sum(variable_of(leaf).numel() for leaf in leaves)
@@ -166,11 +169,11 @@ class SeedPass:
         if torch.is_grad_enabled() or not self.batchable or self.spliced.must_loop:
             return 1
         if self.prepared.plan.mixed:
-            return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._individual))
+            return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._entries_pulled_through))
         return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
 
     def _seeds(self, start: int, stop: int) -> list[Tensor]:
-        """Some of the seeds, for each term ``[v, r, d]``: one after the other, with zeros for those of others."""
+        """Some of the seeds, for each term ``[v, r, d]``: those of one term after the other, zero for other terms."""
         found, end = [], 0
         for term, count in zip(self.terms, self.counts, strict=True):
             begin, end = end, end + count
@@ -208,59 +211,53 @@ class SeedPass:
         return sum(self.counts)
 
     def _place(self, seeds: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
-        """``[v, r, d]`` of each term in the form of the loss's input; of the selected samples only."""
+        """Seeds ``[v, r, d]`` of each term in the form of the loss's input, for the selected samples only."""
         return [term.placed(own, rows, self.selected) for term, own in zip(self.terms, seeds, strict=True)]
 
-    def _rerun(self, rows: Tensor, rounded: bool = False) -> list[GradientEdge] | None:
-        """The graph of the selected samples alone, where running the module on them gives the same outputs.
+    def _select(self, rows: Tensor, rounded: bool = False) -> bool:
+        """Continue with a graph of the selected samples alone, if running the module on them gives the same outputs.
 
-        ``rounded``: they were computed in 16 bits before, and are not now.
+        ``rounded``: the outputs were computed in 16 bits before, and must not be now.
         """
         notes = [self.notes.get(term.call.place) for term in self.terms]
         calls = {id(note.arguments): note for note in (*self.notes.values(), *notes) if note is not None}
-        if (
-            None in notes
-            or len(calls) > 1
-            or any(not isinstance(term.layout, Layout) or term.layout.factor > 1 for term in self.terms)
-        ):
-            return None
+        is_regular = all(isinstance(term.layout, Layout) and term.layout.factor == 1 for term in self.terms)
+        if None in notes or len(calls) > 1 or not is_regular or self.prepared.plan.mixed:
+            return False
         (note,) = calls.values()
-        outputs = None
-        if note.attached is None and not self.prepared.plan.mixed:
-            outputs = self._run_again(note, rows)
-        if outputs is None:
-            return None
+        outputs = self._run_again(note, rows) if note.attached is None else []
         found: list[Tensor] = []
         for term, own in zip(self.terms, notes, strict=True):
-            again = outputs[own.place] if own is not None and own.place < len(outputs) else None
+            again = None if own is None else output_of(own, outputs)
             expected = term.call.input.index_select(term.layout.axes[0], rows)
-            if not isinstance(again, Tensor) or again.grad_fn is None or not agree(again, expected, rounded):
-                return None
+            if again is None or not agree(again, expected, rounded):
+                return False
             found.append(again)
-        self.start_tensors = found
-        return [get_gradient_edge(again) for again in found]
+        spliced = SplicedGraph([get_gradient_edge(again) for again in found])
+        if rounded and spliced.has_autocast:
+            return False
+        self.start_tensors, self.selected = found, True
+        self._switch_to(spliced, [fewer(layout, len(rows)) for layout in self.layouts])
+        return True
 
-    def _run_again(self, note: Note, rows: Tensor | None) -> list[Any] | None:
+    def _run_again(self, note: Note, rows: Tensor | None) -> list[Any]:
         return outputs_again(note, rows, self.n, self.double_backward)
 
-    def keep_for_rules(self, module_io: list[ModuleIO], grads: Mapping[int, Tensor]) -> None:
-        """Note the columns ``[v, n, ...]`` at a module's output for a rule."""
-        for io in module_io:
-            for extension in self.extensions:
-                if not (extension.rules and extension.rule_for(io.module) is not None):
-                    continue
-                if len(io.numbers) > 1 or io.numbers[0] not in grads:
-                    raise RuntimeError(
-                        f"{type(io.module).__name__} has several outputs: {type(extension).__name__} can't take "
-                        f"a rule for it. Do without the rule: none is needed for any module."
-                    )
-                own = grads[io.numbers[0]]
-                rows = None if self.selected else self.subset.rows(self.n, own.device)
-                own = own if rows is None else own.index_select(1, rows)
-                self.block.pulled.setdefault((id(extension), id(io.module)), []).append(own)
+    def keep_for_rules(self, calls: Sequence[tuple[Any, ModuleIO]], grads: Mapping[int, Tensor]) -> None:
+        """Note the columns ``[v, n, ...]`` at a module's output for the rules of extensions."""
+        for extension, io in calls:
+            if len(io.numbers) > 1 or io.numbers[0] not in grads:
+                raise RuntimeError(
+                    f"{type(io.module).__name__} has several outputs: {type(extension).__name__} can't take a rule for "
+                    f"it. Do without the rule: none is needed for any module."
+                )
+            own = grads[io.numbers[0]]
+            rows = None if self.selected else self.subset.rows(self.n, own.device)
+            own = own if rows is None else own.index_select(1, rows)
+            self.block.pulled.setdefault((id(extension), id(io.module)), []).append(own)
 
     def compute(self, contributions: Contributions) -> None:
-        """All of some columns has arrived at a parameter."""
+        """Compute results of a parameter, at which all of some columns has arrived."""
         parameter = contributions.tensor
         extensions = without_rules(self.extensions, parameter, name_of(parameter), last=self.final)
         if extensions:
@@ -304,7 +301,7 @@ class SeedPass:
                 self.block.store(parameter, extension.savefield, extension.complete(merged, grads))
 
     def _room(self, extension: Curvature, parameter: Tensor, grads: Individual) -> Tensor | None:
-        """Where the columns of these seeds, of more to come, belong in a result that keeps those of all."""
+        """Where the columns of these seeds belong in a result that keeps the columns of all seeds."""
         if extension.additive or torch.is_grad_enabled():
             return None
         seeds, samples = grads.size

@@ -1,4 +1,4 @@
-"""A graph of which parts were recorded anew, by running modules again with functions that have second derivatives."""
+"""A graph with parts that were recorded anew, by running modules again with twice differentiable functions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,38 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.curvature.pooling import Pooling, Turns, poolings, turns
-from backpack.curvature.residuals import Severed
+from backpack.curvature.by_turns import Pooling, Turns, poolings, turns
+from backpack.curvature.residuals.local import Severed
+from backpack.graph import Graph
 from backpack.graph.vmap_limits import must_loop, nodes
 from backpack.torch_internals import dtype_at, pull_back
 
+LOW = (torch.bfloat16, torch.float16)
+
+
+def _is_lowered(node: Node) -> bool:
+    """Whether a node brings a tensor to 16 bits, as ``torch.autocast`` does."""
+    if node.name() != "ToCopyBackward0" or dtype_at(GradientEdge(node, 0)) not in LOW:
+        return False
+    return any(
+        dtype_at(GradientEdge(other, number)) not in LOW for other, number in node.next_functions if other is not None
+    )
+
 
 def place_of(edge: GradientEdge) -> GradientEdge:
-    """The edge without what some of them hold beside the node and the number, so that equal ones are equal."""
+    """The edge with its node and number alone, so that edges to the same place are equal."""
     return GradientEdge(edge.node, edge.output_nr)
+
+
+def arrivals_at(node: Node, graph: Graph) -> list[GradientEdge]:
+    """The outputs of a node's function that something arrives at."""
+    numbers = {number for _, _, number in graph.incoming[node]}
+    numbers |= {root.output_nr for root in graph.roots if root.node is node}
+    return [GradientEdge(node, number) for number in sorted(numbers)]
 
 
 @dataclass
@@ -32,7 +52,7 @@ class SplicedGraph:
     starts: Sequence[GradientEdge]
     parts: Sequence[Mapping[GradientEdge, GradientEdge]] = ()
     known: Sequence[Node] | None = None
-    """Its nodes, if somebody has looked."""
+    """The nodes of the graph, if they are known already."""
     _nodes: dict[int, set[Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,7 +70,7 @@ class SplicedGraph:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """All of the graph."""
+        """All nodes of the graph."""
         return list(self.known) if self.known is not None else nodes(self.starts, self.instead)
 
     @cached_property
@@ -63,8 +83,13 @@ class SplicedGraph:
         """Nodes that several seeds cannot go through together."""
         return turns(self.nodes)
 
+    @property
+    def has_autocast(self) -> bool:
+        """Whether a part was recorded under autocast: derivatives of second order would mix its data types."""
+        return any(map(_is_lowered, self.nodes))
+
     def now(self, edge: GradientEdge) -> GradientEdge:
-        """The edge that has taken the place of one."""
+        """The edge that has taken the place of this one; the same if none has."""
         return self.instead.get(place_of(edge), edge)
 
     def grad(

@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_map
 
 from backpack.curvature.losses import cross_entropy, elementwise
 from backpack.curvature.losses.base import ROOTS, LossRoot, root_of
-from backpack.curvature.losses.functional import functional
+from backpack.curvature.losses.functional import functional, loss_gradient
 from backpack.samples import AnyLayout
 
-__all__ = ["ROOTS", "LossRoot", "cross_entropy", "elementwise", "loss_root", "root_of"]
+__all__ = ["ROOTS", "LossRoot", "cross_entropy", "elementwise", "loss_gradient", "loss_root", "root_of"]
 
 
 def _widened(value: Any) -> Any:

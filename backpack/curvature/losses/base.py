@@ -31,7 +31,7 @@ class LossRoot(ABC):
     smallest: float = 0.0
     """The smallest eigenvalue, where it is negative by more than rounding."""
     notice: str | None = None
-    """What to warn of where columns of the root are used."""
+    """The warning to give if columns of the root are used."""
 
     def require_semidefinite(self) -> None:
         """Raise where there is no root without signs.
@@ -60,8 +60,19 @@ class LossRoot(ABC):
         A term is what the loss sums or averages; entries that do not count are zero.
         """
 
+    def _without_signs(self, values: Tensor, tolerance: float = 0.0) -> Tensor:
+        """Eigenvalues ``[n, v]`` without their signs, which are noted if some are negative.
+
+        ``tolerance``: negative ones down to this times the largest count as rounding.
+        """
+        smallest = values.min().item() if values.numel() else 0.0
+        if smallest < 0 and smallest < -tolerance * values.abs().max().item():
+            self.smallest, self.signs = smallest, values.sign().T
+            return values.abs()
+        return values
+
     def documented(self, start: int, stop: int) -> Tensor:
-        """As ``exact``, of a root with one column per output, for results that keep the axis of the columns."""
+        """The columns of a root with one column per output, for results that keep the axis of the columns."""
         return self.exact(start, stop)
 
     @property
@@ -71,15 +82,15 @@ class LossRoot(ABC):
 
 
 def divided(grad: Tensor, weight: Tensor) -> Tensor:
-    """By the square root of a weight, which is zero only where the gradient is."""
+    """The gradient divided by the square root of a weight, which is zero only where the gradient is."""
     return torch.where(weight > 0, grad / weight.sqrt(), torch.zeros_like(grad))
 
 
 def term_weight(loss: Module, input: Tensor, layout: AnyLayout, outer: Tensor, terms: int | None = None) -> Tensor:
-    """What the reduction of a loss of so many terms (default: one an entry) multiplies them by.
+    """What the reduction of a loss multiplies each of its ``terms`` by (default: one term for each entry).
 
-    Broadcastable to ``[n, d]``; one where a loss does not say how it is reduced. One that is not reduced has a value
-    for each entry, for each position or for each row of its input, which ``outer`` weighs.
+    Broadcastable to ``[n, d]``; one if a loss does not say how it is reduced. A loss that is not reduced has a value
+    for each entry, position or row of its input, which ``outer`` weighs.
     """
     reduction = getattr(loss, "reduction", "sum")
     if outer.dim():
@@ -110,7 +121,7 @@ def root_of(*losses: type[Module]) -> Callable[[Rule], Rule]:
 
 
 def by_sample(layout: AnyLayout, tensor: Tensor) -> Tensor:
-    """``[n, d]``."""
+    """A tensor in the form of the input as ``[n, d]``."""
     return layout.split(tensor).reshape(layout.n, -1)
 
 
@@ -121,11 +132,7 @@ class Diagonal(LossRoot):
     """
 
     def __init__(self, hessian: Tensor, weight: Tensor, draw: Callable[[], Tensor] | None = None) -> None:
-        self.smallest = min(0.0, hessian.min().item()) if hessian.numel() else 0.0
-        if self.smallest < 0:
-            self.signs = hessian.sign().T
-            hessian = hessian.abs()
-        self.scale = hessian.sqrt()
+        self.scale = self._without_signs(hessian).sqrt()
         self.columns = hessian.shape[1]
         self._weight, self._draw = weight, draw
 

@@ -14,7 +14,7 @@ from backpack.samples import AnyLayout, found_layout
 
 
 class SoftmaxRoot(LossRoot):
-    """Of ``positions`` softmaxes a sample; ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``, perhaps ``signed``.
+    """The root for ``positions`` softmaxes a sample. ``probability`` is ``[n, s, c]``, ``weight`` ``[n, s]``.
 
     With ``q = sqrt(p)``, a unit vector, ``diag(p) - p p^T = diag(q) (I - q q^T) diag(q)``, and the columns but the
     last of the Householder matrix that maps ``q`` to the last axis are a root of ``I - q q^T``: ``c - 1`` columns.
@@ -23,11 +23,9 @@ class SoftmaxRoot(LossRoot):
     def __init__(self, probability: Tensor, weight: Tensor, shape: torch.Size, axis: int, signed: bool) -> None:
         self.positions, self.classes = probability.shape[1:]
         self.columns = self.positions * (self.classes - 1)
-        self.smallest = min(0.0, weight.min().item()) if signed and weight.numel() else 0.0
-        if self.smallest < 0:
-            self.signs = weight.sign().T.repeat_interleave(self.classes - 1, 0)
-            weight = weight.abs()
-        self.probability, self.weight = probability, weight
+        self.probability, self.weight = probability, self._without_signs(weight) if signed else weight
+        if self.signs is not None:
+            self.signs = self.signs.repeat_interleave(self.classes - 1, 0)
         self.shape, self.axis = shape, axis
 
     @property

@@ -6,22 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    GaussianNLLLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    Module,
-    MSELoss,
-    NLLLoss,
-    PoissonNLLLoss,
-    SmoothL1Loss,
-    SoftMarginLoss,
-)
+from torch import Tensor, nn
+from torch.nn import Module
 
 COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {}
 """Loss module to the function of the module, its input and its target that returns what its mean divides by."""
@@ -38,7 +24,7 @@ def counts(*losses: type[Module]) -> Callable[[Callable[[Any, Tensor | None, Ten
 
 
 def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
-    """By what a loss divides the sum over its entries; 1 for a sum. Zero where no entry counts.
+    """What a loss divides the sum over its entries by: 1 for a sum, and 0 if no entry counts.
 
     An ``output`` that is not known is taken to have the target's shape.
 
@@ -58,7 +44,7 @@ def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
     )
 
 
-@counts(CrossEntropyLoss, NLLLoss)
+@counts(nn.CrossEntropyLoss, nn.NLLLoss)
 def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The sum of the targets' class weights; of targets that are probabilities, their number."""
     if target.is_floating_point():
@@ -70,14 +56,14 @@ def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> floa
     return float((weight[target.where(counted, target.new_zeros(()))] * counted).sum())
 
 
-@counts(BCELoss, BCEWithLogitsLoss, GaussianNLLLoss, HuberLoss, L1Loss, MSELoss, PoissonNLLLoss, SmoothL1Loss)
-@counts(SoftMarginLoss)
+@counts(nn.BCELoss, nn.BCEWithLogitsLoss, nn.GaussianNLLLoss, nn.HuberLoss, nn.L1Loss, nn.MSELoss)
+@counts(nn.PoissonNLLLoss, nn.SmoothL1Loss, nn.SoftMarginLoss)
 def entries(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries."""
     return float(torch.broadcast_shapes(target.shape if output is None else output.shape, target.shape).numel())
 
 
-@counts(KLDivLoss)
+@counts(nn.KLDivLoss)
 def divergences(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The number of entries, or that of samples."""
     return float(len(target)) if loss.reduction == "batchmean" else entries(loss, output, target)

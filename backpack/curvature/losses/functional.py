@@ -9,25 +9,33 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backpack.curvature.losses.base import LossRoot, divided, term_weight
+from backpack.curvature.losses.base import LossRoot, by_sample, divided, term_weight
 from backpack.samples import AnyLayout
 
 TOLERANCE = 1e-4
-"""Negative eigenvalues up to this times the largest are taken for rounding (float32; its square root for float64)."""
+"""Negative eigenvalues down to this times the largest count as rounding in float32; its square in float64."""
+
+
+def loss_gradient(
+    loss: Module, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor, create_graph: bool
+) -> Tensor:
+    """The gradient of a loss with respect to its input.
+
+    ``outer`` weighs the entries of a loss that is not reduced; of one that is, it only counts as a one.
+    """
+    value = loss.forward(input, *args, **kwargs)
+    (grad,) = torch.autograd.grad(value, input, outer if value.dim() else None, create_graph=create_graph)
+    return grad
 
 
 def hessian_product(
     loss: Module, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """The function that multiplies with the Hessian of the loss with respect to its input.
-
-    ``outer`` weighs the entries of a loss that is not reduced; of one that is, it only counts as a one.
-    """
+    """The function that multiplies with the Hessian of the loss with respect to its input; ``outer`` as above."""
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         point = input if create else input.detach().requires_grad_()
-        value = loss.forward(point, *args, **kwargs)
-        (grad,) = torch.autograd.grad(value, point, outer if value.dim() else None, create_graph=True)
+        grad = loss_gradient(loss, point, args, kwargs, outer, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
         if not grad.requires_grad:  # a loss that is linear in its input
@@ -39,16 +47,12 @@ def hessian_product(
 
 
 class DenseRoot(LossRoot):
-    """From the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
+    """The root of the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
 
     def __init__(self, hessian: Tensor, weight: Tensor) -> None:
         self._weight = weight
         values, vectors = torch.linalg.eigh(hessian)
-        tolerance = TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2
-        if values.numel() and values.min() < -tolerance * values.abs().max():
-            self.smallest = values.min().item()
-            self.signs = values.sign().T
-            values = values.abs()
+        values = self._without_signs(values, TOLERANCE if hessian.dtype == torch.float32 else TOLERANCE**2)
         self.root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).permute(2, 0, 1)
         self.columns = len(self.root)
 
@@ -77,11 +81,11 @@ def functional(
     for column in range(size):
         unit = split.new_zeros(n, size)
         unit[:, column] = 1
-        columns.append(layout.split(product(layout.join(unit.reshape(split.shape)))).reshape(n, size))
+        columns.append(by_sample(layout, product(layout.join(unit.reshape(split.shape)))))
     hessian = torch.stack(columns, 2)
     check = torch.arange(n * size, device=input.device).cos().to(input.dtype).reshape(split.shape)
     expected = torch.einsum("nde,ne->nd", hessian, check.reshape(n, size))
-    found = layout.split(product(layout.join(check))).reshape(n, size)
+    found = by_sample(layout, product(layout.join(check)))
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * max(1e-30, found.abs().max().item())):
         raise ValueError(
             f"{type(loss).__name__} couples the samples of a batch: its Hessian with respect to its input of shape "

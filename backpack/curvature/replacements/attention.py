@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.curvature.replacements.registry import REPLACED
+from backpack.curvature.replacements.twice_differentiable import REPLACED
 
 
 def attention(

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.curvature.replacements.registry import REPLACED
+from backpack.curvature.replacements.twice_differentiable import REPLACED
 
 
 def _instance_norm_by_groups(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -12,7 +12,19 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from backpack.graph.users_hooks import forget_retained
-from backpack.torch_internals import dtype_at
+from backpack.torch_internals import dtype_at, shape_at
+
+
+def vmap_or_loop(function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``torch.vmap(function)(*tensors)``, or a loop if the function takes a derivative that cannot be batched."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return list(torch.vmap(function)(*tensors))
+    except (RuntimeError, UserWarning):
+        forget_retained()
+        rows = [function(*one) for one in zip(*tensors, strict=True)]
+        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
 class Severed:
@@ -89,13 +101,13 @@ class LocalHessian:
                 return [None] * len(self.edges)
             raise self._explained(error) from error
 
-    def is_zero(self, shapes: Sequence[torch.Size]) -> bool:
+    def is_zero(self) -> bool:
         """Whether the Hessian is zero whatever the values are."""
         if not self._first:
             return True
         grads = dict(self._first)
         like = self._first[0][1]
-        zeros = [grads.get(k, like).new_zeros(shape) for k, shape in enumerate(shapes)]
+        zeros = [grads.get(k, like).new_zeros(shape_at(edge)) for k, edge in enumerate(self.edges)]
         return all(part is None for part in self.product(zeros))
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -107,13 +119,7 @@ class LocalHessian:
             return tuple(torch.zeros_like(o) if f is None else f for o, f in zip(one, found, strict=True))
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                return list(torch.vmap(product)(*vectors))
-        except (RuntimeError, UserWarning):  # a derivative that cannot be batched
-            forget_retained()
-            rows = [product(*one) for one in zip(*vectors, strict=True)]
-            return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+            return vmap_or_loop(product, vectors)
         finally:
             forget_retained()
 

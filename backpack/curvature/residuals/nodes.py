@@ -1,12 +1,10 @@
-"""What is known of backward nodes by their names; for all others, PyTorch's second derivatives tell."""
+"""Facts about nodes that their names tell; for all other nodes, PyTorch's second derivatives tell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from torch.autograd.graph import Node
 
-from torch.autograd.graph import GradientEdge, Node
-
-from backpack.graph import is_complex
+from backpack.graph import is_complex, kind, signed
 
 _PIECEWISE_LINEAR = """
 Abs AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Alias Amax Amin
@@ -19,51 +17,32 @@ Softshrink Split SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpo
 UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D View ViewAsComplex
 ViewAsReal Where
 """
-_BILINEAR = "Addmm Addmv Baddbmm Bmm Convolution Dot Linear Mm Mul Mv"
 _ELEMENTWISE = """
 Acos Acosh Asin Asinh Atan Atan2 Atanh Celu Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Gelu Hardswish
 Hypot I0 Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit Mish Mul Pow Reciprocal RreluWithNoise
 Rsqrt Sigmoid Silu Sin Sinc Sinh Softplus Sqrt Square Tan Tanh Xlogy
 """
 
+FLAT = frozenset(_PIECEWISE_LINEAR.split())
+"""Piecewise linear in real numbers. (Other linear nodes are found out as well, but that takes time.)"""
 
-_WRONG_THIRD = "NativeLayerNorm SpecialI1 SpecialI1E"
-
-
-def _nodes(names: str) -> frozenset[str]:
-    return frozenset(f"{name}Backward" for name in names.split())
-
-
-FLAT = _nodes(_PIECEWISE_LINEAR)
-"""Piecewise linear, of real numbers. (That a node is linear is found out without a list, but not for nothing.)"""
-
-BILINEAR = _nodes(_BILINEAR)
+BILINEAR = frozenset(["Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Linear", "Mm", "Mul", "Mv"])
 """Linear in each operand: flat where only one of them is data."""
 
-ELEMENTWISE = _nodes(_ELEMENTWISE)
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Entry by entry: an output depends on the entries of the operands at its place only."""
 
-WRONG_THIRD = _nodes(_WRONG_THIRD)
-"""Of these PyTorch's third derivatives are wrong: their double backward takes what it has kept for constants."""
+WRONG_THIRD = frozenset(["NativeLayerNorm", "SpecialI1", "SpecialI1E"])
+"""PyTorch's third derivatives of these are wrong: their double backward takes saved tensors for constants."""
 
 FUSED = (
-    "ScaledDotProduct",
-    "CudnnRnn",
-    "MiopenRnn",
-    "MkldnnRnnLayer",
-    "ThnnFusedLstmCell",
-    "ThnnFusedGruCell",
+    *("ScaledDotProduct", "CudnnRnn", "MiopenRnn", "MkldnnRnnLayer", "ThnnFusedLstmCell", "ThnnFusedGruCell"),
     "CompiledFunction",
 )
 """How the names of nodes begin that have no second derivatives in PyTorch, but can be replaced by others that do."""
 
 
-def base_name(node: Node) -> str:
-    """The name without its overload's number."""
-    return node.name().rstrip("0123456789")
-
-
-BATCH_NORM = ("NativeBatchNormBackward", "CudnnBatchNormBackward")
+BATCH_NORM = ("NativeBatchNorm", "CudnnBatchNorm")
 
 
 def is_fused_node(node: Node) -> bool:
@@ -73,32 +52,31 @@ def is_fused_node(node: Node) -> bool:
 
 def is_batch_norm(node: Node) -> bool:
     """Whether a node normalizes by statistics of its input: of a batch, or of a sample, as instance normalization."""
-    return base_name(node) in BATCH_NORM and bool(node._saved_training)  # type: ignore[attr-defined]
+    return kind(node) in BATCH_NORM and bool(node._saved_training)  # type: ignore[attr-defined]
 
 
-def is_flat(node: Node, live: Sequence[GradientEdge]) -> bool:
-    """Whether all second derivatives of a node with respect to its ``live`` inputs are known to be zero."""
-    name = base_name(node)
+def is_flat(node: Node, inputs: int) -> bool:
+    """Whether the second derivatives of a node with respect to so many of its inputs are known to be zero."""
+    name = kind(node)
     if name in BATCH_NORM:
         return not node._saved_training  # type: ignore[attr-defined]
-    if name == "AbsBackward" and is_complex(node):
+    if name == "Abs" and is_complex(node):
         return False
-    return name in FLAT or (name in BILINEAR and len(live) == 1)
+    return name in FLAT or (name in BILINEAR and inputs == 1)
 
 
 def is_bilinear(node: Node) -> bool:
     """Whether a node is linear in each of its operands."""
-    return base_name(node) in BILINEAR
+    return kind(node) in BILINEAR
 
 
 def positions_of(node: Node, dims: int) -> tuple[int, ...] | None:
     """The axes of the inputs along which entries interact; ``None``: all may."""
-    name = base_name(node)
+    name = kind(node)
     if name in ELEMENTWISE:
         return ()
-    if name in ("SoftmaxBackward", "LogSoftmaxBackward", "SafeSoftmaxBackward"):
-        dim = node._saved_dim  # type: ignore[attr-defined]
-        return ((dim if dim < 2**31 else dim - 2**64) % dims,)  # it is shown as an unsigned number
-    if name == "NativeLayerNormBackward":
+    if name in ("Softmax", "LogSoftmax", "SafeSoftmax"):
+        return (signed(node._saved_dim) % dims,)  # type: ignore[attr-defined]
+    if name == "NativeLayerNorm":
         return tuple(range(dims - len(node._saved_normalized_shape), dims))  # type: ignore[attr-defined]
     return None

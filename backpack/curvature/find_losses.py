@@ -1,15 +1,15 @@
-"""What the total of a backward pass is made of: extended losses, and terms that go through the model beside them."""
+"""Finds the extended losses that a backward pass runs through, and any other term that goes through the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from backpack.backward.collector import Prepared
-from backpack.curvature.residual_graph import is_linear
-from backpack.curvature.residuals import is_flat
+from backpack.curvature.linearity import inputs_of, is_linear
+from backpack.curvature.residuals.nodes import is_flat
 from backpack.graph import Edge, Graph, kind, variable_of
 from backpack.modules.calls import Note
 from backpack.modules.loss_calls import LossCall, losses_in
@@ -20,19 +20,19 @@ SUMS = ("Add", "Sub", "Rsub")
 
 
 @dataclass(eq=False)
-class Terms:
-    """Of one pass.
+class FoundLosses:
+    """The losses of one backward pass.
 
-    ``losses``: the calls of extended losses that it comes to first, in the order of these calls, with the edges of
-    their outputs; ``beside``: the way from the root to a use of a parameter that leads through none of them, if there
+    ``calls``: the calls of extended losses that the pass comes to first, in the order of these calls, with the edges of
+    their outputs; ``other_way``: a way from the root to a use of a parameter that leads through none of them, if there
     is one.
     """
 
-    losses: list[tuple[Edge, LossCall]] = field(default_factory=list)
-    beside: list[Node] = field(default_factory=list)
+    calls: list[tuple[Edge, LossCall]] = field(default_factory=list)
+    other_way: list[Node] = field(default_factory=list)
 
 
-def terms_of(graph: Graph, prepared: Prepared, executed: set[Node] | None, asked: Sequence[Edge]) -> Terms:
+def find_losses(graph: Graph, prepared: Prepared, executed: set[Node] | None, asked: Sequence[Edge]) -> FoundLosses:
     """Go down from the roots, as far as to the losses.
 
     ``executed``: the nodes that run in a pass with respect to the ``asked`` edges; ``None``: all. Below these edges, it
@@ -43,15 +43,15 @@ def terms_of(graph: Graph, prepared: Prepared, executed: set[Node] | None, asked
     ends = set(asked)
     before: dict[Node, Node | None] = {root.node: None for root in graph.roots}
     curved: set[Node] = set()
-    terms = Terms()
+    found = FoundLosses()
     for node in graph.order:
         if node not in before:
             continue
         if node in known and (known[node][1].is_certain or node not in curved):
-            terms.losses.append(known[node])
+            found.calls.append(known[node])
             continue
         if node in prepared.plan.uses:
-            terms.beside = terms.beside or _way(node, before)
+            found.other_way = found.other_way or _way(node, before)
             continue
         following = [
             (other, number)
@@ -64,17 +64,18 @@ def terms_of(graph: Graph, prepared: Prepared, executed: set[Node] | None, asked
             before.setdefault(other, node)
             if bends:
                 curved.add(other)
-    terms.losses.sort(key=lambda found: found[0][0]._sequence_nr())
-    return terms
+    found.calls.sort(key=lambda call: call[0][0]._sequence_nr())
+    return found
 
 
 def _is_linear(node: Node, graph: Graph) -> bool:
     """Whether a node is linear, piece by piece, in all that it has got together."""
-    live = [(k, GradientEdge(*edge)) for k, edge in enumerate(graph.edges[node]) if edge[0] is not None]
-    return is_flat(node, [edge for _, edge in live]) or (len(live) == 1 and is_linear(node, live[0][0]))
+    inputs = inputs_of(node, graph)
+    return is_flat(node, len(inputs)) or (len(inputs) == 1 and is_linear(node, inputs[0]))
 
 
 def _way(node: Node | None, before: Mapping[Node, Node | None]) -> list[Node]:
+    """The nodes from the root to one, if the pass came to each from the one ``before``."""
     way: list[Node] = []
     while node is not None:
         way.append(node)
@@ -82,7 +83,7 @@ def _way(node: Node | None, before: Mapping[Node, Node | None]) -> list[Node]:
     return way[::-1]
 
 
-def refuse_beside(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, Note], names: str) -> None:
+def refuse_other_terms(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, Note], names: str) -> None:
     """Raise for a term that is not an extended loss.
 
     Raises:
@@ -90,7 +91,7 @@ def refuse_beside(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, 
     """
     outputs = {node: note for (node, _), note in notes.items()}
     words: list[str] = []
-    end = _used(way[-1], prepared)
+    end = _parameter_of(way[-1], prepared)
     for node in way:
         if node in outputs:
             module = outputs[node].module()
@@ -108,8 +109,8 @@ def refuse_beside(way: Sequence[Node], prepared: Prepared, notes: Mapping[Edge, 
     )
 
 
-def _used(node: Node, prepared: Prepared) -> str:
-    """A parameter that a node uses."""
+def _parameter_of(node: Node, prepared: Prepared) -> str:
+    """A node and a parameter that it uses, in words."""
     plan = prepared.plan
     for planned in plan.uses[node]:
         leaf = planned.leaf if planned.entry is None else plan.entries[planned.entry[0]][0]

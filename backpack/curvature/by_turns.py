@@ -1,4 +1,4 @@
-"""Nodes that several seeds go through by turns, since ``torch.vmap`` is slow in them or fails.
+"""Nodes that seeds go through one by one, since ``torch.vmap`` is slow there or fails.
 
 Max pooling: ``torch.vmap`` copies the input of a pooling layer and the places of its maxima for each seed, which takes
 two thirds of the time of their pull-back. Here seeds take turns, each into its place of the result. A ReLU whose output
@@ -28,60 +28,10 @@ from backpack.memory import empty
 from backpack.torch_internals import inside_vmap, is_mapped, is_packed, outside_vmap
 
 NAME = "MaxPool2DWithIndicesBackward0"
-"""Of what pools in one dimension as well."""
+"""The node of max pooling in two dimensions, and in one."""
 
 SMALL = 2**15
 """Entries of a layer's input up to which copies take less time than turns."""
-
-
-@dataclass(eq=False)
-class Pooling:
-    """A node of max pooling, and the edges from it to the ReLU whose output it pools; none where there is no such."""
-
-    node: Any
-    below: list[GradientEdge]
-
-    def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
-        """Pull back ``count`` seeds together. ``taken``: edges at which others start or end."""
-        rectified = bool(self.below) and taken.isdisjoint(self.below)
-        last = self.below[-1].node if rectified else self.node
-        results: list[Tensor] = []
-        handles.callback(self.node.register_prehook(partial(self._pull, results, count, rectified)).remove)
-        handles.callback(last.register_hook(partial(_replace, results)).remove)
-
-    def _pull(self, results: list[Tensor], count: int, rectified: bool, grads: tuple[Tensor | None, ...]) -> Any:
-        """Pull cotangents back, and leave a zero to the nodes themselves."""
-        node, grad = self.node, grads[0]
-        if grad is None or not is_mapped(grad):
-            return None
-        with outside_vmap([grad], count) as (seeds,):
-            x, places = node._saved_self, node._saved_result1
-            sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
-            zero = seeds.new_zeros(()).expand(seeds.shape[1:])
-            if rectified:
-                selected = x.flatten(-2).gather(-1, places.flatten(-2)).reshape(places.shape)
-                seeds = torch.ops.aten.threshold_backward(seeds, selected, 0)
-            found = empty((count, *x.shape), seeds)
-            for seed, out in zip(seeds, found, strict=True):
-                torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                    seed, x, *sizes, node._saved_ceil_mode, places, grad_input=out
-                )
-        results.append(inside_vmap(found, grad))
-        return (zero, *grads[1:])
-
-
-def _replace(results: list[Tensor], grads: tuple[Tensor, ...], _: Any) -> Any:
-    """What was pulled back, in the place of the zeros."""
-    return (results.pop().reshape(grads[0].shape), *grads[1:]) if results else None
-
-
-def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:
-    """Those among the nodes of a graph, in which others take the place of some edges."""
-    found = [node for node in graph if node.name() == NAME and _is_large(node)]
-    if not found:
-        return []
-    arriving = Counter(following for node in graph for following in node.next_functions)
-    return [Pooling(node, _below(node, arriving, instead)) for node in found]
 
 
 @dataclass(eq=False)
@@ -91,25 +41,73 @@ class Turns:
     node: Any
 
     def attach(self, handles: ExitStack, count: int, taken: set[GradientEdge]) -> None:
-        """Pull back ``count`` seeds, one by one."""
+        """Pull back ``count`` seeds. ``taken``: edges at which others start or end."""
+        last = self._last(taken)
         results: list[Tensor] = []
-        handles.callback(self.node.register_prehook(partial(self._pull, results, count)).remove)
-        handles.callback(self.node.register_hook(partial(_replace, results)).remove)
+        handles.callback(self.node.register_prehook(partial(self._pull, results, count, last)).remove)
+        handles.callback(last.register_hook(partial(_replace, results)).remove)
 
-    def _pull(self, results: list[Tensor], count: int, grads: tuple[Tensor | None, ...]) -> Any:
-        grad = grads[0]
+    def _last(self, taken: set[GradientEdge]) -> Node:
+        """The node whose result is replaced."""
+        return self.node
+
+    def _pull(self, results: list[Tensor], count: int, last: Node, grads: tuple[Tensor | None, ...]) -> Any:
+        """Pull cotangents back, and leave a zero to the nodes themselves."""
+        grad, *others = grads
         if grad is None or not is_mapped(grad):
             return None
         with outside_vmap([grad], count) as (seeds,):
-            rows = [call(self.node, [seed, *grads[1:]])[0] for seed in seeds]
             zero = seeds.new_zeros(()).expand(seeds.shape[1:])
-            found = torch.stack([row for row in rows if row is not None])
+            found = self._pulled_back(seeds, others, last)
         results.append(inside_vmap(found, grad))
-        return (zero, *grads[1:])
+        return (zero, *others)
+
+    def _pulled_back(self, seeds: Tensor, others: Sequence[Tensor | None], last: Node) -> Tensor:
+        """What the last node returns for seeds ``[v, ...]``, given what arrives at the other outputs."""
+        rows = [call(self.node, [seed, *others])[0] for seed in seeds]
+        return torch.stack([row for row in rows if row is not None])
+
+
+@dataclass(eq=False)
+class Pooling(Turns):
+    """A node of max pooling, and the edges from it to the ReLU whose output it pools; none where there is no such."""
+
+    below: list[GradientEdge]
+
+    def _last(self, taken: set[GradientEdge]) -> Node:
+        return self.below[-1].node if self.below and taken.isdisjoint(self.below) else self.node
+
+    def _pulled_back(self, seeds: Tensor, others: Sequence[Tensor | None], last: Node) -> Tensor:
+        node = self.node
+        x, places = node._saved_self, node._saved_result1
+        sizes = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
+        if last is not node:
+            selected = x.flatten(-2).gather(-1, places.flatten(-2)).reshape(places.shape)
+            seeds = torch.ops.aten.threshold_backward(seeds, selected, 0)
+        found = empty((len(seeds), *x.shape), seeds)
+        for seed, out in zip(seeds, found, strict=True):
+            torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+                seed, x, *sizes, node._saved_ceil_mode, places, grad_input=out
+            )
+        return found
+
+
+def _replace(results: list[Tensor], grads: tuple[Tensor, ...], _: Any) -> Any:
+    """Put what was pulled back in the place of the zeros."""
+    return (results.pop().reshape(grads[0].shape), *grads[1:]) if results else None
+
+
+def poolings(graph: Sequence[Node], instead: Instead) -> list[Pooling]:
+    """The nodes of max pooling in a graph in which others take the place of some edges."""
+    found = [node for node in graph if node.name() == NAME and _is_large(node)]
+    if not found:
+        return []
+    arriving = Counter(following for node in graph for following in node.next_functions)
+    return [Pooling(node, _below(node, arriving, instead)) for node in found]
 
 
 def turns(graph: Sequence[Node]) -> list[Turns]:
-    """Those among the nodes of a graph."""
+    """Those nodes of a graph that normalize groups in an order for which ``torch.vmap`` fails."""
     return [Turns(node) for node in graph if is_reordered(node)]
 
 
@@ -121,17 +119,20 @@ def is_reordered(node: Any) -> bool:
 
 
 @contextmanager
-def pooled(found: Iterable[Pooling | Turns], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
-    """Pull-backs of ``count`` seeds under ``torch.vmap``, between these edges, go by turns through these nodes."""
+def by_turns(found: Iterable[Turns], count: int, ends: Iterable[GradientEdge]) -> Iterator[None]:
+    """Inside, ``count`` seeds that are pulled back under ``torch.vmap`` go through these nodes one by one.
+
+    ``ends``: the edges at which the pull-back starts and ends.
+    """
     taken = {GradientEdge(end.node, end.output_nr) for end in ends}
     with ExitStack() as handles:
-        for pooling in found:
-            pooling.attach(handles, count, taken)
+        for node in found:
+            node.attach(handles, count, taken)
         yield
 
 
 def _is_large(node: Any) -> bool:
-    """Whether turns pay; what is packed, as by checkpointing, is not unpacked to see."""
+    """Whether turns pay off. A tensor that is packed, as by checkpointing, is not unpacked to find out."""
     if is_packed(node._raw_saved_self):
         return False
     return node._saved_self.numel() > SMALL and node._saved_self.is_contiguous()
