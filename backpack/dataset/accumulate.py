@@ -93,9 +93,9 @@ def accumulate(
 
     def one_pass(extensions: tuple[BackpropExtension, ...], folder: Path | None, path: Path | None) -> DatasetPass:
         collection = Collection(model, extensions, None if offload is None else torch.device(offload), True)
-        one = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
+        batch_pass = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
         batches = Batches(dataloader, EXTENDED[model].batch_axis, Processes(group), sample_ids)
-        run = DatasetPass(one, batches, Randomness(dataloader))
+        run = DatasetPass(batch_pass, batches, Randomness(dataloader))
         if path is not None:
             run.save_to(path, checkpoint_seconds, folder_for_results=folder)
         with torch.enable_grad():
