@@ -60,7 +60,8 @@ def verify(
 
     Returns:
         One row for each parameter and quantity, with the error relative to the largest true value that is compared, and
-        a verdict: ``right``, ``wrong``, or, with the reason, ``refused`` or ``not compared``. ``passed`` says whether nothing was wrong or refused.
+        a verdict: ``right``, ``wrong``, or, with the reason, ``refused`` or ``not compared``. ``passed`` says whether
+        nothing was wrong or refused.
 
     Raises:
         TypeError: The first argument of the loss is no tensor, or the inputs hold none.
