@@ -35,7 +35,8 @@ from truth import close
 
 from backpack import accumulate, backpack, extend, extensions, verify
 from backpack.curvature import by_turns
-from backpack.inspection import verification
+from backpack.inspection.verification import verdicts
+from backpack.inspection.verification.computation import SEED
 
 CLEAR = re.compile(
     "statistics of the batch|samples cannot be told apart|may hold|no axis of the|eigenvalue|drops out"
@@ -116,7 +117,7 @@ def is_determined(row, model, lossfunc, inputs, targets, exts):
         with torch.no_grad():
             for p in moved.parameters():
                 p.add_(torch.randn_like(p).sign() * p.abs().clamp(min=1), alpha=step)
-        torch.manual_seed(verification.SEED)
+        torch.manual_seed(SEED)
         with backpack(*(e for e in exts if e.savefield == row.quantity)):
             extend(copy.deepcopy(lossfunc))(moved(inputs), targets).backward()
         results.append(getattr(moved.get_parameter(row.parameter), row.quantity))
@@ -569,7 +570,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", ".* is linear in its input here")
     warnings.filterwarnings("ignore", "Samples are mixed")
     warnings.filterwarnings("ignore", ".*taken entry by entry")
-    verification.ZERO = 1e-17  # errors of small values count as well
+    verdicts.ZERO = 1e-17  # errors of small values count as well
     start, failed, refusals, done = time.monotonic(), [], Counter(), 0
     for number in range(options.seed, options.seed + options.cases):
         if time.monotonic() - start > options.seconds:

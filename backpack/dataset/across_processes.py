@@ -14,6 +14,7 @@ from backpack.context import backpack
 from backpack.dataset.collection import Collection, part_of
 from backpack.dataset.final_results import merged
 from backpack.dataset.processes import Processes
+from backpack.dataset.survey import chosen_samples, numbers_selected
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.modules.thread_state import HERE
 
@@ -27,21 +28,24 @@ def across_processes(
     group: Any = None,
     scaler: Any = None,
 ) -> Iterator[None]:
-    """As ``backpack(...)``, with results for the samples of all processes of ``torch.distributed`` when it ends.
+    """As ``backpack(...)``; when the block ends, results are those for the samples of all processes.
 
-    For a training loop with ``DistributedDataParallel`` or ``fully_shard``. The loss of all is the mean of the losses
-    of the processes, as it is for the gradients there: with a loss that averages over samples, and batches of one
-    size, that of one batch with all samples. All processes enter and leave the block together, after one backward
-    pass. Results of single samples stay on their process (with the scale of the loss of all) unless ``gather``;
-    ``subsampling`` counts the samples of all processes, in the order of the processes.
+    This is for training loops with ``DistributedDataParallel`` or ``fully_shard``. As for the gradients there, the loss
+    of all is the mean of the losses of the processes. If losses average over samples, and all batches have one size,
+    this is the loss of one batch with all samples. All processes enter the block together, run one backward pass, and
+    leave together. Results of single samples have the scale of the loss of all, and stay on their process unless
+    ``gather``. ``subsampling`` counts the samples of all processes, in the order of the processes::
+
+        with across_processes(model, Variance(), samples=len(X)):
+            lossfunc(parallel(X), y).backward()
 
     Args:
-        model: Extended; its parameters receive the results.
-        extensions: What to compute.
+        model: The extended model, whose parameters receive the results.
+        extensions: The extensions to compute.
         samples: Number of samples in the batch of this process.
-        gather: Bring results of single samples to all processes.
+        gather: Whether to bring results of single samples to all processes.
         group: Process group (default: all processes).
-        scaler: ``torch.amp.GradScaler`` that the loss is scaled by: results are not. Of use in one process, too.
+        scaler: ``torch.amp.GradScaler`` that the loss is scaled by; results are not. Useful in one process, too.
 
     Raises:
         ValueError: An extension's results of several batches do not merge.
@@ -50,17 +54,14 @@ def across_processes(
     collection = Collection(model, extensions)
     counts = processes.all_objects(samples)
     start, total, factor = sum(counts[: processes.rank]), sum(counts), 1 / processes.count
-    whole = torch.arange(start, start + samples)
+    numbers = torch.arange(start, start + samples)
     scale = 1.0 if scaler is None else scaler.get_scale()
-    parts, selected = {}, {}
-    for extension in extensions:
-        chosen = extension.subset.rows(total, torch.device("cpu"))
-        parts[extension.savefield] = part_of(extension, chosen, whole, factor, scale)
-        selected[extension.savefield] = total if chosen is None else len(chosen)
+    chosen = chosen_samples(extensions, total)
+    parts = {e.savefield: part_of(e, chosen.get(e.savefield), numbers, factor, scale) for e in extensions}
     collection.clear()
     with backpack(*(part.extension for part in parts.values())):
         HERE.blocks[-1].loss_factor = scale
         HERE.blocks[-1].taker = partial(collection.take, parts)
         yield
     collection.merge(parts)
-    merged(collection, processes, 1.0, selected, gather)
+    merged(collection, processes, 1.0, numbers_selected(extensions, total, chosen), gather)

@@ -26,9 +26,10 @@ from backpack.torch_internals import is_fully_sharded
 
 @dataclass(eq=False)
 class BatchPass:
-    """What is done with a batch; ``forward``, ``denominator`` and ``scaler`` as ``accumulate`` explains them.
+    """Runs the model and a backward pass on one batch after the other, and collects the results.
 
-    ``chosen``: the numbers of the selected samples by ``savefield``, where not all are.
+    ``forward``, ``denominator`` and ``scaler`` are those of ``accumulate``. ``chosen`` holds, by ``savefield``, the
+    numbers of the samples that an extension selects, if it does not select all.
     """
 
     model: Module
@@ -40,7 +41,7 @@ class BatchPass:
     chosen: dict[str, Tensor] = field(default_factory=dict)
     counted: list[int] = field(default_factory=list)
     factor: float = 1.0
-    """With which the gradients of the batch at hand enter those of all."""
+    """The factor with which the gradients of the current batch enter those of the data set."""
 
     def __post_init__(self) -> None:
         extend(self.model), extend(self.lossfunc)
@@ -56,7 +57,7 @@ class BatchPass:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count the samples that the model is called with."""
+        """Note the number of samples at each call of the model."""
 
         def count(module: Module, args: Any, kwargs: Any) -> None:
             self.counted.append(samples_of((args, kwargs), EXTENDED[module].batch_axis))
@@ -65,21 +66,21 @@ class BatchPass:
             yield
 
     def divided(self, content: Any) -> float:
-        """What the loss of a batch divides by, without its output where that can be."""
+        """What the loss of a batch divides its sum by, if possible without running the model."""
         if self.denominator is not None:
             return float(self.denominator(content))
         if self.forward is None:
             return of_loss(self.lossfunc, None, split(content)[1])
         if self.sharded:
-            raise ValueError("With forward= and fully_shard(), pass denominator= as well: it must be known beforehand.")
+            raise ValueError("With forward= and fully_shard(), pass denominator= as well.")
         with torch.no_grad(), disable():
             output, target = self.forward(self.model, moved(content, self.device))
         return of_loss(self.lossfunc, output, target)
 
     def run(self, batch: Batch, reference: float) -> tuple[Tensor, float]:
-        """Run one batch and collect its results; returns its loss, and the number that this loss divides its sum by.
+        """Run one batch and collect its results; returns its loss, and what this loss divides its sum by.
 
-        Divided by ``reference``, that number is the weight of the batch in the loss of the whole data set.
+        The latter, divided by ``reference``, is the weight of the batch in the loss of the whole data set.
         """
         content = moved(batch.content, self.device)
         self.counted.clear()
@@ -91,7 +92,7 @@ class BatchPass:
             )
         if self.denominator is not None:
             divided = float(self.denominator(batch.content))
-        else:  # of the targets as they came, if that can be: no need to wait for the GPU
+        else:  # from the targets on the CPU, if they came there: no need to wait for the GPU
             divided = of_loss(self.lossfunc, output, target if self.forward else split(batch.content)[1])
         with self._finite(divided):
             loss = self.lossfunc(output, target)
@@ -102,7 +103,7 @@ class BatchPass:
 
     @contextmanager
     def _finite(self, divided: float) -> Iterator[None]:
-        """Where no entry of a batch counts, its mean is not defined; its sum is zero."""
+        """Let the loss be a sum, which is zero, if it would divide by zero since no entry of the batch counts."""
         if divided:
             yield
             return
@@ -121,12 +122,10 @@ class BatchPass:
             extension.savefield: part_of(extension, self.chosen.get(extension.savefield), batch.numbers, factor, scale)
             for extension in collection.extensions
         }
-        for savefield, part in parts.items():
+        for part in parts.values():
             if not batch.counts:
                 part.places = None
-            if part.places is not None:
-                collection.selected[savefield] += len(part.places)
-        # Of a sharded model all processes pull back the same columns.
+        # All processes of a sharded model pull back the same columns.
         wanted = [part.extension for part in parts.values() if self.sharded or part.places is not None]
         self.factor = factor / scale if batch.counts else 0.0
         with without_autocast(self.device), backpack(*wanted, sample_ids=batch.ids):
@@ -140,14 +139,14 @@ class BatchPass:
         collection.merge(parts)
 
     def _take_gradient(self, name: str, grad: Tensor) -> Tensor | None:
-        """Add a large one to those of the batches before, at once; PyTorch keeps a number in its place."""
+        """Add the gradient of a large parameter at once; PyTorch gets a tensor without memory in its place."""
         if HERE.muted or HERE.inner is not None or grad.is_sparse:
             return None
         self.collection.add_gradients({name: grad}, self.factor)
         return grad.new_zeros(()).expand(grad.shape)
 
     def _backward(self, loss: Tensor) -> None:
-        """Take the gradients of one batch, without a trace on the parameters."""
+        """Collect the gradients of one batch, without touching ``.grad``."""
         parameters, large = self.collection.parameters, self.collection.large
         hooks = [parameters[name].register_hook(partial(self._take_gradient, name)) for name in large]
         try:
@@ -160,7 +159,7 @@ class BatchPass:
         self.collection.add_gradients(left, self.factor)
 
     def _backward_sharded(self, loss: Tensor) -> None:
-        """As ``_backward``: that of a sharded model has its effects when gradients are accumulated."""
+        """As ``_backward``, for a sharded model, which reduces gradients only when they arrive at ``.grad``."""
         parameters = self.collection.parameters
         found: set[str] = set()
         before = {name: parameter.grad for name, parameter in parameters.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate as running_sums
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from backpack.samples import SampleIds
 
 
 def require_two_readings(loader: Any, why: str) -> None:
-    """Raise where data that ``why`` needs more than once can be read once only."""
+    """Raise if data that must be read twice can be read once only; ``why``: the reason for the message."""
     if isinstance(loader, Iterator):
         raise ValueError(
             f"The data can be read once only, but {why}: pass a DataLoader or a list instead of an iterator."
@@ -25,10 +27,11 @@ def require_two_readings(loader: Any, why: str) -> None:
 
 @dataclass(eq=False)
 class Batch:
-    """One batch: the numbers of its samples in the data set, in ascending order, and what it holds.
+    """One batch of a data set.
 
-    ``rows``: of its first tensor, which are the samples; otherwise ``ids``: which of them each leading entry of the
-    output belongs to.
+    ``numbers``: those of its samples in the data set, in ascending order; ``rows``: the size of its first tensor, if
+    its rows are the samples; otherwise ``ids``, for each leading entry of the output its sample, and the number of
+    samples; ``counts``: whether its results are added to those of the other batches.
     """
 
     numbers: Tensor
@@ -45,11 +48,11 @@ class Batch:
 
 @dataclass(eq=False)
 class Batches:
-    """The batches of a process: every ``count``-th of those of the data set, which all processes are given.
+    """The batches of a data set, of which ``count`` processes take every ``count``-th.
 
-    ``sample_ids``: a user's function of a batch; ``total``: how many samples there are, by their numbers, in what was
-    read so far; ``absent``: numbers without an entry in any batch, known once the data were read. When they are read
-    again, the first batch has these samples too, so that their results are zeros like those of any sample without one.
+    ``sample_ids``: a user's function of a batch; ``total``: one more than the largest number of a sample in the batches
+    read so far; ``absent``: numbers of samples that have no entry in any batch, known after the first reading. In later
+    readings, these samples are in the first batch, so that their results are zeros.
 
     Raises:
         ValueError: The data set is already divided between processes.
@@ -70,8 +73,8 @@ class Batches:
             )
 
     @property
-    def _sampled(self) -> bool:
-        """Whether the samples of each batch are chosen beforehand."""
+    def _has_sampler(self) -> bool:
+        """Whether a sampler chooses the samples of each batch, so that other batches need not be read."""
         loader = self.loader
         return self.sample_ids is None and (
             isinstance(loader, DataLoader)
@@ -80,24 +83,24 @@ class Batches:
         )
 
     def count(self) -> int | None:
-        """The number of batches of the data set, where it is known."""
+        """The number of batches of the data set; ``None`` if it is unknown."""
         return len(self.loader) if hasattr(self.loader, "__len__") else None  # type: ignore[arg-type]
 
     def samples(self) -> int | None:
-        """The number of samples of the data set, where it is known without reading it."""
-        if not self._sampled or self.loader.batch_size is None:  # type: ignore[attr-defined]
+        """The number of samples of the data set; ``None`` if it must be read for this."""
+        if not self._has_sampler or self.loader.batch_size is None:  # type: ignore[attr-defined]
             return None
         n = len(self.loader.sampler)  # type: ignore[attr-defined]
         return n - n % self.loader.batch_size if self.loader.drop_last else n  # type: ignore[attr-defined]
 
     def rounds(self) -> int | None:
-        """The number of batches of the process with most of them, where it is known."""
+        """The largest number of batches that a process has; ``None`` if it is unknown."""
         count = self.count()
         return None if count is None else -(-count // self.processes.count)
 
     def read(self) -> Iterator[Batch]:
-        """The process's own batches."""
-        if self.processes.count > 1 and self._sampled:
+        """The batches of this process."""
+        if self.processes.count > 1 and self._has_sampler:
             yield from self._own()
             return
         for number, batch in enumerate(self.read_all()):
@@ -111,10 +114,9 @@ class Batches:
         further = self.absent
         for content in self.loader:
             if self.sample_ids is None:
-                rows = samples_of(content, self.axis)
-                batch = Batch(torch.arange(self.total, self.total + rows), rows, content)
+                batch = self._of_rows(content, self.total)
             else:
-                batch = Batch(*self._numbered(self.sample_ids(content), content, further))
+                batch = self._of_ids(self.sample_ids(content), content, further)
                 further = ()
                 numbers = batch.numbers.tolist()
                 if not seen.isdisjoint(numbers):
@@ -129,10 +131,13 @@ class Batches:
         if self.sample_ids is not None and not self.absent:
             self.absent = tuple(sorted(set(range(self.total)) - seen))
 
-    def _numbered(
-        self, given: Any, content: Any, further: tuple[int, ...]
-    ) -> tuple[Tensor, int | None, Any, tuple[Tensor, int]]:
-        """What makes a batch: numbers of the data set, and ``further`` ones; or, with a count, of this batch alone."""
+    def _of_rows(self, content: Any, start: int) -> Batch:
+        """A batch whose rows are the samples with the numbers from ``start`` on."""
+        rows = samples_of(content, self.axis)
+        return Batch(torch.arange(start, start + rows), rows, content)
+
+    def _of_ids(self, given: Any, content: Any, further: tuple[int, ...]) -> Batch:
+        """A batch with numbers of the data set, and ``further`` samples without entries; or with its own numbers."""
         known = SampleIds(given)
         ids = known.numbers
         if isinstance(given, tuple):
@@ -140,10 +145,10 @@ class Batches:
         else:
             numbers = torch.cat([ids[ids >= 0], ids.new_tensor(further)]).unique()
             ids = torch.where(ids >= 0, torch.searchsorted(numbers, ids.clamp(min=0)), ids)
-        return numbers, None, content, (ids, len(numbers))
+        return Batch(numbers, None, content, (ids, len(numbers)))
 
     def _own(self) -> Iterator[Batch]:
-        """As ``read``, without reading the others' samples; all processes follow the order that the first one draws."""
+        """As ``read``, without reading the samples of other processes; the first process draws the order for all."""
         loader: Any = self.loader
         order = self.processes.same(lambda: [list(indices) for indices in loader.batch_sampler])
         rank, count = self.processes.rank, self.processes.count
@@ -159,9 +164,6 @@ class Batches:
             generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
         )
-        starts = [0]
-        for indices in order:
-            starts.append(starts[-1] + len(indices))
-        for place, content in enumerate(own):
-            start, rows = starts[rank + place * count], samples_of(content, self.axis)
-            yield Batch(torch.arange(start, start + rows), rows, content)
+        starts = running_sums(map(len, order), initial=0)
+        for content, start in zip(own, islice(starts, rank, None, count), strict=False):
+            yield self._of_rows(content, start)

@@ -1,4 +1,4 @@
-"""A safetensors file that is replaced as a whole, and read by a run with the same identity only."""
+"""A file with the state of a run, which is replaced as a whole and read only by a run with the same identity."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Saved = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors, and what is no tensor."""
+TENSOR = "tensor of the file"
+"""Key of a dictionary that stands for a tensor in JSON."""
+
+State = dict[str, Any]
+"""Tensors and what JSON can hold, in nested dictionaries and lists."""
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A file that a run is saved to at intervals.
+    """A safetensors file that the state of a run is saved to at intervals.
 
     Args:
-        path: Of the file; a run with the same ``identity`` goes on from it.
-        seconds: Between two times that it is written, at least.
+        path: The file.
+        seconds: The least time between two savings.
+        identity: What a run must have in common with the one that wrote the file to go on from it, by name.
     """
 
     path: Path
@@ -32,37 +36,38 @@ class Checkpoint:
     identity: dict[str, str]
     written: float = field(default_factory=time.monotonic)
 
-    def load(self) -> Saved | None:
-        """What was saved last; ``None`` if there is nothing.
+    def load(self) -> State | None:
+        """The state that was saved last; ``None`` if there is none.
 
         Raises:
-            ValueError: It is of another run, or no checkpoint.
+            ValueError: The file is of another run, or no checkpoint.
         """
         return self._load(self.path) if self.path.exists() else None
 
-    def load_written(self) -> Saved | None:
-        """What ``write`` had written when the run was killed, if it was complete."""
+    def load_written(self) -> State | None:
+        """The state that ``write`` had written before the run was killed, if the file is complete."""
         with suppress(OSError, ValueError):
             return self._load(self._new)
         return None
 
-    def _load(self, path: Path) -> Saved:
+    def _load(self, path: Path) -> State:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["backpack"])
+                text = (file.metadata() or {})["backpack"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
-        before = header.pop("identity")
+        state: State = json.loads(text, object_hook=lambda d: tensors[d[TENSOR]] if TENSOR in d else d)
+        before = state.pop("identity")
         for name in sorted(before.keys() | self.identity.keys()):
             if before.get(name) != self.identity.get(name):
                 raise ValueError(
                     f"The checkpoint {path} is of another run: its {name} was {before.get(name)}, now it is "
                     f"{self.identity.get(name)}. Delete the file to begin anew, or give another one."
                 )
-        return tensors, header
+        return state
 
     @property
     def due(self) -> bool:
@@ -73,7 +78,7 @@ class Checkpoint:
     def _new(self) -> Path:
         return self.path.with_name(self.path.name + ".new")
 
-    def write(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    def write(self, state: State) -> None:
         """Write a new file beside the old one.
 
         Raises:
@@ -82,7 +87,13 @@ class Checkpoint:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        metadata = {"backpack": json.dumps({**header, "identity": self.identity})}
+        tensors: dict[str, Tensor] = {}
+
+        def named(tensor: Tensor) -> dict[str, str]:
+            tensors[str(len(tensors))] = tensor
+            return {TENSOR: str(len(tensors) - 1)}
+
+        metadata = {"backpack": json.dumps({**state, "identity": self.identity}, default=named)}
         with self._intact():
             try:
                 save_file(_separate(tensors), self._new, metadata)
@@ -93,10 +104,10 @@ class Checkpoint:
                 raise
 
     def replace(self) -> None:
-        """Put the new file in the place of the old one as a whole: at any moment there is one of them.
+        """Put the new file in the place of the old one, in one step: at any moment there is one of them.
 
         Raises:
-            OSError: It cannot be; the old one is still there.
+            OSError: It cannot be done; the old file is still there.
         """
         with self._intact():
             os.replace(self._new, self.path)
@@ -117,7 +128,7 @@ class Checkpoint:
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and none of them a view of another one's memory, which the format does not have."""
+    """The tensors on the CPU, none of them a view of another one's memory, which the format does not know."""
     found: dict[str, Tensor] = {}
     storages: set[torch.UntypedStorage] = set()
     for name, value in tensors.items():

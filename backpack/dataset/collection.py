@@ -1,4 +1,4 @@
-"""What the batches of a process have given for each extension and parameter."""
+"""The results of the batches of one process, merged for each extension and parameter."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ GRAD = "grad"
 
 @dataclass(eq=False)
 class Part:
-    """An extension for one batch: the factor of the batch in the loss of all, and its samples among the selected.
+    """What an extension computes of one batch.
 
-    ``places`` is ``None`` where nothing of the batch is wanted.
+    ``factor``: with which the loss of the batch enters that of the whole data set; ``places``: those of the batch's
+    samples among all that the extension selects, ``None`` if it selects none of them.
     """
 
     extension: BackpropExtension
@@ -36,14 +37,17 @@ class Part:
 class Collection:
     """Results by parameter name and ``savefield``, merged as they come.
 
-    ``merging`` and ``joined`` say by ``savefield`` how results merge: those that are summed, those of single samples.
-    ``final``: those of which what comes first of a batch is its whole result.
+    ``sums`` holds what is summed, ``rows`` results of single samples; ``merging`` and ``joined`` say by ``savefield``
+    how they merge. The results of ``final`` extensions are complete when they first come.
 
     Args:
-        model: Whose parameters are looked at.
-        extensions: As users gave them.
-        device: Where results are kept; ``None``: where they are computed.
-        one_pass: Whether each batch has one backward pass.
+        model: The model whose parameters receive results.
+        extensions: The extensions, as the user gave them.
+        device: Device that results are moved to; ``None``: they stay where they are computed.
+        one_pass: Whether there is one backward pass for each batch.
+
+    Raises:
+        ValueError: An extension has no meaning for several batches, or no parameter requires a gradient.
     """
 
     model: Module
@@ -52,11 +56,10 @@ class Collection:
     one_pass: bool = False
     sums: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
     rows: dict[tuple[str, str], Rows | FileRows] = field(default_factory=dict)
-    selected: dict[str, int] = field(default_factory=dict)
     new: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What is to be summed of the batch at hand, by ``savefield`` and name."""
+    """Results of the current batch that wait for their sum, by ``savefield`` and name."""
     added: set[tuple[str, str]] = field(default_factory=set)
-    """What of the batch at hand was added when it came."""
+    """Keys of the results of the current batch that were added when they came."""
 
     def __post_init__(self) -> None:
         self.merging: dict[str, Merging] = {GRAD: Summed(1)}
@@ -66,8 +69,8 @@ class Collection:
             part = extension.on_batch(None, 1.0)
             if extension.rules and part.rules is not extension.rules:
                 raise ValueError(
-                    f"{type(extension).__name__} has rules of users, which say nothing of what it needs to know of a "
-                    f"batch for its result of several."
+                    f"{type(extension).__name__} has custom rules, but for several batches it needs other results of "
+                    f"each batch than these rules compute. Use it without custom rules."
                 )
             if part.batches is None:
                 raise ValueError(
@@ -82,10 +85,9 @@ class Collection:
             raise ValueError("The model has no parameter that requires a gradient.")
         self.large = {name for name, p in self.parameters.items() if p.numel() * p.element_size() >= LARGE}
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.selected = {extension.savefield: 0 for extension in self.extensions}
 
     def clear(self) -> None:
-        """Take results of earlier backward passes off the parameters."""
+        """Delete results of earlier backward passes from the parameters."""
         for parameter in self.parameters.values():
             for extension in self.extensions:
                 vars(parameter).pop(extension.savefield, None)
@@ -98,8 +100,8 @@ class Collection:
     def take(self, parts: dict[str, Part], parameter: Tensor, savefield: str, result: Any) -> None:
         """Take one result of a batch.
 
-        Those of samples are kept at once, and sums for large parameters are added at once, which saves their memory.
-        A pass that pulls columns back may begin anew: of these the first result counts then, of all others the last.
+        Results of single samples are kept at once, and those of large parameters added at once, which saves memory.
+        Others wait for ``merge``: a pass that pulls columns back may begin anew, and then the last result counts.
         """
         name, part = self.name_of(parameter), parts[savefield]
         if name is None or part.places is None:
@@ -125,7 +127,7 @@ class Collection:
         return result if self.device is None else tree_map(lambda tensor: tensor.to(self.device), result)
 
     def merge(self, parts: dict[str, Part]) -> None:
-        """Add the sums of a batch to those of the batches before."""
+        """Add the results of a batch that wait to those of the batches before."""
         for savefield, results in self.new.items():
             part = parts[savefield]
             self._add(savefield, results, part.factor, 0 if part.places is None else len(part.places))
@@ -133,18 +135,18 @@ class Collection:
         self.added.clear()
 
     def add_gradients(self, grads: dict[str, Tensor], factor: float) -> None:
-        """Add gradients of a batch to those of the batches before; they do not count if the factor is zero."""
+        """Add gradients of a batch to those of the batches before, unless the factor is zero."""
         if factor:
             dense = {name: self._moved(grad.to_dense() if grad.is_sparse else grad) for name, grad in grads.items()}
             self._add(GRAD, dense, factor, 0)
 
     def gradients_are_finite(self) -> bool:
-        """Whether those of all batches were."""
+        """Whether the gradients of all batches are finite."""
         norms = torch._foreach_norm([state[0] for (_, field), state in self.sums.items() if field == GRAD], torch.inf)
         return all(norm.isfinite().item() for norm in norms)
 
     def _add(self, savefield: str, results: dict[str, Any], factor: float, samples: int) -> None:
-        """Add results of one extension for some parameters."""
+        """Add results of one extension, by name of the parameters."""
         merging, states, further = self.merging[savefield], [], []
         for name, result in results.items():
             state = self.sums.get((name, savefield))
@@ -158,22 +160,22 @@ class Collection:
                 merging.add(states, further, factor, samples)
 
 
-def part_of(extension: BackpropExtension, chosen: Tensor | None, whole: Tensor, factor: float, scale: float) -> Part:
-    """What to compute of a batch.
+def part_of(extension: BackpropExtension, chosen: Tensor | None, numbers: Tensor, factor: float, scale: float) -> Part:
+    """What an extension computes of a batch.
 
     Args:
-        extension: As the user gave it.
-        chosen: The numbers of the samples selected, of all data; ``None``: all.
-        whole: Those of the batch's samples, in ascending order.
-        factor: With which the loss of these samples enters that of all.
-        scale: By which it is multiplied before ``backward()``, which second order does not see.
+        extension: The extension, as the user gave it.
+        chosen: The numbers of the selected samples in the data set; ``None``: all are.
+        numbers: The numbers of the batch's samples, in ascending order.
+        factor: The factor with which the loss of the batch enters that of the data set.
+        scale: What the loss is multiplied by before ``backward()``; second order does not see it.
     """
     if extension.seeds is None:
         factor /= scale
     if chosen is None:
-        return Part(extension.on_batch(None, factor), factor, whole)
-    own = torch.searchsorted(whole, chosen).clamp(max=len(whole) - 1)
-    places = (whole[own] == chosen).nonzero().flatten()
+        return Part(extension.on_batch(None, factor), factor, numbers)
+    own = torch.searchsorted(numbers, chosen).clamp(max=len(numbers) - 1)
+    places = (numbers[own] == chosen).nonzero().flatten()
     if len(places) == 0:
         return Part(extension.on_batch([0], factor), factor, None)
     return Part(extension.on_batch(own[places].tolist(), factor), factor, places)

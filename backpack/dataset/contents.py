@@ -1,4 +1,4 @@
-"""What a batch holds: how many samples, which inputs and targets, in any containers that models take."""
+"""The samples, inputs and targets of a batch, in any containers that models take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backpack.modules.calls import leaves_of
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """All tensors in nested containers on this device; mappings become dictionaries."""
+    """Move all tensors in nested containers to a device; mappings become dictionaries."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -27,12 +27,16 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def samples_of(batch: Any, axis: int) -> int:
-    """The size of an axis of the first tensor."""
+    """The size of an axis of the first tensor in a batch.
+
+    Raises:
+        TypeError: No tensor has this axis.
+    """
     first = batch
     while isinstance(first, (tuple, list)) and first:
         first = first[0]
     if isinstance(first, Tensor) and first.dim() > axis:
-        return first.shape[axis]  # of most batches, without the time that the rest takes
+        return first.shape[axis]  # enough for most batches, and faster than what follows
     if isinstance(batch, Mapping):
         batch = dict(batch)
     for leaf in tree_leaves(batch):
@@ -44,7 +48,11 @@ def samples_of(batch: Any, axis: int) -> int:
 
 
 def split(batch: Any) -> tuple[Any, Any]:
-    """The inputs and the targets of a batch ``(inputs, targets)`` or a mapping with ``labels``."""
+    """The inputs and the targets of a batch, which is a pair of them or a mapping with ``labels``.
+
+    Raises:
+        TypeError: It is neither.
+    """
     if isinstance(batch, Mapping) and "labels" in batch:
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -59,10 +67,10 @@ def split(batch: Any) -> tuple[Any, Any]:
 def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
     """The model's output for a batch, and the targets.
 
-    Of an output that is no tensor, ``logits`` are taken, or else its first tensor of floating-point numbers.
+    If the output is no tensor, its ``logits`` are taken, or else its first tensor of floating-point numbers.
 
     Raises:
-        TypeError: It holds none.
+        TypeError: The output holds no such tensor.
     """
     inputs, target = split(batch)
     if isinstance(inputs, Mapping):

@@ -1,4 +1,4 @@
-"""After the last batch: the results of all processes, from what each has collected."""
+"""The results of all processes, merged after the last batch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ Key = tuple[str, str]
 def merged(
     collection: Collection, processes: Processes, factor: float, selected: dict[str, int], gather: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """The results of all processes by ``savefield`` and name, on the parameters as well, and their places.
+    """Merge the results of all processes, and store them on the parameters.
 
     Args:
-        collection: Of this process; it is empty afterwards.
-        processes: Whose results are merged.
-        factor: Of the loss of all, by which nothing was multiplied yet.
-        selected: How many samples all processes have for each extension.
-        gather: Bring results of single samples to all processes.
+        collection: What this process has collected; it is empty afterwards.
+        processes: The processes whose results are merged.
+        factor: A factor of the loss of all that the results do not have yet.
+        selected: How many samples of all processes each extension selects, by ``savefield``.
+        gather: Whether to bring results of single samples to all processes.
+
+    Returns:
+        The results by ``savefield`` and name of the parameter; and by ``savefield`` the places of those samples whose
+        results stay on this process.
     """
     joined = collection.joined
     found: dict[str, dict[str, Any]] = {savefield: {} for savefield in (*collection.merging, *joined)}
@@ -35,7 +39,7 @@ def merged(
     for (name, savefield), state in _sums(collection, processes):
         merging = collection.merging[savefield]
         found[savefield][name] = merging.finish(state, factor, selected.get(savefield, 0))
-    for (_, savefield), store in collection.rows.items():  # those of parameters that all batches use are complete
+    for (_, savefield), store in collection.rows.items():  # parameters that all batches use have all places
         if isinstance(store, Rows):
             known = torch.cat(store.places)
             if len(known) > len(places.get(savefield, ())):
@@ -43,7 +47,7 @@ def merged(
     of_whole = {e.savefield for e in collection.extensions if type(e).of_whole is not BackpropExtension.of_whole}
     wanted = {e.savefield for e in collection.extensions if gather or processes.count == 1} | of_whole
     for (name, savefield), rows in _files(collection, processes):
-        found[savefield][name] = joined[savefield].finish(rows, 1.0)  # that of all was known before
+        found[savefield][name] = joined[savefield].finish(rows, 1.0)  # the factor was known before
     for (name, savefield), store in _gathered(collection, processes, wanted):
         found[savefield][name] = joined[savefield].finish(store.finish(torch.arange(selected[savefield])), factor)
         places.pop(savefield, None)
@@ -60,7 +64,7 @@ def merged(
 
 
 def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, list[Tensor]]]:
-    """States of all processes, small ones with one message for many."""
+    """The sums over all processes; one message carries many small ones."""
     forms: dict[Key, list[Any]] = {}
     if processes.count > 1:
         own = {key: [(p.shape, p.dtype, p.device.type) for p in state] for key, state in collection.sums.items()}
@@ -80,7 +84,7 @@ def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, l
 
 
 def _reduce(collection: Collection, states: dict[Key, list[Tensor]], processes: Processes) -> None:
-    """Run reductions in step."""
+    """Run the reductions of all states step by step, with one message for each step."""
     running = [(key, collection.merging[key[1]].reduce(state)) for key, state in states.items()]
     asked = [next(reduction) for _, reduction in running]
     while running:
@@ -96,7 +100,7 @@ def _reduce(collection: Collection, states: dict[Key, list[Tensor]], processes: 
 
 
 def _files(collection: Collection, processes: Processes) -> Iterator[tuple[Key, Tensor]]:
-    """Results of single samples in files that all processes write to."""
+    """Results of single samples from files that all processes have written to."""
     own = {key: store for key, store in collection.rows.items() if isinstance(store, FileRows)}
     for store in own.values():
         store.flush()
@@ -108,7 +112,7 @@ def _files(collection: Collection, processes: Processes) -> Iterator[tuple[Key, 
 
 
 def _gathered(collection: Collection, processes: Processes, wanted: set[str]) -> Iterator[tuple[Key, Rows]]:
-    """Results of single samples of all processes, where they are wanted; small ones with one message for many."""
+    """Results of single samples of all processes, for ``wanted`` extensions; one message carries many small ones."""
     own = {key: store for key, store in collection.rows.items() if isinstance(store, Rows) and key[1] in wanted}
     packed = {key: store.pack() for key, store in own.items()}
     for key in own:

@@ -1,4 +1,4 @@
-"""The identity of a run: what another one must have in common with it to go on where it ended."""
+"""The identity of a run: what a later run must have in common with it to go on where it ended."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _digest_of_weights(module: Module) -> str:
 
 
 def describe(extension: BackpropExtension) -> str:
-    """An extension with all its options."""
+    """An extension with all its options, as text."""
     options = {k: _shown(v) for k, v in sorted(vars(extension).items()) if k not in ("subset", "rules")}
     rules = {module.__name__: type(rule).__name__ for module, rule in extension.rules.items()}
     return f"{type(extension).__name__}({options}, rules={rules}, subsampling={extension.subset.key})"
 
 
 def _shown(option: Any) -> Any:
-    """As it is, or a digest of the tensors in it."""
+    """The value of an option, or a digest of the tensors in it."""
     tensors = [leaf for leaf in tree_leaves(option) if isinstance(leaf, Tensor)]
     return _digest((str(place), tensor) for place, tensor in enumerate(tensors)) if tensors else option
 

@@ -1,4 +1,4 @@
-"""Several processes of one job, each with a part of the data."""
+"""Exchange between the processes of one job, each of which has a part of the data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 BUCKET = 2**25
-"""Bytes that several tensors are joined to for one message; a larger tensor is sent by itself."""
+"""The most bytes of several tensors that are sent in one message; a larger tensor is sent by itself."""
 
 
 def bundles(sizes: list[int]) -> Iterator[slice]:
-    """Consecutive ones of these sizes in bytes, as many as fit into a message."""
+    """Slices of a list of sizes in bytes, each as long as fits into one message."""
     start = filled = 0
     for place, size in enumerate(sizes):
         if filled and filled + size > BUCKET:
@@ -31,7 +31,7 @@ def bundles(sizes: list[int]) -> Iterator[slice]:
 
 
 def alike(tensors: Iterable[Tensor]) -> list[list[int]]:
-    """The places of those of one data type and device."""
+    """The places of tensors, grouped by data type and device."""
     found: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for place, tensor in enumerate(tensors):
         found.setdefault((tensor.dtype, tensor.device), []).append(place)
@@ -40,7 +40,7 @@ def alike(tensors: Iterable[Tensor]) -> list[list[int]]:
 
 @dataclass(eq=False)
 class Processes:
-    """Those of a process group; one alone where there is none."""
+    """The processes of a group; a single one without ``torch.distributed``."""
 
     group: Any = None
 
@@ -52,7 +52,7 @@ class Processes:
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _failures_explained(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -72,7 +72,7 @@ class Processes:
         found: list[Tensor] = [*tensors]
         for places in alike(tensors):
             flat = self._message([tensors[place] for place in places])
-            with self._together():
+            with self._failures_explained():
                 dist.all_reduce(flat, group=self.group)
             pieces = flat.split([tensors[place].numel() for place in places])
             for place, piece in zip(places, pieces, strict=True):
@@ -80,9 +80,9 @@ class Processes:
         return found
 
     def all_rows(self, tensors: Sequence[Tensor], counts: list[list[int]]) -> list[Tensor]:
-        """Of each tensor, the rows of all processes, one after the other, with one message for each data type.
+        """For each tensor, the rows of all processes joined, with one message for each data type.
 
-        ``counts``: how many there are, by process and tensor.
+        ``counts``: the number of rows, by process and tensor.
         """
         if self.count == 1:
             return list(tensors)
@@ -93,7 +93,7 @@ class Processes:
             padded = flat.new_zeros(max(map(sum, sizes)))
             padded[: len(flat)] = flat
             messages = [torch.empty_like(padded) for _ in counts]
-            with self._together():
+            with self._failures_explained():
                 dist.all_gather(messages, padded, group=self.group)
             parts = [message[: sum(own)].split(own) for message, own in zip(messages, sizes, strict=True)]
             for place, pieces in zip(places, zip(*parts, strict=True), strict=True):
@@ -102,20 +102,20 @@ class Processes:
         return found
 
     def _message(self, tensors: list[Tensor]) -> Tensor:
-        """A copy of them in one, where it can be sent from."""
+        """A copy of all entries in one vector, on a device that can send it."""
         return torch.cat([tensor.reshape(-1).to(self._device or tensor.device) for tensor in tensors])
 
     def all_objects(self, value: T) -> list[T]:
-        """What each process gives, in their order."""
+        """The values of all processes, in their order."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
-        with self._together():
+        with self._failures_explained():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
     def same(self, make: Callable[[], T]) -> T:
-        """What the first process makes."""
+        """The value that the first process makes."""
         if self.count == 1:
             return make()
         return next(value for value in self.all_objects(make() if self.rank == 0 else None) if value is not None)

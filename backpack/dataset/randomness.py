@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from backpack.dataset.checkpoint import State
 
 
 class Randomness:
-    """Of PyTorch, Python, NumPy, and those of a loader's own."""
+    """The generators of PyTorch, Python and NumPy, and those that a loader has of its own."""
 
     def __init__(self, loader: Any) -> None:
         sampler = getattr(loader, "sampler", None)
         generators = (getattr(loader, "generator", None), getattr(sampler, "generator", None))
         self._own = list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
-    def read(self) -> tuple[dict[str, Tensor], str]:
-        """Tensors, and JSON."""
-        tensors = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-        tensors |= {f"own{number}": generator.get_state() for number, generator in enumerate(self._own)}
-        other: dict[str, Any] = {"python": random.getstate()}
+    def read(self) -> State:
+        """The states of all generators."""
+        state: State = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "own": [generator.get_state() for generator in self._own],
+            "python": random.getstate(),
+        }
         if "numpy" in sys.modules:
-            state = sys.modules["numpy"].random.get_state(legacy=False)
-            other["numpy"] = {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}}
-        return tensors, json.dumps(other)
+            numbers = sys.modules["numpy"].random.get_state(legacy=False)
+            state["numpy"] = {**numbers, "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()}}
+        return state
 
-    def write(self, tensors: dict[str, Tensor], text: str) -> None:
+    def write(self, state: State) -> None:
         """Go back to states that were read."""
-        torch.set_rng_state(tensors["cpu"])
-        for name, state in tensors.items():
-            if name.startswith("cuda"):
-                torch.cuda.set_rng_state(state, int(name[4:]))
-            elif name.startswith("own"):
-                self._own[int(name[3:])].set_state(state)
-        other = json.loads(text)
-        version, internal, gauss = other["python"]
+        torch.set_rng_state(state["cpu"])
+        for number, value in enumerate(state["cuda"]):
+            torch.cuda.set_rng_state(value, number)
+        for generator, value in zip(self._own, state["own"], strict=True):
+            generator.set_state(value)
+        version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        if "numpy" in other:
+        if "numpy" in state:
             import numpy
 
-            state = other["numpy"]
-            state["state"]["key"] = numpy.array(state["state"]["key"], dtype=numpy.uint32)
-            numpy.random.set_state(state)
+            numbers = state["numpy"]
+            key = numpy.array(numbers["state"]["key"], dtype=numpy.uint32)
+            numpy.random.set_state({**numbers, "state": {**numbers["state"], "key": key}})

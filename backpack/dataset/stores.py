@@ -1,4 +1,4 @@
-"""Where results of single samples are kept until all have come."""
+"""Memory and files that keep the results of single samples until all have come."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Rows:
-    """Results of single samples in memory: ``places`` says which samples they are, ``weights`` what to multiply by."""
+    """Results of single samples in memory.
+
+    ``chunks`` are those of one batch each; ``places``: of which samples; ``weights``: what to multiply them by.
+    """
 
     chunks: list[Tensor] = field(default_factory=list)
     places: list[Tensor] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
     def add(self, rows: Tensor, places: Tensor, weight: float, device: torch.device | None) -> None:
-        """Keep those of one more batch; if they come twice, as when its pass began anew, the last ones."""
+        """Keep the rows of one batch; if they come twice since its pass began anew, the last ones."""
         if self.places and self.places[-1] is places:
             self.chunks.pop(), self.places.pop(), self.weights.pop()
         if self.chunks and self.chunks[0].shape[1:] != rows.shape[1:]:
             raise ValueError(
                 f"Results of samples have shape {list(self.chunks[0].shape[1:])} in one batch and "
                 f"{list(rows.shape[1:])} in another, so that they do not join: a root has as many columns as the "
-                f"sample with most positions needs. Let the samples of all batches have as many, or take "
-                f"BatchDiagGGNExact."
+                f"sample with most positions needs. Give the samples of all batches the same number of positions, or "
+                f"use BatchDiagGGNExact."
             )
         self.chunks.append(rows if device is None else rows.to(device))
         self.places.append(places)
         self.weights.append(weight)
 
     def pack(self) -> tuple[Tensor, Tensor]:
-        """As one tensor each, multiplied by the weights."""
+        """Join the chunks, multiplied by their weights, and their places."""
         if len(self.chunks) > 1:
             joined, start = torch.cat(self.chunks), 0
             for weight, own in groupby(zip(self.weights, self.chunks, strict=True), itemgetter(0)):
@@ -51,7 +54,7 @@ class Rows:
         return self.chunks[0], self.places[0]
 
     def finish(self, order: Tensor) -> Tensor:
-        """Those of the samples at the places ``order``; zero where nothing came."""
+        """The results of the samples with the places ``order``; zeros for those that have none."""
         rows, places = self.pack()
         self.chunks.clear()
         if torch.equal(places, order):
@@ -65,14 +68,14 @@ class Rows:
 
 @dataclass(eq=False)
 class FileRows:
-    """Results of single samples in a file of NumPy's format, written at their places as they come."""
+    """Results of single samples in a file of NumPy's format, which are written at their places as they come."""
 
     path: Path
     count: int
     file: Any = None
 
     def add(self, rows: Tensor, places: Tensor, weight: float, device: torch.device | None) -> None:
-        """Write those of one more batch."""
+        """Write the rows of one batch."""
         import numpy
 
         rows = rows.to("cpu", torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype)
@@ -82,7 +85,7 @@ class FileRows:
         self.file[places.numpy()] = values
 
     def _open(self, numpy: Any, values: Any) -> Any:
-        """Several processes may do so at a time: all write the same header, and no one shortens the file."""
+        """Open the file; several processes may do so at a time, as all write the same header, and none shortens it."""
         shape = (self.count, *values.shape[1:])
         header = {"descr": numpy.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": shape}
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
@@ -98,7 +101,7 @@ class FileRows:
         return numpy.memmap(self.path, values.dtype, "r+", start, shape)
 
     def flush(self) -> None:
-        """Have the system write what it holds back."""
+        """Write what is still in memory to the file."""
         if self.file is not None:
             self.file.flush()
 

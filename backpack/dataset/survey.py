@@ -1,4 +1,4 @@
-"""What must be known of a whole data set before its first batch is computed."""
+"""What must be known about a whole data set before its first batch is computed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from backpack.extensions.backprop_extension import BackpropExtension
 def survey(
     batches: Batches, one: BatchPass, extensions: tuple[BackpropExtension, ...], fixed: bool, random: Randomness
 ) -> tuple[int | None, float]:
-    """The number of samples, where it is known, and what the loss of all divides by, where that is ``fixed``; else 1.
+    """The number of samples (``None``: unknown), and what the loss of the data set divides its sum by.
 
-    Where it must be, the data are read once for this.
+    The data are read once if the latter must be ``fixed`` before the first batch, or if samples are selected and their
+    number is unknown. If it is not fixed, it is given as 1.
 
     Raises:
-        ValueError: They can be read once only.
+        ValueError: The data must be read for this, and can be read once only.
     """
     total, reference = batches.samples(), 1.0
     chosen = any(extension.get_subsampling() is not None for extension in extensions)
@@ -36,7 +37,7 @@ def survey(
     for batch in batches.read():
         total += batch.samples
         divided += one.divided(batch.content) if fixed else 0.0
-    random.write(*before)  # the data come in the same order again
+    random.write(before)  # so that the data come in the same order again
     sums = batches.processes.all_sum(torch.tensor([divided, total], dtype=torch.float64)).tolist()
     if fixed and not one.is_sum:
         reference = sums[0]
@@ -44,22 +45,24 @@ def survey(
 
 
 def chosen_samples(extensions: tuple[BackpropExtension, ...], total: int | None) -> dict[str, Tensor]:
-    """The numbers of the selected samples, by ``savefield``, of extensions that select some."""
-    found = {}
-    for extension in extensions:
-        if extension.get_subsampling() is not None:
-            assert total is not None
-            rows = extension.subset.rows(total, torch.device("cpu"))
-            assert rows is not None
-            found[extension.savefield] = rows
-    return found
+    """The numbers of the samples that extensions select, by ``savefield``, for those that do not select all."""
+    cpu = torch.device("cpu")
+    rows = {e.savefield: e.subset.rows(total or 0, cpu) for e in extensions if e.get_subsampling() is not None}
+    return {savefield: chosen for savefield, chosen in rows.items() if chosen is not None}
+
+
+def numbers_selected(
+    extensions: tuple[BackpropExtension, ...], total: int, chosen: dict[str, Tensor]
+) -> dict[str, int]:
+    """How many of all samples each extension selects, by ``savefield``."""
+    return {e.savefield: len(chosen.get(e.savefield, range(total))) for e in extensions}
 
 
 def writable(folder: Path) -> Path:
-    """A folder for results, which is made if it is not there.
+    """Create a folder for results if it does not exist.
 
     Raises:
-        OSError: Nothing can be written to it.
+        OSError: It cannot be created, or no file in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def writable(folder: Path) -> Path:
 def open_files(
     folder: Path, collection: Collection, total: int, chosen: dict[str, Tensor], processes: Processes, anew: bool
 ) -> None:
-    """Let results of single samples go to files in a folder; ``anew``: what is there is of another run."""
+    """Send results of single samples to files in a folder, and delete those of another run first if ``anew``."""
     for savefield in collection.joined:
         for name in collection.parameters:
             path = folder / f"{savefield}.{name}.npy"

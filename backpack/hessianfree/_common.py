@@ -1,4 +1,4 @@
-"""Lists of tensors and derivatives of second order."""
+"""What the products have in common: lists of tensors, and pull-backs with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Tensors = Tensor | Iterable[Tensor]
 
 
 def listed(tensors: Tensors) -> list[Tensor]:
-    """A list, of one tensor or of several."""
+    """The tensors as a list, also if it is a single one."""
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def matching(vectors: Tensors, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-    """The vectors, one for each tensor and of its shape.
+    """The vectors as a list, one for each tensor and of its shape; ``what`` names the tensors in the error.
 
     Raises:
-        ValueError: They are not.
+        ValueError: Their number or a shape differs.
     """
     found = listed(vectors)
     if [v.shape for v in found] != [t.shape for t in tensors]:
@@ -33,10 +33,10 @@ def matching(vectors: Tensors, tensors: Sequence[Tensor], what: str) -> list[Ten
 def pulled_back(
     ys: Sequence[Tensor], xs: Sequence[Tensor], ws: Sequence[Tensor], create_graph: bool, retain_graph: bool = True
 ) -> list[Tensor]:
-    """``J^T w`` by autograd, zero for what ``ys`` does not depend on.
+    """``J^T w`` by autograd, with zeros for those ``xs`` that ``ys`` does not depend on.
 
     Raises:
-        RuntimeError: A second derivative is needed that PyTorch does not have.
+        RuntimeError: PyTorch does not have a second derivative that is needed.
     """
     needed = [(y, w) for y, w in zip(ys, ws, strict=True) if y.requires_grad]
     if not needed:
@@ -61,5 +61,5 @@ def pulled_back(
 
 
 def returned(tensors: Iterable[Tensor], detach: bool) -> tuple[Tensor, ...]:
-    """A tuple, cut from the graph or not."""
+    """The tensors as a tuple, cut from the graph if ``detach``."""
     return tuple(tensor.detach() if detach else tensor for tensor in tensors)

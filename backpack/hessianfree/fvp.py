@@ -24,20 +24,20 @@ def fisher_vector_product(
     kind: str = "exact",
     mc_samples: int = 1,
 ) -> tuple[Tensor, ...]:
-    """``F v`` with the Fisher matrix of the model's predictive distribution, scaled as the loss is reduced.
+    """The product ``F v`` with the Fisher matrix of the model's predictive distribution, scaled as the loss is reduced.
 
     Args:
         lossfunc: A loss module, the negative log-likelihood of ``target``.
-        output: That of the model; its first axis counts the samples.
-        target: For ``kind="empirical"`` the labels count, else only through weights and ignored entries.
-        plist: Parameters.
-        v: Of their shapes.
-        kind: ``"exact"``, which is the GGN (Martens, 2020, section 9.2); ``"sampled"``: from gradients at labels drawn
-            from the model's distribution; ``"empirical"``: from gradients at the given labels.
-        mc_samples: How many labels are drawn.
+        output: The model's output, whose first axis counts the samples.
+        target: The labels. Other kinds than ``"empirical"`` use only their weights, and which of them are ignored.
+        plist: The parameters.
+        v: A vector: one tensor for each parameter, of its shape.
+        kind: ``"exact"``: the GGN (Martens, 2020, section 9.2); ``"sampled"``: from gradients at labels drawn from the
+            model's distribution; ``"empirical"``: from gradients at the given labels.
+        mc_samples: How many labels are drawn for each sample.
 
     Raises:
-        ValueError: ``kind`` is something else, ``mc_samples`` is not positive, or ``v`` does not have the shapes of
+        ValueError: ``kind`` is none of these, ``mc_samples`` is not positive, or ``v`` does not have the shapes of
             ``plist``.
     """
     if kind not in ("exact", "sampled", "empirical"):

@@ -16,14 +16,14 @@ from backpack.hessianfree.rop import jacobian_vector_product
 def ggn_vector_product_from_plist(
     loss: Tensor, output: Tensor, plist: Iterable[Tensor], v: Tensors
 ) -> tuple[Tensor, ...]:
-    """``J^T H J v``, one tensor for each of ``plist`` (Schraudolph, 2002, section 3).
+    """The product ``J^T H J v`` with the GGN, one tensor for each of ``plist`` (Schraudolph, 2002, section 3).
 
     Args:
         loss: A scalar, computed from ``output``.
-        output: That of the model.
-        plist: Parameters; ``J`` is the Jacobian of ``output`` with respect to them, ``H`` the Hessian of ``loss`` with
-            respect to ``output``.
-        v: Of the shapes of ``plist``.
+        output: The model's output.
+        plist: The parameters. ``J`` is the Jacobian of ``output`` with respect to them, ``H`` the Hessian of ``loss``
+            with respect to ``output``.
+        v: A vector: one tensor for each parameter, of its shape.
 
     Raises:
         ValueError: ``v`` does not have the shapes of ``plist``.

@@ -11,15 +11,15 @@ from backpack.hessianfree._common import Tensors, listed, matching, pulled_back,
 def hessian_vector_product(
     f: Tensor, params: Tensors, v: Tensors, grad_params: Tensors | None = None, detach: bool = True
 ) -> tuple[Tensor, ...]:
-    """``H v`` with the Hessian ``H`` of the scalar ``f`` with respect to ``params`` (Pearlmutter, 1994).
+    """The product ``H v`` with the Hessian of the scalar ``f`` with respect to ``params`` (Pearlmutter, 1994).
 
     Args:
         f: A scalar.
         params: One tensor or several.
-        v: Of the shapes of ``params``.
-        grad_params: The gradient of ``f`` with respect to ``params``, if it is at hand with its graph
+        v: A vector: one tensor for each of ``params``, of its shape.
+        grad_params: The gradient of ``f`` with respect to ``params``, if you have it with its graph
             (``create_graph=True``).
-        detach: Cut the result from the graph.
+        detach: Whether to cut the result from the graph.
 
     Raises:
         ValueError: ``v`` does not have the shapes of ``params``.

@@ -10,14 +10,14 @@ from backpack.hessianfree._common import Tensors, listed, matching, pulled_back,
 def transposed_jacobian_vector_product(
     f: Tensors, x: Tensors, v: Tensors, retain_graph: bool = True, detach: bool = True
 ) -> tuple[Tensor, ...]:
-    """``J^T v`` with the Jacobian ``J`` of ``f`` with respect to ``x``, one tensor for each of ``x``.
+    """The product ``J^T v`` with the Jacobian ``J`` of ``f`` with respect to ``x``, one tensor for each of ``x``.
 
     Args:
         f: One tensor or several, computed from ``x``.
         x: One tensor or several.
-        v: Of the shapes of ``f``.
-        retain_graph: Keep the graph of ``f`` for further products.
-        detach: Cut the result from the graph.
+        v: A vector: one tensor for each of ``f``, of its shape.
+        retain_graph: Whether to keep the graph of ``f`` for further products.
+        detach: Whether to cut the result from the graph.
 
     Raises:
         ValueError: ``v`` does not have the shapes of ``f``.

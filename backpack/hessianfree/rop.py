@@ -11,16 +11,16 @@ from backpack.hessianfree._common import Tensors, listed, matching, pulled_back,
 def jacobian_vector_product(
     f: Tensors, x: Tensors, v: Tensors, retain_graph: bool = True, detach: bool = True
 ) -> tuple[Tensor, ...]:
-    """``J v`` with the Jacobian ``J`` of ``f`` with respect to ``x``, one tensor for each of ``f``.
+    """The product ``J v`` with the Jacobian ``J`` of ``f`` with respect to ``x``, one tensor for each of ``f``.
 
     By two backward passes: ``J^T w`` is linear in ``w``, and its derivative is ``J``.
 
     Args:
         f: One tensor or several, computed from ``x``.
         x: One tensor or several.
-        v: Of the shapes of ``x``.
-        retain_graph: Keep the graph of ``f`` for further products.
-        detach: Cut the result from the graph.
+        v: A vector: one tensor for each of ``x``, of its shape.
+        retain_graph: Whether to keep the graph of ``f`` for further products.
+        detach: Whether to cut the result from the graph.
 
     Raises:
         ValueError: ``v`` does not have the shapes of ``x``.

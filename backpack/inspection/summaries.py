@@ -1,4 +1,4 @@
-"""How a model uses its parameters, and what extensions will do with them."""
+"""How a model uses its parameters, and how extensions will compute their results."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from backpack.backward.plan import PlannedUse
 from backpack.backward.preparation import prepare
 from backpack.context import extend, unextend
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.graph import kind as node_kind
-from backpack.graph import read, variable_of
+from backpack.graph import kind, read, variable_of
+from backpack.inspection.tables import aligned
 from backpack.modules.calls import leaves_of, noted
 from backpack.modules.parameters import name_of
 from backpack.modules.thread_state import muted
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples.mixing import mixed_data
-from backpack.uses import Cotangents, DenseUse, ElementwiseUse, Individual, LookupUse, StackedUse
+from backpack.uses import Cotangents, DenseUse, ElementwiseUse, LookupUse, StackedUse
 
 
 @dataclass(frozen=True)
 class Line:
     """One use of one parameter.
 
-    ``function``: the kind of node in PyTorch's graph that uses it; ``how``: by extension, the way that is taken and its
-    measured cost; ``mixed``: what mixes samples below this use; ``refused``: by extension, why.
+    ``function``: the kind of node that uses it in PyTorch's graph; ``kind``: the kind of use; ``positions``: those
+    within a sample; ``how``: by extension, how its result is computed, and the measured cost; ``mixed``: what mixes
+    samples, if this use is below it; ``refused``: by extension, why it will refuse this parameter.
     """
 
     parameter: str
@@ -54,7 +55,7 @@ class Line:
 class Summary:
     """The outcome of ``summary``; prints as a table.
 
-    ``coded``: nodes of which the graph does not tell what they do to samples: random numbers are sent through them.
+    ``coded``: nodes whose effect on samples depends on values, so that each pass sends random numbers through them.
     """
 
     lines: list[Line]
@@ -67,8 +68,6 @@ class Summary:
             shape = " x ".join(map(str, line.shape)) or "scalar"
             how = [line.how.get(name, "") for name in names]
             table.append([line.parameter, shape, line.function, line.kind, str(line.positions), *how])
-        widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
-        rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
         mixers = dict.fromkeys(line.mixed for line in self.lines if line.mixed is not None)
         refusals = dict.fromkeys(f"{name}: {why}" for line in self.lines for name, why in line.refused.items())
         notes = [
@@ -79,100 +78,100 @@ class Summary:
             counts = Counter(self.coded)
             named = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
             notes.append(f"What these do to samples depends on values, and is found out in each pass: {named}.")
-        return "\n".join([*rows, *notes])
+        return "\n".join([*aligned(table), *notes])
 
 
 def summary(model: Module, inputs: Any, *extensions: BackpropExtension) -> Summary:
-    """Say for each parameter how it is used, and what extensions will do with it; prints a table.
+    """Tell how the model uses each parameter, and how extensions will compute their results; prints a table.
 
-    The model, a copy of it, runs once. Each way of computing is tried on what autograd saved and measured: a *closed
-    form*, individual gradients *in chunks* that are never stored together, or *stored*; with its milliseconds and the
-    memory of its result, for one cotangent (extensions of second order read one for each column of the loss's root).
+    A copy of the model runs once. Each extension then computes its result from what autograd saved, for one cotangent:
+    in a *closed form*, from individual gradients *in chunks* that are never stored together, or from *stored* ones. The
+    table has the milliseconds that this took, and the memory of the result. Extensions of second order do it once for
+    each column of the loss Hessian's root::
+
+        summary(model, X, BatchGrad(), DiagGGNMC())
 
     Args:
-        model: Any model; it need not be extended, and is left as it is.
-        inputs: A tensor, or all that the model is called with as a tuple or dictionary.
-        extensions: What to tell about.
+        model: Any model, extended or not; it is left as it is.
+        inputs: A tensor, or all arguments of the model as a tuple or dictionary.
+        extensions: The extensions to tell about.
 
     Returns:
-        A line for each use of a parameter: path, shape, kind of node, kind of use, positions within a sample, ways,
-        what mixes samples there, and why extensions would refuse it; and which nodes need a coded pass.
+        One line for each use of a parameter, and the nodes whose effect on samples is found out in each pass.
     """
-    args, kwargs = (
-        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
     model = extend(unextend(copy.deepcopy(model)))
-    args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+    inputs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
     with torch.random.fork_rng(), torch.enable_grad():
-        output = model(*args, **kwargs)
-    roots = [get_gradient_edge(t) for t in leaves_of(output) if isinstance(t, Tensor) and t.grad_fn is not None]
-    prepared = None
-    if roots:
-        graph = read(roots)
-        notes, calls = noted(graph)
-        prepared = prepare(graph, notes, calls)
-    lines: list[Line] = []
-    if prepared is not None:
-        with muted():
-            prepared.plan.mixed, _ = mixed_data(
-                prepared.graph, prepared.owners, prepared.plan.entries, calls, prepared.n
-            )
-            collector = _Uses(prepared)
-            uses = reversed(prepared.graph.order)
-            lines = [line for node in uses for line in collector.lines(node, extensions)]
-    order = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+        if isinstance(inputs, dict):
+            output = model(**inputs)
+        else:
+            output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    lines, coded = _uses_below(output, extensions)
     used = {line.parameter for line in lines}
+    order = {name: place for place, (name, _) in enumerate(model.named_parameters())}
     for name, parameter in model.named_parameters():
         if name not in used:
-            kind = "no use seen" if parameter.requires_grad else "frozen"
-            lines.append(Line(name, tuple(parameter.shape), "", kind, 0, {}, None, {}))
+            reason = "no use seen" if parameter.requires_grad else "frozen"
+            lines.append(Line(name, tuple(parameter.shape), "", reason, 0, {}, None, {}))
     lines.sort(key=lambda line: order.get(line.parameter, len(order)))
-    result = Summary(lines, [] if prepared is None else [node_kind(node) for node in prepared.owners.coded])
+    result = Summary(lines, coded)
     print(result)
     return result
 
 
-class _Uses(Collector):
-    """Tries the uses of a graph with cotangents of ones."""
+def _uses_below(output: Any, extensions: Sequence[BackpropExtension]) -> tuple[list[Line], list[str]]:
+    """The uses of parameters in the graph of a model's output, and the kinds of its coded nodes."""
+    roots = [get_gradient_edge(t) for t in leaves_of(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+    if not roots:
+        return [], []
+    graph = read(roots)
+    notes, calls = noted(graph)
+    prepared = prepare(graph, notes, calls)
+    if prepared is None:
+        return [], []
+    plan = prepared.plan
+    with muted():
+        # Once more, since a pass does not ask what would mix a single sample with others.
+        plan.mixed, _ = mixed_data(graph, prepared.owners, plan.entries, calls, prepared.n)
+        tried = _TriedUses(prepared)
+        planned = [(node, use) for node in reversed(graph.order) for use in plan.uses.get(node, ())]
+        lines = [line for node, use in planned for line in tried.lines(node, use, extensions)]
+    return lines, [kind(node) for node in prepared.owners.coded]
+
+
+class _TriedUses(Collector):
+    """Uses of parameters that receive cotangents of ones."""
 
     def completed(self, leaf: Node, contributions: Contributions) -> None:
-        """Nothing is computed."""
+        """Compute nothing."""
 
-    def lines(self, node: Node, extensions: Sequence[BackpropExtension]) -> Iterator[Line]:
-        """Those of the uses of a node."""
-        for planned in self.plan.uses.get(node, ()):
-            leaves = [planned.leaf] if planned.leaf is not None else self.plan.entries[planned.entry[0]]  # type: ignore[index]
-            metadata = node._input_metadata[planned.number]
-            ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-            arrival = self.arrival(node, planned, Cotangents({planned.number: ones[None]}))
-            mixed = self.plan.mixed.get(planned.entry[0]) if planned.entry is not None else None
-            kind, positions = _kind(arrival), 1
-            if isinstance(arrival.use, DenseUse):
-                positions = max(1, ones.numel() // max(1, self.plan.n * metadata.shape[-1]))
-            if planned.entry is not None:
-                kind = "below what mixes samples" if mixed else f"{kind}, of a tensor computed from it"
-            for leaf in leaves:
-                parameter = variable_of(leaf)
-                refused = {type(e).__name__: why for e in extensions if (why := _refused(e, mixed)) is not None}
-                how = {
-                    type(e).__name__: "each sample by itself" if mixed else _way(arrival, e, self._shape(planned), ones)
-                    for e in extensions
-                    if type(e).__name__ not in refused
-                }
-                yield Line(
-                    name_of(parameter), tuple(parameter.shape), node_kind(node), kind, positions, how, mixed, refused
-                )
-
-    def _shape(self, planned: PlannedUse) -> tuple[torch.Size, torch.dtype]:
+    def lines(self, node: Node, planned: PlannedUse, extensions: Sequence[BackpropExtension]) -> Iterator[Line]:
+        """The line of each parameter that a use leads to."""
+        metadata = node._input_metadata[planned.number]
+        ones = torch.ones(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+        arrival = self.arrival(node, planned, Cotangents({planned.number: ones[None]}))
+        use, mixed, positions = _kind_of_use(arrival), None, 1
+        if isinstance(arrival.use, DenseUse):
+            positions = max(1, ones.numel() // max(1, self.plan.n * metadata.shape[-1]))
         if planned.leaf is not None:
-            parameter = variable_of(planned.leaf)
-            return parameter.shape, parameter.dtype
-        assert planned.entry is not None
-        metadata = planned.entry[0]._input_metadata[planned.entry[1]]
-        return torch.Size(metadata.shape), metadata.dtype
+            leaves, target = [planned.leaf], self.contributions(planned.leaf)
+        else:
+            assert planned.entry is not None
+            leaves, target = self.plan.entries[planned.entry[0]], self.contributions_at(planned.entry)
+            mixed = self.plan.mixed.get(planned.entry[0])
+            use = "below what mixes samples" if mixed else f"{use}, of a tensor computed from it"
+        refused = {type(e).__name__: why for e in extensions if (why := _refusal(e, mixed)) is not None}
+        for leaf in leaves:
+            parameter = variable_of(leaf)
+            how = {
+                type(e).__name__: "each sample by itself" if mixed else _tried(e, arrival, target)
+                for e in extensions
+                if type(e).__name__ not in refused
+            }
+            yield Line(name_of(parameter), tuple(parameter.shape), kind(node), use, positions, how, mixed, refused)
 
 
-def _kind(arrival: Arrival) -> str:
+def _kind_of_use(arrival: Arrival) -> str:
     use = arrival.use
     if isinstance(use, ElementwiseUse):
         return "shift" if use.x is None else "scale"
@@ -183,29 +182,28 @@ def _kind(arrival: Arrival) -> str:
     return "the node itself, sample by sample" if isinstance(use, (GeneralUse, PlacedUse)) else "recurrent maps"
 
 
-def _refused(extension: BackpropExtension, mixed: str | None) -> str | None:
-    if mixed is None:
-        return None
-    if extension.bounds_influence:
+def _refusal(extension: BackpropExtension, mixed: str | None) -> str | None:
+    """Why an extension will refuse a parameter below what mixes samples; ``None``: it will not."""
+    if mixed is not None and extension.bounds_influence:
         return f"samples are mixed by {mixed}, so that clipping a sample's gradient does not bound its influence"
-    if extension.needs_samples_apart:
+    if mixed is not None and extension.needs_samples_apart:
         return f"samples are mixed by {mixed}, below which there are no Kronecker factors"
     return None
 
 
-def _way(arrival: Arrival, extension: BackpropExtension, form: tuple[torch.Size, torch.dtype], out: Tensor) -> str:
-    """What is done for one extension, tried with a cotangent of ones."""
+def _tried(extension: BackpropExtension, arrival: Arrival, target: Contributions) -> str:
+    """How an extension computes its result, tried with the cotangent that has arrived, and what that costs."""
     if extension.has_rules_only or not extension.reads:
         return "by rule" if extension.rules else "other"
     with torch.no_grad():
         start = time.perf_counter()
-        grads: Individual = arrival.individual(extension.subset, *form)
-        ways = []
-        for name in extension.reads:
-            ways.append(
-                "stored" if name == "dense" else ("closed form" if grads.closed(name) is not None else "chunks")
-            )
+        grads = arrival.individual(extension.subset, target.shape, target.dtype)
+        ways = [
+            "stored" if name == "dense" else ("closed form" if grads.closed(name) is not None else "chunks")
+            for name in extension.reads
+        ]
         grads.prepare(extension.reads)
         spent = time.perf_counter() - start
-    size = sum(prod(getattr(grads, name)().shape) for name in extension.reads) * out.element_size()
+    (cotangent,) = arrival.cotangents.values()
+    size = sum(prod(getattr(grads, name)().shape) for name in extension.reads) * cotangent.element_size()
     return f"{' + '.join(dict.fromkeys(ways))}, {1000 * spent:.2g} ms, {size / 2**20:.2g} MiB"

@@ -1,4 +1,4 @@
-"""Where the digits come from: the shipped excerpt, files on disk, or a verified download of MNIST."""
+"""The digits of MNIST: from the excerpt in the package, from files on disk, or from a verified download."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TIMEOUT = 20.0  # seconds without a byte after which a mirror is given up
 def shipped_digits() -> tuple[Tensor, Tensor]:
     """The excerpt in the package: images ``[1000, 28, 28]`` and labels ``[1000]``, both uint8.
 
-    Not to be written to.
+    Every call returns the same tensors: do not write to them.
     """
     sample = files("backpack").joinpath("data", "mnist_sample.npz")
     with sample.open("rb") as file, zipfile.ZipFile(file) as npz:
@@ -42,7 +42,7 @@ def shipped_digits() -> tuple[Tensor, Tensor]:
 def training_digits() -> tuple[Tensor, Tensor]:
     """The training set: images ``[60000, 28, 28]`` and labels ``[60000]``, both uint8.
 
-    Downloaded where it is not on disk.
+    It is downloaded if it is not on disk.
 
     Raises:
         OSError: No mirror delivered a file.
@@ -107,7 +107,7 @@ def _download(name: str) -> Path:
 
 
 def _retrieve(url: str, checksum: str, target: Path, part: Path) -> Path:
-    """Go on with ``part`` where it ends, and make it ``target``, in one step, if its checksum is right."""
+    """Continue the download in ``part``, and make it ``target``, in one step, if its checksum is right."""
     import requests
     from pooch import retrieve
     from tqdm import tqdm

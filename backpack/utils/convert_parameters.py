@@ -1,4 +1,4 @@
-"""Vectors of all parameters' entries."""
+"""Conversion between parameters and vectors of all their entries."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 def vector_to_parameter_list(vec: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Parts of a vector, in the shapes of parameters.
+    """Cut a vector into tensors of the shapes of parameters.
 
     Args:
-        vec: Of the size of all parameters together.
-        parameters: Give the shapes.
+        vec: A vector with as many entries as all parameters together.
+        parameters: The tensors that give the shapes.
 
     Returns:
         Views of ``vec``, one for each parameter.
 
     Raises:
         TypeError: ``vec`` is no tensor.
-        ValueError: ``vec`` is no vector of that size.
+        ValueError: ``vec`` is no vector, or has another size.
     """
     if not isinstance(vec, Tensor):
         raise TypeError(f"vec must be a tensor, got {type(vec).__name__}.")

@@ -1,4 +1,4 @@
-"""For examples: handwritten digits, and the diagonal of the generalized Gauss-Newton by plain autograd."""
+"""Handwritten digits for examples, and the diagonal of the generalized Gauss-Newton matrix by plain autograd."""
 
 from __future__ import annotations
 

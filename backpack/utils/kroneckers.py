@@ -1,8 +1,11 @@
 """Arithmetic with Kronecker products ``F_1 kron F_2 kron ...``, given by their factors.
 
-A factor is a matrix, or of one axis: then it stands for a diagonal matrix. Inverses, eigenvalues and determinants are
-computed in float64, since factors in float32 are often nearly singular; results have the data type of the factors. All
-factors are taken for symmetric (complex ones for Hermitian) where something is inverted or decomposed.
+A factor is a matrix, or a vector that stands for a diagonal matrix. Inverses, eigenvalues and determinants are computed
+in float64, since factors in float32 are often nearly singular; results have the data type of the factors. Factors that
+are inverted or decomposed must be symmetric, complex ones Hermitian. A damped solve with the factors of ``KFAC``::
+
+    inverse = inv_kfacs(p.kfac, shift=pi_damping(p.kfac, damping=1e-3))
+    step = apply_kfac_mat_prod(inverse, p.grad.flatten()).reshape(p.shape)
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from backpack.uses.complex_numbers import double
 
 Shift = float | Tensor | Sequence[float | Tensor] | None
-"""What is added to the diagonals: the same for each factor, or one a factor."""
+"""What is added to the diagonals: one number for all factors, or one for each."""
 
 
 def is_matrix(tensor: Tensor) -> bool:
@@ -127,8 +130,8 @@ def pi_damping(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
 class Eigen(NamedTuple):
     """A symmetric or Hermitian matrix in a Kronecker-factored orthonormal basis ``Q = Q_1 kron Q_2 kron ...``.
 
-    It is ``Q diag(eigenvalues.flatten()) Q^H``. ``bases`` has one matrix for each axis of ``eigenvalues`` (of one axis:
-    the identity).
+    It is ``Q diag(eigenvalues.flatten()) Q^H``. ``bases`` has one matrix for each axis of ``eigenvalues``; a basis that
+    is a vector of ones stands for the identity.
     """
 
     bases: list[Tensor]
@@ -212,7 +215,9 @@ def _shifted(factors: Sequence[Tensor], shift: Shift) -> list[Tensor]:
         shift = list(shift)
     shifts = list(shift) if isinstance(shift, Sequence) else [shift] * len(factors)
     if len(shifts) != len(factors):
-        raise ValueError(f"There are {len(shifts)} shifts for {len(factors)} factors: give one shift, or one a factor.")
+        raise ValueError(
+            f"There are {len(shifts)} shifts for {len(factors)} factors: give one shift, or one for each factor."
+        )
     return [_shift(factor, own) for factor, own in zip(doubles, shifts, strict=True)]
 
 
@@ -223,7 +228,7 @@ def _shift(factor: Tensor, shift: float | Tensor) -> Tensor:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    """By a Cholesky decomposition, where there is one."""
+    """The inverse, by a Cholesky decomposition if there is one."""
     if is_vector(factor):
         _check_regular(factor)
         return 1 / factor

@@ -1,4 +1,4 @@
-"""What is shown of work that takes long."""
+"""A progress bar for work that takes long."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 def bar(
     wanted: bool | None, total: int | None, done: int = 0, unit: str = "batch", delay: float = 0.0
 ) -> Iterator[Callable[..., Any]]:
-    """A progress bar, on a terminal unless ``wanted`` says otherwise; yields what advances it, by a number or by one.
+    """Show a progress bar; yields the function that advances it, by a number or by one.
 
-    It is shown after ``delay`` seconds, if ``tqdm`` is installed.
+    It appears after ``delay`` seconds if ``tqdm`` is installed, and by default (``wanted=None``) on a terminal only.
     """
     if not (sys.stderr and sys.stderr.isatty() if wanted is None else wanted):
         yield lambda count=1: None

@@ -1,4 +1,4 @@
-"""Slices of a tensor's samples."""
+"""Selection of samples from a tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def subsample(tensor: Tensor, dim: int = 0, subsampling: Any = None) -> Tensor:
     """The selected samples of a tensor, which lie along axis ``dim``; all of them without ``subsampling``.
 
     Args:
-        tensor: Holds the samples.
-        dim: Their axis.
+        tensor: The tensor with the samples.
+        dim: The axis of the samples.
         subsampling: As extensions take it: integers, a boolean mask, a slice or a range.
 
     Returns:
@@ -22,7 +22,7 @@ def subsample(tensor: Tensor, dim: int = 0, subsampling: Any = None) -> Tensor:
 
     Raises:
         IndexError: An entry is out of range, or a mask has another length than ``dim``.
-        TypeError: ``subsampling`` holds something else than samples' numbers.
+        TypeError: ``subsampling`` holds something else than numbers of samples.
         ValueError: No sample is selected.
     """
     rows = Subset(subsampling).rows(tensor.shape[dim], tensor.device)

@@ -1,7 +1,7 @@
-"""Linear maps that a parameter is the matrix of, found in a graph: what verifications of Kronecker factors read.
+"""The linear maps in a graph whose matrix is a parameter, from which Kronecker factors are verified.
 
-A function that is linear in a parameter has its inputs in its derivative: moved along a column of the matrix, the
-output changes by an input, in all channels.
+A linear map has its inputs in its derivative: as the matrix moves along one of its columns, the output changes by an
+input, in all channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.inspection.verification.plain import NoTruth, Plain
+from backpack.graph import VIEWS, count_outputs, kind
+from backpack.graph import call as call_node
+from backpack.inspection.verification.plain_autograd import NotCompared, PlainAutograd, gradients, zeros_at
 from backpack.samples import AnyLayout, Layout, found_layout, layouts
 from backpack.torch_internals import dtype_at, shape_at
 
@@ -27,26 +29,23 @@ CHANNELS = {
     ("Convolution", 1): (0, 1),
     ("Embedding", 0): (1, -1),
 }
-"""Function, and the place at which it takes a matrix, to the axes of the channels: of the matrix, of the output."""
+"""Kind of a node, and the place at which it takes a matrix: the axes of channels in the matrix, and in the output."""
 
-VIEWS = {
-    *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze"),
-    *("T", "ToCopy", "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View"),
-}
+COPIES = VIEWS | {"Clone", "ToCopy"}
 
 LARGEST = 2**9
-"""Positions of a sample up to which the cotangents of each are looked at."""
+"""The most positions of a sample whose cotangents are looked at one by one."""
 
 
 @dataclass(eq=False)
-class Map:
-    """A function of the graph that multiplies with a parameter, which reaches it at ``place`` by the ``way``.
+class LinearMap:
+    """A node whose function multiplies with a parameter.
 
-    The way is the functions between them, from there to the parameter, with the numbers of their outputs. ``form``:
-    maps of one form act as further positions of each other.
+    The parameter reaches the node at ``place``. ``way`` holds the nodes from there to the parameter, each with the
+    number of the output on the way. Maps of the same ``form`` act as further positions of each other.
     """
 
-    plain: Plain
+    plain: PlainAutograd
     parameter: Tensor
     node: Node
     place: int
@@ -59,13 +58,11 @@ class Map:
         self.axis = axis % len(self.shape)
         self.groups = getattr(self.node, "_saved_groups", 1)
         self.swapped = getattr(self.node, "_saved_transposed", False)
-        given = call(self.node, 0, torch.zeros(self.shape, dtype=self.dtype))[self.place]
-        assert given is not None
+        given = self._to_matrix(zeros_at(self.edge))
         own = 1 if self.swapped else own
         numbers = torch.arange(1, given.shape[own] + 1, dtype=self.dtype)
-        tags = self.matrix(
-            self._follow(numbers.reshape([-1 if a == own else 1 for a in range(given.dim())]) + 0 * given)
-        )
+        numbered = numbers.reshape([-1 if a == own else 1 for a in range(given.dim())]) + 0 * given
+        tags = self.matrix(self._to_parameter(numbered))
         self.inputs_first = bool((tags != tags[:, :1]).any())
         tags = tags[0] if self.inputs_first else tags[:, 0]
         self.rows = tags.nonzero()[:, 0]
@@ -79,7 +76,7 @@ class Map:
         return kind(self.node) == "Embedding" and self.layout is None
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape in the form of which there are factors."""
+        """Bring a tensor of the parameter's shape to the shape of the matrix whose Kronecker factors there are."""
         return (tensor.transpose(0, 1) if self.swapped else tensor).flatten(1)
 
     def tensor(self, matrix: Tensor) -> Tensor:
@@ -88,22 +85,19 @@ class Map:
         return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1) if self.swapped else matrix.reshape(shape)
 
     def changes(self, matrices: Tensor) -> Tensor:
-        """Of the output as the matrix moves along these, ``[k, r, c]``: ``[k, *output]``."""
-        dummy = torch.zeros(self.shape, dtype=self.dtype, requires_grad=True)
-        given = call(self.node, 0, dummy)[self.place]
-        assert given is not None
-        pulled = self._follow(given)
-        pulls = [torch.autograd.grad(pulled, dummy, self.tensor(m), retain_graph=True)[0] for m in matrices]
-        return torch.stack(pulls)
+        """How the output changes as the matrix moves along ``k`` directions ``[k, r, c]``: ``[k, *output]``."""
+        cotangent = zeros_at(self.edge).requires_grad_()
+        pulled = self._to_parameter(self._to_matrix(cotangent))
+        return torch.stack([gradients(pulled, [cotangent], self.tensor(matrix))[0] for matrix in matrices])
 
     def inputs(self, vectors: Tensor) -> Tensor:
-        """What the inputs have along these, ``[k, c]``: by samples, positions and channels, ``[k, n, s, o]``."""
+        """The inputs along ``k`` vectors ``[k, c]``, by samples, positions and channels: ``[k, n, s, o]``."""
         ones = torch.ones(self.matrix(self.parameter).shape[int(self.inputs_first)], dtype=self.dtype)
         sides = [torch.outer(v, ones) if self.inputs_first else torch.outer(ones, v) for v in vectors.to(self.dtype)]
         return torch.stack([self._by_samples(change) for change in self.changes(torch.stack(sides))])
 
     def outputs(self, vector: Tensor) -> list[Tensor]:
-        """The output's channels combined as in ``vector``, ``[r]``: for each group."""
+        """For each group, the output with a combination ``vector``, ``[r]``, of its channels at all positions."""
         mask = torch.ones(self.shape, dtype=self.dtype)
         if kind(self.node) == "Embedding":  # it leaves out padding
             mask = self.changes(torch.ones(1, *self.matrix(self.parameter).shape, dtype=self.dtype))[0]
@@ -120,12 +114,12 @@ class Map:
         return found
 
     def positions(self, outputs: Tensor) -> Iterator[Tensor]:
-        """The same, ``[k, *output]``, at each position alone, of all samples at a time, as they do not interact."""
+        """What ``outputs`` gave, ``[k, *output]``, at one position after the other, of all samples at a time."""
         rows = outputs.movedim(self.axis + 1, -1)
         split = rows.unsqueeze(1) if self.layout is None else self.layout.split(rows, 1)
         flat = split.reshape(*split.shape[:2], -1, split.shape[-1])
         if flat.shape[2] > LARGEST:
-            raise NoTruth(f"there are more than {LARGEST} positions")
+            raise NotCompared(f"there are more than {LARGEST} positions")
         for place in flat.ne(0).any(3).any(1).any(0).nonzero().flatten():
             part = torch.zeros_like(flat)
             part[:, :, place] = flat[:, :, place]
@@ -138,19 +132,27 @@ class Map:
             return rows.reshape(1, -1, rows.shape[-1]).expand(self.plain.n, -1, -1)
         return self.layout.split(rows).reshape(self.plain.n, -1, rows.shape[-1])
 
-    def _follow(self, grad: Tensor) -> Tensor:
+    def _to_matrix(self, cotangent: Tensor) -> Tensor:
+        """The cotangent of the matrix, of one of the output."""
+        found = call(self.node, 0, cotangent)[self.place]
+        assert found is not None
+        return found
+
+    def _to_parameter(self, cotangent: Tensor) -> Tensor:
+        """The cotangent of the parameter, of one of the matrix."""
         for node, number in self.way:
-            grad = next(found for found in call(node, number, grad) if found is not None)
-        return grad
+            cotangent = next(found for found in call(node, number, cotangent) if found is not None)
+        return cotangent
 
 
-def layout_at(plain: Plain, edge: GradientEdge, channels: int | None = None) -> AnyLayout | None:
-    """Where the samples lie in the tensor at an edge, the axis of its channels put last; ``None``: nowhere."""
-    draw = torch.randn(plain.slope.shape, generator=torch.Generator().manual_seed(0), dtype=plain.slope.dtype)
+def layout_at(plain: PlainAutograd, edge: GradientEdge, channels: int | None = None) -> AnyLayout | None:
+    """Where the samples lie in the tensor at an edge, after its axis of channels is put last; ``None``: nowhere."""
+    like = plain.loss_gradient
+    draw = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=like.dtype)
     reached = []
     for number in range(plain.n):
-        pulled = plain.pulled(plain.of_sample(draw, number), edge)
-        grad = torch.zeros(shape_at(edge)) if pulled is None else pulled.detach()
+        pulled = plain.pull_back(plain.only_sample(number, draw), edge)
+        grad = zeros_at(edge) if pulled is None else pulled.detach()
         reached.append((grad if channels is None else grad.movedim(channels, -1)).ne(0))
     shape = reached[0].shape
     if plain.ids is not None:
@@ -167,21 +169,13 @@ def layout_at(plain: Plain, edge: GradientEdge, channels: int | None = None) -> 
     return next(filter(fits, layouts(shape, plain.n, axes) if axes else ()), None)
 
 
-def kind(node: Node) -> str:
-    """The name of a function of the graph."""
-    return node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+def call(node: Node, number: int, cotangent: Tensor) -> list[Tensor | None]:
+    """The cotangents that a node sends along its edges, given that of one of its outputs."""
+    return call_node(node, [cotangent if k == number else None for k in range(count_outputs(node))])
 
 
-def call(node: Node, number: int, grad: Tensor) -> list[Tensor | None]:
-    """The cotangents of a function's inputs, from that of one of its outputs."""
-    grads: list[Tensor | None] = [None] * len(node._input_metadata)
-    grads[number] = grad
-    found = node(*grads)  # type: ignore[operator]
-    return [None if f is None else f.to_dense() for f in (found if isinstance(found, (tuple, list)) else (found,))]
-
-
-def maps(plain: Plain, name: str) -> list[Map]:
-    """All functions that multiply with a parameter; none: the graph has others that take it."""
+def linear_maps(plain: PlainAutograd, name: str) -> list[LinearMap]:
+    """All linear maps whose matrix is a parameter; none if the graph uses the parameter in another way, too."""
     start = get_gradient_edge(plain.parameters[name]).node
     pending: list[tuple[Node, list[tuple[Node, int]]]] = [(start, [])]
     found = []
@@ -191,8 +185,8 @@ def maps(plain: Plain, name: str) -> list[Map]:
             if dtype_at(GradientEdge(user, 0)).is_complex:
                 return []  # it is used as a complex matrix
             if (kind(user), place) in CHANNELS:
-                found.append(Map(plain, plain.parameters[name], user, place, step))
-            elif kind(user) in VIEWS:
+                found.append(LinearMap(plain, plain.parameters[name], user, place, step))
+            elif kind(user) in COPIES:
                 pending.append((user, step))
             else:
                 return []
