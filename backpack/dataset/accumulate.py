@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.context import backpack
+from backpack.dataset.accumulated import Accumulated
 from backpack.dataset.batch_pass import BatchPass
 from backpack.dataset.batches import Batches, require_two_readings
+from backpack.dataset.caveats import check_arguments, warn_of_loader, warn_of_training_mode
 from backpack.dataset.collection import Collection
-from backpack.dataset.dataset_pass import Accumulated, DatasetPass
+from backpack.dataset.dataset_pass import DatasetPass
+from backpack.dataset.model_loss import ModelLoss, own_loss
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import writable
@@ -27,7 +30,7 @@ __all__ = ["Accumulated", "accumulate"]
 
 def accumulate(
     model: Module,
-    lossfunc: Module,
+    lossfunc: Module | None,
     dataloader: Iterable[Any],
     *extensions: BackpropExtension,
     forward: Callable[[Module, Any], tuple[Tensor, Any]] | None = None,
@@ -59,7 +62,8 @@ def accumulate(
 
     Args:
         model: The model, which is extended if it is not yet. ``DistributedDataParallel`` may wrap it.
-        lossfunc: A loss whose attribute ``reduction`` is ``"mean"`` or ``"sum"``.
+        lossfunc: A loss whose attribute ``reduction`` is ``"mean"`` or ``"sum"``. ``None``: the loss that the model
+            returns for batches with ``labels`` (its output's ``loss``); for extensions of first order.
         dataloader: Yields batches: pairs of inputs (a tensor, or a sequence or mapping of arguments) and targets, or
             mappings with ``labels``.
         extensions: The extensions to compute.
@@ -80,12 +84,26 @@ def accumulate(
         progress: Whether to show a progress bar (default: on a terminal, if ``tqdm`` is installed).
 
     Raises:
+        TypeError: An argument is of a wrong kind.
         OverflowError: A scaled gradient is not finite.
         ValueError: An extension has no meaning for a data set, it is not known what the loss divides by, a sample is in
             several batches, or the checkpoint is of another run.
         OSError: The checkpoint or the files for results cannot be written.
+
+    Warns:
+        UserWarning: The model is in training mode and has layers for which that makes a difference; the loader leaves
+            samples out, or draws an order of its own that rows of results then have.
     """
+    check_arguments(model, lossfunc, dataloader)
     backpack(*extensions)  # refuses what is no extension
+    if lossfunc is None:
+        if second := [type(e).__name__ for e in extensions if e.seeds is not None]:
+            raise ValueError(
+                f"{' and '.join(second)} starts from an extended loss, which a model's own loss cannot be: pass "
+                f"lossfunc, and forward= if the model is called in another way than lossfunc(model(inputs), targets)."
+            )
+        lossfunc, forward = ModelLoss(), forward or own_loss
+    warn_of_training_mode(model)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
     folder = None if stream is None else writable(Path(stream))

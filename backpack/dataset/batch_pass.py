@@ -18,6 +18,7 @@ from backpack.curvature.losses.denominators import denominator as of_loss
 from backpack.dataset.batches import Batch
 from backpack.dataset.collection import Collection, part_of
 from backpack.dataset.contents import apply, moved, samples_of, split
+from backpack.dataset.model_loss import ModelLoss
 from backpack.modules.forward_hooks import EXTENDED
 from backpack.modules.parameters import SHARDED
 from backpack.modules.thread_state import HERE
@@ -44,7 +45,9 @@ class BatchPass:
     """The factor with which the gradients of the current batch enter those of the data set."""
 
     def __post_init__(self) -> None:
-        extend(self.model), extend(self.lossfunc)
+        extend(self.model)
+        if not isinstance(self.lossfunc, ModelLoss):
+            extend(self.lossfunc)
         self.sharded = [module for module in self.model.modules() if is_fully_sharded(module)]
         for module in self.sharded:
             module.reshard()  # type: ignore[operator]
@@ -73,7 +76,7 @@ class BatchPass:
             return of_loss(self.lossfunc, None, split(content)[1])
         if self.sharded:
             raise ValueError("With forward= and fully_shard(), pass denominator= as well.")
-        with torch.no_grad(), disable():
+        with torch.set_grad_enabled(isinstance(self.lossfunc, ModelLoss)), disable():
             output, target = self.forward(self.model, moved(content, self.device))
         return of_loss(self.lossfunc, output, target)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from backpack.dataset.contents import samples_of
 from backpack.dataset.processes import Processes
@@ -50,7 +50,8 @@ class Batch:
 class Batches:
     """The batches of a data set, of which ``count`` processes take every ``count``-th.
 
-    ``sample_ids``: a user's function of a batch; ``total``: one more than the largest number of a sample in the batches
+    ``sample_ids``: a user's function of a batch; ``order``: if a sampler draws the samples in an order of its own, their
+    numbers in the data set, as they were drawn last; ``total``: one more than the largest number of a sample in the batches
     read so far; ``absent``: numbers of samples that have no entry in any batch, known after the first reading. In later
     readings, these samples are in the first batch, so that their results are zeros.
 
@@ -64,6 +65,7 @@ class Batches:
     sample_ids: Callable[[Any], Any] | None = None
     total: int = 0
     absent: tuple[int, ...] = ()
+    order: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.processes.count > 1 and isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
@@ -81,6 +83,15 @@ class Batches:
             and loader.batch_sampler is not None
             and not isinstance(loader.dataset, IterableDataset)
         )
+
+    @property
+    def draws_an_order(self) -> bool:
+        """Whether a sampler gives the samples in an order of its own, perhaps some of them several times or never."""
+        loader: Any = self.loader
+        sequential = type(getattr(loader, "batch_sampler", None)) is BatchSampler and (
+            type(loader.batch_sampler.sampler) is SequentialSampler
+        )
+        return self._has_sampler and type(loader) is DataLoader and not sequential
 
     def count(self) -> int | None:
         """The number of batches of the data set; ``None`` if it is unknown."""
@@ -112,7 +123,11 @@ class Batches:
         self.total = 0
         seen: set[int] = set()
         further = self.absent
-        for content in self.loader:
+        loader = self.loader
+        if self.draws_an_order:
+            self.order = []
+            loader = self._with_sampler(_Noted(self.loader.batch_sampler, self.order))  # type: ignore[attr-defined]
+        for content in loader:
             if self.sample_ids is None:
                 batch = self._of_rows(content, self.total)
             else:
@@ -151,10 +166,21 @@ class Batches:
         """As ``read``, without reading the samples of other processes; the first process draws the order for all."""
         loader: Any = self.loader
         order = self.processes.same(lambda: [list(indices) for indices in loader.batch_sampler])
+        if self.draws_an_order:
+            self.order = [index for indices in order for index in indices]
         rank, count = self.processes.rank, self.processes.count
-        own = DataLoader(
+        starts = running_sums(map(len, order), initial=0)
+        for content, start in zip(
+            self._with_sampler(order[rank::count]), islice(starts, rank, None, count), strict=False
+        ):
+            yield self._of_rows(content, start)
+
+    def _with_sampler(self, batch_sampler: Any) -> DataLoader[Any]:
+        """The same loader with other batches."""
+        loader: Any = self.loader
+        return DataLoader(
             loader.dataset,
-            batch_sampler=order[rank::count],
+            batch_sampler=batch_sampler,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -164,6 +190,16 @@ class Batches:
             generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
         )
-        starts = running_sums(map(len, order), initial=0)
-        for content, start in zip(own, islice(starts, rank, None, count), strict=False):
-            yield self._of_rows(content, start)
+
+
+class _Noted:
+    """A batch sampler that notes what it yields."""
+
+    def __init__(self, inner: Iterable[Iterable[int]], order: list[int]) -> None:
+        self.inner, self.order = inner, order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for indices in self.inner:
+            batch = list(indices)
+            self.order += batch
+            yield batch

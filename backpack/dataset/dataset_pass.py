@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from backpack.dataset.accumulated import Accumulated
 from backpack.dataset.batch_pass import BatchPass
 from backpack.dataset.batches import Batch, Batches
 from backpack.dataset.checkpoint import Checkpoint, State
@@ -22,26 +21,6 @@ from backpack.dataset.interruption import Counts, Interruption
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import chosen_samples, numbers_selected, open_files, survey
 from backpack.utils.progress_bar import bar
-
-
-@dataclass(eq=False)
-class Accumulated:
-    """Results for a data set; those of an extension are on the parameters as well.
-
-    ``loss`` and ``grad`` (by parameter name) are those of the whole data set, which has this many ``samples``.
-    ``results`` holds a dictionary by parameter name for each ``savefield``; ``found[savefield]`` is short for
-    ``found.results[savefield]``. If results of single samples stay on their process, ``places`` says by ``savefield``
-    which of the selected samples they belong to.
-    """
-
-    loss: Tensor
-    samples: int
-    grad: dict[str, Tensor] = field(default_factory=dict)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    places: dict[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, savefield: str) -> dict[str, Any]:
-        return self.results[savefield]
 
 
 @dataclass(eq=False)
@@ -147,4 +126,9 @@ class DatasetPass:
         total = int(samples) if self.batches.sample_ids is None else self.batches.total  # some numbers have no entry
         selected = numbers_selected(self.collection.extensions, total, self.batch_pass.chosen)
         found, places = merged(self.collection, processes, factor, selected, gather)
+        if self.batches.order is not None:
+            for savefield in self.collection.joined:
+                rows = self.batch_pass.chosen.get(savefield, torch.arange(total))
+                rows = rows if savefield not in places else rows[places[savefield]]
+                places[savefield] = torch.tensor(self.batches.order)[rows]
         return Accumulated(processes.all_sum(self.counts.loss) * factor, total, found.pop(GRAD), found, places)

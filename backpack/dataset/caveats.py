@@ -1,0 +1,82 @@
+"""What ``accumulate`` refuses or warns of before it reads the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch.nn import Module, RNNBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.loss import _Loss
+
+from backpack.dataset.batches import Batches
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.merge_batches import Joined
+
+CALL = "accumulate(model, lossfunc, dataloader, *extensions)"
+
+
+def check_arguments(model: Any, lossfunc: Any, dataloader: Any) -> None:
+    """Say which argument is not what it should be.
+
+    Raises:
+        TypeError: One is not.
+    """
+    if isinstance(model, _Loss) or (
+        isinstance(lossfunc, Module) and any(True for _ in lossfunc.parameters()) and not any(model.parameters())
+    ):
+        raise TypeError(f"{CALL} takes the model first, and then the loss; got {_name(model)} and {_name(lossfunc)}.")
+    if not isinstance(model, Module):
+        raise TypeError(f"{CALL} takes a torch.nn.Module as the model, got {_name(model)}.")
+    if lossfunc is not None and (not isinstance(lossfunc, Module) or isinstance(lossfunc, type)):
+        raise TypeError(
+            f"{CALL} takes a module as the loss, such as torch.nn.CrossEntropyLoss() in place of F.cross_entropy, or "
+            f"None for the loss that the model returns; got {_name(lossfunc)}."
+        )
+    if isinstance(dataloader, BackpropExtension) or not isinstance(dataloader, Iterable):
+        raise TypeError(f"{CALL} takes an iterable of batches behind the loss, got {_name(dataloader)}.")
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))
+
+
+def warn_of_training_mode(model: Module) -> None:
+    """Warn if layers make results depend on chance or on the batches."""
+    active = [module for module in model.modules() if module.training]
+    found = [type(m).__name__ for m in active if isinstance(m, (_DropoutNd, RNNBase)) and getattr(m, "p", 0) > 0]
+    found += [type(m).__name__ for m in active if isinstance(m, RNNBase) and m.dropout > 0]
+    found += [type(m).__name__ for m in active if isinstance(m, _BatchNorm)]
+    if found:
+        warnings.warn(
+            f"The model is in training mode and has {' and '.join(dict.fromkeys(found))}, so that the results depend "
+            f"on chance or on how the data are divided into batches. Call model.eval() before accumulate().",
+            stacklevel=4,
+        )
+
+
+def warn_of_loader(batches: Batches, extensions: Iterable[BackpropExtension]) -> None:
+    """Warn if a loader leaves samples out, or draws an order in which users cannot find their samples again."""
+    loader: Any = batches.loader
+    left_out = 0
+    if getattr(loader, "drop_last", False) and loader.batch_size and batches.samples() is not None:
+        left_out = len(loader.sampler) % loader.batch_size
+    if left_out:
+        warnings.warn(
+            f"The loader leaves out {left_out} of {len(loader.sampler)} samples: pass drop_last=False to count them.",
+            stacklevel=4,
+        )
+    if not batches.draws_an_order:
+        return
+    selected = [type(e).__name__ for e in extensions if e.get_subsampling() is not None]
+    joined = [type(e).__name__ for e in extensions if isinstance(e.batches, Joined)]
+    if selected or joined:
+        parts = [f"subsampling of {', '.join(selected)} counts them in this order"] if selected else []
+        parts += [f"the rows of {', '.join(joined)} have it, and found.places has their numbers"] if joined else []
+        warnings.warn(
+            f"The loader draws its samples in an order of its own (shuffle=True, or a sampler): {'; '.join(parts)}. "
+            f"Pass a loader with shuffle=False for the order of the data set.",
+            stacklevel=4,
+        )
