@@ -161,7 +161,7 @@ def look_for_mixed(block: Block, prepared: Prepared, notes: Mapping[Edge, Note],
         RuntimeError: An extension is not defined then.
     """
     plan = prepared.plan
-    if plan.n == 1:
+    if plan.n == 1 or not block.extensions:
         return
     where = ", ".join(dict.fromkeys(plan.mixed.values()))
     _refuse_mixed(block, prepared, notes, where)

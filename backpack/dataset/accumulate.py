@@ -104,6 +104,7 @@ def accumulate(
             )
         lossfunc, forward = ModelLoss(), forward or own_loss
     warn_of_training_mode(model)
+    warn_of_loader(Batches(dataloader, 0, Processes(group), sample_ids), extensions)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
     folder = None if stream is None else writable(Path(stream))

@@ -50,10 +50,10 @@ class Batch:
 class Batches:
     """The batches of a data set, of which ``count`` processes take every ``count``-th.
 
-    ``sample_ids``: a user's function of a batch; ``order``: if a sampler draws the samples in an order of its own, their
-    numbers in the data set, as they were drawn last; ``total``: one more than the largest number of a sample in the batches
-    read so far; ``absent``: numbers of samples that have no entry in any batch, known after the first reading. In later
-    readings, these samples are in the first batch, so that their results are zeros.
+    ``sample_ids``: a user's function of a batch; ``order``: the samples' numbers in the data set, as they were drawn
+    last, if a sampler draws them in an order of its own; ``total``: one more than the largest number of a sample in the
+    batches read so far; ``absent``: numbers of samples that have no entry in any batch, known after the first reading.
+    In later readings, these samples are in the first batch, so that their results are zeros.
 
     Raises:
         ValueError: The data set is already divided between processes.

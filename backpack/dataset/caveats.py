@@ -53,7 +53,7 @@ def warn_of_training_mode(model: Module) -> None:
         warnings.warn(
             f"The model is in training mode and has {' and '.join(dict.fromkeys(found))}, so that the results depend "
             f"on chance or on how the data are divided into batches. Call model.eval() before accumulate().",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -66,7 +66,7 @@ def warn_of_loader(batches: Batches, extensions: Iterable[BackpropExtension]) ->
     if left_out:
         warnings.warn(
             f"The loader leaves out {left_out} of {len(loader.sampler)} samples: pass drop_last=False to count them.",
-            stacklevel=4,
+            stacklevel=3,
         )
     if not batches.draws_an_order:
         return
@@ -78,5 +78,5 @@ def warn_of_loader(batches: Batches, extensions: Iterable[BackpropExtension]) ->
         warnings.warn(
             f"The loader draws its samples in an order of its own (shuffle=True, or a sampler): {'; '.join(parts)}. "
             f"Pass a loader with shuffle=False for the order of the data set.",
-            stacklevel=4,
+            stacklevel=3,
         )

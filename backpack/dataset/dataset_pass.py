@@ -131,4 +131,7 @@ class DatasetPass:
                 rows = self.batch_pass.chosen.get(savefield, torch.arange(total))
                 rows = rows if savefield not in places else rows[places[savefield]]
                 places[savefield] = torch.tensor(self.batches.order)[rows]
-        return Accumulated(processes.all_sum(self.counts.loss) * factor, total, found.pop(GRAD), found, places)
+        fields = [GRAD, *(extension.savefield for extension in self.collection.extensions)]
+        names = self.collection.parameters
+        results = {field: {name: found[field][name] for name in names if name in found[field]} for field in fields}
+        return Accumulated(processes.all_sum(self.counts.loss) * factor, total, results.pop(GRAD), results, places)
