@@ -68,6 +68,7 @@ weight = model[-1].weight
 axis.scatter(weight.grad.flatten(), medians[weight].flatten(), s=4, label="one weight")
 axis.axline((0, 0), slope=1, color="black", linewidth=0.8, label="median = mean")
 axis.set(xlabel="mean of the gradient over samples", ylabel="median over samples")
+axis.locator_params(axis="x", nbins=5)
 axis.set_title("The last layer")
 axis.legend()
 plt.show()
