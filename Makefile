@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS)
 all: check test
 
 demo: $(VENV)/.demo
-	$(PYTHON) examples/subsampling.py
+	$(PYTHON) examples/first_steps/subsampling.py
 
 check: $(VENV)/.develop
 	$(PYTHON) -m ruff check

@@ -21,7 +21,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "generated", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5"]
+exclude_patterns = ["_build", "generated", "gallery/**.ipynb", "gallery/**.py", "gallery/**.md5"]
 html_theme = "furo"
 html_title = project
 html_static_path, html_css_files = ["style.css"], ["style.css"]
@@ -39,6 +39,8 @@ suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold an object
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    "subsection_order": [f"../examples/{group}" for group in tables.Order.PAGES],
+    "nested_sections": False,
     "filename_pattern": r"\.py$",
     "within_subsection_order": "tables.Order",
     "download_all_examples": False,

@@ -15,16 +15,20 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 class Order:
-    """What to read first; examples that are not listed follow, by name."""
+    """The groups of the gallery, and in each what to read first; examples that are not listed follow, by name."""
 
-    FIRST = ("all_in_one", "subsampling", "subsampling_savings", "individual_gradients", "extension_hook", "dp_sgd")
+    PAGES = {
+        "first_steps": ("individual_gradients", "subsampling", "all_in_one"),
+        "jobs": ("dp_sgd", "laplace", "influence", "kfac_optimizer", "continual_learning", "gradient_noise", "pruning"),
+        "extending": ("custom_module", "extension_hook"),
+    }
 
     def __init__(self, folder: str) -> None:
-        pass
+        self.first = self.PAGES.get(Path(folder).name, ())
 
     def __call__(self, file: str) -> tuple[int, str]:
         own = Path(file).stem
-        return (self.FIRST.index(own) if own in self.FIRST else len(self.FIRST)), own
+        return (self.first.index(own) if own in self.first else len(self.first)), own
 
 
 def summary(thing: object) -> str:

@@ -1,5 +1,6 @@
 """What the documents show runs."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -12,10 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GRAPHS = ["-W", "ignore:`torch.jit.script`:DeprecationWarning"]  # when torch_geometric is imported
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL) for name, path in PAGES.items()}
 BLOCKS = {name: blocks for name, blocks in BLOCKS.items() if blocks}
+
+
+def gallery_pages():
+    """What ``docs/tables.py`` says of the groups, read without importing it."""
+    order = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "docs" / "tables.py").read_text()))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAGES"
+    )
+    return ast.literal_eval(order.value)
 
 
 def run(*arguments, folder):
@@ -52,6 +63,23 @@ def test_files_that_pages_for_developers_name_exist(page):
     named = re.findall(r"`([\w/.]+(?:/|\.py|\.md|\.toml|\.txt))`", (ROOT / page).read_text())
     places = [ROOT, ROOT / "backpack", *(folder for folder in (ROOT / "backpack").iterdir() if folder.is_dir())]
     assert named and not [name for name in named if not any((place / name).exists() for place in places)]
+
+
+def test_every_page_of_the_gallery_that_is_named_first_exists():
+    named = {f"{group}/{page}.py" for group, pages in gallery_pages().items() for page in pages}
+    assert named <= {path.relative_to(ROOT / "examples").as_posix() for path in EXAMPLES}
+
+
+def test_every_example_is_in_a_group_of_the_gallery():
+    assert {path.parent.relative_to(ROOT / "examples").as_posix() for path in EXAMPLES} == set(gallery_pages())
+
+
+def test_private_training_says_which_package_is_missing(tmp_path):
+    script = ROOT / "examples" / "jobs" / "dp_sgd.py"
+    without = f"import runpy, sys; sys.modules['dp_accounting'] = None; runpy.run_path({str(script)!r})"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("python -m pip install dp-accounting\n") and "Traceback" not in done.stderr
 
 
 DOCTESTS = [path for path in sorted((ROOT / "backpack").rglob("*.py")) if ">>>" in path.read_text()]

@@ -76,4 +76,4 @@ def test_the_source_distribution_has_all_files_of_the_repository(built):
     files = {p.relative_to(built / "copy") for p in (built / "copy").rglob("*") if p.is_file()}
     missing = {file for file in files if file.name != ".gitignore" and file not in packed}
     assert not {f for f in missing if "egg-info" not in str(f) and f.parts[0] not in ("build", "dist")}
-    assert {Path("Makefile"), Path("tests/conftest.py"), Path("examples/subsampling.py")} <= packed
+    assert {Path("Makefile"), Path("tests/conftest.py"), Path("examples/first_steps/subsampling.py")} <= packed

@@ -2,9 +2,10 @@
 Modules of your own
 ===================
 
-A module needs no preparation, whatever it does with its parameters. Here is one that no package can know: a layer of
-radial basis functions with learned centres and widths. Where you know a better way to compute something for it, you can
-say so.
+BackPACK works with modules that it has never seen. This script defines a layer of
+radial basis functions with learned centres and widths, and uses it without any
+preparation. Then it shows how to tell an extension a better way to compute its result
+for the layer.
 """
 
 import matplotlib.pyplot as plt
@@ -33,7 +34,8 @@ class Radial(Module):
 
 torch.manual_seed(0)
 data = load_diabetes()
-X, y = torch.tensor(data.data[:, 2:4]), torch.tensor(data.target)[:, None]  # body mass index, blood pressure
+X = torch.tensor(data.data[:, 2:4])  # body mass index, blood pressure
+y = torch.tensor(data.target)[:, None]
 X, y = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
 model = extend(Sequential(Radial(2, 8), Linear(8, 1)).double())
 lossfunc = extend(MSELoss())
@@ -42,18 +44,27 @@ loss = lossfunc(model(X), y)
 with backpack(BatchGrad(), Variance(), DiagGGNExact()):
     loss.backward()
 for name, p in model.named_parameters():
-    print(f"{name:12} {list(p.grad_batch.shape)!s:13} {list(p.variance.shape)!s:8} {list(p.diag_ggn_exact.shape)}")
+    shapes = [list(v.shape) for v in (p.grad_batch, p.variance, p.diag_ggn_exact)]
+    print(f"{name:12} {shapes[0]!s:13} {shapes[1]!s:8} {shapes[2]}")
 
 # %%
-# The same by plain autograd, for one sample.
+# Plain autograd gives the same for one sample.
 
 alone = lossfunc(model(X[:1]), y[:1]) / len(X)
-for p, expected in zip(model.parameters(), torch.autograd.grad(alone, list(model.parameters())), strict=True):
+for p, expected in zip(
+    model.parameters(),
+    torch.autograd.grad(alone, list(model.parameters())),
+    strict=True,
+):
     assert torch.allclose(p.grad_batch[0], expected)
 
 # %%
-# A rule replaces what an extension computes for one class of modules. It sees the module's input and output, the
-# gradients ``g_out`` with respect to the output, and returns the result.
+# A rule of your own
+# ------------------
+#
+# A rule replaces what an extension computes for one class of modules. It reads the
+# module's inputs and output and the gradient ``g_out`` with respect to the output, and
+# returns the result.
 
 
 class RadialBatchGrad(FirstOrderModuleExtension):
@@ -74,8 +85,11 @@ with backpack(by_rule):
 assert torch.allclose(model[0].log_width.grad_batch, built_in)
 
 # %%
-# Training it, with each step divided by the curvature. In the picture, colour is what the model predicts: the
-# progression of diabetes within a year.
+# Training
+# --------
+#
+# Each step is divided by the curvature. The colours of the picture show what the model
+# predicts: the progression of diabetes within a year.
 
 for _ in range(60):
     loss = lossfunc(model(X), y)
@@ -92,10 +106,18 @@ points = torch.linspace(-3, 4, 60, dtype=torch.float64)
 with torch.no_grad():
     prediction = model(torch.cartesian_prod(points, points)).reshape(60, 60).T
 figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
-filled = axis.contourf(points.numpy(), points.numpy(), prediction.numpy(), 12, cmap="RdBu_r")
+filled = axis.contourf(
+    points.numpy(), points.numpy(), prediction.numpy(), 12, cmap="RdBu_r"
+)
 axis.plot(*X.T.numpy(), ".", color="black", markersize=2, label="patients")
 axis.plot(*model[0].centres.detach().T.numpy(), "x", color="gold", label="centres")
-axis.set(xlim=(-3, 4), ylim=(-3, 4), xlabel="body mass index", ylabel="blood pressure", title="(standardized)")
+axis.set(
+    xlim=(-3, 4),
+    ylim=(-3, 4),
+    xlabel="body mass index",
+    ylabel="blood pressure",
+    title="(standardized)",
+)
 axis.legend()
 figure.colorbar(filled, label="predicted progression")
 plt.show()

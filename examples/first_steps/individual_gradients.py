@@ -2,9 +2,10 @@
 Individual gradients
 ====================
 
-The gradient of a mini-batch is a sum. Its terms, one gradient for each sample, tell how much the samples agree:
-``BatchGrad`` stores them, ``BatchL2Grad`` only their squared norms and ``BatchDotGrad`` their dot products, both
-for less time and memory.
+The gradient of a mini-batch is a sum of one gradient for each sample. These tell how
+much the samples agree. ``BatchGrad`` stores them. ``BatchL2Grad`` computes only their
+squared norms and ``BatchDotGrad`` only their dot products, which takes less time and
+memory.
 """
 
 import matplotlib.pyplot as plt
@@ -23,8 +24,8 @@ model = extend(Sequential(Flatten(), Linear(784, 32), ReLU(), Linear(32, 10)))
 lossfunc = extend(CrossEntropyLoss())
 
 # %%
-# Results are attributes of the parameters. The loss is a mean, so that each term carries the factor 1/100 and the terms
-# sum to the gradient.
+# Results are attributes of the parameters. The loss is a mean over 100 samples, so that
+# each individual gradient carries the factor 1/100, and their sum is the gradient.
 
 loss = lossfunc(model(X), y)
 with backpack(BatchGrad(), BatchL2Grad(), BatchDotGrad()):
@@ -32,18 +33,27 @@ with backpack(BatchGrad(), BatchL2Grad(), BatchDotGrad()):
 
 for name, p in model.named_parameters():
     print(
-        f"{name:9} {list(p.shape)!s:10} grad_batch {list(p.grad_batch.shape)!s:15} batch_dot {list(p.batch_dot.shape)}"
+        f"{name:9} {list(p.shape)!s:10} grad_batch {list(p.grad_batch.shape)!s:15} "
+        f"batch_dot {list(p.batch_dot.shape)}"
     )
     assert torch.allclose(p.grad_batch.sum(0), p.grad, atol=1e-6)
     assert torch.allclose(p.batch_dot.diagonal(), p.batch_l2, rtol=1e-4)
 
 # %%
-# Summed over the parameters, the dot products are those of whole gradients; divided by the norms, their cosines. In the
-# picture, digits are sorted by class: samples of one class pull in the same direction.
+# The sum of the dot products over all parameters is that of the whole gradients.
+# Divided by the norms, it is their cosine. The picture has the digits sorted by class:
+# samples of one class pull in the same direction.
 
 dots = sum(p.batch_dot for p in model.parameters())
 norms = sum(p.batch_l2 for p in model.parameters()).sqrt()
 cosines = dots / norms.outer(norms)
+
+same = y[:, None] == y
+off_diagonal = ~torch.eye(len(X), dtype=torch.bool)
+print(
+    f"mean cosine within a class {cosines[same & off_diagonal].mean():.2f}, "
+    f"between classes {cosines[~same].mean():.2f}"
+)
 
 figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
 image = axis.imshow(cosines.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -51,5 +61,9 @@ figure.colorbar(image, label="cosine")
 starts = torch.searchsorted(y, torch.arange(10))
 axis.set_xticks(starts, range(10))
 axis.set_yticks(starts, range(10))
-axis.set(xlabel="class of sample", ylabel="class of sample", title="Cosines of individual gradients")
+axis.set(
+    xlabel="class of sample",
+    ylabel="class of sample",
+    title="Cosines of individual gradients",
+)
 plt.show()

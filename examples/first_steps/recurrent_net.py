@@ -2,8 +2,9 @@
 Recurrent nets: which digits are hard?
 ======================================
 
-An LSTM reads handwritten digits row by row. Samples whose gradients are long after training are those that the model
-has not understood; ``BatchL2Grad`` gives all norms without storing a gradient.
+An LSTM reads handwritten digits row by row. After training, the samples with large
+gradients are those that the model has not understood. ``BatchL2Grad`` computes the
+norms of all samples' gradients without storing the gradients.
 """
 
 import matplotlib.pyplot as plt
@@ -38,7 +39,7 @@ for epoch in range(12):
     print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
 # %%
-# The norms of all samples' gradients, each parameter's summed.
+# The squared norm of a sample's whole gradient is the sum over all parameters.
 
 output = model(X[:, 0])
 loss = lossfunc(output, y)
@@ -48,16 +49,23 @@ norms = len(X) * sum(p.batch_l2 for p in model.parameters()).sqrt()
 
 alone = lossfunc(model(X[7:8, 0]), y[7:8])
 grads = torch.autograd.grad(alone, list(model.parameters()))
-assert torch.allclose(torch.cat([g.flatten() for g in grads]).norm(), norms[7], rtol=1e-3)
+assert torch.allclose(
+    torch.cat([g.flatten() for g in grads]).norm(), norms[7], rtol=1e-3
+)
 
 # %%
-# Above, the digits with the longest gradients, with what they are and what the model takes them for; below, those with
-# the shortest.
+# These are the digits with the largest gradients. Each title says what the digit is and
+# what the model reads.
 
 order = norms.argsort(descending=True)
-figure, axes = plt.subplots(4, 4, figsize=(5, 5.6), layout="constrained")
-for axis, n in zip(axes.flat, torch.cat([order[:8], order[-8:]]).tolist(), strict=True):
+wrong = output.argmax(1) != y
+print(
+    f"{wrong[order[:6]].sum()} of the 6 digits with the largest gradients are misread, "
+    f"{wrong.sum()} of all {len(X)}"
+)
+figure, axes = plt.subplots(2, 3, figsize=(5, 3.6), layout="constrained")
+for axis, n in zip(axes.flat, order[:6].tolist(), strict=True):
     axis.imshow(X[n, 0].numpy(), cmap="gray_r")
-    axis.set_title(f"{y[n]}, read as {output[n].argmax()}", fontsize=9)
+    axis.set_title(f"{y[n]}, read as {output[n].argmax()}")
     axis.set_axis_off()
 plt.show()

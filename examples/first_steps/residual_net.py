@@ -2,8 +2,9 @@
 Residual nets
 =============
 
-A residual network as one writes it in PyTorch: skip connections are sums in ``forward``, activations are functions,
-one of them in place. Nothing has to be rewritten, for autograd handles all that holds no parameters.
+A residual network as you would write it in PyTorch: skip connections are sums in
+``forward``, activations are functions, and one of them works in place. Nothing has to
+be rewritten for BackPACK.
 """
 
 import matplotlib.pyplot as plt
@@ -17,15 +18,25 @@ from backpack.extensions import BatchGrad, DiagGGNExact
 from backpack.utils.examples import load_one_batch_mnist
 
 # %%
-# Normalization is over groups of channels: batch normalization mixes samples while it trains, so that there are no
-# individual gradients (that is an error here, which says so).
+# The model
+# ---------
+#
+# It normalizes over groups of channels. Batch normalization would work too, but while
+# it trains, each sample changes the outputs of all others, and individual gradients
+# cost one backward pass for each sample.
 
 
 class Block(Module):
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = Conv2d(channels, out, 3, stride, 1, bias=False), GroupNorm(2, out)
-        self.conv2, self.norm2 = Conv2d(out, out, 3, 1, 1, bias=False), GroupNorm(2, out)
+        self.conv1, self.norm1 = (
+            Conv2d(channels, out, 3, stride, 1, bias=False),
+            GroupNorm(2, out),
+        )
+        self.conv2, self.norm2 = (
+            Conv2d(out, out, 3, 1, 1, bias=False),
+            GroupNorm(2, out),
+        )
         self.skip = Conv2d(channels, out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,16 +63,24 @@ with backpack(BatchGrad(), DiagGGNExact()):
     loss.backward()
 
 # %%
-# Sample 5 alone, by plain autograd:
+# For comparison, sample 5 alone by plain autograd:
 
 alone = F.cross_entropy(model(X[5:6]), y[5:6]) / len(X)
-for p, expected in zip(model.parameters(), torch.autograd.grad(alone, list(model.parameters())), strict=True):
+for p, expected in zip(
+    model.parameters(),
+    torch.autograd.grad(alone, list(model.parameters())),
+    strict=True,
+):
     assert torch.allclose(p.grad_batch[5], expected, atol=1e-6)
 
 # %%
-# Curvature by layer, at the start of training.
+# The curvature of each layer at the start of training, as the mean of the GGN's
+# diagonal.
 
 names = [name for name, p in model.named_parameters() if p.dim() > 1]
+for name, p in model.named_parameters():
+    if p.dim() == 4:
+        print(f"{name:22} grad_batch {list(p.grad_batch.shape)}")
 curvature = [p.diag_ggn_exact.mean().item() for p in model.parameters() if p.dim() > 1]
 figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 axis.barh(names, curvature)
