@@ -24,7 +24,7 @@ class KFRA(KroneckerExtension[list[Tensor]]):
     maps, and through elementwise functions and max pooling, it is pulled back as it is; through other modules, a root
     of it is, for each sample. Over a data set, each batch has its own averages, and their factors are averaged.
 
-    Raises (in the backward pass):
+    Raises:
         RuntimeError: The model is no such chain, losses have different inputs, or running the model once more gives
             another output.
         ValueError: An output is too large.
