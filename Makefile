@@ -37,7 +37,7 @@ test-all: $(VENV)/.develop
 	$(PYTEST)
 
 fuzz: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz.py $(FUZZ)
+	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz $(FUZZ)
 
 bench: $(VENV)/.develop $(PEERS)/.made
 	$(PYTHON) benchmarks/run.py --output benchmarks/results/costs.json $(BENCH)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from dataset_truth import (
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from truths import close
+from truths.data_sets import (
     LOSSES,
     all_extensions,
     bound_of,
@@ -25,11 +30,6 @@ from dataset_truth import (
     problem,
     targets,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend
 from backpack.dataset.checkpoint import Checkpoint

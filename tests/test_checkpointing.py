@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
-from truth import close
+from truths import close
 
 from backpack import backpack, disable, extend
 from backpack.extensions import (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from truth import close
+from truths import close
 
 from backpack.backward.arrivals import Arrival
 from backpack.backward.collector import Collector, Prepared

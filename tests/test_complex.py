@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from torch import nn
-from truth import close
+from truths import close
 
 from backpack import accumulate, backpack, extend, verify
 from backpack.extensions import (

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from truth import close
+from truths import close
 
 from backpack import backpack, disable, extend, extensions, memory_cleanup
 from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SqrtGGNExact

@@ -5,7 +5,11 @@ import copy
 import numpy
 import pytest
 import torch
-from dataset_truth import (
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
+from truths import close
+from truths.data_sets import (
     LOSSES,
     all_extensions,
     bound_of,
@@ -19,10 +23,6 @@ from dataset_truth import (
     problem,
     targets,
 )
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from transformers import BatchEncoding
-from truth import close
 
 from backpack import accumulate, across_processes, backpack, extend, extensions
 from backpack.extensions import (

@@ -9,7 +9,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from truth import close, through_rows
+from truths import close
+from truths.autograd import through_rows
 
 from backpack import backpack, disable, extend, memory_cleanup, unextend
 from backpack.context import CTX

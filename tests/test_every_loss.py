@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, build
-from test_real_models import LANGUAGE, MODELS, SINGLE, problem
-from test_second_order import LOSSES, jacobians
+from models.layers import CASES, build
+from models.networks import LOSSES
+from models.of_others import LANGUAGE, MODELS, SINGLE, problem
 from torch import nn
-from truth import close
+from truths import close
+from truths.second_order import jacobians
 
 from backpack import backpack, extend
 from backpack.extensions import BatchDiagGGNExact, BatchDiagGGNMC, DiagGGNExact, SqrtGGNMC
@@ -35,9 +36,8 @@ def check(given, name, sampled=()):
     last = [n - 1, 0]
     for loss, (lossfunc, targets) in SETS.items():
         target = targets()[torch.arange(n) % 4]
-        truths, _, _ = jacobians(
-            lambda _, loss=loss: probabilities_or_values(given, loss), None, lossfunc, target, n, [*parameters.values()]
-        )
+        out = probabilities_or_values(given, loss)
+        truths, _, _ = jacobians(out, lossfunc, target, n, [*parameters.values()])
         size = 1e-5 * max(float(truth.abs().max()) for truth in truths)
         rtol = 16 * torch.finfo(torch.float32).eps if name in SINGLE else 1e-9
         extensions = [BatchDiagGGNExact(), DiagGGNExact(subsampling=last)]

@@ -13,7 +13,7 @@ import torch
 from test_custom_rules import Scale
 from torch import nn
 from torch.nn.utils import parametrizations
-from truth import close
+from truths import close
 
 import backpack as package
 from backpack import backpack, extend, unextend

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from truth import close
+from truths import close
 
 from backpack import backpack, extend
 from backpack.extensions import (

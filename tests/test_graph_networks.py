@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from truth import close, through_rows
+from truths import close
+from truths.autograd import through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import (

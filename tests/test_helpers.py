@@ -6,9 +6,9 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from test_first_order import laws
+from models.problem import Problem
 from torch import nn
-from truth import Problem
+from truths.first_order import check_first_order
 
 from backpack import extensions
 from backpack.core.derivatives.convnd import weight_jac_t_save_memory
@@ -140,4 +140,6 @@ def test_quantities_are_right_through_custom_modules():
         nn.Flatten(),
         nn.Linear(12, 2),
     ).double()
-    laws(Problem(model, (torch.rand(3, 5, 4, dtype=torch.float64),)), lambda k: "reversed" if k % 2 else "all", 0.5)
+    check_first_order(
+        Problem(model, (torch.rand(3, 5, 4, dtype=torch.float64),)), lambda k: "reversed" if k % 2 else "all", 0.5
+    )

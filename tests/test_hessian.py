@@ -7,11 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hessians import block, blocks, sample_diagonals
+from models.curved import NETWORKS, Concave, Nonlinear, TiedWords
+from models.small import Fn, rand
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from truth import close
+from truths import close
+from truths.second_order import block, hessian_blocks, hessian_diagonals
 
 from backpack import backpack, extend
 from backpack.curvature.replacements.attention import attention as replaced_attention
@@ -31,10 +33,6 @@ from backpack.extensions import (
 from backpack.modules.thread_state import HERE
 
 
-def values(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 class Written(nn.Module):
     """What PyTorch cannot differentiate twice, in functions that it can."""
 
@@ -50,7 +48,7 @@ def written(model):
 
 def check(model, X, lossfunc, y, chunk=None, twin=None):
     """Both extensions, all samples and some, in one backward pass and with a gradient that is PyTorch's."""
-    truth = sample_diagonals(model if twin is None else twin, X, lossfunc, y)
+    truth = hessian_diagonals(model if twin is None else twin, X, lossfunc, y)
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = torch.autograd.grad(lossfunc(model(X), y), parameters)
     extend(model), extend(lossfunc)
@@ -85,210 +83,16 @@ ACTIVATIONS = [
 def test_of_every_activation(activation):
     if isinstance(activation, nn.Softmax2d):
         model = nn.Sequential(nn.Conv2d(1, 2, 2), activation, nn.Flatten(), nn.Linear(8, 3))
-        X = values(3, 1, 3, 3)
+        X = rand(3, 1, 3, 3)
     else:
         width = 2 if isinstance(activation, nn.GLU) else 4
         model, X = (
             nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(width, 3), activation, nn.Linear(3, 3)),
-            values(3, 3),
+            rand(3, 3),
         )
         if isinstance(activation, nn.GLU):
             model[2] = nn.Linear(2, 6)
     check(model.double(), X, nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]), twin=written(model))
-
-
-class Net(nn.Module):
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def residual(m, x):
-    h = m.a(x)
-    h = h + m.b(h).tanh() * h
-    return m.out(h / (1 + h.square()).sqrt())
-
-
-def unrolled(m, x):
-    state = torch.zeros(len(x), 3, dtype=x.dtype)
-    for step in x.unbind(1):
-        state = (m.i(step) + m.h(state)).tanh()
-    return m.out(state)
-
-
-def recurrent(layer, **options):
-    return Net(lambda m, x: m.out(m.a(x)[0].mean(1)), a=layer(3, 2, batch_first=True, **options), out=nn.Linear(2, 3))
-
-
-def attention(m, x):
-    return m.out(m.a(x, x, x, need_weights=False)[0].mean(1))
-
-
-def squeeze(m, x):
-    h = m.a(x)
-    return m.out((h * m.b(h.mean((2, 3))).sigmoid()[:, :, None, None]).softmax(1).flatten(1))
-
-
-def data_as_weights(m, x):
-    h = m.a(x)
-    filters = m.b(h.mean(2)).reshape(-1, 1, 2)
-    return m.out(
-        F.conv1d(h.flatten(0, 1)[None], filters.expand(-1, -1, -1).repeat_interleave(2, 0), groups=2 * len(x)).reshape(
-            len(x), -1
-        )
-    )
-
-
-class Tied(nn.Module):
-    """One matrix in and out, a scale used twice, a module called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.scale = nn.Parameter(torch.rand(3))
-        self.norm = nn.LayerNorm(3)
-
-    def forward(self, x):
-        h = self.norm(self.a(x).sigmoid() * self.scale)
-        h = self.norm(self.b(self.b(h).tanh())) * self.scale
-        return F.linear(h, self.a.weight.T)
-
-
-class TiedWords(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words, self.places = nn.Embedding(5, 2), nn.Parameter(torch.randn(3, 2))
-        self.mix = nn.Conv1d(2, 2, 2, padding=1)
-
-    def forward(self, index):
-        h = self.words(index) + self.places
-        h = self.mix(self.mix(h.transpose(1, 2)).tanh()).mean(2)
-        return h @ self.words.weight.T
-
-
-class Nonlinear(nn.Module):
-    """Parameters that enter not linearly, or through a function of themselves."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
-        self.power, self.log_scale = nn.Parameter(torch.rand(2) + 1), nn.Parameter(torch.rand(2))
-        self.root = nn.Parameter(torch.randn(2, 2))
-        self.out = nn.Linear(2, 3)
-
-    def forward(self, x):
-        h = F.softplus(self.a(x)) ** self.power / self.log_scale.exp()
-        h = F.linear(h, self.root @ self.root.T).tanh() / (1 + self.power)
-        return self.out(h @ self.root)
-
-
-def scaled():
-    """A matrix of which the scales of the rows are trained alone, and could be samples by their number."""
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    layer.parametrizations.weight.original1.requires_grad_(False)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), layer, nn.RMSNorm(4), nn.Linear(4, 3))
-
-
-class OneBias(nn.Module):
-    """A linear layer with one bias for all outputs."""
-
-    def __init__(self, i, o):
-        super().__init__()
-        self.matrix, self.bias = nn.Linear(i, o, bias=False), nn.Parameter(torch.rand(1))
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.matrix.weight) + self.bias
-
-
-NETWORKS = {
-    "scaled": (scaled, (2, 3)),
-    "residual": (lambda: Net(residual, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 3)), (3, 3)),
-    "norms": (
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 4, 2),
-            nn.GroupNorm(2, 4),
-            nn.SiLU(),
-            nn.InstanceNorm2d(4, affine=True),
-            nn.Conv2d(4, 2, 2),
-            nn.BatchNorm2d(2).eval(),
-            nn.Flatten(),
-            nn.LayerNorm(2),
-            nn.Linear(2, 3),
-        ),
-        (3, 1, 3, 3),
-    ),
-    "pooled": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 2, groups=2, padding=1, padding_mode="reflect"),
-            nn.MaxPool2d(2, 1),
-            nn.Sigmoid(),
-            nn.MaxPool2d(2),
-            nn.ReLU(),
-            nn.Conv2d(4, 3, 1, bias=False),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(3, 3),
-        ),
-        (2, 2, 3, 3),
-    ),
-    "positions": (
-        lambda: nn.Sequential(
-            OneBias(2, 2), nn.Tanh(), nn.Softplus(), nn.Flatten(), OneBias(6, 4), nn.ELU(), OneBias(4, 3)
-        ),
-        (3, 3, 2),
-    ),
-    "scale": (
-        lambda: Net(
-            lambda m, x: m.b((m.a.weight[0] * x.sin()).tanh()), a=nn.Linear(3, 1, bias=False), b=nn.Linear(3, 3)
-        ),
-        (3, 3),
-    ),
-    "rms_norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 3)), (3, 3)),
-    "attention": (
-        lambda: Net(attention, a=nn.MultiheadAttention(4, 2, batch_first=True), out=nn.Linear(4, 3)),
-        (2, 3, 4),
-    ),
-    "encoder": (
-        lambda: Net(
-            lambda m, x: m.out(m.a(x).mean(1)),
-            a=nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, activation="gelu", batch_first=True),
-            out=nn.Linear(2, 3),
-        ),
-        (2, 3, 2),
-    ),
-    "sequence_first": (
-        lambda: Net(
-            lambda m, x: m.out(m.a(x.transpose(0, 1)).mean(0)),
-            a=nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, batch_first=False),
-            out=nn.Linear(2, 3),
-        ),
-        (2, 4, 2),
-    ),
-    "lstm": (lambda: recurrent(nn.LSTM), (2, 3, 3)),
-    "gru": (lambda: recurrent(nn.GRU), (2, 3, 3)),
-    "rnn": (lambda: recurrent(nn.RNN, bias=False), (2, 3, 3)),
-    "unrolled": (lambda: Net(unrolled, i=nn.Linear(2, 3), h=nn.Linear(3, 3), out=nn.Linear(3, 3)), (2, 3, 2)),
-    "squeeze_and_excite": (
-        lambda: Net(squeeze, a=nn.Conv2d(1, 2, 2), b=nn.Linear(2, 2), out=nn.Linear(8, 3)),
-        (3, 1, 3, 3),
-    ),
-    "data_as_weights": (
-        lambda: Net(data_as_weights, a=nn.Conv1d(1, 2, 2), b=nn.Linear(2, 2), out=nn.Linear(4, 3)),
-        (3, 1, 4),
-    ),
-    "tied": (Tied, (3, 3)),
-    "bilinear": (
-        lambda: Net(
-            lambda m, x: m.b(m.a(x, x.sin()), m.a(x, x).tanh()), a=nn.Bilinear(3, 3, 2), b=nn.Bilinear(2, 2, 3)
-        ),
-        (3, 3),
-    ),
-}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -300,14 +104,14 @@ def test_of_networks(name):
     for parameter in model.parameters():
         if parameter.dim() <= 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    check(model, values(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1])[: shape[0]], chunk=3)
+    check(model, rand(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1])[: shape[0]], chunk=3)
 
 
 def test_of_what_lies_behind_frozen_attention():
     build, shape = NETWORKS["attention"]
-    model = Net(lambda m, x: m.rest(m.first(x)), first=nn.Linear(4, 4), rest=build()).double()
+    model = Fn(lambda m, x: m.rest(m.first(x)), first=nn.Linear(4, 4), rest=build()).double()
     model.rest.a.requires_grad_(False)
-    check(model, values(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2]))
+    check(model, rand(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2]))
 
 
 def test_of_a_tied_embedding():
@@ -315,7 +119,7 @@ def test_of_a_tied_embedding():
 
 
 def test_of_parameters_that_enter_nonlinearly_is_exact():
-    check(Nonlinear().double(), values(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
+    check(Nonlinear().double(), rand(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
 
 
 def test_what_takes_as_long_as_a_hundred_steps_is_said_once_with_its_causes(monkeypatch):
@@ -325,8 +129,8 @@ def test_what_takes_as_long_as_a_hundred_steps_is_said_once_with_its_causes(monk
     columns = extend(nn.Sequential(*layers, nn.Linear(8 * 144, 3)).double())
     lossfunc, y = extend(nn.CrossEntropyLoss()), torch.tensor([0, 2, 1])
     for model, X, message in (
-        (entries, values(3, 60), "costs 3050 derivatives of second order.*weight.original1.*DiagHessianMC"),
-        (columns, values(3, 1, 12, 12), "columns are pulled back.*Sigmoid of shape .3, 8, 12, 12.*DiagHessianMC"),
+        (entries, rand(3, 60), "costs 3050 derivatives of second order.*weight.original1.*DiagHessianMC"),
+        (columns, rand(3, 1, 12, 12), "columns are pulled back.*Sigmoid of shape .3, 8, 12, 12.*DiagHessianMC"),
     ):
         with pytest.warns(UserWarning, match=message), backpack(DiagHessian()):
             lossfunc(model(X), y).backward()
@@ -344,13 +148,8 @@ def test_samples_without_a_gradient_have_no_residual_at_all():
     )
     extend(model.double()), extend(lossfunc)
     with backpack(DiagHessian(subsampling=[0, 2])):
-        lossfunc(model(values(3, 3)), torch.tensor([0, 2, 0])).backward()
+        lossfunc(model(rand(3, 3)), torch.tensor([0, 2, 0])).backward()
     assert not any(p.diag_h.any() for p in model.parameters())
-
-
-class Concave(nn.Module):
-    def forward(self, out, target):
-        return ((out - target).sin() * out.exp()).mean() - (out.sum(1) * target.sum(1)).cos().mean()
 
 
 LOSSES = {
@@ -380,26 +179,27 @@ LOSSES = {
 def test_of_losses(name):
     last = nn.Sigmoid() if name in ("bce", "poisson_of_rates") else nn.LogSoftmax(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), last).double()
-    check(model, values(3, 3), *LOSSES[name])
+    check(model, rand(3, 3), *LOSSES[name])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["classes", "normal"])
 def test_of_losses_that_weigh_samples(kind, reduction):
     """By class, with an ignored one, or by a variance: with the mean's denominator of the whole batch."""
-    model, X = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), values(4, 3)
+    model, X = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), rand(4, 3)
     if kind == "classes":
         weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
         lossfunc = nn.CrossEntropyLoss(weight, reduction=reduction, ignore_index=1)
         args, total = (torch.tensor([0, 2, 1, 2]),), 4.5
     else:
-        lossfunc, args, total = nn.GaussianNLLLoss(reduction=reduction), (values(4, 3), values(4, 3).square() + 0.5), 12
+        lossfunc, args, total = nn.GaussianNLLLoss(reduction=reduction), (rand(4, 3), rand(4, 3).square() + 0.5), 12
     scale = total if reduction == "mean" else 1
     term = type(lossfunc)(*([weight] if kind == "classes" else []), reduction="sum")
     if kind == "classes":
         term.ignore_index = 1
     found = [
-        blocks(model, lambda n=n: term(model(X[n : n + 1]), *(a[n : n + 1] for a in args)) / scale) for n in range(4)
+        hessian_blocks(model, lambda n=n: term(model(X[n : n + 1]), *(a[n : n + 1] for a in args)) / scale)
+        for n in range(4)
     ]
     extend(model), extend(lossfunc)
     with backpack(DiagHessian(), BatchDiagHessian()):
@@ -414,7 +214,7 @@ def test_of_losses_that_weigh_samples(kind, reduction):
 def test_an_indefinite_loss_is_refused_by_what_needs_a_root_before_anything_is_computed():
     model, lossfunc = extend(nn.Linear(3, 3).double()), extend(Concave())
     with pytest.raises(ValueError, match="not positive semidefinite"), backpack(DiagHessian(), DiagGGNExact()):
-        lossfunc(model(values(3, 3)), values(3, 3)).backward()
+        lossfunc(model(rand(3, 3)), rand(3, 3)).backward()
     assert not hasattr(model.weight, "diag_h")
 
 
@@ -424,7 +224,7 @@ def test_a_piecewise_linear_network_has_the_diagonal_of_the_ggn():
     )
     lossfunc = extend(nn.CrossEntropyLoss())
     with backpack(DiagHessian(), DiagGGNExact()):
-        lossfunc(model(values(4, 1, 5, 5)), torch.tensor([0, 1, 2, 0])).backward()
+        lossfunc(model(rand(4, 1, 5, 5)), torch.tensor([0, 1, 2, 0])).backward()
     assert all(close(p.diag_h, p.diag_ggn_exact) for p in model.parameters())
 
 
@@ -441,7 +241,7 @@ MIXING = {
         (4, 3),
     ),
     "branch": (
-        lambda: Net(
+        lambda: Fn(
             lambda m, x: m.out(m.a(x) + m.norm(m.b(x)).tanh()),
             a=nn.Linear(3, 4),
             b=nn.Linear(3, 4),
@@ -465,7 +265,7 @@ MIXING = {
 def test_where_samples_are_mixed_curvature_is_that_of_their_terms(name, subsampling):
     """The Hessian of each term of the loss, and its Gauss-Newton matrix, by the Jacobian of its row."""
     build, shape = MIXING[name]
-    model, X = build().double(), values(*shape)
+    model, X = build().double(), rand(*shape)
     y = torch.arange(len(X)) % 3
     chosen = list(range(len(X))) if subsampling is None else subsampling
     parameters = list(model.parameters())
@@ -502,7 +302,7 @@ def test_where_samples_are_mixed_curvature_is_that_of_their_terms(name, subsampl
 
 @pytest.mark.parametrize("extension", [KFAC, KFLR, EKFAC])
 def test_kronecker_factors_below_what_mixes_samples_are_an_error_and_those_above_are_right(extension):
-    model, X, y = MIXING["batch_norm"][0]().double(), values(4, 3), torch.tensor([0, 2, 1, 0])
+    model, X, y = MIXING["batch_norm"][0]().double(), rand(4, 3), torch.tensor([0, 2, 1, 0])
     extend(model)
     lossfunc = extend(nn.CrossEntropyLoss())
     words = r"mixed by NativeBatchNorm.*0\.weight, 0\.bias, Kronecker"
@@ -526,9 +326,9 @@ def test_a_function_without_second_derivatives_is_an_error_that_names_it():
 
     model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), Distance()).double()), extend(nn.MSELoss())
     with pytest.raises(RuntimeError, match="second derivatives of CdistBackward0"), backpack(DiagHessian()):
-        lossfunc(model(values(3, 3)), values(3, 2)).backward()
+        lossfunc(model(rand(3, 3)), rand(3, 2)).backward()
     with backpack(DiagGGNExact()):  # nothing is left half-done
-        lossfunc(model(values(3, 3)), values(3, 2)).backward()
+        lossfunc(model(rand(3, 3)), rand(3, 2)).backward()
 
 
 def small():
@@ -536,15 +336,13 @@ def small():
 
 
 def small_lstm():
-    return Net(
-        lambda m, x: m.out(m.a(x.unsqueeze(1))[0][:, -1]), a=nn.LSTM(2, 1, batch_first=True), out=nn.Linear(1, 3)
-    )
+    return Fn(lambda m, x: m.out(m.a(x.unsqueeze(1))[0][:, -1]), a=nn.LSTM(2, 1, batch_first=True), out=nn.Linear(1, 3))
 
 
 DIFFERENTIATED = {
     "sequential": small,
     "lstm": lambda: small_lstm().double(),
-    "tied": lambda: Net(lambda m, x: m.a(m.a(x).sin()).exp() @ torch.eye(2, 3).double(), a=nn.Linear(2, 2)).double(),
+    "tied": lambda: Fn(lambda m, x: m.a(m.a(x).sin()).exp() @ torch.eye(2, 3).double(), a=nn.Linear(2, 2)).double(),
     "linear": lambda: nn.Linear(2, 3).double(),
 }
 
@@ -556,7 +354,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(?s)Using backward.. with create
 @pytest.mark.parametrize("subsampling", [None, [2, 0, 2]])
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_results_of_create_graph_are_differentiable(name, subsampling):
-    model, X, y, lossfunc = DIFFERENTIATED[name](), values(3, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
+    model, X, y, lossfunc = DIFFERENTIATED[name](), rand(3, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
     point = {name: p.detach() for name, p in model.named_parameters()}
     chosen = subsampling or range(3)
 
@@ -572,10 +370,10 @@ def test_results_of_create_graph_are_differentiable(name, subsampling):
             found[key] = torch.stack([h.reshape(p.numel(), -1).diagonal().reshape(p.shape) for h in hessians])
         return found
 
-    weights = {key: values(len(chosen), *p.shape) for key, p in point.items()}
+    weights = {key: rand(len(chosen), *p.shape) for key, p in point.items()}
     truth = diagonals(point)
     rate = torch.func.grad(lambda at: sum((d * weights[key]).sum() for key, d in diagonals(at).items()))(point)
-    total_rate = torch.func.grad(lambda at: sum(d.sum() for d in diagonals(at).values()))(point)
+    total_rate = torch.func.grad(lambda at: sum(d.sum() for d in diagonals(at).rand()))(point)
     extend(model), extend(lossfunc)
     with backpack(DiagHessian(subsampling=subsampling), BatchDiagHessian(subsampling=subsampling)):
         lossfunc(model(X), y).backward(create_graph=True)
@@ -583,18 +381,18 @@ def test_results_of_create_graph_are_differentiable(name, subsampling):
     for key, p in parameters.items():
         assert close(p.diag_h_batch, truth[key]) and close(p.diag_h, truth[key].sum(0))
     total = sum((p.diag_h_batch * weights[key]).sum() for key, p in parameters.items())
-    alone = sum(p.diag_h.sum() for p in parameters.values())
+    alone = sum(p.diag_h.sum() for p in parameters.rand())
     with backpack(DiagHessian(subsampling=subsampling)):
         lossfunc(model(X), y).backward(create_graph=True)
-    again = sum(p.diag_h.sum() for p in parameters.values())
+    again = sum(p.diag_h.sum() for p in parameters.rand())
     for value, expected in ((total, rate), (alone, total_rate), (again, total_rate)):
-        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(value, list(parameters.rand()), retain_graph=True, allow_unused=True)
         for key, own in zip(parameters, found, strict=True):
             assert close(torch.zeros_like(expected[key]) if own is None else own, expected[key])
 
 
 def test_create_graph_says_what_it_costs_and_leaves_gradients_as_they_are():
-    model, lossfunc, X, y = small(), nn.CrossEntropyLoss(), values(3, 2), torch.tensor([0, 2, 1])
+    model, lossfunc, X, y = small(), nn.CrossEntropyLoss(), rand(3, 2), torch.tensor([0, 2, 1])
     expected = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()), create_graph=True)
     extend(model), extend(lossfunc)
     with pytest.warns(UserWarning, match="costs 27 derivatives"), backpack(DiagHessian()):
@@ -605,18 +403,18 @@ def test_create_graph_says_what_it_costs_and_leaves_gradients_as_they_are():
 def test_create_graph_is_refused_where_third_derivatives_of_pytorch_are_wrong():
     model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()), extend(nn.MSELoss())
     with pytest.raises(RuntimeError, match="third derivatives of NativeLayerNorm,"), backpack(DiagHessian()):
-        lossfunc(model(values(3, 3)), values(3, 3)).backward(create_graph=True)
+        lossfunc(model(rand(3, 3)), rand(3, 3)).backward(create_graph=True)
     assert not any(hasattr(p, "diag_h") for p in model.parameters())
 
 
 def test_the_estimate_with_create_graph_is_unbiased_and_differentiable():
-    model, lossfunc, X, y = small(), nn.CrossEntropyLoss(), values(3, 2), torch.tensor([0, 2, 1])
-    truth = sample_diagonals(model, X, lossfunc, y)
+    model, lossfunc, X, y = small(), nn.CrossEntropyLoss(), rand(3, 2), torch.tensor([0, 2, 1])
+    truth = hessian_diagonals(model, X, lossfunc, y)
     extend(model), extend(lossfunc)
     with backpack(DiagHessianMC(300)):
         lossfunc(model(X), y).backward(create_graph=True)
     for p, expected, matrix in zip(
-        model.parameters(), truth, blocks(model, lambda: lossfunc(model(X), y)), strict=True
+        model.parameters(), truth, hessian_blocks(model, lambda: lossfunc(model(X), y)), strict=True
     ):
         # The variance of r * H r is that of sums over the other entries of a row, each of it its square.
         deviation = ((matrix.square().sum(1) - matrix.diagonal().square()) / 300).sqrt().reshape(p.shape)
@@ -638,13 +436,13 @@ class Dropping(nn.Module):
 
 
 def test_dropout_before_a_fused_layer_asks_for_a_forward_pass_inside_the_block():
-    model, lossfunc, X, y = Dropping().double(), nn.MSELoss(), values(2, 3, 3), values(2, 3, 3)
+    model, lossfunc, X, y = Dropping().double(), nn.MSELoss(), rand(2, 3, 3), rand(2, 3, 3)
     torch.manual_seed(1)
     dropped = model.drop(X)
     torch.manual_seed(1)
     plain = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()))
     state = torch.get_rng_state()
-    truth = sample_diagonals(model.layer, dropped, lossfunc, y)
+    truth = hessian_diagonals(model.layer, dropped, lossfunc, y)
     extend(model), extend(lossfunc)
     loss = lossfunc(model(X), y)
     with pytest.raises(RuntimeError, match="forward pass inside the backpack"), backpack(DiagHessian()):
@@ -674,7 +472,7 @@ class Carrying(nn.Module):
 
 
 def test_samples_of_a_model_with_a_state_of_all_are_selected_in_the_graph_of_all():
-    model, lossfunc, X, y = Carrying(nn.GRU).double(), nn.MSELoss(), values(3, 2, 2), values(3, 2, 2)
+    model, lossfunc, X, y = Carrying(nn.GRU).double(), nn.MSELoss(), rand(3, 2, 2), rand(3, 2, 2)
     model(X)
     state = model.state
     out = model(X)
@@ -721,7 +519,7 @@ class Two(nn.Module):
 def test_fused_functions_may_lie_anywhere_before_the_loss(inside):
     """In two models, with functions that are not linear between them and behind them."""
     models = nn.ModuleList([Two(), nn.TransformerEncoderLayer(2, 1, 2, dropout=0.0, batch_first=True)]).double()
-    X, y, lossfunc = values(2, 3, 2), values(2, 2), nn.MSELoss()
+    X, y, lossfunc = rand(2, 3, 2), rand(2, 2), nn.MSELoss()
     parameters = list(models.parameters())
 
     def forward(x):
@@ -729,7 +527,7 @@ def test_fused_functions_may_lie_anywhere_before_the_loss(inside):
         h = (a * b).tanh() + x
         return models[1](h).square().mean(1) + h.mean(1)
 
-    samples = [blocks(models, lambda n=n: lossfunc(forward(X[n : n + 1]), y[n : n + 1]) / 2) for n in range(2)]
+    samples = [hessian_blocks(models, lambda n=n: lossfunc(forward(X[n : n + 1]), y[n : n + 1]) / 2) for n in range(2)]
     truth = [first + second for first, second in zip(*samples, strict=True)]
     plain = torch.autograd.grad(lossfunc(forward(X), y), parameters)
     for module in (*models, lossfunc):
@@ -741,7 +539,7 @@ def test_fused_functions_may_lie_anywhere_before_the_loss(inside):
     for p, grad, expected in zip(parameters, plain, truth, strict=True):
         assert torch.equal(p.grad, grad)
         assert close(p.diag_h.flatten(), expected.diagonal(), size, 1e-8)
-        vector = values(*p.shape)
+        vector = rand(*p.shape)
         assert close(p.hmp(vector).flatten(), expected @ vector.flatten(), size, 1e-8)
 
 
@@ -749,8 +547,8 @@ def test_fused_functions_may_lie_anywhere_before_the_loss(inside):
 def test_the_estimate_averages_to_the_diagonal(name):
     """Within five standard errors, estimated from means of independent draws."""
     build, shape = NETWORKS[name]
-    model, X, y = build().double(), values(*shape), torch.tensor([0, 2, 1])[: shape[0]]
-    truth = sample_diagonals(model, X, nn.CrossEntropyLoss(), y)
+    model, X, y = build().double(), rand(*shape), torch.tensor([0, 2, 1])[: shape[0]]
+    truth = hessian_diagonals(model, X, nn.CrossEntropyLoss(), y)
     extend(model), (lossfunc := extend(nn.CrossEntropyLoss()))
     draws = {p: [] for p in model.parameters()}
     for _ in range(20):
@@ -758,7 +556,7 @@ def test_the_estimate_averages_to_the_diagonal(name):
             lossfunc(model(X), y).backward()
         for p, found in draws.items():
             found.append(p.diag_h_mc)
-    for found, expected in zip(draws.values(), truth, strict=True):
+    for found, expected in zip(draws.rand(), truth, strict=True):
         found = torch.stack(found)
         error = found.std(0) / len(found) ** 0.5
         assert bool(((found.mean(0) - expected.sum(0)).abs() <= 7 * error + 1e-10).all())
@@ -796,7 +594,7 @@ class Attending(nn.Module):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_of_attention_with_rows_that_have_no_key(seed):
-    X, y, lossfunc = values(3, 4, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
+    X, y, lossfunc = rand(3, 4, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
     model = Attending(masks(seed, 4, 3)).double()
     parameters = list(model.parameters())
     truth = [[] for _ in parameters]
@@ -821,8 +619,8 @@ def test_of_attention_with_rows_that_have_no_key(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_attention_with_second_derivatives_is_pytorchs_in_first_order(seed):
     mask = masks(seed, 4, 3)
-    inputs = [values(3, 2, 4, 2).requires_grad_() for _ in range(3)]
-    weights = values(3, 2, 4, 2)
+    inputs = [rand(3, 2, 4, 2).requires_grad_() for _ in range(3)]
+    weights = rand(3, 2, 4, 2)
     for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         given = [t.to(dtype) for t in inputs]
         own = mask if mask.dtype == torch.bool else mask.to(dtype)
@@ -860,7 +658,7 @@ def convolutional(seed, dims):
     layers += [pool(2) if draw.random() < 0.5 else nn.Identity(), nn.Flatten()]
     model = nn.Sequential(*layers)
     shape = (2, 1, *([4] * dims)) if dims == 2 else (2, 1, 3, 3, 3)
-    return nn.Sequential(*layers, nn.Linear(model(torch.randn(shape)).shape[1], 2)).double(), values(*shape)
+    return nn.Sequential(*layers, nn.Linear(model(torch.randn(shape)).shape[1], 2)).double(), rand(*shape)
 
 
 class InOrder(nn.Module):
@@ -878,7 +676,9 @@ def test_of_channels_last(seed, dims):
     check(model, X, nn.CrossEntropyLoss(), y, twin=twin)
     vectors = [torch.randn_like(p) for p in model.parameters()]
     lossfunc = nn.CrossEntropyLoss()
-    expected = [h @ v.flatten() for h, v in zip(blocks(twin, lambda: lossfunc(twin(X), y)), vectors, strict=True)]
+    expected = [
+        h @ v.flatten() for h, v in zip(hessian_blocks(twin, lambda: lossfunc(twin(X), y)), vectors, strict=True)
+    ]
     with backpack(HMP()):
         extend(lossfunc)(model(X), y).backward()
     for p, v, product in zip(model.parameters(), vectors, expected, strict=True):
@@ -889,7 +689,7 @@ def test_columns_that_cannot_be_pulled_back_together_are_pulled_back_one_by_one(
     monkeypatch.setattr("backpack.curvature.spliced_graph.turns", lambda nodes: [])
     layers = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(16, 2)
     model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
-    X = values(2, 1, 4, 4).to(memory_format=torch.channels_last)
+    X = rand(2, 1, 4, 4).to(memory_format=torch.channels_last)
     monkeypatch.setattr("backpack.curvature.double_backward.is_reordered", lambda node: False)
     twin = nn.Sequential(InOrder(), copy.deepcopy(model).to(memory_format=torch.contiguous_format))
     check(model, X, nn.CrossEntropyLoss(), torch.tensor([1, 0]), twin=twin)
@@ -935,10 +735,8 @@ def state_of(model):
 def test_an_interrupt_leaves_everything_as_it_was(tied):
     first, second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
     second = first if tied else second
-    model = Net(
-        lambda m, x: m.c(Interrupting.apply(m.b(m.a(x).tanh())).sigmoid()), a=first, b=second, c=nn.Linear(3, 2)
-    )
-    model, lossfunc, X, y = extend(model.double()), extend(nn.CrossEntropyLoss()), values(2, 3), torch.tensor([0, 1])
+    model = Fn(lambda m, x: m.c(Interrupting.apply(m.b(m.a(x).tanh())).sigmoid()), a=first, b=second, c=nn.Linear(3, 2))
+    model, lossfunc, X, y = extend(model.double()), extend(nn.CrossEntropyLoss()), rand(2, 3), torch.tensor([0, 1])
     loss = lossfunc(model(X), y)
     with backpack(DiagHessian(), BatchDiagHessian(), BatchGrad()):
         loss.backward(retain_graph=True)
@@ -999,7 +797,7 @@ def test_a_bar_on_a_terminal_shows_how_far_it_is(monkeypatch):
         for terminal in (True, False):
             monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
             with backpack(DiagHessian()):
-                lossfunc(own.double()(values(2, 3)), torch.tensor([0, 1])).backward()
+                lossfunc(own.double()(rand(2, 3)), torch.tensor([0, 1])).backward()
     assert len(shown) == 2
     for total, delay, done in shown:
         assert total == done > 0
@@ -1022,13 +820,13 @@ def test_what_normalizes_parameters_is_not_linear_in_them(name):
     class Shifted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.shift, self.last = nn.Parameter(values(3, 4)), nn.Linear(4, 2).double()
+            self.shift, self.last = nn.Parameter(rand(3, 4)), nn.Linear(4, 2).double()
 
         def forward(self, x):
             return self.last(x.unsqueeze(1) + NORMALIZED[name](self.shift)).sin().sum(1)
 
-    model, X, y = Shifted(), values(5, 4), values(5, 2)
-    truth = blocks(model, lambda: F.mse_loss(model(X), y))
+    model, X, y = Shifted(), rand(5, 4), rand(5, 2)
+    truth = hessian_blocks(model, lambda: F.mse_loss(model(X), y))
     extend(model)
     with backpack(DiagHessian()):
         extend(nn.MSELoss())(model(X), y).backward()
@@ -1039,8 +837,8 @@ def test_what_normalizes_parameters_is_not_linear_in_them(name):
 def test_a_scale_below_batch_normalization_in_training_has_second_derivatives():
     torch.manual_seed(1)
     model = nn.Sequential(nn.RMSNorm(3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
-    X, y = values(3, 3), values(3, 2)
-    truth = blocks(model, lambda: F.mse_loss(model(X), y))
+    X, y = rand(3, 3), rand(3, 2)
+    truth = hessian_blocks(model, lambda: F.mse_loss(model(X), y))
     extend(model)
     with warnings.catch_warnings(), backpack(DiagHessian()):
         warnings.simplefilter("ignore")
@@ -1062,9 +860,9 @@ def test_fused_attention_whose_output_nobody_keeps_runs_again(inside, ending):
         def forward(self, x):
             return self.last(self.attention(x, x, x, need_weights=False)[0])
 
-    model, X = Attending().double(), values(3, 2, 4)
-    y = values(*ending(model(X)).shape)
-    truth = blocks(model, lambda: F.mse_loss(ending(model(X)), y))
+    model, X = Attending().double(), rand(3, 2, 4)
+    y = rand(*ending(model(X)).shape)
+    truth = hessian_blocks(model, lambda: F.mse_loss(ending(model(X)), y))
     extend(model), (lossfunc := extend(nn.MSELoss()))
     if inside:
         with backpack(DiagHessian(), HMP()):
@@ -1084,7 +882,7 @@ def test_fused_attention_whose_output_nobody_keeps_runs_again(inside, ending):
 
 
 def test_a_single_class_has_no_columns():
-    model, X = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), values(4, 3)
+    model, X = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), rand(4, 3)
     extend(model)
     with backpack(DiagHessian(), BatchDiagHessian(), DiagGGNExact(), KFLR()):
         extend(nn.CrossEntropyLoss())(model(X), torch.zeros(4, dtype=torch.long)).backward()

@@ -4,15 +4,14 @@ import warnings
 
 import pytest
 import torch
-from hessians import sample_entries
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_compositions import LOSSES, problems, targets
-from test_real_models import LANGUAGE, problem
-from test_second_order import jacobians
+from models.compositions import LOSSES, problems, targets
+from models.of_others import LANGUAGE, problem
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from truth import close
+from truths import close
+from truths.second_order import hessian_entries, jacobians
 
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, BatchDiagHessian, DiagHessian
@@ -40,7 +39,7 @@ def check_diagonals(given, data):
     def term(k):
         return lambda: lossfunc(given.model(X[k : k + 1]), y[k : k + 1]) / scale
 
-    truth, places = sample_entries([term(k) for k in range(n)], parameters)
+    truth, places = hessian_entries([term(k) for k in range(n)], parameters)
     chosen = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=4))
     chunk = data.draw(st.sampled_from([None, 1, 2]))
     first, second = data.draw(
@@ -63,7 +62,7 @@ def check_products(given, data):
     loss, target, options = data.draw(st.sampled_from(LOSSES))
     lossfunc = loss() if options is None else loss(**options)
     y = targets(n)[target]
-    _, jacobian, hessian = jacobians(given.model, X, lossfunc, y, n, parameters)
+    _, jacobian, hessian = jacobians(given.model(X), lossfunc, y, n, parameters)
     with sdpa_kernel(SDPBackend.MATH):
         value = lossfunc(given.model(X), y)
     grads = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
@@ -132,7 +131,7 @@ def test_diagonals_of_real_models(name):
         inputs, kwargs = [x[k : k + 1] for x in given.inputs], {key: x[k : k + 1] for key, x in given.kwargs.items()}
         return lambda: lossfunc(forward(inputs, kwargs), y.reshape(2, -1)[k]) / 2
 
-    truth, places = sample_entries([term(0), term(1)], parameters, most=2)
+    truth, places = hessian_entries([term(0), term(1)], parameters, most=2)
     extend(given.model), extend(lossfunc)
     with backpack(DiagHessian(), BatchDiagHessian([1])):
         lossfunc(forward(given.inputs, given.kwargs), y).backward()

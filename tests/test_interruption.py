@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dataset_truth import problem
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
+from truths.data_sets import problem
 
 from backpack import accumulate
 from backpack.extensions import EKFAC, BatchGrad, DiagGGNMC, SumGradSquared, Variance

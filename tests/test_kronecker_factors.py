@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, build
-from test_second_order import LABELS, NETWORKS, explicit, make, values
+from models.layers import CASES, build
+from models.networks import LABELS, NETWORKS, make, values
 from torch import nn
-from truth import close
+from truths import close
+from truths.second_order import explicit
 
 from backpack import backpack, extend
 from backpack.extensions import EKFAC, KFAC, KFLR

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, build
-from kronecker_truth import LAYERS, Truth, check
+from models.layers import CASES, build
 from torch import nn
-from truth import close
+from truths import close
+from truths.kronecker import LAYERS, Truth, check
 
 from backpack import backpack, extend
 from backpack.extensions import EKFAC, KFAC, KFLR

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from test_second_order import LABELS, Custom, make, values
+from models.networks import LABELS, Custom, make, values
 from torch import nn
-from truth import close
+from truths import close
 
 from backpack import backpack, extend
 from backpack.extensions import HBP, KFAC, KFLR, KFRA, BatchGrad

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from truth import close
+from truths import close
 
 from backpack.utils.kroneckers import (
     apply_inv_kfac_mat_prod,

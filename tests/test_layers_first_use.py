@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy
 import pytest
 import torch
-from test_first_order import laws
+from models.problem import Problem
 from torch import nn
-from truth import Problem, close, through_rows
+from truths import close
+from truths.autograd import through_rows
+from truths.first_order import check_first_order
 
 from backpack import backpack, extend
 from backpack.extensions import BatchDiagGGNExact, BatchGrad, DiagGGNExact, Variance
@@ -31,7 +33,7 @@ def test_an_encoder_in_evaluation_mode_is_exact_beside_its_fast_path():
     extend(model)
     with torch.no_grad():
         fast = model(X)
-    laws(Problem(model, (X,)), lambda k: "all", 1.0)
+    check_first_order(Problem(model, (X,)), lambda k: "all", 1.0)
     assert close(model(X), fast)
 
 

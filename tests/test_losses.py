@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from test_second_order import explicit
 from torch import nn
 from torch.nn.functional import one_hot
-from truth import close
+from truths import close
+from truths.second_order import explicit
 
 from backpack import backpack, extend
 from backpack.curvature.losses import ROOTS

@@ -10,10 +10,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from models.small import Fn
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
-from truth import through_rows
+from truths.autograd import through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
@@ -698,17 +699,6 @@ def test_what_else_reaches_an_edge_changes_no_owner():
 # Laws of individual gradients
 
 
-class Formula(nn.Module):
-    def __init__(self, formula, **parts):
-        super().__init__()
-        self.formula = formula
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.formula(self, x)
-
-
 def rows(n, width=3):
     return torch.randn(n, width)
 
@@ -725,22 +715,22 @@ def unique_rows():
         different, places = torch.unique(x, dim=0, return_inverse=True)
         return m.l(different).tanh()[places]
 
-    return Formula(formula, l=nn.Linear(3, 2)), x, squares
+    return Fn(formula, l=nn.Linear(3, 2)), x, squares
 
 
 def gate_of_one_entry(n):
-    model = Formula(lambda m, x: m.b(x) * m.a(x).mean(0).sigmoid(), a=nn.Linear(3, 1), b=nn.Linear(3, 2))
+    model = Fn(lambda m, x: m.b(x) * m.a(x).mean(0).sigmoid(), a=nn.Linear(3, 1), b=nn.Linear(3, 2))
     return model, rows(n), squares
 
 
 ATTACKS = {
     "mean over the batch, expanded": lambda: (
-        Formula(lambda m, x: m.l(x).mean(0, True).expand(5, -1), l=nn.Linear(3, 2)),
+        Fn(lambda m, x: m.l(x).mean(0, True).expand(5, -1), l=nn.Linear(3, 2)),
         rows(5),
         lambda out: out.sum(1),
     ),
     "table added, equal cotangents": lambda: (
-        Formula(lambda m, x: m.l(x) + m.w.tanh().expand(5, -1), l=nn.Linear(3, 2), w=nn.Parameter(torch.randn(1, 2))),
+        Fn(lambda m, x: m.l(x) + m.w.tanh().expand(5, -1), l=nn.Linear(3, 2), w=nn.Parameter(torch.randn(1, 2))),
         rows(5),
         lambda out: out.sum(1),
     ),
@@ -748,7 +738,7 @@ ATTACKS = {
     "gate of one entry from a batch of 8": lambda: gate_of_one_entry(8),
     "gate of one entry from a batch of 64": lambda: gate_of_one_entry(64),
     "signs through a mean over the batch": lambda: (
-        Formula(lambda m, x: m.l(x) + (m.a(x) * 1).mean(0), l=nn.Linear(3, 2), a=nn.Linear(3, 2)),
+        Fn(lambda m, x: m.l(x) + (m.a(x) * 1).mean(0), l=nn.Linear(3, 2), a=nn.Linear(3, 2)),
         rows(4),
         lambda out: out.sum(1) * torch.tensor([1.0, -1.0, 1.0, -1.0]),
     ),
@@ -758,12 +748,12 @@ ATTACKS = {
         lambda out: squares(out) * 10.0 ** torch.arange(-6, 6, 2),
     ),
     "512 samples, rolled": lambda: (
-        Formula(lambda m, x: m.b(m.a(x.roll(7, 0)).tanh()).roll(-7, 0), a=nn.Linear(3, 4), b=nn.Linear(4, 2)),
+        Fn(lambda m, x: m.b(m.a(x.roll(7, 0)).tanh()).roll(-7, 0), a=nn.Linear(3, 4), b=nn.Linear(4, 2)),
         rows(512),
         squares,
     ),
     "faint mixing through a mean over the batch": lambda: (
-        Formula(lambda m, x: (h := m.c(x)) - 0.01 * h.mean((0, 2, 3), True), c=nn.Conv2d(2, 3, 3)),
+        Fn(lambda m, x: (h := m.c(x)) - 0.01 * h.mean((0, 2, 3), True), c=nn.Conv2d(2, 3, 3)),
         torch.randn(16, 2, 8, 8),
         squares,
     ),
@@ -874,7 +864,7 @@ class Product(torch.autograd.Function):
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_a_sample_far_smaller_than_another_keeps_its_gradient(precision):
-    model = extend(Formula(lambda m, x: Product.apply(x, m.weight), weight=nn.Parameter(torch.randn(4, 3))))
+    model = extend(Fn(lambda m, x: Product.apply(x, m.weight), weight=nn.Parameter(torch.randn(4, 3))))
     model.to(precision)
     x = torch.tensor([[1.0, -2.0, 3.0]], dtype=precision)
     x = torch.cat([x, x * torch.finfo(precision).eps ** 2])
@@ -966,7 +956,7 @@ def special(formula, n):
     """A linear layer, a function of its output, and a batch, in float64."""
     torch.manual_seed(0)
     layer, v, w = nn.Linear(3, 4), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(()))
-    model = Formula(lambda m, x: formula(m, m.l(x)), l=layer, v=v, w=w).double()
+    model = Fn(lambda m, x: formula(m, m.l(x)), l=layer, v=v, w=w).double()
     return model, torch.randn(n, 3, dtype=torch.float64)
 
 
@@ -1046,7 +1036,7 @@ def test_entries_that_cancel_by_accident_keep_their_sample(precision):
         return out
 
     torch.manual_seed(0)
-    model, x = Formula(formula, l=nn.Linear(3, 400, bias=False)).to(precision), torch.ones(64, 3, dtype=precision)
+    model, x = Fn(formula, l=nn.Linear(3, 400, bias=False)).to(precision), torch.ones(64, 3, dtype=precision)
     extend(model)
     with backpack(BatchGrad()):
         model(x).sum().backward()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_real_models import problem
+from models.of_others import problem
 from torch import nn
-from truth import close
+from truths import close
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad, ClippedGrad, DiagGGNExact, SumGradSquared

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from dataset_truth import giant, parameters_of, problem
-from hessians import sample_diagonals
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from truth import close
+from truths import close
+from truths.data_sets import giant, parameters_of, problem
+from truths.second_order import hessian_diagonals
 
 from backpack import accumulate, across_processes, backpack, extend
 from backpack.extensions import (
@@ -230,7 +230,7 @@ def test_the_hessian_of_parts_in_two_precisions_is_that_in_the_higher_one(seed):
     torch.manual_seed(seed)
     model, lossfunc = Mixed(seed), nn.MSELoss()
     X, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    truth = sample_diagonals(copy.deepcopy(model).double(), X, lossfunc, y)
+    truth = hessian_diagonals(copy.deepcopy(model).double(), X, lossfunc, y)
     extend(model), extend(lossfunc)
     with backpack(DiagHessian(), BatchDiagHessian(), DiagHessianMC(2), DiagGGNExact(), BatchGrad()):
         lossfunc(model(X), y).backward()

@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from hessians import blocks
-from test_hessian import NETWORKS, Concave, values
+from models.curved import NETWORKS, Concave
+from models.small import rand
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from truth import close
+from truths import close
+from truths.second_order import hessian_blocks
 
 from backpack import backpack, extend, hessianfree, memory_cleanup
 from backpack.extensions import GGNMP, HMP, PCHMP
@@ -40,17 +41,17 @@ def check(model, field, truth):
     size = 1e-3 * max(t.abs().max() for t in truth)
     for parameter, matrix in zip(model.parameters(), truth, strict=True):
         multiply = getattr(parameter, field)
-        vectors = values(3, *parameter.shape)
+        vectors = rand(3, *parameter.shape)
         expected = (vectors.flatten(1) @ matrix).reshape(vectors.shape)
         assert close(multiply(vectors), expected, size, 1e-8)
         assert close(multiply(vectors[0]), expected[0], size, 1e-8)
         with pytest.raises(ValueError, match="shape"):
-            multiply(values(1, 1, 1, 1, 1, 1, 1))
+            multiply(rand(1, 1, 1, 1, 1, 1, 1))
 
 
 def check_after_the_pass(model, X, retain):
     y, lossfunc = labels(len(X)), nn.CrossEntropyLoss()
-    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    hessian, ggn = hessian_blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
     extend(model), extend(lossfunc)
     loss = lossfunc(model(X), y)
     with backpack(HMP(), GGNMP()):
@@ -63,16 +64,16 @@ def check_after_the_pass(model, X, retain):
 @pytest.mark.parametrize("name", ["residual", "norms", "attention", "lstm", "tied", "data_as_weights"])
 def test_products_with_hessian_and_ggn_after_the_backward_pass(name, retain):
     build, shape = NETWORKS[name]
-    check_after_the_pass(build().double(), values(*shape), retain)
+    check_after_the_pass(build().double(), rand(*shape), retain)
 
 
 @pytest.mark.parametrize("name", ["attention", "lstm"])
 def test_products_through_fused_layers_whose_output_is_gone_before_the_loss(name):
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
-    model, X = build().double(), values(*shape)
-    y, lossfunc = values(*model(X)[:, 1:].shape), nn.MSELoss()
-    truth = blocks(model, lambda: lossfunc(model(X)[:, 1:], y))
+    model, X = build().double(), rand(*shape)
+    y, lossfunc = rand(*model(X)[:, 1:].shape), nn.MSELoss()
+    truth = hessian_blocks(model, lambda: lossfunc(model(X)[:, 1:], y))
     extend(model), extend(lossfunc)
     with backpack(HMP()):
         lossfunc(model(X)[:, 1:], y).backward()
@@ -86,8 +87,8 @@ class Entrances(nn.Module):
         super().__init__()
         self.up, self.norm = nn.ConvTranspose1d(2, 3, 2, stride=2, output_padding=1), nn.BatchNorm1d(3).eval()
         self.conv, self.pairs, self.out = nn.Conv1d(3, 2, 2, groups=1), nn.Bilinear(2, 2, 3), nn.Linear(3, 3)
-        self.scale, self.matrix = nn.Parameter(values(3)), nn.Parameter(values(3, 3))
-        self.column, self.square, self.both = nn.Parameter(values(2)), nn.Parameter(values(3)), nn.Parameter(values(3))
+        self.scale, self.matrix = nn.Parameter(rand(3)), nn.Parameter(rand(3, 3))
+        self.column, self.square, self.both = nn.Parameter(rand(2)), nn.Parameter(rand(3)), nn.Parameter(rand(3))
 
     def forward(self, x):
         x = self.norm(self.up(x)).sigmoid()
@@ -102,7 +103,7 @@ class Entrances(nn.Module):
 
 @pytest.mark.parametrize("retain", [False, True])
 def test_products_start_where_a_parameter_enters_linearly(retain):
-    check_after_the_pass(Entrances().double(), values(3, 2, 3), retain)
+    check_after_the_pass(Entrances().double(), rand(3, 2, 3), retain)
 
 
 class Words(nn.Module):
@@ -141,7 +142,7 @@ def test_products_of_tables(table):
     model, X = Words(TABLES[table]()).double(), torch.randint(0, 5, (4, 3))
     y, lossfunc = labels(4), nn.CrossEntropyLoss()
     model.plain = True
-    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    hessian, ggn = hessian_blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
     model.plain = False
     extend(model), extend(lossfunc)
     with backpack(HMP(), GGNMP()):
@@ -168,12 +169,12 @@ def test_a_product_costs_less_than_twice_a_gradient_of_its_parameter():
 
 def test_products_of_selected_samples_keep_the_normalization_of_the_batch():
     chosen = [2, 0, 2]
-    model, X, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), values(4, 3), labels(4)
+    model, X, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), rand(4, 3), labels(4)
 
     def loss():
         return cross_entropy(model(X[chosen]), y[chosen], reduction="sum") / len(X)
 
-    truth = blocks(model, loss)
+    truth = hessian_blocks(model, loss)
     extend(model), (lossfunc := extend(nn.CrossEntropyLoss()))
     for retain, shape in ((False, (4, 3)), (True, (3, 4))):
         out = model(X)
@@ -184,8 +185,8 @@ def test_products_of_selected_samples_keep_the_normalization_of_the_batch():
 
 
 def test_the_hessian_of_an_indefinite_loss_has_products():
-    model, X, y, lossfunc = nn.Linear(3, 3).double(), values(3, 3), values(3, 3), extend(Concave())
-    truth = blocks(model, lambda: Concave()(model(X), y))
+    model, X, y, lossfunc = nn.Linear(3, 3).double(), rand(3, 3), rand(3, 3), extend(Concave())
+    truth = hessian_blocks(model, lambda: Concave()(model(X), y))
     with backpack(HMP(), GGNMP()):
         lossfunc(extend(model)(X), y).backward()
     check(model, "hmp", truth)
@@ -212,7 +213,7 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("modify", ["clip", "abs"])
 def test_the_positive_curvature_hessian_changes_the_eigenvalues_of_each_residual(modify):
     functions = [torch.sigmoid, lambda h: h.softmax(1), torch.tanh]
-    model, X, y, lossfunc = Chain().double(), values(3, 3), values(3, 3), nn.MSELoss()
+    model, X, y, lossfunc = Chain().double(), rand(3, 3), rand(3, 3), nn.MSELoss()
     truth = ggn_blocks(model, X, lossfunc, y)
     model(X)
     inputs = model.seen
@@ -240,7 +241,7 @@ def test_the_positive_curvature_hessian_changes_the_eigenvalues_of_each_residual
 @pytest.mark.parametrize("name", ["attention", "squeeze_and_excite"])
 def test_the_positive_curvature_hessian_is_positive_for_any_graph(name):
     build, shape = NETWORKS[name]
-    model, X, y, lossfunc = extend(build().double()), values(*shape), labels(shape[0]), extend(nn.CrossEntropyLoss())
+    model, X, y, lossfunc = extend(build().double()), rand(*shape), labels(shape[0]), extend(nn.CrossEntropyLoss())
     with backpack(PCHMP(), PCHMP("absolute", "abs"), GGNMP()):
         lossfunc(model(X), y).backward()
     for parameter in model.parameters():
@@ -260,13 +261,13 @@ def test_what_is_no_modification_is_refused():
 
 def test_products_are_of_the_masks_that_the_forward_pass_drew():
     model = extend(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double())
-    lossfunc, X, y = extend(nn.CrossEntropyLoss()), values(3, 3), labels(3)
+    lossfunc, X, y = extend(nn.CrossEntropyLoss()), rand(3, 3), labels(3)
     loss = lossfunc(model(X), y)
     grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with backpack(HMP()):
         loss.backward()
     for p, g in zip(model.parameters(), grads, strict=True):
-        vector = values(*p.shape)
+        vector = rand(*p.shape)
         expected = torch.autograd.grad(g, p, vector, retain_graph=True, allow_unused=True)[0]
         assert close(p.hmp(vector), torch.zeros_like(p) if expected is None else expected, 1e-3, 1e-8)
 
@@ -343,8 +344,8 @@ def test_products_of_random_chains_are_those_at_the_weights_of_the_pass(seed):
     layers, choose = random_chain(seed)
     reshape = RESHAPED[choose.choice(list(RESHAPED))]
     modify, function = choose.choice([("clip", lambda e: e.clamp(min=0)), ("abs", torch.abs)])
-    X, parameters = values(4, 3), [p for layer in layers for p in layer.parameters()]
-    lossfunc, y = nn.MSELoss(), values(*reshape(torch.zeros(4, 6)).shape)
+    X, parameters = rand(4, 3), [p for layer in layers for p in layer.parameters()]
+    lossfunc, y = nn.MSELoss(), rand(*reshape(torch.zeros(4, 6)).shape)
     if choose.random() < 0.4:
         reshape = RESHAPED[choose.choice(["as it is", "with positions", "classes last", "a part", "positions as rows"])]
         shape = reshape(torch.zeros(4, 6)).shape
@@ -355,7 +356,7 @@ def test_products_of_random_chains_are_those_at_the_weights_of_the_pass(seed):
 
     chain = nn.Sequential(*layers)
     truth = {
-        "hmp": blocks(chain, lambda: last(chain(X))),
+        "hmp": hessian_blocks(chain, lambda: last(chain(X))),
         "ggnmp": ggn_blocks(chain, X, lambda out, _: last(out), None),
         "pchmp": positive_blocks(layers, last, X, function),
     }
@@ -370,14 +371,14 @@ def test_products_of_random_chains_are_those_at_the_weights_of_the_pass(seed):
     places = list(range(len(parameters)))
     choose.shuffle(places)
     for place in places:  # each is updated by its own curvature, or anyhow
-        p, vectors = parameters[place], values(2, *parameters[place].shape)
+        p, vectors = parameters[place], rand(2, *parameters[place].shape)
         for field, matrices in truth.items():
             size = 1e-3 * max(matrix.abs().max() for matrix in matrices)
             expected = (vectors.flatten(1) @ matrices[place]).reshape(vectors.shape)
             assert close(getattr(p, field)(vectors), expected, size, 1e-8), field
             assert close(getattr(p, field)(vectors[0]), expected[0], size, 1e-8), field
         with torch.no_grad():
-            UPDATES[choose.choice(list(UPDATES))](p, p - p.ggnmp(p.grad) + values(*p.shape))
+            UPDATES[choose.choice(list(UPDATES))](p, p - p.ggnmp(p.grad) + rand(*p.shape))
 
 
 class Copied(nn.Module):
@@ -397,7 +398,7 @@ class Copied(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.inner, self.cell = nn.Linear(3, 4), nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
-        self.scale, self.table = nn.Parameter(values(4)), nn.Parameter(values(3, 4))
+        self.scale, self.table = nn.Parameter(rand(4)), nn.Parameter(rand(3, 4))
 
     def forward(self, x):
         x = self.first(x).sigmoid()
@@ -409,11 +410,11 @@ class Copied(nn.Module):
 
 def test_products_outlive_updates_however_parameters_were_saved():
     torch.manual_seed(0)
-    model, X, y = Copied().double(), values(4, 3), labels(4)
+    model, X, y = Copied().double(), rand(4, 3), labels(4)
     lossfunc = nn.CrossEntropyLoss()
-    hessian, ggn = blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
+    hessian, ggn = hessian_blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
     extend(model), extend(lossfunc)
-    for way in UPDATES.values():
+    for way in UPDATES.rand():
         state = {name: value.clone() for name, value in model.state_dict().items()}
         with backpack(HMP(), GGNMP()):
             lossfunc(model(X), y).backward()
@@ -431,7 +432,7 @@ def test_a_graph_that_is_kept_holds_one_copy_of_the_parameters_it_saved():
     extend(cell), extend(head)
     h = torch.rand(4, 4).requires_grad_()  # no parameter, although a leaf
     for _ in range(6):
-        h = cell(values(4, 4).float(), h)
+        h = cell(rand(4, 4).float(), h)
     loss = lossfunc(head(h), labels(4))
     before = StorageSizes(loss)
     assert before.sizes
@@ -460,8 +461,8 @@ class StorageSizes:
 
 def test_updates_between_two_passes_through_one_graph():
     model, lossfunc = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()), extend(nn.MSELoss())
-    X, y = values(3, 3), values(3, 3)
-    truth = blocks(model, lambda: nn.functional.mse_loss(model(X), y))
+    X, y = rand(3, 3), rand(3, 3)
+    truth = hessian_blocks(model, lambda: nn.functional.mse_loss(model(X), y))
     loss = lossfunc(model(X), y)
     for _ in range(2):
         with backpack(HMP()):
@@ -489,8 +490,8 @@ def test_the_graph_is_freed_with_the_functions():
     gc.disable()
     try:
         with backpack(HMP(), PCHMP()):
-            lossfunc(model(values(3, 3)), values(3, 3)).backward()
-        model[0].weight.hmp(values(3, 3)), model[0].weight.pchmp(values(3, 3))
+            lossfunc(model(rand(3, 3)), rand(3, 3)).backward()
+        model[0].weight.hmp(rand(3, 3)), model[0].weight.pchmp(rand(3, 3))
         assert Note.alive() is not None
         for p in model.parameters():
             del p.hmp, p.pchmp
@@ -506,9 +507,9 @@ def test_nothing_grows_and_all_is_freed_with_the_model(retain):
 
     def step(model):
         with backpack(HMP(), GGNMP(), PCHMP()):
-            lossfunc(model(values(3, 3)), values(3, 3)).backward(retain_graph=retain)
+            lossfunc(model(rand(3, 3)), rand(3, 3)).backward(retain_graph=retain)
         for p in model.parameters():
-            p.hmp(values(*p.shape)), p.ggnmp(values(2, *p.shape)), p.pchmp(values(*p.shape))
+            p.hmp(rand(*p.shape)), p.ggnmp(rand(2, *p.shape)), p.pchmp(rand(*p.shape))
         return Note.alive
 
     gc.collect()
@@ -522,7 +523,7 @@ def test_nothing_grows_and_all_is_freed_with_the_model(retain):
         del model
         assert graph() is None and parameter() is None
         with pytest.raises(RuntimeError, match="model .* has been deleted"):
-            function(values(3, 3))
+            function(rand(3, 3))
     finally:
         gc.enable()
 
@@ -532,7 +533,7 @@ def test_nothing_grows_and_all_is_freed_with_the_model(retain):
 
 def problem():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    X, y = values(4, 3), labels(4)
+    X, y = rand(4, 3), labels(4)
     parameters = list(model.parameters())
     out = model(X)
     rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in out.flatten()]
@@ -547,7 +548,7 @@ def flat(tensors):
 
 def test_jacobian_products():
     _, parameters, out, _, jacobian = problem()
-    v, w = [values(*p.shape) for p in parameters], values(*out.shape)
+    v, w = [rand(*p.shape) for p in parameters], rand(*out.shape)
     for product in (hessianfree.R_op, hessianfree.jacobian_vector_product):
         assert close(flat(product(out, parameters, v)), jacobian @ flat(tuple(v)))
     for product in (hessianfree.L_op, hessianfree.transposed_jacobian_vector_product):
@@ -559,7 +560,7 @@ def test_jacobian_products():
 
 def test_hessian_and_ggn_products():
     model, parameters, out, y, jacobian = problem()
-    v = [values(*p.shape) for p in parameters]
+    v = [rand(*p.shape) for p in parameters]
     loss = cross_entropy(out, y)
     grads = torch.autograd.grad(loss, parameters, create_graph=True)
     hessian = torch.stack(
@@ -577,7 +578,7 @@ def test_hessian_and_ggn_products():
 
 def test_fisher_products():
     _, parameters, out, y, jacobian = problem()
-    v = [values(*p.shape) for p in parameters]
+    v = [rand(*p.shape) for p in parameters]
     empirical = 0
     for n in range(4):
         (grad,) = torch.autograd.grad(cross_entropy(out[n : n + 1], y[n : n + 1]), out, retain_graph=True)
@@ -593,14 +594,16 @@ def test_fisher_products():
 
 
 def test_products_through_fused_attention_say_how_and_then_work():
-    model, X = NETWORKS["attention"][0]().double(), values(2, 3, 4)
+    model, X = NETWORKS["attention"][0]().double(), rand(2, 3, 4)
     parameters = list(model.parameters())
-    v = [values(*p.shape) for p in parameters]
+    v = [rand(*p.shape) for p in parameters]
     with pytest.raises(RuntimeError, match="TwiceDifferentiable"):
         hessianfree.hessian_vector_product(model(X).square().sum(), parameters, v)
     with hessianfree.TwiceDifferentiable():
         found = hessianfree.hessian_vector_product(model(X).square().sum(), parameters, v)
-    for p, f, h, vector in zip(parameters, found, blocks(model, lambda: model(X).square().sum()), v, strict=True):
+    for p, f, h, vector in zip(
+        parameters, found, hessian_blocks(model, lambda: model(X).square().sum()), v, strict=True
+    ):
         (own,) = hessianfree.hessian_vector_product(_math(model, X), p, vector)
         assert f.shape == p.shape and close(own.flatten(), h @ vector.flatten(), 1e-3, 1e-8)
 

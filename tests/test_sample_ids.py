@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models.small import F64, Fn, L, P, rand
 from torch import Tensor, nn
 
 from backpack import backpack, extend
@@ -37,18 +38,6 @@ from backpack.extensions import (
     Variance,
 )
 
-F64 = torch.float64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small: on a machine that is shared, threads would do little but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Models
 
@@ -65,31 +54,6 @@ class Case:
     inputs: tuple[Tensor, ...]
     units: Tensor
     mixes: bool = False
-
-
-class Fn(nn.Module):
-    """A module of a function ``f(self, *inputs)`` and parts."""
-
-    def __init__(self, f: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.f(self, *inputs)
-
-
-def L(i: int, o: int) -> nn.Linear:
-    return nn.Linear(i, o, dtype=F64)
-
-
-def P(*shape: int) -> nn.Parameter:
-    return nn.Parameter(rand(*shape))
-
-
-def rand(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=F64)
 
 
 def grouped(rng: random.Random, groups: int, least: int = 1) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from truth import close
+from truths import close
 
 from backpack import accumulate, backpack, extend, extensions, memory_cleanup, verify
 from backpack.extensions import HBP

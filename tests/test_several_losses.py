@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from models.small import F64, rand
 from torch import Tensor, nn
-from truth import close
+from truths import close
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -40,13 +41,6 @@ from backpack.extensions import (
     SqrtGGNMC,
 )
 from backpack.extensions.module_extension import ModuleExtension
-
-F64 = torch.float64
-
-
-def rand(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=F64)
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses of an input [N, ...], as functions of a module that may be extended

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from truth import close
+from truths import close
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad, DiagGGNExact, Variance

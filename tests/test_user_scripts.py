@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from truth import close
+from truths import close
 
 from backpack import backpack, extend, extensions
 from backpack.core.derivatives.convnd import weight_jac_t_save_memory

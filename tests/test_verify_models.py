@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_real_models import LANGUAGE, MODELS, SINGLE, problem, widened
+from models.of_others import LANGUAGE, MODELS, SINGLE, problem, widened
 from torch import nn
 
 from backpack import extensions, verify

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
-from truth import OF_GRADIENTS, close
 
 from backpack import extensions
 from backpack.curvature.losses.base import Diagonal
@@ -28,6 +27,8 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from truths import close
+from truths.first_order import OF_GRADIENTS
 
 
 def parameters_of(model):

@@ -1,27 +1,21 @@
-"""Random models of many kinds: all quantities of first order, and the gradient, against plain autograd."""
+"""Random models of many kinds, each with a step: a loss, and what of it belongs to which sample."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import random
-import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from truth import through_rows
 
-from backpack import backpack, extend
-from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
+from backpack import extend
 
-F64 = torch.float64
+from .small import F64, Fn, L, P, rand
 
 
 @dataclass
@@ -43,31 +37,6 @@ class Kind:
     mixes: bool = False
 
 
-class Fn(nn.Module):
-    """A module of a function ``f(self, *inputs)`` and parts."""
-
-    def __init__(self, f: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        return self.f(self, *inputs, **kwargs)
-
-
-def L(i: int, o: int, **kwargs: Any) -> nn.Linear:
-    return nn.Linear(i, o, dtype=F64, **kwargs)
-
-
-def rand(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=F64)
-
-
-def P(*shape: int) -> nn.Parameter:
-    return nn.Parameter(rand(*shape))
-
-
 def sq(out: Tensor) -> Tensor:
     """A term a sample, not symmetric in the outputs."""
     flat = out.flatten(1)
@@ -83,6 +52,8 @@ def by_terms(terms: Tensor) -> Step:
 
 
 KINDS: dict[str, Callable[[random.Random], Kind]] = {}
+FURTHER: dict[str, Callable[[random.Random], Kind]] = {}
+"""Kinds that second order is difficult for."""
 
 
 def kind(f: Callable[[random.Random], Kind]) -> Callable[[random.Random], Kind]:
@@ -90,90 +61,9 @@ def kind(f: Callable[[random.Random], Kind]) -> Callable[[random.Random], Kind]:
     return f
 
 
-def truth_of(step: Step, parameters: list[Tensor]) -> list[Tensor]:
-    if step.terms is None:
-        assert step.output is not None
-        return through_rows(step.output, step.loss, parameters, step.axis)
-    rows = [torch.autograd.grad(t, parameters, retain_graph=True, allow_unused=True) for t in step.terms]
-    return [
-        torch.stack([torch.zeros_like(p) if r[k] is None else r[k].to_dense() for r in rows])
-        for k, p in enumerate(parameters)
-    ]
-
-
-def subset(rng: random.Random, n: int) -> tuple[Any, list[int]]:
-    choice = rng.randrange(4)
-    if choice == 0:
-        return None, list(range(n))
-    if choice == 1:
-        return slice(None, None, -1), list(range(n))[::-1]
-    rows = [rng.randrange(n) for _ in range(rng.randint(1, n + 1))]
-    return rows, rows
-
-
-def near(found: Tensor, truth: Tensor, size: Tensor, what: Any) -> None:
-    """Equal to 1e-9 of ``size``, which is broadcast against them."""
-    assert found.shape == truth.shape, (what, found.shape, truth.shape)
-    error = ((found.detach() - truth.detach()).abs() / size.clamp_min(1e-12)).max() if truth.numel() else 0.0
-    assert error <= 1e-9, (what, float(error))
-
-
-def laws(kind: Kind, rng: random.Random, ours: nn.Module | None = None) -> None:
-    plain, ours = kind.model, ours or extend(copy.deepcopy(kind.model))
-    names = [name for name, p in plain.named_parameters() if p.requires_grad]
-    of = dict(plain.named_parameters())
-    torch.manual_seed(7)
-    state = copy.deepcopy(plain.state_dict())
-    made = kind.step(plain)
-    truth = truth_of(made, [of[name] for name in names])
-    made.loss.backward()
-    n = len(truth[0])
-    squares = torch.stack([t.reshape(len(t), -1).square().sum(1) for t in truth]).sum(0)
-    sizes = squares.sqrt()  # of each sample's gradient
-    bound = 0.7 * float(sizes.mean()) + 1e-12
-    after = {key: value.clone() for key, value in plain.state_dict().items()}
-    for clipped in (False,) if kind.mixes else (False, True):
-        ours.load_state_dict(state)
-        for p in ours.parameters():
-            p.grad = None
-        chosen = [subset(rng, n) for _ in range(5)]
-        w, rows = [c[0] for c in chosen], [c[1] for c in chosen]
-        extensions: list[Any] = (
-            [ClippedGrad(bound, w[0]), BatchL2Grad(w[1])]
-            if clipped
-            else [BatchGrad(w[0]), BatchL2Grad(w[1]), SumGradSquared(w[2]), Variance(w[3]), BatchDotGrad(w[4])]
-        )
-        torch.manual_seed(7)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loss = kind.step(ours).loss
-            with backpack(*extensions):
-                loss.backward()
-        mine = dict(ours.named_parameters())
-        for key, value in ours.state_dict().items():
-            assert torch.equal(value, after[key]), ("state", key)
-        for name, t in zip(names, truth, strict=True):
-            p, q = mine[name], of[name]
-            assert (p.grad is None) == (q.grad is None), ("grad", name)
-            if q.grad is None:
-                continue
-            assert torch.equal(p.grad.to_dense(), q.grad.to_dense()), ("grad", name)
-            if clipped:
-                if not hasattr(p, "grad_clipped") and not t.any():
-                    continue
-                factor = (bound / sizes[rows[0]]).clamp(max=1)
-                near(p.grad_clipped, torch.einsum("n,n...->...", factor, t[rows[0]]), sizes.max(), (name, "clipped"))
-                continue
-            if not hasattr(p, "grad_batch") and not t.any():
-                continue
-            one = [-1, *[1] * (t.dim() - 1)]
-            near(p.grad_batch, t[rows[0]], sizes[rows[0]].reshape(one), (name, "grad_batch"))
-            near(p.batch_l2, t[rows[1]].reshape(len(rows[1]), -1).square().sum(1), squares[rows[1]], (name, "batch_l2"))
-            near(p.sum_grad_squared, t[rows[2]].square().sum(0), squares.max(), (name, "sum_grad_squared"))
-            own = t[rows[3]]
-            near(p.variance, own.square().mean(0) - own.mean(0).square(), squares.max(), (name, "variance"))
-            flat, root = t[rows[4]].reshape(len(rows[4]), -1), sizes[rows[4]]
-            near(p.batch_dot, flat @ flat.T, root[:, None] * root, (name, "batch_dot"))
+def further(f: Callable[[random.Random], Kind]) -> Callable[[random.Random], Kind]:
+    FURTHER[f.__name__] = f
+    return f
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -978,326 +868,272 @@ def inputs_changed_before(rng: random.Random) -> Kind:
     return Kind(m, lambda m: by_rows(m(x)))
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("seed", range(4))
-def test_quantities_and_gradient_are_those_of_plain_autograd(name, seed):
-    rng = random.Random(f"{name}{seed}")
-    torch.manual_seed(rng.randrange(2**30))
-    laws(KINDS[name](rng), rng)
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# History
+# For second order only
 
 
-def _routed(s: Any, x: Tensor, branch: int, place: Tensor) -> Tensor:
-    n, t = x.shape[:2]
-    h = s.norm(s.a(x).flatten(0, 1)).reshape(n, t, 4)
-    choice = s.route(h).argmax(-1)
-    out = torch.zeros_like(h)
-    for k, expert in enumerate(s.experts):
-        rows = (choice == k).nonzero(as_tuple=True)
-        if len(rows[0]):
-            out = out.index_put(rows, expert(h[rows]), accumulate=True)
-    order = place.argsort(descending=True)
-    h = (s.drop(out + s.p[:t]))[order][order.argsort()]
-    return s.heads[branch](h.tanh().mean(1)) * s.scale
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_history_does_not_matter(seed):
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    parts: dict[str, Any] = {
-        "a": nn.utils.parametrizations.weight_norm(L(3, 4)),
-        "norm": nn.BatchNorm1d(4, dtype=F64),
-        "route": L(4, 3),
-        "experts": nn.ModuleList(L(4, 4) for _ in range(3)),
-        "drop": nn.Dropout(0.2),
-        "p": P(4, 4),
-        "heads": nn.ModuleList([L(4, 2), L(4, 3)]),
-        "scale": P(),
-    }
-    model = Fn(_routed, **parts)
-    ours = extend(copy.deepcopy(model))
-
-    def step(
-        m: nn.Module, batch: tuple[Any, ...], training: bool, extensions: list[Any], draw: int, branch: int
-    ) -> Any:
-        m.train(training)
-        m.zero_grad()
-        torch.manual_seed(draw)
-        error = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                with backpack(*extensions):
-                    sq(m(*batch[:1], branch, *batch[1:])).mean().backward()
-            except RuntimeError as raised:
-                error = str(raised).partition(":")[0]
-        return error
-
-    for draw in range(5):
-        n, t, branch, training = rng.randint(1, 5), rng.randint(2, 4), rng.randrange(2), rng.random() < 0.4
-        batch = (rand(n, t, 3), torch.rand(n))
-        extensions = rng.choice(
-            [
-                lambda: [BatchGrad(), Variance()],
-                lambda: [BatchL2Grad(), BatchDotGrad([0, 0])],
-                lambda: [ClippedGrad(0.1)],
-                lambda: [SumGradSquared(slice(None, None, -1))],
-            ]
-        )
-        fresh = copy.deepcopy(model)
-        fresh.load_state_dict(ours.state_dict())
-        plain = copy.deepcopy(fresh)
-        extend(fresh)
-        one = step(ours, batch, training, extensions(), draw, branch)
-        other = step(fresh, batch, training, extensions(), draw, branch)
-        assert one == other, (draw, one, other)
-        fields = {e.savefield for e in extensions()}
-        for (name, p), q in zip(ours.named_parameters(), fresh.parameters(), strict=True):
-            for field in fields if one is None else ():
-                a, b = getattr(p, field, None), getattr(q, field, None)
-                assert (a is None) == (b is None) or p.grad is None, (draw, name, field)
-                assert p.grad is None or a is None or torch.equal(a, b), (draw, name, field)
-        for key, value in fresh.state_dict().items():
-            assert torch.equal(value, ours.state_dict()[key]), (draw, key)
-        torch.manual_seed(draw)
-        plain.train(training)
-        if one is None:
-            sq(plain(batch[0], branch, batch[1])).mean().backward()
-            for (name, p), q in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
-                same = p.grad is None if q[1].grad is None else torch.equal(p.grad, q[1].grad)
-                assert same, (draw, name, "gradient")
-            for key, value in plain.state_dict().items():
-                assert torch.equal(value, ours.state_dict()[key]), (draw, key, "state")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a step leaves behind
-
-
-def small() -> nn.Module:
-    return nn.Sequential(L(3, 4), nn.Tanh(), L(4, 2))
-
-
-def check(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> None:
-    """``grad_batch`` of a step against its terms."""
-    ours = extend(copy.deepcopy(model))
-    truth = truth_of(by_terms(step(model)), list(model.parameters()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        terms = step(ours)
-        with backpack(BatchGrad()):
-            terms.sum().backward()
-    size = max(t.abs().max() for t in truth)
-    for (name, p), t in zip(ours.named_parameters(), truth, strict=True):
-        near(p.grad_batch, t, size, name)
-
-
-CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "added to": lambda out: out.add_(1),
-    "multiplied": lambda out: out.mul_(2),
-    "a row written": lambda out: out.__setitem__(0, 0) or out,  # type: ignore[func-returns-value]
-    "a column scaled": lambda out: out.select(-1, 1).mul_(3) is None or out,
-}
-RETURNS: dict[str, Callable[[Tensor], Tensor]] = {
-    "a tensor": lambda out: out,
-    "a view": lambda out: out.view(len(out), 2, 2),
-    "a slice": lambda out: out[:, :3],
-    "transposed twice": lambda out: out.mT.mT,
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("returned", RETURNS)
-def test_outputs_may_be_changed_in_place(returned, change):
-    x = rand(4, 3)
-    model = Fn(lambda s, x: RETURNS[returned](s.b(s.a(x).tanh())), a=L(3, 4), b=L(4, 4))
-    check(model, lambda m: sq(CHANGES[change](m(x))))
-
-
-@dataclass
-class Result:
-    logits: Tensor
-    more: tuple[Tensor, ...]
-
-
-def test_outputs_in_a_dataclass_are_outputs():
-    x = rand(4, 3)
-    model = Fn(lambda s, x: Result(s.b(s.a(x).tanh()), (s.a(x),)), a=L(3, 4), b=L(4, 2))
-    check(model, lambda m: sq((lambda r: torch.cat([r.logits, *r.more], 1))(m(x))))
-
-
-def test_the_state_of_a_model_is_as_after_a_plain_step():
-    x = rand(3, 4)
+@further
+def mixed_on_a_branch(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
 
     def f(s: Any, x: Tensor) -> Tensor:
-        s.seen = s.seen + x.sum()
-        s.calls.append(len(x))
-        s.kept = s.a((x - 0.1) / 0.3)
-        return s.b(s.kept.tanh())
+        h = s.a(x).tanh()
+        return s.b(h) + s.c((h - h.mean(0)).sin()) * s.g
 
-    model = Fn(f, a=L(4, 4), b=L(4, 3))
-    model.register_buffer("seen", torch.zeros((), dtype=F64))
-    model.calls = []
-    ours = extend(copy.deepcopy(model))
-    sq(model(x)).sum().backward()
-    with backpack(BatchGrad()):
-        sq(ours(x)).sum().backward()
-    assert ours.calls == model.calls
-    assert torch.equal(ours.seen, model.seen)
-    assert torch.equal(ours.kept, model.kept)
-    assert ours.kept.requires_grad
+    return Kind(Fn(f, a=L(3, 4), b=L(4, 2), c=L(4, 2), g=P(2)), lambda m: by_rows(m(x)), mixes=True)
 
 
-def test_batch_norm_in_training_where_sizes_do_not_tell_the_samples():
-    x = rand(3, 4)
-    model = Fn(lambda s, x: s.b(s.n(s.a((x - 0.1) / 0.3)).tanh()), a=L(4, 4), n=nn.BatchNorm1d(4, dtype=F64), b=L(4, 3))
-    laws(Kind(model, lambda m: by_rows(m(x)), mixes=True), random.Random(0))
+@further
+def mixed_between_uses_of_one_weight(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x).tanh()
+        h = s.a(h - h.mean(0)).sigmoid() * s.g
+        return s.a(h.softmax(0) if rng_choice else h) + s.g
+
+    rng_choice = rng.random() < 0.5
+    return Kind(Fn(f, a=L(3, 3), g=P(3)), lambda m: by_rows(m(x)), mixes=True)
 
 
-def test_linear_hooks_of_tensors_change_individual_gradients_too():
-    x = rand(4, 3)
+@further
+def attention_over_rows(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
+    fused = rng.random() < 0.5
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        q, k, v = s.a(x).chunk(3, 1)
+        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None])[0] if fused else (q @ k.T).softmax(1) @ v
+        return s.b(x + s.c(mixed)).tanh()
+
+    return Kind(Fn(f, a=L(3, 12), c=L(4, 3), b=L(3, 2)), lambda m: by_rows(m(x)), mixes=True)
+
+
+@further
+def neighbours_in_a_graph(rng: random.Random) -> Kind:
+    n = rng.randint(2, 5)
+    x, edges = rand(n, 2), torch.randint(n, (2, 2 * n))
+
+    def f(s: Any, x: Tensor, edges: Tensor) -> Tensor:
+        for layer in (s.a, s.b):
+            h = layer(x)
+            x = (h + torch.zeros_like(h).index_add_(0, edges[1], s.m(h)[edges[0]])).tanh()
+        return s.c(x)
+
+    return Kind(Fn(f, a=L(2, 3), b=L(3, 3), m=L(3, 3), c=L(3, 2)), lambda m: by_rows(m(x, edges)), mixes=True)
+
+
+@further
+def some_positions_mixed(rng: random.Random) -> Kind:
+    n, t = rng.randint(2, 3), rng.randint(2, 3)
+    x = rand(n, t, 2)
 
     def f(s: Any, x: Tensor) -> Tensor:
         h = s.a(x)
-        h.register_hook(lambda grad: 2 * grad)
-        return s.b(h.tanh())
+        first = h[:, :1] - h[:, :1].mean(0)
+        return s.b(torch.cat([first.exp(), h[:, 1:].cos()], 1) * s.g)
 
-    check(Fn(f, a=L(3, 4), b=L(4, 2)), lambda m: sq(m(x)))
-
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "tanh": nn.Tanh,
-    "layer norm": lambda: nn.LayerNorm(4, dtype=F64),
-    "group norm": lambda: nn.GroupNorm(1, 4, dtype=F64),
-    "rms norm": lambda: nn.RMSNorm(4, dtype=F64),
-    "batch norm": lambda: nn.BatchNorm1d(4, dtype=F64),
-    "batch norm in eval": lambda: nn.BatchNorm1d(4, dtype=F64).eval(),
-    "weight norm": lambda: nn.utils.parametrizations.weight_norm(L(4, 4)),
-    "prelu": lambda: nn.PReLU(4, dtype=F64),
-    "bilinear": lambda: Fn(lambda s, h: s.l(h, h.sin()), l=nn.Bilinear(4, 4, 4, dtype=F64)),
-    "power": lambda: Fn(lambda s, h: h.sigmoid() ** s.p, p=P(4)),
-    "convolution": lambda: Fn(lambda s, h: s.l(h[:, None])[:, 0], l=nn.Conv1d(1, 1, 3, padding=1, dtype=F64)),
-    "permuted": lambda: Fn(lambda s, h: s.l(h[[1, 0, 3, 2]])[[2, 1, 0, 3]], l=L(4, 4)),
-}
+    return Kind(Fn(f, a=L(2, 3), b=L(3, 2), g=P(t, 3)), lambda m: by_rows(m(x)), mixes=True)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_individual_gradients_are_differentiable(layer):
-    x = rand(4, 3)
-    model = nn.Sequential(L(3, 4), LAYERS[layer](), L(4, 2))
-    ours = extend(copy.deepcopy(model))
-    parameters, mine = list(model.parameters()), list(ours.parameters())
-    rows = [torch.autograd.grad(t, parameters, create_graph=True) for t in sq(model(x))]
-    stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
-    truth = torch.autograd.grad(sum(g.pow(3).sum() for g in stacked), parameters)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        total = sq(ours(x)).sum()
-        with backpack(BatchGrad()):
-            torch.autograd.grad(total, mine, create_graph=True)
-    found = torch.autograd.grad(sum(p.grad_batch.pow(3).sum() for p in mine), mine)
-    size = max(t.abs().max() for t in truth)
-    for (name, _), a, b in zip(model.named_parameters(), found, truth, strict=True):
-        near(a, b, size, name)
+@further
+def batch_norm_in_the_middle(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x = rand(n, 3)
+    norm = nn.BatchNorm1d(4, dtype=F64, momentum=None if rng.random() < 0.3 else 0.1)
+    m = nn.Sequential(L(3, 4), nn.Softplus(), norm, nn.Tanh(), L(4, 3), nn.BatchNorm1d(3, dtype=F64), L(3, 2))
+    m[rng.choice([2, 5])].eval()
+    return Kind(m, lambda m: by_rows(m(x)), mixes=True)
 
 
-PARTS: dict[str, Callable[[], nn.Module]] = {
-    **{
-        name: LAYERS[name]
-        for name in ("tanh", "layer norm", "batch norm", "weight norm", "power", "permuted", "convolution")
-    },
-    "function": lambda: Fn(lambda s, h: Cubed.apply(h, 3, s.w, None)[0], w=P(4)),
-    "recurrent": lambda: Fn(lambda s, h: s.l(h[:, None])[0][:, 0], l=nn.GRU(4, 4, batch_first=True, dtype=F64)),
-}
+@further
+def weights_scaled_by_the_batch(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
+    f = lambda s, x: s.b((F.linear(x, s.w * s.a(x).mean(0).sigmoid())).tanh())  # noqa: E731
+    return Kind(Fn(f, w=P(4, 3), a=L(3, 3), b=L(4, 2)), lambda m: by_rows(m(x)), mixes=True)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_may_be_checkpointed(part):
-    x = rand(4, 3)
-    f = lambda s, x: s.b(checkpoint(s.p, s.a(x), use_reentrant=False) if s.saves else s.p(s.a(x)))  # noqa: E731
-    model = Fn(f, a=L(3, 4), p=PARTS[part](), b=L(4, 2))
-    model.saves = False
+@further
+def checkpointed_regions(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x, deep = rand(n, 3), rng.random() < 0.5
+    mixes = rng.random() < 0.4
 
-    def step(m: Any) -> Tensor:
-        m.saves = m is not model
-        return sq(m(x))
+    def part(s: Any, h: Tensor) -> Tensor:
+        h = s.b(h).tanh() * s.g
+        if deep:
+            h = checkpoint(s.d, h, use_reentrant=False)
+        return h - h.mean(0) if mixes else h
 
-    check(model, step)
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = checkpoint(part, s, s.a(x), use_reentrant=False)
+        return s.c(checkpoint(part, s, h.sin(), use_reentrant=False))
 
-
-def _relu_first() -> nn.Module:
-    return extend(Fn(lambda s, h, *_: s.l(h.relu()), l=L(10, 10)))
-
-
-class Box:
-    pass
+    deeper = nn.Sequential(L(4, 4), nn.Softplus(), nn.LayerNorm(4, dtype=F64))
+    return Kind(Fn(f, a=L(3, 4), b=L(4, 4), c=L(4, 2), d=deeper, g=P(4)), lambda m: by_rows(m(x)), mixes=mixes)
 
 
-def _residual(m: nn.Module) -> None:
-    h = rand(4, 10).requires_grad_() * 1
-    h.add_(m(h).sin())
-    with backpack(BatchGrad()):
-        h.sum().backward()
+@further
+def changed_in_place(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x = rand(n, 3)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x).mul_(2)
+        view = h.view(n, 2, 2)
+        view[:, 0].mul_(s.g)
+        h = h.clone()
+        h[:, 1:3].add_(s.c(x).sigmoid_())
+        h.t()[0].copy_(s.c(x.cos())[:, 0])
+        out = s.b(h.relu_() if rng_choice else h.exp_())
+        return out.add_(s.p).unsqueeze_(1)
+
+    rng_choice = rng.random() < 0.5
+    return Kind(Fn(f, a=L(3, 4), b=L(4, 2), c=L(3, 2), g=P(2), p=P(2)), lambda m: by_rows(m(x)))
 
 
-def _dict(m: nn.Module) -> None:
-    state: dict[str, Tensor] = {}
-    state["out"] = m(rand(4, 10), state)
-    with backpack(BatchGrad()):
-        state["out"].sum().backward()
+@further
+def views_and_shared_memory(rng: random.Random) -> Kind:
+    n, t = rng.randint(2, 4), rng.randint(2, 3)
+    x = rand(n, t, 4)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x).view(n, t, 2, 2).transpose(1, 2)
+        one, other = h.unbind(1)
+        h = torch.stack([one * s.g, other.tanh()], -1).as_strided((n, t, 4), (4 * t, 4, 1))
+        h = h.expand(2, n, t, 4).diagonal(0, 2, 3)[1][:, : min(t, 4)]
+        return s.b(h.unfold(1, 2, 1).square()).squeeze(1)
+
+    return Kind(Fn(f, a=L(4, 4), b=L(2, 2), g=P(2)), lambda m: by_rows(m(x)))
 
 
-def _object(m: nn.Module) -> None:
-    box: Any = Box()
-    box.out = m(rand(4, 10), box)
-    with backpack(BatchGrad()):
-        box.out.sum().backward()
+@further
+def two_extended_parts(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x, y = rand(n, 3), rand(n, 3)
+
+    def step(m: Any) -> Step:
+        one, other = m.parts[0](x), m.parts[0](y)
+        return by_rows(m.parts[1](one * other) + (one - other).square()[:, :2])
+
+    m = nn.Module()
+    m.parts = nn.ModuleList([nn.Sequential(L(3, 4), nn.Tanh()), nn.Sequential(L(4, 3), nn.Sigmoid(), L(3, 2))])
+    return Kind(m, step)
 
 
-def _plain(m: nn.Module) -> None:
-    with backpack(BatchGrad()):
-        m(rand(4, 10)).sum().backward()
+@further
+def two_calls_beside_each_other(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x, y = rand(n, 3), rand(n, 3)
+    m = nn.Sequential(L(3, 4), nn.GELU(), L(4, 2))
+    join = rng.choice([torch.sub, torch.mul, lambda a, b: torch.stack([a, b], 1), lambda a, b: torch.cat([a, b], 1)])
+    return Kind(m, lambda m: by_rows(join(m(x), m(y))))
 
 
-def _penalty(m: nn.Module) -> None:
-    x = rand(4, 10).requires_grad_()
-    out = m(x).sin().sum()
-    (grad,) = torch.autograd.grad(out, x, create_graph=True)
-    with backpack(BatchGrad()):
-        (out + grad.square().sum()).backward()
+@further
+def not_piecewise_linear(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x = rand(n, 3)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x)
+        gate, value = h.chunk(2, 1)
+        h = F.silu(gate) * value + F.glu(h) + gate.softmax(1).cumsum(1)
+        h = h + F.normalize(h, dim=1) + h.logsumexp(1, keepdim=True) + h.norm(dim=1, keepdim=True)
+        h = h / (1 + h.square()) + torch.atan2(h, s.g.exp()) + h.std(1, keepdim=True) + s.b(h).erf().sum(1)[:, None]
+        h = h + (h[:, :, None] * h[:, None].abs().add(0.1).pow(1.5)).mean(2).sin() + h.tanh().prod(1, keepdim=True)
+        return s.b(F.layer_norm(h, (3,), s.g, s.p))
+
+    return Kind(Fn(f, a=L(3, 6), b=L(3, 2), g=P(3), p=P(3)), lambda m: by_rows(m(x)))
 
 
-def _create_graph(m: nn.Module) -> None:
-    with backpack(BatchGrad()):
-        torch.autograd.grad(m(rand(4, 10)).sin().sum(), list(m.parameters()), create_graph=True)
-    sum(p.grad_batch.square().sum() for p in m.parameters()).backward()
-    for p in m.parameters():
-        del p.grad_batch
+@further
+def without_second_derivatives(rng: random.Random) -> Kind:
+    x = rand(rng.randint(2, 4), 3)
+    f = lambda s, x: s.b(torch.cdist(s.a(x)[:, None], s.q)[:, 0].tanh())  # noqa: E731
+    return Kind(Fn(f, a=L(3, 3), b=L(2, 2), q=P(2, 3)), lambda m: by_rows(m(x)))
 
 
-@pytest.mark.parametrize("use", [_plain, _penalty, _create_graph, _residual, _dict, _object])
-def test_nothing_of_a_step_stays(use):
-    model = _relu_first()
-    kept: list[Any] = []
-    hook = model.register_forward_hook(lambda *given: kept.append(weakref.ref(given[2])))
-    for _ in range(5):
-        use(model)
-        model.zero_grad()
-    hook.remove()
-    gc.collect()
-    assert [ref() is None for ref in kept] == [True] * len(kept)
+@further
+def norms_of_each_sample(rng: random.Random) -> Kind:
+    n = rng.randint(1, 3)
+    x = rand(n, 2, 4)
+    norms = [nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.LayerNorm([4, 4]), nn.RMSNorm(4)]
+    m = nn.Sequential(
+        nn.Conv1d(2, 4, 3, padding=1, dtype=F64), rng.choice(norms).to(F64), nn.Tanh(), nn.Conv1d(4, 2, 2, dtype=F64)
+    )
+    return Kind(m, lambda m: by_rows(m(x)))
 
 
-def test_a_loss_on_rows_without_a_sample_is_not_left_out_silently():
-    x, chosen = rand(5, 3), torch.tensor([3, 1, 0])
-    model = extend(Fn(lambda s, x: (lambda h: (s.b(h.tanh()[chosen]), h))(s.a(x)), a=L(3, 4), b=L(4, 2)))
-    out, h = model(x)
-    with warnings.catch_warnings(record=True) as told, backpack(BatchGrad()):
-        warnings.simplefilter("always")
-        (sq(out).sum() + sq(h).sum()).backward()
-    parts = [torch.allclose(p.grad_batch.sum(0), p.grad) for p in model.parameters()]
-    assert all(parts) or told
+@further
+def matrix_functions(rng: random.Random) -> Kind:
+    n = rng.randint(2, 3)
+    x = rand(n, 3)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        k = s.w @ s.w.T + torch.eye(3, dtype=F64)
+        h = torch.linalg.solve(k, s.a(x).T).T
+        root = torch.linalg.cholesky(s.b(x).reshape(n, 2, 2).square() + 2 * torch.eye(2, dtype=F64))
+        return h[:, :2] + torch.linalg.det(k).log() + root.sum(1) + torch.matrix_exp(s.v)[0, :2]
+
+    return Kind(Fn(f, w=P(3, 3), a=L(3, 3), b=L(3, 4), v=P(2, 2)), lambda m: by_rows(m(x)))
+
+
+class Straight(torch.autograd.Function):
+    """Its derivative is another one than the function's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return (x * scale).round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, scale = ctx.saved_tensors
+        return g * scale.tanh(), (g * x).sum(0)
+
+
+@further
+def derivatives_that_are_given(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x = rand(n, 3)
+    f = lambda s, x: s.b(Straight.apply(s.a(x).tanh(), s.g))  # noqa: E731
+    return Kind(Fn(f, a=L(3, 4), b=L(4, 2), g=P(4)), lambda m: by_rows(m(x)))
+
+
+@further
+def tied_transposed_and_sliced(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x = rand(n, 3)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, s.w, s.p).tanh()
+        h = F.linear(h, s.w.T, s.p[:3]) + s.p[1:] * s.w[0]
+        return F.linear(h, s.w[1:3], s.w[3, :2]).sigmoid() + s.p.sum() * s.w.diagonal()[:2]
+
+    return Kind(Fn(f, w=P(4, 3), p=P(4)), lambda m: by_rows(m(x)))
+
+
+@further
+def hidden_layers_with_a_derivative(rng: random.Random) -> Kind:
+    n = rng.randint(2, 3)
+    x, mixes = rand(n, 2), rng.random() < 0.4
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        z = x.clone().requires_grad_()
+        energy = s.b((s.a(z) * s.g).tanh()).square()
+        energy = energy - energy.mean(0) if mixes else energy
+        (g,) = torch.autograd.grad(energy.square().sum(), z, create_graph=True)
+        return s.c(g.sin())
+
+    return Kind(Fn(f, a=L(2, 3), b=L(3, 1), c=L(2, 2), g=P(3)), lambda m: by_rows(m(x)), mixes=mixes)
+
+
+@further
+def frozen_below(rng: random.Random) -> Kind:
+    n = rng.randint(2, 4)
+    x = rand(n, 3)
+    m = nn.Sequential(L(3, 4), nn.Tanh(), L(4, 4), nn.BatchNorm1d(4, dtype=F64), nn.Sigmoid(), L(4, 2))
+    for part in m[: rng.randint(1, 3)]:
+        part.requires_grad_(False)
+    return Kind(m, lambda m: by_rows(m(x)), mixes=True)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from truth import Problem
+
+from .problem import Problem
 
 CASES = {}
 

@@ -1,6 +1,6 @@
 """Random models, losses, extensions and subsets, each compared with plain autograd: ``make fuzz``.
 
-    python tests/fuzz.py [--cases 5000] [--seed 0] [--seconds 1200]
+    python tests/fuzz [--cases 5000] [--seed 0] [--seconds 1200]
 
 Every third case has one loss of a model that runs once. The others are one to three steps of one model, with several
 losses, calls, heads and branches, frozen parts, numbered samples and parameters that change in between; or a data set.
@@ -24,19 +24,23 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tests' other modules are
 
 import torch
-from fuzz_models import model_and_inputs, network
-from fuzz_truth import Comparison, Truth, compare, squares, twice_differentiable
-from kronecker_truth import Truth as KroneckerTruth
-from kronecker_truth import check
 from torch import nn
-from truth import close
+from truths import close
+from truths.kronecker import Truth as KroneckerTruth
+from truths.kronecker import check
+from truths.second_order import twice_differentiable
 
 from backpack import accumulate, backpack, extend, extensions, verify
 from backpack.curvature import by_turns
 from backpack.inspection.verification import verdicts
 from backpack.inspection.verification.computation import SEED
+from fuzz.models import model_and_inputs, network
+from fuzz.truth import Comparison, Truth, compare, squares
 
 CLEAR = re.compile(
     "statistics of the batch|samples cannot be told apart|may hold|no axis of the|eigenvalue|drops out"
@@ -355,7 +359,7 @@ class Step:
             assert owners[-1].shape == z.shape
         values = [call.value for call in self.calls]
         total = sum(call.value(z) for call, z in zip(self.calls, inputs, strict=True))
-        return Truth(model, inputs, owners, values, self.n), total
+        return Truth(model, inputs, values, owners, self.n), total
 
     def loss(self, model, extended):
         """``extended``: copies of the losses, by number of the loss."""
@@ -521,7 +525,7 @@ def data_set(r):
         pairs = [forward(plain, batch) for batch in batches]
     z, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     owner = torch.cat([(o.flatten() if is_classes else o)[..., None] for o in owners]).expand(z.shape)
-    truth = Truth(plain, [z], [owner], [lambda z: lossfunc(z, y)], total)
+    truth = Truth(plain, [z], [lambda z: lossfunc(z, y)], [owner], total)
     order = r.choice(["first", "ggn", "hessian", "all"])
     without = {"SqrtGGNExact", "GGNGram", "GGNMP", "HMP", *(["BatchDotGrad"] if kind != "none" else [])}
     chosen = drawn(r, truth, order, mixed, without)
@@ -582,7 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             failed.append(number)
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            print(f"case {number} (repeat: python tests/fuzz.py --seed {number} --cases 1): {reason}")
+            print(f"case {number} (repeat: python tests/fuzz --seed {number} --cases 1): {reason}")
             if len(failed) <= 10:
                 traceback.print_exc(limit=-4, file=sys.stdout)
         done += 1

@@ -1,0 +1,1 @@
+"""Random models, losses, extensions and subsets, each compared with plain autograd."""

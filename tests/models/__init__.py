@@ -1,0 +1,1 @@
+"""Models that the laws are checked on: layers, networks, random compositions, and models that others wrote."""

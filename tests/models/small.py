@@ -1,0 +1,36 @@
+"""What small models are made of, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+F64 = torch.float64
+
+
+class Fn(nn.Module):
+    """A module of a function ``f(self, *inputs)`` and parts."""
+
+    def __init__(self, f: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.f = f
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.f(self, *inputs, **kwargs)
+
+
+def L(i: int, o: int, **kwargs: Any) -> nn.Linear:
+    return nn.Linear(i, o, dtype=F64, **kwargs)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=F64)
+
+
+def P(*shape: int) -> nn.Parameter:
+    return nn.Parameter(rand(*shape))
