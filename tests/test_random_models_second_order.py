@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from models.kinds import FURTHER, KINDS, Kind, Step
-from models.small import F64
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from truths.second_order import Truth, owners_along, twice_differentiable
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -42,36 +41,29 @@ class Given:
     input: Tensor
     owners: Tensor
 
-    @property
-    def n(self) -> int:
-        return int(self.owners.max()) + 1
-
 
 def as_it_is(step: Step) -> Given:
     out, axis = rows_of(step)
-    shape = [1] * out.dim()
-    shape[axis] = out.shape[axis]
-    return Given(out, torch.arange(out.shape[axis]).reshape(shape).expand(out.shape))
+    return Given(out, owners_along(out, axis))
 
 
 def by_samples(step: Step) -> Given:
     out, axis = rows_of(step)
     out = out.movedim(axis, 0)
     out = out.flatten(1) if out.dim() > 1 else torch.stack([out, out.sin()], 1)
-    return Given(out, torch.arange(len(out))[:, None].expand(out.shape))
+    return Given(out, owners_along(out))
 
 
 def by_positions(step: Step) -> Given:
     out, axis = rows_of(step)
     out = out.movedim(axis, 0)
-    owners = torch.arange(len(out)).reshape(-1, *[1] * (out.dim() - 1)).expand(out.shape)
-    return Given(out.flatten(0, -2), owners.flatten(0, -2))
+    return Given(out.flatten(0, -2), owners_along(out).flatten(0, -2))
 
 
 def classes_second(step: Step) -> Given:
     out, axis = rows_of(step)
     out = out.movedim(axis, 0).movedim(-1, 1)
-    return Given(out, torch.arange(len(out)).reshape(-1, *[1] * (out.dim() - 1)).expand(out.shape))
+    return Given(out, owners_along(out))
 
 
 def rows_of(step: Step) -> tuple[Tensor, int]:
@@ -101,7 +93,7 @@ def a_head(rng: random.Random, step: Step) -> tuple[Callable[[Step], Given], nn.
 
 
 @dataclass
-class Truth:
+class Expected:
     """Of a parameter: individual gradients ``[n, *p]``, GGN blocks ``[n, P, P]``, Hessian diagonals ``[n, *p]``."""
 
     grads: Tensor
@@ -110,47 +102,6 @@ class Truth:
 
     def diag_ggn(self) -> Tensor:
         return self.ggn.diagonal(dim1=1, dim2=2).reshape(self.grads.shape)
-
-
-def dense(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad.to_dense()
-
-
-def first_of(given: Given, loss: nn.Module, target: Tensor, parameters: list[Tensor]) -> list[Truth]:
-    """Individual gradients and the GGN, from the explicit Jacobian of the loss's input and Hessian of the loss."""
-    size = given.input.numel()
-    hessian = torch.autograd.functional.hessian(lambda z: loss(z, target), given.input.detach()).reshape(size, size)
-    (grad,) = torch.autograd.grad(loss(given.input, target), given.input, retain_graph=True)
-    rows = []
-    for unit in torch.eye(size, dtype=F64):
-        unit = unit.reshape(given.input.shape)
-        grads = torch.autograd.grad(given.input, parameters, unit, retain_graph=True, allow_unused=True)
-        rows.append([dense(g, p) for g, p in zip(grads, parameters, strict=True)])
-    own = [given.owners.flatten() == n for n in range(given.n)]
-    for k in own:
-        assert not hessian[k][:, ~k].any()
-    found = []
-    for place, p in enumerate(parameters):
-        jacobian = torch.stack([row[place].flatten() for row in rows])
-        grads = torch.stack([grad.flatten()[k] @ jacobian[k] for k in own]).reshape(-1, *p.shape)
-        ggn = torch.stack([jacobian[k].T @ hessian[k][:, k] @ jacobian[k] for k in own])
-        found.append(Truth(grads, ggn, torch.zeros_like(grads)))
-    return found
-
-
-def diagonals_of(given: Given, loss: nn.Module, target: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """The diagonals of the Hessian of each sample's term, entry by entry."""
-    found: list[list[Tensor]] = [[] for _ in parameters]
-    for n in range(given.n):
-        term = loss(torch.where(given.owners == n, given.input, given.input.detach()), target)
-        grads = torch.autograd.grad(term, parameters, create_graph=True, allow_unused=True)
-        for rows, g, p in zip(found, grads, parameters, strict=True):
-            row = torch.zeros(p.numel(), dtype=p.dtype)
-            for k, entry in enumerate(dense(g, p).flatten()) if g is not None and g.requires_grad else ():
-                (second,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)
-                row[k] = dense(second, p).flatten()[k]
-            rows.append(row.reshape(p.shape))
-    return [torch.stack(rows) for rows in found]
 
 
 def differences(of: Callable[[], list[Tensor]], parameters: list[Tensor], step: float = 1e-5) -> list[Tensor]:
@@ -195,37 +146,36 @@ class Runner:
         self.kind, self.rng, plain = kind, rng, kind.model
         self.ours = extend(copy.deepcopy(plain))
         of = {name: p for name, p in plain.named_parameters() if p.requires_grad}
-        self.names, parameters = list(of), list(of.values())
         self.state = copy.deepcopy(plain.state_dict())
         torch.manual_seed(7)
         made = kind.step(plain)
         self.head, self.loss, self.target = a_head(rng, made)
         given = self.head(made)
-        truth = first_of(given, self.loss, self.target, parameters)
-        self.n = given.n
+        truth = self.truth_of(given)
+        self.n, grads, ggn = truth.n, truth.grads, truth.ggn
         self.loss(given.input, self.target).backward()
         self.grads = {name: p.grad for name, p in of.items()}
         self.after = copy.deepcopy(plain.state_dict())
         plain.load_state_dict(self.state)
         torch.manual_seed(7)
         try:
-            with sdpa_kernel(SDPBackend.MATH):
-                given = self.head(kind.step(plain))
-            for own, hessian in zip(truth, diagonals_of(given, self.loss, self.target, parameters), strict=True):
-                own.hessian = hessian
+            with twice_differentiable():
+                hessian = self.truth_of(self.head(kind.step(plain))).diag_hessian
             self.has_hessian = True
         except RuntimeError:  # no second derivative
 
             def terms() -> list[Tensor]:
                 torch.manual_seed(7)
-                return [own.grads for own in first_of(self.head(kind.step(plain)), self.loss, self.target, parameters)]
+                return list(self.truth_of(self.head(kind.step(plain))).grads.values())
 
-            for own, hessian in zip(truth, differences(terms, parameters), strict=True):
-                own.hessian = hessian
+            hessian = dict(zip(of, differences(terms, list(of.values())), strict=True))
             self.has_hessian = False
-        self.truth = dict(zip(self.names, truth, strict=True))
+        self.truth = {name: Expected(grads[name], ggn[name], hessian[name]) for name in of}
         self.twice = [self.n - 1, 0, self.n - 1]
         self.extended = extend(copy.deepcopy(self.loss))
+
+    def truth_of(self, given: Given) -> Truth:
+        return Truth(self.kind.model, [given.input], [lambda z: self.loss(z, self.target)], [given.owners])
 
     def subset(self, chosen: bool) -> tuple[Any, list[int]]:
         return (self.twice, self.twice) if chosen else (None, list(range(self.n)))
@@ -266,13 +216,13 @@ class Runner:
         """Some exact quantities together, each of all samples or of the ``chosen`` ones."""
         picked = [self.subset(one) for one in chosen]
         w, rows = [c[0] for c in picked], [c[1] for c in picked]
-        exact: dict[Any, Callable[[Truth], Tensor]] = {
+        exact: dict[Any, Callable[[Expected], Tensor]] = {
             BatchGrad(w[0]): lambda t: t.grads[rows[0]],
             DiagGGNExact(w[1]): lambda t: t.diag_ggn()[rows[1]].sum(0),
             BatchDiagGGNExact(w[2]): lambda t: t.diag_ggn()[rows[2]],
             SqrtGGNExact(w[3]): lambda t: t.ggn[rows[3]],
         }
-        twice: dict[Any, Callable[[Truth], Tensor]] = {
+        twice: dict[Any, Callable[[Expected], Tensor]] = {
             DiagHessian(w[4]): lambda t: t.hessian[rows[4]].sum(0),
             BatchDiagHessian(w[5]): lambda t: t.hessian[rows[5]],
         }

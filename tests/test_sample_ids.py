@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from models.small import F64, Fn, L, P, rand
 from torch import Tensor, nn
+from truths.autograd import gradients
+from truths.second_order import Truth
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -366,72 +368,6 @@ def a_loss(rng: random.Random, z: Tensor, has_classes_second: bool) -> tuple[nn.
 # The truth
 
 
-def none_is_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad.to_dense()
-
-
-class Truth:
-    """By plain autograd: masks at the output, the explicit Jacobian, the explicit Hessian of the loss.
-
-    ``owner``: of each entry of the output, -1 for none; ``grads[name]`` is ``[n, *p]``, ``ggn[name]`` and
-    ``hessian[name]`` are ``[n, P, P]``.
-    """
-
-    def __init__(self, model: nn.Module, out: Tensor, head: Head, owner: Tensor, n: int) -> None:
-        self.out, self.owner, self.n, self.head = out, owner, n, head
-        self.own = [owner == k for k in range(n)]
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.leaves = list(self.parameters.values())
-        (self.cotangent,) = torch.autograd.grad(head.value(out), out, retain_graph=True)
-        self.grads = self._by_name([self._pull(self.cotangent * mask) for mask in self.own])
-
-    def _pull(self, cotangent: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(self.out, self.leaves, cotangent, retain_graph=True, allow_unused=True)
-        return [none_is_zero(g, p) for g, p in zip(found, self.leaves, strict=True)]
-
-    def _by_name(self, rows: list[list[Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.stack(own) for name, own in zip(self.parameters, zip(*rows, strict=True), strict=True)}
-
-    def loss_hessian(self) -> Tensor:
-        """With respect to the output; no two samples have an entry in common."""
-        size = self.out.numel()
-        hessian = torch.autograd.functional.hessian(self.head.value, self.out.detach()).reshape(size, size)
-        flat = self.owner.flatten()
-        assert not hessian[flat[:, None] != flat].any(), "the loss couples samples"
-        return hessian
-
-    def second_order(self) -> None:
-        hessian = self.loss_hessian()
-        units = torch.eye(self.out.numel(), dtype=F64).reshape(-1, *self.out.shape)
-        jacobian = self._by_name([self._pull(unit) for unit in units])
-        self.ggn = {}
-        for name, rows in jacobian.items():
-            flat, own = rows.flatten(1), [mask.flatten() for mask in self.own]
-            self.ggn[name] = torch.stack([flat[k].T @ hessian[k][:, k] @ flat[k] for k in own])
-        self.diag_ggn = {name: self._diagonals(self.ggn[name], name) for name in self.parameters}
-
-    def hessians(self) -> None:
-        """Blocks of the Hessian of each sample's term, in which no other sample's outputs vary."""
-        terms = []
-        for mask in self.own:
-            term = self.head.value(torch.where(mask, self.out, self.out.detach()))
-            grads = torch.autograd.grad(term, self.leaves, create_graph=True, allow_unused=True)
-            terms.append([_derivative(g, p) for g, p in zip(grads, self.leaves, strict=True)])
-        self.hessian = self._by_name(terms)
-        self.diag_hessian = {name: self._diagonals(self.hessian[name], name) for name in self.parameters}
-
-    def _diagonals(self, blocks: Tensor, name: str) -> Tensor:
-        return blocks.diagonal(dim1=1, dim2=2).reshape(-1, *self.parameters[name].shape)
-
-
-def _derivative(grad: Tensor | None, p: Tensor) -> Tensor:
-    rows = []
-    for entry in none_is_zero(grad, p).flatten():
-        (row,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True) if entry.requires_grad else (None,)
-        rows.append(none_is_zero(row, p).flatten())
-    return torch.stack(rows)
-
-
 def near(found: Tensor, truth: Tensor, what: Any, size: float = 0.0, most: float = 1e-8) -> None:
     """Equal to 1e-8 of the truth's largest entry, or of ``size``."""
     found, truth = found.detach(), truth.detach()
@@ -517,7 +453,7 @@ def draw(case: Case, rng: random.Random, form: Any, heads: Iterable[str] = (*HEA
         lead = numbers.shape if numbers.shape == out.shape[: numbers.dim()] else out.shape[:1]
         owner = numbers.reshape(*lead, *[1] * (out.dim() - len(lead))).expand(out.shape)
     head = a_head(rng, out, heads)
-    truth = Truth(plain, out, head, owner, n or int(owner.max()) + 1)
+    truth = Truth(plain, [out], [head.value], [owner], n)
     head.value(out).backward(retain_graph=True)
     grads = {name: p.grad for name, p in plain.named_parameters()}
     loss = extend(copy.deepcopy(head.loss))
@@ -556,7 +492,6 @@ def clipped(d: Draw) -> None:
 
 
 def gauss_newton(d: Draw) -> None:
-    d.truth.second_order()
     w, rows = subsets(d, 5)
     size = d.rng.choice([None, 1, 2])
     exact = [DiagGGNExact(w[0], size), BatchDiagGGNExact(w[1], size), SqrtGGNExact(w[2], size), GGNGram(w[3])]
@@ -581,7 +516,6 @@ def spectrum(matrix: Tensor) -> Tensor:
 
 
 def hessian(d: Draw) -> None:
-    d.truth.hessians()
     w, rows = subsets(d, 2)
     found = d.run(DiagHessian(w[0]), BatchDiagHessian(w[1]))
     d.compare(found["diag_h"], d.truth.diag_hessian, "diag_h", lambda t: t[rows[0]].sum(0))
@@ -589,8 +523,6 @@ def hessian(d: Draw) -> None:
 
 
 def products(d: Draw) -> None:
-    d.truth.second_order()
-    d.truth.hessians()
     w, rows = subsets(d, 2)
     is_changed = d.head.name != "whole"  # then the products need this pass's graph
     found = d.run(HMP(subsampling=w[0]), GGNMP(subsampling=w[1]), retain_graph=is_changed)
@@ -707,11 +639,11 @@ class Factors:
         for handle in handles:
             handle.remove()
         self.of = {}
-        hessian = d.truth.loss_hessian()
+        (hessian,) = d.truth.loss_hessians
         for name, (x, z) in calls.items():
             A, B = (torch.zeros(size, size, dtype=F64) for size in (x.shape[1], z.shape[-1]))
             for n in rows:
-                own = d.truth.own[n]
+                own = d.truth.owners[0] == n
                 reached = _cotangents(out, z, own * rand(*own.shape))
                 x_n = x[reached.any(1)]
                 columns = _columns(d, hessian, own, fisher)
@@ -725,14 +657,13 @@ class Factors:
 
 
 def _cotangents(out: Tensor, z: Tensor, cotangent: Tensor) -> Tensor:
-    (g,) = torch.autograd.grad(out, z, cotangent, retain_graph=True, allow_unused=True)
-    return none_is_zero(g, z).reshape(-1, z.shape[-1])
+    return gradients(out, [z], cotangent)[0].reshape(-1, z.shape[-1])
 
 
 def _columns(d: Draw, hessian: Tensor, own: Tensor, fisher: str) -> list[Tensor]:
     """Of a root of the loss's Hessian in the outputs of a sample; or the gradient of its terms before reduction."""
     if fisher == "empirical":
-        return [d.truth.cotangent * own / weight_of_terms(d.head) ** 0.5]
+        return [d.truth.cotangents[0] * own / weight_of_terms(d.head) ** 0.5]
     k = own.flatten()
     if not k.any():
         return []
@@ -767,7 +698,6 @@ WITH_LINEAR_LAYERS = [
 def kronecker(d: Draw) -> None:
     approx = d.rng.choice([None, "expand", "reduce"])
     w, rows = subsets(d, 3)
-    d.truth.second_order()
     found = d.run(KFLR(w[0], approx=approx), *_kfac(w[1:], approx))
     for field, fisher, chosen in zip(
         ("kflr", "exact", "empirical"), ("exact", "exact", "empirical"), rows, strict=True
@@ -1190,12 +1120,12 @@ def test_rows_of_a_loss_may_repeat(name, form, rows):
     units = torch.arange(x[..., 0].numel()).reshape(x.shape[:-1])
     d = draw(Case(model, (x,), units), rng, form, ["whole"])
     select = lambda out: out[rows]  # noqa: E731
-    head = Head("repeated", select, nn.MSELoss(), torch.randn_like(select(d.truth.out.detach())))
-    truth = Truth(d.case.model, d.truth.out, head, d.truth.owner, d.n)
-    head.value(d.truth.out).backward(inputs=list(d.case.model.parameters()), retain_graph=True)
+    head = Head("repeated", select, nn.MSELoss(), torch.randn_like(select(d.truth.inputs[0].detach())))
+    (out,), (owner,) = d.truth.inputs, d.truth.owners
+    truth = Truth(d.case.model, [out], [head.value], [owner], d.n)
     d = Draw(**{**vars(d), "head": head, "truth": truth, "loss": extend(nn.MSELoss())})
     d.case.model.zero_grad()
-    head.value(truth.out).backward(retain_graph=True)
+    head.value(out).backward(retain_graph=True)
     d.plain = {name: p.grad for name, p in d.case.model.named_parameters()}
     laws(d, first_order, gauss_newton, hessian)
 

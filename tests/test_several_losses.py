@@ -9,6 +9,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from models.small import F64, rand
 from torch import Tensor, nn
 from truths import close
+from truths.second_order import Truth
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -318,59 +320,14 @@ class Total:
 
     def plain(self) -> Truth:
         models = copy.deepcopy(self.setting.models)
-        return Truth(models, self.setting.inputs(models), self.calls, self.owners, self.n)
+        inputs = self.setting.inputs(models)
+        rows = [torch.tensor(own).reshape(-1, *[1] * (z.dim() - 1)) for own, z in zip(self.owners, inputs, strict=True)]
+        owners = [own.expand(z.shape) for own, z in zip(rows, inputs, strict=True)]
+        return truth_of(models, inputs, self.calls, owners=owners, n=self.n)
 
 
-class Truth:
-    """Curvature of each sample, for each parameter: ``[N, p, p]``, summed over losses."""
-
-    def __init__(
-        self,
-        models: nn.ModuleList,
-        inputs: list[Tensor],
-        calls: list[Called],
-        owners: list[list[int]] | None = None,
-        n: int | None = None,
-    ) -> None:
-        self.parameters = dict(models.named_parameters())
-        self.n = n or len(inputs[0])
-        owners = owners or [list(range(self.n))] * len(inputs)
-        self.ggn = {name: torch.zeros(self.n, p.numel(), p.numel(), dtype=F64) for name, p in self.parameters.items()}
-        self.residual = copy.deepcopy(self.ggn)
-        parameters = list(self.parameters.values())
-        for z, (loss, call), own in zip(inputs, calls, owners, strict=True):
-            point = z.detach().requires_grad_()
-            (g,) = torch.autograd.grad(call(loss, point), point)
-            hessian = torch.autograd.functional.hessian(lambda z, f=call, loss=loss: f(loss, z), z.detach())
-            rows, d = len(z), z[0].numel()
-            hessian = hessian.reshape(rows, d, rows, d)
-            grads = [self._grads(entry, parameters) for entry in z.flatten()]
-            for place, name in enumerate(self.parameters):
-                J = torch.stack([row[place] for row in grads]).unflatten(0, (rows, d))
-                for row, sample in enumerate(own):
-                    self.ggn[name][sample] += J[row].T @ hessian[row, :, row] @ J[row]
-            for row, sample in enumerate(own):
-                self._bend((g[row] * z[row]).sum(), sample)
-
-    def _grads(self, value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-        grads = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
-        return [
-            torch.zeros(p.numel(), dtype=F64) if g is None else g.flatten() for p, g in zip(inputs, grads, strict=True)
-        ]
-
-    def _bend(self, value: Tensor, n: int) -> None:
-        for name, p in self.parameters.items():
-            (grad,) = torch.autograd.grad(value, p, create_graph=True, allow_unused=True)
-            if grad is not None and grad.requires_grad:
-                self.residual[name][n] += torch.stack([self._grads(entry, [p])[0] for entry in grad.flatten()])
-
-    def diagonals(self, name: str, hessian: bool = False) -> Tensor:
-        block = self.ggn[name] + self.residual[name] if hessian else self.ggn[name]
-        return block.diagonal(dim1=1, dim2=2)
-
-
-def names_and_parameters(models: nn.ModuleList) -> list[tuple[str, Tensor]]:
-    return list(models.named_parameters())
+def truth_of(model: nn.Module, inputs: list[Tensor], calls: list[Called], **options: Any) -> Truth:
+    return Truth(model, inputs, [partial(call, loss) for loss, call in calls], **options)
 
 
 def units(p: Tensor) -> Tensor:
@@ -400,13 +357,13 @@ def test_curvatures_of_several_losses_add_up(name, seed):
         loss.backward(retain_graph=True)
     truth = total.plain()
     chosen = list(range(total.n)) if rows is None else rows
-    for label, p in names_and_parameters(models):
-        ggn, hessian = truth.ggn[label][chosen], (truth.ggn[label] + truth.residual[label])[chosen]
+    for label, p in models.named_parameters():
+        ggn, hessian = truth.ggn[label][chosen], truth.hessian[label][chosen]
         size = hessian.abs().max()
-        each = truth.diagonals(label)[chosen].reshape(-1, *p.shape)
+        each = truth.diag_ggn[label][chosen]
         assert close(p.diag_ggn_exact_batch, each, rtol=1e-9), label
         assert close(p.diag_ggn_exact, each.sum(0), rtol=1e-9), label
-        each = truth.diagonals(label, hessian=True)[chosen].reshape(-1, *p.shape)
+        each = truth.diag_hessian[label][chosen]
         assert close(p.diag_h_batch, each, size, rtol=1e-9), label
         assert close(p.diag_h, each.sum(0), size, rtol=1e-9), label
         root = p.sqrt_ggn_exact.flatten(2)
@@ -428,8 +385,8 @@ def test_the_hessian_of_losses_that_need_not_be_convex(name, seed):
         loss.backward(retain_graph=True)
     truth = total.plain()
     chosen = list(range(total.n)) if rows is None else rows
-    for label, p in names_and_parameters(models):
-        hessian = (truth.ggn[label] + truth.residual[label])[chosen]
+    for label, p in models.named_parameters():
+        hessian = truth.hessian[label][chosen]
         each, size = hessian.diagonal(dim1=1, dim2=2).reshape(-1, *p.shape), hessian.abs().max()
         assert close(p.diag_h_batch, each, size, rtol=1e-9), label
         assert close(p.diag_h, each.sum(0), size, rtol=1e-9), label
@@ -447,7 +404,7 @@ def test_kronecker_factors_are_those_of_the_joined_root(name, seed):
     with backpack(KFLR(rows), EKFAC(subsampling=rows, fisher="exact")):
         loss.backward()
     truth = total.plain()
-    for label, p in names_and_parameters(models):
+    for label, p in models.named_parameters():
         block = truth.ggn[label][slice(None) if rows is None else rows].sum(0)
         if len(p.kflr) == 1:
             assert close(p.kflr[0], block, rtol=1e-9), label
@@ -565,7 +522,7 @@ def test_what_is_drawn_has_the_sum_as_its_expectation(name):
     with backpack(SqrtGGNMC(count), DiagGGNMC(count), BatchDiagGGNMC(count), KFAC(count)):
         loss.backward()
     truth = total.plain()
-    for label, p in names_and_parameters(models):
+    for label, p in models.named_parameters():
         columns = p.sqrt_ggn_mc.flatten(2)
         assert len(columns) == count * len(total.calls)
         squared = columns.square()
@@ -575,7 +532,7 @@ def test_what_is_drawn_has_the_sum_as_its_expectation(name):
             assert close(p.kfac[0], torch.einsum("cnp,cnq->pq", columns, columns))
         draws = count * squared.unflatten(0, (len(total.calls), count)).sum(0)
         error = draws.std(0) / count**0.5
-        off = (draws.mean(0) - truth.diagonals(label)).abs()
+        off = (draws.mean(0) - truth.diag_ggn[label].flatten(1)).abs()
         assert bool((off <= SIGMAS * error + 1e-12).all()), label
 
 
@@ -588,9 +545,9 @@ def test_the_hessian_that_is_drawn_has_the_sum_as_its_expectation():
         with backpack(DiagHessianMC()):
             loss.backward(retain_graph=True)
         draws.append([p.diag_h_mc.flatten() for p in models.parameters()])
-    for (label, _), found in zip(names_and_parameters(models), zip(*draws, strict=True), strict=True):
+    for (label, _), found in zip(models.named_parameters(), zip(*draws, strict=True), strict=True):
         values = torch.stack(found)
-        off = (values.mean(0) - truth.diagonals(label, hessian=True).sum(0)).abs()
+        off = (values.mean(0) - truth.diag_hessian[label].sum(0).flatten()).abs()
         assert bool((off <= SIGMAS * values.std(0) / 200**0.5 + 1e-12).all()), label
 
 
@@ -653,14 +610,14 @@ def test_a_loss_that_returns_a_value_for_each_row_is_one(reduce):
     x, y = rand(4, 3), rand(4, 2)
     model, lossfunc = nn.Sequential(nn.Linear(3, 3, dtype=F64), nn.Tanh(), nn.Linear(3, 2, dtype=F64)), Scores()
     call = lambda loss, z: reduce(loss(z, y))  # noqa: E731
-    truth = Truth(nn.ModuleList([model]), [model(x)], [(lossfunc, call)])
+    truth = truth_of(model, [model(x)], [(lossfunc, call)])
     extend(model)
     with backpack(BatchGrad(), DiagGGNExact(), DiagHessian(), KFAC(fisher="empirical")):
         call(extend(lossfunc), model(x)).backward()
     weights = torch.autograd.functional.jacobian(reduce, torch.zeros(4, dtype=F64))
     for label, p in zip(truth.parameters, model.parameters(), strict=True):
-        assert close(p.diag_ggn_exact.flatten(), truth.diagonals(label).sum(0), rtol=1e-9)
-        assert close(p.diag_h.flatten(), truth.diagonals(label, hessian=True).sum(0), rtol=1e-9)
+        assert close(p.diag_ggn_exact.flatten(), truth.diag_ggn[label].sum(0).flatten(), rtol=1e-9)
+        assert close(p.diag_h.flatten(), truth.diag_hessian[label].sum(0).flatten(), rtol=1e-9)
         assert close(p.grad_batch.sum(0), p.grad)
         if len(p.kfac) == 1:
             own = p.grad_batch.flatten(1)[weights > 0]
@@ -681,13 +638,13 @@ def test_a_loss_that_returns_a_value_for_each_position_is_one(reduce):
         ScoresOfPositions(),
     )
     call = lambda loss, z: reduce(loss(z, y))  # noqa: E731
-    truth = Truth(nn.ModuleList([model]), [model(x)], [(lossfunc, call)])
+    truth = truth_of(model, [model(x)], [(lossfunc, call)])
     extend(model)
     with backpack(DiagGGNExact(), DiagHessian()):
         call(extend(lossfunc), model(x)).backward()
     for label, p in zip(truth.parameters, model.parameters(), strict=True):
-        assert close(p.diag_ggn_exact.flatten(), truth.diagonals(label).sum(0), rtol=1e-9)
-        assert close(p.diag_h.flatten(), truth.diagonals(label, hessian=True).sum(0), rtol=1e-9)
+        assert close(p.diag_ggn_exact.flatten(), truth.diag_ggn[label].sum(0).flatten(), rtol=1e-9)
+        assert close(p.diag_h.flatten(), truth.diag_hessian[label].sum(0).flatten(), rtol=1e-9)
 
 
 class Weighted(nn.Module):
@@ -706,12 +663,12 @@ def test_a_loss_that_is_made_of_others_is_one_loss():
     x, y, target = rand(4, 3), torch.randint(2, (4,)), rand(4, 3)
     model, lossfunc = nn.Sequential(nn.Linear(3, 3, dtype=F64), nn.Tanh(), nn.Linear(3, 3, dtype=F64)), Weighted()
     call = lambda loss, z: loss(z, y, target)  # noqa: E731
-    truth = Truth(nn.ModuleList([model]), [model(x)], [(lossfunc, call)])
+    truth = truth_of(model, [model(x)], [(lossfunc, call)])
     extend(model)
     with backpack(DiagHessian(), HMP(), BatchDiagHessian()):
         call(extend(lossfunc), model(x)).backward()
     for label, p in zip(truth.parameters, model.parameters(), strict=True):
-        hessian = truth.ggn[label] + truth.residual[label]
+        hessian = truth.hessian[label]
         assert close(p.diag_h_batch.flatten(1), hessian.diagonal(dim1=1, dim2=2), rtol=1e-9)
         assert close(p.diag_h.flatten(), hessian.diagonal(dim1=1, dim2=2).sum(0), rtol=1e-9)
         assert close(p.hmp(units(p)).detach().reshape(p.numel(), -1), hessian.sum(0), rtol=1e-9)
@@ -724,8 +681,8 @@ def test_results_of_several_losses_can_be_differentiated():
     losses = [(nn.CrossEntropyLoss(), lambda loss, out: loss(out, y)), (nn.MSELoss(), lambda loss, out: loss(out, z))]
 
     def total(model: nn.Module) -> Tensor:
-        truth = Truth(nn.ModuleList([model]), model(x), losses)
-        return sum(block.diagonal(dim1=1, dim2=2).sum() for block in truth.ggn.values())
+        truth = truth_of(model, model(x), losses)
+        return sum(diagonal.sum() for diagonal in truth.diag_ggn.values())
 
     ours = extend(copy.deepcopy(model))
     values = [call(extend(loss), out) for (loss, call), out in zip(losses, ours(x), strict=True)]
@@ -793,13 +750,13 @@ def test_layers_that_are_extended_one_by_one_are_no_losses():
     x, y = rand(4, 3), rand(4)
     layers = [nn.Linear(3, 2, dtype=F64), nn.Tanh(), nn.Linear(2, 1, dtype=F64), nn.Flatten(0), nn.Sigmoid()]
     model = nn.Sequential(*layers)
-    truth = Truth(nn.ModuleList([model]), [model(x)], [(nn.MSELoss(), lambda loss, z: loss(z, y))])
+    truth = truth_of(model, [model(x)], [(nn.MSELoss(), lambda loss, z: loss(z, y))])
     for layer in layers:
         extend(layer)
     with backpack(DiagGGNExact()):
         extend(nn.MSELoss())(model(x), y).backward()
     for label, p in zip(truth.parameters, model.parameters(), strict=True):
-        assert close(p.diag_ggn_exact.flatten(), truth.diagonals(label).sum(0), rtol=1e-9)
+        assert close(p.diag_ggn_exact.flatten(), truth.diag_ggn[label].sum(0).flatten(), rtol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------

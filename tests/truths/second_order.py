@@ -32,7 +32,7 @@ def by_entries(tensor: Tensor, p: Tensor) -> Tensor:
     return tensor.unflatten(-1, p.shape or (1,)).reshape(*tensor.shape[:-1], *p.shape)
 
 
-def rows_of(tensor: Tensor, axis: int = 0) -> Tensor:
+def owners_along(tensor: Tensor, axis: int = 0) -> Tensor:
     """The owner of each entry, where the samples lie along an axis."""
     shape = [1] * tensor.dim()
     shape[axis] = tensor.shape[axis]
@@ -58,7 +58,7 @@ class Truth:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.leaves = list(self.parameters.values())
         self.inputs, self.values = inputs, values
-        self.owners = [rows_of(z) for z in inputs] if owners is None else owners
+        self.owners = [owners_along(z) for z in inputs] if owners is None else owners
         self.n = max(int(owner.max()) + 1 for owner in self.owners) if n is None else n
         self.cotangents = []
         for z, value in zip(inputs, values, strict=True):
