@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.curved import NETWORKS, Concave, Nonlinear, TiedWords
-from models.small import Fn, rand
+from models.small import Fn, differentiate, rand
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
@@ -201,9 +201,7 @@ def test_of_losses_that_weigh_samples(kind, reduction):
         hessian_blocks(model, lambda n=n: term(model(X[n : n + 1]), *(a[n : n + 1] for a in args)) / scale)
         for n in range(4)
     ]
-    extend(model), extend(lossfunc)
-    with backpack(DiagHessian(), BatchDiagHessian()):
-        lossfunc(model(X), *args).backward()
+    differentiate(model, lossfunc, X, *args, DiagHessian(), BatchDiagHessian())
     for p, expected in zip(model.parameters(), map(torch.stack, zip(*found, strict=True)), strict=True):
         each = expected.diagonal(dim1=1, dim2=2)
         size = 1e-4 * float(expected.abs().max())
@@ -482,9 +480,7 @@ def test_samples_of_a_model_with_a_state_of_all_are_selected_in_the_graph_of_all
         rows = [torch.autograd.grad(entry, p, retain_graph=True)[0] for entry in out[[2, 0]].flatten()]
         expected.append(2 / size * torch.stack(rows).square().sum(0))
     model.state = state
-    extend(model), extend(lossfunc)
-    with backpack(DiagGGNExact(subsampling=[2, 0])):
-        lossfunc(model(X), y).backward()
+    differentiate(model, lossfunc, X, y, DiagGGNExact(subsampling=[2, 0]))
     assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
     model.state = state
     term = (model(X)[0] - y[0]).square().sum() / size
@@ -605,9 +601,7 @@ def test_of_attention_with_rows_that_have_no_key(seed):
         for p, g, rows in zip(parameters, grads, truth, strict=True):
             rows.append(block(g, p).diagonal().reshape(p.shape))
     plain = torch.autograd.grad(lossfunc(model(X), y), parameters)
-    extend(model), extend(lossfunc)
-    with backpack(DiagHessian(), BatchDiagHessian(), DiagHessianMC()):
-        lossfunc(model(X), y).backward()
+    differentiate(model, lossfunc, X, y, DiagHessian(), BatchDiagHessian(), DiagHessianMC())
     size = 1e-4 * max(torch.stack(t).abs().max() for t in truth)
     for p, expected, grad in zip(parameters, truth, plain, strict=True):
         assert torch.equal(p.grad, grad)
@@ -827,9 +821,7 @@ def test_what_normalizes_parameters_is_not_linear_in_them(name):
 
     model, X, y = Shifted(), rand(5, 4), rand(5, 2)
     truth = hessian_blocks(model, lambda: F.mse_loss(model(X), y))
-    extend(model)
-    with backpack(DiagHessian()):
-        extend(nn.MSELoss())(model(X), y).backward()
+    differentiate(model, nn.MSELoss(), X, y, DiagHessian())
     for p, H in zip(model.parameters(), truth, strict=True):
         assert close(p.diag_h.flatten(), H.diagonal(), 1e-3, 1e-9)
 
@@ -883,8 +875,15 @@ def test_fused_attention_whose_output_nobody_keeps_runs_again(inside, ending):
 
 def test_a_single_class_has_no_columns():
     model, X = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), rand(4, 3)
-    extend(model)
-    with backpack(DiagHessian(), BatchDiagHessian(), DiagGGNExact(), KFLR()):
-        extend(nn.CrossEntropyLoss())(model(X), torch.zeros(4, dtype=torch.long)).backward()
+    differentiate(
+        model,
+        nn.CrossEntropyLoss(),
+        X,
+        torch.zeros(4, dtype=torch.long),
+        DiagHessian(),
+        BatchDiagHessian(),
+        DiagGGNExact(),
+        KFLR(),
+    )
     for p in model.parameters():
         assert not any(result.any() for result in (p.diag_h, p.diag_h_batch, p.diag_ggn_exact, *p.kflr[:1]))

@@ -2,141 +2,47 @@
 
 import pytest
 import torch
+from models.kronecker import Rest, Words
 from models.layers import CASES, build
 from models.networks import LABELS, NETWORKS, make, values
+from models.small import differentiate
 from torch import nn
 from truths import close
-from truths.second_order import explicit
+from truths.second_order import ggn_blocks
 
 from backpack import backpack, extend
 from backpack.extensions import EKFAC, KFAC, KFLR
 from backpack.utils.kroneckers import kfacs_to_mat
 
-LINEAR = {  # layer, shape of the inputs, axis of the channels in inputs and outputs
-    "linear": (lambda: nn.Linear(3, 2), (4, 3), -1),
-    "sequence": (lambda: nn.Linear(3, 2), (4, 3, 3), -1),
-    "conv1d": (lambda: nn.Conv1d(2, 3, 2, stride=2, padding=1), (4, 2, 5), 1),
-    "conv2d": (lambda: nn.Conv2d(2, 3, 2, dilation=2, padding=1), (4, 2, 3, 4), 1),
-    "conv1d_overlapping": (lambda: nn.Conv1d(2, 3, 4, dilation=2, padding=5), (4, 2, 3), 1),
-    "conv2d_same": (lambda: nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular"), (4, 2, 3, 4), 1),
-    "conv3d": (lambda: nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1), padding=1), (4, 2, 1, 3, 3), 1),
-    "grouped": (lambda: nn.Conv2d(4, 6, 2, groups=2), (4, 4, 3, 2), 1),
-    "depthwise": (lambda: nn.Conv1d(3, 6, 2, groups=3), (4, 3, 4), 1),
-    "transposed1d": (lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (4, 2, 3), 1),
-    "transposed2d": (lambda: nn.ConvTranspose2d(2, 3, (2, 3), stride=(3, 2), dilation=2, padding=1), (4, 2, 2, 2), 1),
-    "transposed_grouped": (lambda: nn.ConvTranspose1d(4, 6, 2, groups=2), (4, 4, 3), 1),
-}
-
-
-class Rest(nn.Module):
-    """From the output of a layer to a prediction, mixing positions."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.out = nn.Linear(size, 3)
-
-    def forward(self, z):
-        return self.out(z.tanh().flatten(1))
-
-
-def definition(layer, rest, X, lossfunc, y, axis, approx, chosen):
-    """``[B, A]`` and the bias's factor, as sums over samples and positions of explicit inputs and curvatures."""
-    n = len(X)
-    z = layer(X).detach()
-    out = rest(z)
-    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(out.numel(), -1)
-    jacobian = torch.autograd.functional.jacobian(rest, z).reshape(out.numel(), *z.shape)
-    jacobian = jacobian.movedim(axis if axis < 0 else axis + 1, -1).reshape(out.numel(), n, -1, z.shape[axis])
-    curvature = torch.einsum("anso,ab,bmtp->nsomtp", jacobian, hessian, jacobian)
-    own = curvature.diagonal(dim1=0, dim2=3)[..., chosen]  # [s o t p n]
-    summed = own.sum((0, 2, 4))
-    B = own.diagonal(dim1=0, dim2=2).sum((2, 3)) if approx == "expand" else summed
-    weight = layer.weight.detach()
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    # The output is linear in the weight: its derivative by row o of the weight is the input, where o is an output.
-    derivative = torch.autograd.functional.jacobian(
-        lambda w: torch.func.functional_call(layer, {"weight": w}, (X,)), weight
-    ).movedim(axis % z.dim(), z.dim() - 1)
-    derivative = derivative.reshape(n, -1, z.shape[axis], *weight.shape)[chosen]  # [n s o *p]
-    groups = getattr(layer, "groups", 1)
-    outputs = z.shape[axis] // groups
-    inputs = []
-    for g in range(groups):
-        first = derivative[:, :, g * outputs]
-        if transposed:
-            rows = slice(g * len(weight) // groups, (g + 1) * len(weight) // groups)
-            inputs.append(first[:, :, rows, 0].flatten(2))
-        else:
-            inputs.append(first[:, :, g * outputs].flatten(2))
-    moments = []
-    for x in inputs:
-        x = x.mean(1, keepdim=True) if approx == "reduce" else x
-        moments.append(torch.einsum("nsi,nsj->ij", x, x) / len(x) / (x.shape[1] if approx == "expand" else 1))
-    blocks = [B[g * outputs : (g + 1) * outputs, g * outputs : (g + 1) * outputs] for g in range(groups)]
-    if transposed:
-        return torch.stack(blocks).mean(0), torch.block_diag(*moments), summed
-    return torch.block_diag(*blocks), torch.stack(moments).mean(0), summed
-
-
-@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
-@pytest.mark.parametrize("name", LINEAR)
-def test_factors_are_their_defining_sums(name, approx):
-    make_layer, shape, axis = LINEAR[name]
-    layer, X = make_layer().double(), torch.randn(shape, dtype=torch.float64)
-    rest, lossfunc = Rest(layer(X)[0].numel()).double(), nn.CrossEntropyLoss()
-    B, A, bias = definition(layer, rest, X, lossfunc, LABELS, axis, approx, [0, 1, 2, 3])
-    B_few, A_few, bias_few = definition(layer, rest, X, lossfunc, LABELS, axis, approx, [3, 1])
-    model, loss = extend(nn.Sequential(layer, rest)), extend(lossfunc)
-    with backpack(KFLR(approx=approx, chunk_size=1), KFAC(fisher="exact", approx=approx, subsampling=[3, 1])):
-        loss(model(X), LABELS).backward()
-    for found, truth in zip(layer.weight.kflr + layer.bias.kflr, (B, A, bias), strict=True):
-        assert close(found, truth, rtol=1e-9)
-    for found, truth in zip(layer.weight.kfac + layer.bias.kfac, (B_few, A_few, bias_few), strict=True):
-        assert close(found, truth, rtol=1e-9)
-
-
-def block(ggn, parameters, wanted):
-    start = 0
-    for parameter in parameters:
-        stop = start + parameter.numel()
-        if parameter is wanted:
-            return ggn[start:stop, start:stop]
-        start = stop
-    raise AssertionError
-
 
 @pytest.mark.parametrize("approx", [None, "expand", "reduce"])
 def test_product_of_one_samples_factors_is_the_block(approx):
     model, X, lossfunc, y = make("mlp", "cross_entropy_options")
-    _, ggn = explicit(model, X[:1], lossfunc, y[:1], 1)
+    ggn = ggn_blocks(model, X[:1], lossfunc, y[:1])
     with backpack(KFLR(approx=approx)):
         lossfunc(model(X[:1]), y[:1]).backward()
     for parameter in model.parameters():
-        assert close(kfacs_to_mat(parameter.kflr), block(ggn, list(model.parameters()), parameter), 1e-9, 1e-9)
+        assert close(kfacs_to_mat(parameter.kflr), ggn[parameter], 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("loss", ["mse", "mse_sum"])
 def test_product_of_the_last_layers_factors_is_the_block_where_the_loss_is_quadratic(loss):
     model, X, lossfunc, y = make("mlp", loss)
-    _, ggn = explicit(model, X, lossfunc, y, 4)
+    ggn = ggn_blocks(model, X, lossfunc, y)
     with backpack(KFLR()):
         lossfunc(model(X), y).backward()
-    parameters = list(model.parameters())
-    for parameter in parameters[-2:]:
-        assert close(kfacs_to_mat(parameter.kflr), block(ggn, parameters, parameter), rtol=1e-9)
+    for parameter in list(ggn)[-2:]:
+        assert close(kfacs_to_mat(parameter.kflr), ggn[parameter], rtol=1e-9)
 
 
 def test_expand_is_exact_for_deep_linear_nets_whose_loss_sums_over_positions():
     """Eschenhagen et al. (2023), section 3.2."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
     X, y = values(4, 3, 4), values(4, 3, 3)
-    _, ggn = explicit(model, X, nn.MSELoss(), y, 4)
-    extend(model)
-    with backpack(KFLR(approx="expand")):
-        extend(nn.MSELoss())(model(X), y).backward()
-    parameters = list(model.parameters())
-    for weight in parameters[::2]:
-        assert close(kfacs_to_mat(weight.kflr), block(ggn, parameters, weight), rtol=1e-9)
+    ggn = ggn_blocks(model, X, nn.MSELoss(), y)
+    differentiate(model, nn.MSELoss(), X, y, KFLR(approx="expand"))
+    for weight in list(ggn)[::2]:
+        assert close(kfacs_to_mat(weight.kflr), ggn[weight], rtol=1e-9)
 
 
 class Averaged(nn.Module):
@@ -152,13 +58,10 @@ def test_reduce_is_exact_for_deep_linear_nets_that_average_positions():
     """Eschenhagen et al. (2023), section 3.3."""
     model = Averaged().double()
     X, y = values(4, 3, 4), values(4, 3)
-    _, ggn = explicit(model, X, nn.MSELoss(), y, 4)
-    extend(model)
-    with backpack(KFLR(approx="reduce")):
-        extend(nn.MSELoss())(model(X), y).backward()
-    parameters = list(model.parameters())
+    ggn = ggn_blocks(model, X, nn.MSELoss(), y)
+    differentiate(model, nn.MSELoss(), X, y, KFLR(approx="reduce"))
     for weight in (model.a.weight, model.b.weight):
-        assert close(kfacs_to_mat(weight.kflr), block(ggn, parameters, weight), rtol=1e-9)
+        assert close(kfacs_to_mat(weight.kflr), ggn[weight], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -166,12 +69,12 @@ def test_factors_multiply_to_the_shape_of_the_parameter(name):
     model, X, lossfunc, y = make(name, "bce" if name == "sigmoid_bce" else "cross_entropy")
     with backpack(KFLR(), KFAC(fisher="exact", approx="expand")):
         lossfunc(model(X), y).backward()
-    _, ggn = explicit(model, X, lossfunc, y, 4)
+    ggn = ggn_blocks(model, X, lossfunc, y)
     for parameter in model.parameters():
         product = kfacs_to_mat(parameter.kflr)
         assert product.shape == (parameter.numel(), parameter.numel())
         if len(parameter.kflr) == 1:
-            truth = block(ggn, list(model.parameters()), parameter)
+            truth = ggn[parameter]
             assert close(product, truth, 1e-3, 1e-9) and close(parameter.kfac[0], truth, 1e-3, 1e-9)
 
 
@@ -221,20 +124,6 @@ def test_empirical_factors_are_those_of_the_gradients_at_the_labels(loss, terms)
         assert close(layer.weight.kfac[1], x.T @ x / 4, rtol=1e-9)
 
 
-class Words(nn.Module):
-    """An embedding, by itself or the output layer as well, by either of two ways to write a product."""
-
-    def __init__(self, tied):
-        super().__init__()
-        self.words, self.tied = nn.Embedding(5, 3, padding_idx=1), tied
-
-    def forward(self, index):
-        h = self.words(index).sum(1).tanh()
-        if self.tied == "linear":
-            return nn.functional.linear(h, self.words.weight)
-        return h @ self.words.weight.T if self.tied == "matmul" else h
-
-
 @pytest.mark.parametrize("approx", [None, "expand", "reduce"])
 @pytest.mark.parametrize("tied", [None, "linear", "matmul"])
 def test_factors_of_an_embedding_are_those_of_one_hot_inputs(tied, approx):
@@ -260,9 +149,7 @@ def test_factors_of_an_embedding_are_those_of_one_hot_inputs(tied, approx):
         h = z.sum(1).tanh()
         own = hessian.reshape(3, 5, 3, 5).diagonal(dim1=0, dim2=2).sum(2)
         A, B = torch.diag(A) + own, B + h.T @ h / 3
-    extend(model)
-    with backpack(KFLR(approx=approx)):
-        extend(lossfunc)(model(index), y).backward()
+    differentiate(model, lossfunc, index, y, KFLR(approx=approx))
     found = model.words.weight.kflr
     assert close(found[0], A, rtol=1e-9) and close(found[1], B, rtol=1e-9)
 
@@ -283,9 +170,7 @@ def test_uses_of_one_form_count_as_further_positions():
     g = inner + torch.eye(3, dtype=torch.float64)  # both uses' derivatives of the output
     inputs = torch.stack([X, first.tanh()], 1)
     expand = sum(j.T @ H @ j for j in inner) + 4 * H
-    extend(model)
-    with backpack(KFLR(), KFAC(fisher="exact", approx="expand")):
-        extend(nn.MSELoss())(model(X), y).backward()
+    differentiate(model, nn.MSELoss(), X, y, KFLR(), KFAC(fisher="exact", approx="expand"))
     assert close(model.a.weight.kflr[0], sum(j.T @ H @ j for j in g), rtol=1e-9)
     assert close(model.a.weight.kflr[1], torch.einsum("nsi,nsj->ij", inputs, inputs) / 4, rtol=1e-9)
     assert close(model.a.weight.kfac[0], expand, rtol=1e-9)
@@ -308,12 +193,10 @@ def test_parts_of_a_matrix_that_are_used_by_themselves(kind):
             return torch.cat([nn.functional.linear(x, a), nn.functional.linear(x.sin(), b)], 1)
 
     model, X, y = Parts().double(), values(4, 3), values(4, 5)
-    _, ggn = explicit(model, X, nn.MSELoss(), y, 4)
-    extend(model)
-    with backpack(KFLR()):
-        extend(nn.MSELoss())(model(X), y).backward()
+    ggn = ggn_blocks(model, X, nn.MSELoss(), y)
+    differentiate(model, nn.MSELoss(), X, y, KFLR())
     if kind == "columns":
-        assert len(model.weight.kflr) == 1 and close(model.weight.kflr[0], ggn, rtol=1e-9)
+        assert len(model.weight.kflr) == 1 and close(model.weight.kflr[0], ggn[model.weight], rtol=1e-9)
         return
     B, A = model.weight.kflr
     assert close(B, 4 * 2 / 20 * torch.eye(5, dtype=torch.float64), rtol=1e-9)
@@ -347,10 +230,8 @@ def test_the_rows_of_stacked_matrices_are_blocks(inputs_first, approx):
     x = X.mean(1, keepdim=True) if approx == "reduce" else X
     inputs = torch.einsum("nsgi,nsgj->gij", x, x) / (8 if approx == "expand" else 4)
     along_rows, along_columns = (inputs, outputs) if inputs_first else (outputs, inputs)
-    _, ggn = explicit(model, X, lossfunc, y, 1)
-    extend(model)
-    with backpack(KFLR(approx=approx), EKFAC(fisher="exact", approx=approx)):
-        extend(lossfunc)(model(X), y).backward()
+    ggn = ggn_blocks(model, X, lossfunc, y)
+    differentiate(model, lossfunc, X, y, KFLR(approx=approx), EKFAC(fisher="exact", approx=approx))
     rows, columns = model.weight.kflr
     assert close(rows, torch.block_diag(*along_rows), rtol=1e-9)
     assert close(columns, along_columns.mean(0), rtol=1e-9)
@@ -358,7 +239,7 @@ def test_the_rows_of_stacked_matrices_are_blocks(inputs_first, approx):
     turned = kfacs_to_mat([b.mT @ f @ b for b, f in zip(bases, (rows, columns), strict=True)])
     assert close(turned, turned.diagonal().diag())
     U = kfacs_to_mat([b.contiguous() for b in bases])
-    along = (U.mT @ block(ggn, model.parameters(), model.weight) @ U).diagonal()
+    along = (U.mT @ ggn[model.weight] @ U).diagonal()
     assert close(eigenvalues.flatten(), along, rtol=1e-9)
 
 
@@ -401,9 +282,9 @@ def test_large_parameters_that_are_no_matrix_have_second_moments_of_rows_and_col
     )
     G = (2 / y.numel()) ** 0.5 * jacobian.reshape(-1, 65, 64)  # the loss's Hessian is a multiple of the identity
     rows, columns = torch.einsum("arc,asc->rs", G, G), torch.einsum("arc,ard->cd", G, G)
-    extend(model)
-    with backpack(KFLR(), KFAC(fisher="exact", approx="expand", chunk_size=7), EKFAC(fisher="exact")):
-        extend(lossfunc)(model(X), y).backward()
+    differentiate(
+        model, lossfunc, X, y, KFLR(), KFAC(fisher="exact", approx="expand", chunk_size=7), EKFAC(fisher="exact")
+    )
     for found in (model.table.kflr, model.table.kfac):
         assert close(found[0], rows, rtol=1e-9) and close(found[1], columns / columns.trace(), rtol=1e-9)
     if n == 1:
@@ -445,10 +326,10 @@ def test_a_large_parameter_of_one_axis_has_a_diagonal_factor_and_a_large_matrix_
     small = Wide(3).double()
     for own, whole in zip(small.parameters(), model.parameters(), strict=True):
         own.data = whole.detach()[:3]
-    _, ggn = explicit(small, X, lossfunc, y, 4)
+    ggn = ggn_blocks(small, X, lossfunc, y)
     for own, whole in zip(small.parameters(), model.parameters(), strict=True):
         if own.dim() == 1:
-            diagonal = block(ggn, list(small.parameters()), own).diagonal()
+            diagonal = ggn[own].diagonal()
             assert whole.kflr[0].shape == whole.shape and not whole.kflr[0][3:].any()
             assert close(whole.kflr[0][:3], diagonal, rtol=1e-9)
             assert close(whole.ekfac.eigenvalues, whole.kflr[0]) and whole.ekfac.bases[0].dim() == 1
@@ -565,9 +446,7 @@ def test_time_steps_of_a_recurrent_layer_are_positions(kind, approx, options):
     assert close(out, model(X))
     y, root = values(3, size), (2 / out.numel()) ** 0.5 * torch.eye(out.numel(), dtype=out.dtype)
     cotangents = {pair: columns_at(out, root.reshape(-1, 3, size), steps) for pair, (_, steps) in maps.items()}
-    extend(model)
-    with backpack(KFLR(approx=approx)):
-        extend(nn.MSELoss())(model(X), y).backward()
+    differentiate(model, nn.MSELoss(), X, y, KFLR(approx=approx))
     for (weight, bias), (inputs, _) in maps.items():
         g = cotangents[weight, bias]
         for found, truth in zip(weight.kflr, expected(g, inputs, approx), strict=True):
@@ -605,9 +484,7 @@ def test_factors_of_attention_are_their_defining_sums(cross, approx):
     parts = [
         torch.stack([torch.autograd.grad(out, t, column, retain_graph=True)[0] for column in root]) for t in (q, k, v)
     ]
-    extend(model)
-    with backpack(KFLR(approx=approx)):
-        extend(nn.MSELoss())(model(X), y).backward()
+    differentiate(model, nn.MSELoss(), X, y, KFLR(approx=approx))
     B, A = expected(torch.cat(parts, 3), X, approx)
     if cross:
         first, own = expected(parts[0], X, approx)
@@ -622,12 +499,10 @@ def test_factors_of_attention_are_their_defining_sums(cross, approx):
 @pytest.mark.parametrize("layer", [nn.LayerNorm(4), nn.LayerNorm((5, 4)), nn.PReLU(), nn.PReLU(5), nn.GroupNorm(1, 5)])
 def test_factors_of_elementwise_weights_are_the_exact_block(layer):
     model, X, y = nn.Sequential(layer, nn.Linear(4, 2), nn.Tanh()).double(), values(3, 5, 4), values(3, 5, 2)
-    _, ggn = explicit(model, X, nn.MSELoss(), y, 3)
-    extend(model)
-    with backpack(KFLR(), KFAC(fisher="exact", approx="expand")):
-        extend(nn.MSELoss())(model(X), y).backward()
+    ggn = ggn_blocks(model, X, nn.MSELoss(), y)
+    differentiate(model, nn.MSELoss(), X, y, KFLR(), KFAC(fisher="exact", approx="expand"))
     for parameter in layer.parameters():
-        truth = block(ggn, list(model.parameters()), parameter)
+        truth = ggn[parameter]
         assert close(parameter.kflr[0], truth, rtol=1e-9) and close(parameter.kfac[0], truth, rtol=1e-9)
 
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from models.small import differentiate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from truths import close
@@ -231,9 +232,9 @@ def test_the_hessian_of_parts_in_two_precisions_is_that_in_the_higher_one(seed):
     model, lossfunc = Mixed(seed), nn.MSELoss()
     X, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     truth = hessian_diagonals(copy.deepcopy(model).double(), X, lossfunc, y)
-    extend(model), extend(lossfunc)
-    with backpack(DiagHessian(), BatchDiagHessian(), DiagHessianMC(2), DiagGGNExact(), BatchGrad()):
-        lossfunc(model(X), y).backward()
+    differentiate(
+        model, lossfunc, X, y, DiagHessian(), BatchDiagHessian(), DiagHessianMC(2), DiagGGNExact(), BatchGrad()
+    )
     size = 0.1 * max(t.abs().max() for t in truth)
     for p, expected in zip(model.parameters(), truth, strict=True):
         if p.grad is None:  # it is not used

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 from models.curved import NETWORKS, Concave
-from models.small import rand
+from models.small import differentiate, rand
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from truths import close
-from truths.second_order import hessian_blocks
+from truths.autograd import individual_gradients
+from truths.second_order import ggn_blocks, hessian_blocks
 
 from backpack import backpack, extend, hessianfree, memory_cleanup
 from backpack.extensions import GGNMP, HMP, PCHMP
@@ -24,20 +25,8 @@ def labels(n):
     return torch.tensor([0, 2, 1, 1])[:n]
 
 
-def ggn_blocks(model, X, lossfunc, y):
-    parameters = list(model.parameters())
-    out = model(X)
-    size = out.numel()
-    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(size, size)
-    found = []
-    for p in parameters:
-        rows = [torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0] for entry in out.flatten()]
-        jacobian = torch.stack([torch.zeros_like(p).flatten() if r is None else r.flatten() for r in rows])
-        found.append(jacobian.T @ hessian @ jacobian)
-    return found
-
-
 def check(model, field, truth):
+    truth = list(truth.values()) if isinstance(truth, dict) else truth
     size = 1e-3 * max(t.abs().max() for t in truth)
     for parameter, matrix in zip(model.parameters(), truth, strict=True):
         multiply = getattr(parameter, field)
@@ -144,9 +133,7 @@ def test_products_of_tables(table):
     model.plain = True
     hessian, ggn = hessian_blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
     model.plain = False
-    extend(model), extend(lossfunc)
-    with backpack(HMP(), GGNMP()):
-        lossfunc(model(X), y).backward()
+    differentiate(model, lossfunc, X, y, HMP(), GGNMP())
     check(model, "hmp", hessian)
     check(model, "ggnmp", ggn)
 
@@ -193,49 +180,6 @@ def test_the_hessian_of_an_indefinite_loss_has_products():
     check(model, "ggnmp", truth)
     with pytest.raises(ValueError, match="not positive semidefinite"), backpack(PCHMP()):
         lossfunc(model(X), y).backward()
-
-
-class Chain(nn.Module):
-    """Also returns the inputs of its nonlinear functions."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 3)
-
-    def forward(self, x):
-        first = self.a(x)
-        second = self.b(first.sigmoid())
-        third = self.c(second.softmax(1))
-        self.seen = [first, second, third]
-        return third.tanh()
-
-
-@pytest.mark.parametrize("modify", ["clip", "abs"])
-def test_the_positive_curvature_hessian_changes_the_eigenvalues_of_each_residual(modify):
-    functions = [torch.sigmoid, lambda h: h.softmax(1), torch.tanh]
-    model, X, y, lossfunc = Chain().double(), rand(3, 3), rand(3, 3), nn.MSELoss()
-    truth = ggn_blocks(model, X, lossfunc, y)
-    model(X)
-    inputs = model.seen
-    # The gradient that arrives behind each function, through the rest of the chain
-    tails = [lambda h: model.c(model.b(h).softmax(1)).tanh(), lambda h: model.c(h).tanh(), lambda h: h]
-    for function, tail, h in zip(functions, tails, inputs, strict=True):
-        after = function(h).detach().requires_grad_()
-        (arriving,) = torch.autograd.grad(lossfunc(tail(after), y), after)
-        residual = torch.autograd.functional.hessian(
-            lambda x, f=function, g=arriving: (f(x) * g).sum(), h.detach()
-        ).reshape(h.numel(), h.numel())
-        eigenvalues, vectors = torch.linalg.eigh(residual)
-        changed = eigenvalues.clamp(min=0) if modify == "clip" else eigenvalues.abs()
-        residual = vectors @ changed.diag() @ vectors.T
-        for k, p in enumerate(model.parameters()):
-            rows = [torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0] for entry in h.flatten()]
-            jacobian = torch.stack([torch.zeros(p.numel()).double() if r is None else r.flatten() for r in rows])
-            truth[k] = truth[k] + jacobian.T @ residual @ jacobian
-    extend(model), extend(lossfunc)
-    with backpack(PCHMP(modify=modify)):
-        lossfunc(model(X), y).backward()
-    check(model, "pchmp", truth)
 
 
 @pytest.mark.parametrize("name", ["attention", "squeeze_and_excite"])
@@ -332,10 +276,8 @@ def positive_blocks(layers, last, X, modify):
         residual = torch.autograd.functional.hessian(lambda x, f=layer, g=arriving: (f(x) * g).sum(), h.detach())
         eigenvalues, vectors = torch.linalg.eigh(residual.reshape(h.numel(), h.numel()))
         residual = vectors @ modify(eigenvalues).diag() @ vectors.T
-        for k, p in enumerate(model.parameters()):
-            rows = [torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0] for entry in h.flatten()]
-            jacobian = torch.stack([torch.zeros(p.numel()).double() if r is None else r.flatten() for r in rows])
-            truth[k] = truth[k] + jacobian.T @ residual @ jacobian
+        for p, J in zip(truth, individual_gradients(h.flatten(), truth), strict=True):
+            truth[p] = truth[p] + J.flatten(1).T @ residual @ J.flatten(1)
     return truth
 
 
@@ -536,9 +478,8 @@ def problem():
     X, y = rand(4, 3), labels(4)
     parameters = list(model.parameters())
     out = model(X)
-    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in out.flatten()]
-    jacobian = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
-    return model, parameters, out, y, jacobian
+    rows = individual_gradients(out.flatten(), parameters)
+    return model, parameters, out, y, torch.cat([J.flatten(1) for J in rows], 1)
 
 
 def flat(tensors):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backpack import backpack, extend
+
 F64 = torch.float64
 
 
@@ -34,3 +36,10 @@ def rand(*shape: int) -> Tensor:
 
 def P(*shape: int) -> nn.Parameter:
     return nn.Parameter(rand(*shape))
+
+
+def differentiate(model: nn.Module, lossfunc: nn.Module, X: Tensor, y: Any, *extensions: Any) -> None:
+    """Extend both, and run one backward pass."""
+    extend(model), extend(lossfunc)
+    with backpack(*extensions):
+        lossfunc(model(X), y).backward()

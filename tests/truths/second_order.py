@@ -216,7 +216,7 @@ def explicit(
 
 def ggn_blocks(model: nn.Module, X: Any, lossfunc: Callable[..., Tensor], y: Any) -> dict[Tensor, Tensor]:
     """Of each parameter that of all samples, ``[P, P]``."""
-    _, ggn = explicit(model, X, lossfunc, y, 1)
-    sizes = [p.numel() for p in model.parameters()]
-    diagonal = [row.split(sizes, 1)[k] for k, row in enumerate(ggn.split(sizes))]
-    return dict(zip(model.parameters(), diagonal, strict=True))
+    out, parameters = model(X), list(model.parameters())
+    hessian = loss_hessian(lambda o: lossfunc(o, y), out)
+    rows = [J.flatten(1) for J in individual_gradients(out.flatten(), parameters)]
+    return {p: J.T @ hessian @ J for p, J in zip(parameters, rows, strict=True)}
