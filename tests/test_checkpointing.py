@@ -10,6 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from truths import close
+from truths.second_order import hessian_blocks
 
 from backpack import backpack, disable, extend
 from backpack.extensions import (
@@ -166,26 +167,11 @@ def dense_uses():
     return [use for use in gc.get_objects() if type(use) is DenseUse]
 
 
-def hessian_rows(model):
-    """Of the whole loss, ``[P, P]``."""
-    torch.manual_seed(1)
-    parameters = list(model.parameters())
-    with disable():
-        grads = torch.autograd.grad(nn.CrossEntropyLoss()(model(X), Y), parameters, create_graph=True)
-    flat = torch.cat([grad.flatten() for grad in grads])
-    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in flat]
-    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-
-
 def blocks_of_the_hessian(model):
     """Of each parameter, ``[p, p]``."""
     torch.manual_seed(1)
     with disable():
-        loss = nn.CrossEntropyLoss()(model(X), Y)
-    for p in model.parameters():
-        (grad,) = torch.autograd.grad(loss, p, create_graph=True)
-        rows = [torch.autograd.grad(entry, p, retain_graph=True)[0].flatten() for entry in grad.flatten()]
-        yield torch.stack(rows)
+        return hessian_blocks(model, lambda: nn.CrossEntropyLoss()(model(X), Y))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -193,7 +179,7 @@ def test_hessians_are_exact(training):
     """Of parameters that are used several times, too, the data of which come back cut off from the graph."""
     plain, again = models()
     plain.train(training), again.train(training)
-    true = list(blocks_of_the_hessian(plain))
+    true = blocks_of_the_hessian(plain)
     run(again, DiagHessian(), BatchDiagHessian(chunk_size=3), BatchGrad(), HMP())
     whole = [p.diag_h_batch for p in again.parameters()]
     for p, block in zip(again.parameters(), true, strict=True):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from truths import close
+from truths.autograd import gradients, individual_gradients
+from truths.second_order import block
 
 from backpack import accumulate, backpack, extend, verify
 from backpack.extensions import (
@@ -241,11 +243,7 @@ def terms(out):
 
 def individual(model, x):
     named = dict(model.named_parameters())
-    rows = [torch.autograd.grad(t, list(named.values()), retain_graph=True, allow_unused=True) for t in terms(model(x))]
-    return {
-        name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows])
-        for k, (name, p) in enumerate(named.items())
-    }
+    return dict(zip(named, individual_gradients(terms(model(x)), named.values()), strict=True))
 
 
 def first_order(gradients):
@@ -330,14 +328,8 @@ def roots(model, x):
     out = model(x).flatten(1)
     scale = (2 / out.numel()) ** 0.5
     named = dict(model.named_parameters())
-    found = {name: [] for name in named}
-    for column in out.unbind(1):
-        rows = [
-            torch.autograd.grad(scale * o, list(named.values()), retain_graph=True, allow_unused=True) for o in column
-        ]
-        for k, (name, p) in enumerate(named.items()):
-            found[name].append(torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows]))
-    return {name: torch.stack(columns) for name, columns in found.items()}
+    jacobians = individual_gradients(scale * out.T.flatten(), named.values())
+    return {name: J.unflatten(0, out.T.shape) for name, J in zip(named, jacobians, strict=True)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -404,17 +396,9 @@ def test_products_with_the_hessian_are_those_of_two_derivatives(name):
 
 def diagonals(model, x, y, p):
     """Of the Hessian of each sample's term of the mean squared error, ``[N, *p]``."""
-    rows = []
-    for n in range(len(x)):
-        value = (model(x)[n] - y[n]).square().sum() / y.numel()
-        (grad,) = torch.autograd.grad(value, p, create_graph=True, allow_unused=True)
-        row = torch.zeros(p.numel(), dtype=p.dtype)
-        if grad is not None and grad.requires_grad:
-            for k, entry in enumerate(grad.flatten()):
-                (second,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)
-                row[k] = 0 if second is None else second.flatten()[k]
-        rows.append(row.reshape(p.shape))
-    return torch.stack(rows)
+    terms = (model(x) - y).square().flatten(1).sum(1) / y.numel()
+    grads = [gradients(term, [p], create_graph=True)[0] for term in terms]
+    return torch.stack([block(grad, p).diagonal().reshape(p.shape) for grad in grads])
 
 
 REAL = [name for name in NAMES if any(not p.is_complex() for p in case(name)[0].parameters())]

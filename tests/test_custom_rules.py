@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from truths import close
+from truths.autograd import individual_gradients
 
 from backpack import backpack, disable, extend, extensions, memory_cleanup
 from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SqrtGGNExact
@@ -87,13 +88,8 @@ def run(model, *exts, **options):
 
 def rows(model):
     X = torch.arange(16, dtype=torch.float64).reshape(4, 4).sin()
-    loss = nn.CrossEntropyLoss(reduction="none")
-    return torch.stack(
-        [
-            torch.autograd.grad(loss(model(x[None]), y[None]).sum() / 4, model[1].weight)[0]
-            for x, y in zip(X, LABELS, strict=True)
-        ]
-    )
+    terms = nn.CrossEntropyLoss(reduction="none")(model(X), LABELS) / 4
+    return individual_gradients(terms, [model[1].weight])[0]
 
 
 @pytest.mark.parametrize("cls", [Scale, SameForward])
@@ -146,8 +142,8 @@ def test_a_rule_sees_what_is_differentiable():
     with backpack(extension):
         torch.autograd.grad(model(X).square().sum(), list(model.parameters()), create_graph=True)
     (found,) = torch.autograd.grad(model[1].weight.grad_batch.square().sum(), model[0].weight)
-    grads = [torch.autograd.grad(model(x[None]).square().sum(), model[1].weight, create_graph=True)[0] for x in X]
-    (truth,) = torch.autograd.grad(torch.stack(grads).square().sum(), model[0].weight)
+    (rows,) = individual_gradients(model(X).square().sum(1), [model[1].weight], create_graph=True)
+    (truth,) = torch.autograd.grad(rows.square().sum(), model[0].weight)
     assert close(found, truth)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from truths import close
-from truths.autograd import through_rows
+from truths.autograd import individual_gradients, through_rows
 
 from backpack import backpack, disable, extend, memory_cleanup, unextend
 from backpack.context import CTX
@@ -26,8 +26,7 @@ def batch(n=5):
 
 
 def truth(model, X, loss):
-    rows = [torch.autograd.grad(loss(model(x[None])), list(model.parameters())) for x in X]
-    return [torch.stack(g) for g in zip(*rows, strict=True)]
+    return individual_gradients((loss(model(x[None])) for x in X), model.parameters())
 
 
 def square(out):
@@ -185,12 +184,8 @@ def test_other_losses_follow_autograd():
     model, lossfunc, (X, y) = extend(net()), extend(nn.CrossEntropyLoss(reduction="none")), batch()
     with backpack(BatchGrad()):
         (3 * lossfunc(model(X), y).sum()).backward()
-    expected = []
-    for x, label in zip(X, y, strict=True):
-        loss = 3 * lossfunc(model(x[None]), label[None]).sum()
-        expected.append(torch.autograd.grad(loss, list(model.parameters())))
-    for parameter, grads in zip(model.parameters(), zip(*expected, strict=True), strict=True):
-        assert close(parameter.grad_batch, torch.stack(grads))
+    expected = individual_gradients(3 * lossfunc(model(X), y), model.parameters())
+    assert all(close(p.grad_batch, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
 def test_two_calls_of_the_model_are_joined():
@@ -345,11 +340,10 @@ def test_a_recurrent_layer_may_be_frozen_in_part(frozen):
     for name in frozen:
         getattr(layer, name).requires_grad_(False)
     trained = [p for p in layer.parameters() if p.requires_grad]
-    rows = [torch.autograd.grad(square(layer(x[None])[0]), trained) for x in X]
+    expected = individual_gradients((square(layer(x[None])[0]) for x in X), trained)
     with backpack(BatchGrad()):
         square(extend(layer)(X)[0]).backward()
-    for parameter, grads in zip(trained, zip(*rows, strict=True), strict=True):
-        assert close(parameter.grad_batch, torch.stack(grads))
+    assert all(close(p.grad_batch, e) for p, e in zip(trained, expected, strict=True))
 
 
 class Hook:

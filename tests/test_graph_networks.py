@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from truths import close
 from truths.autograd import through_rows
+from truths.second_order import Truth
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -70,33 +71,17 @@ def test_graphs_are_samples(name, by_graph):
         ids = None if by_graph else (inputs[2], count)
         out = model(*inputs)
         target = torch.randn_like(out)
-        lossfunc, parameters = extend(nn.MSELoss()), list(model.parameters())
+        lossfunc = extend(nn.MSELoss())
         loss = lossfunc(out, target)
-        rows = through_rows(out, loss, parameters)
         of_graph = torch.arange(count) if by_graph else inputs[2]
-        truth = [
-            torch.zeros(count, *p.shape, dtype=p.dtype).index_add(0, of_graph, r)
-            for p, r in zip(parameters, rows, strict=True)
-        ]
-        jacobian = [
-            torch.autograd.grad(out, parameters, unit, retain_graph=True, allow_unused=True)
-            for unit in torch.eye(out.numel(), dtype=out.dtype).reshape(-1, *out.shape)
-        ]
-        diagonals = [
-            torch.zeros(count, *p.shape, dtype=p.dtype).index_add(
-                0,
-                of_graph.repeat_interleave(out.shape[1]),
-                torch.stack([torch.zeros_like(p) if row[k] is None else row[k].square() for row in jacobian])
-                * (2 / out.numel()),
-            )
-            for k, p in enumerate(parameters)
-        ]
+        known = Truth(model, [out], [lambda z: lossfunc(z, target)], [of_graph[:, None].expand(out.shape)], count)  # noqa: B023
+        truth, diagonals = known.grads.values(), known.diag_ggn.values()
         norms = sum(t.flatten(1).square().sum(1) for t in truth).sqrt()
         bound, largest = float(norms.median()), norms.max()
         first = [BatchGrad(), BatchL2Grad([count - 1]), Variance(), ClippedGrad(bound)]
         with backpack(*first, DiagGGNExact([0]), BatchDiagGGNExact(), sample_ids=ids):
             loss.backward()
-        for p, t, d in zip(parameters, truth, diagonals, strict=True):
+        for p, t, d in zip(model.parameters(), truth, diagonals, strict=True):
             factor = (bound / norms.clamp(min=bound)).reshape(-1, *[1] * p.dim())
             assert close(p.grad_batch, t, largest)
             assert close(p.batch_l2, t[-1:].flatten(1).square().sum(1), largest**2)
@@ -119,27 +104,12 @@ def test_nodes_are_samples_that_mix(name):
 @pytest.mark.parametrize("name", ["GCNConv", "GATConv"])
 def test_the_hessian_of_each_graph(name):
     model, inputs, count = draw(name, False, 4)
-    lossfunc, parameters = extend(nn.MSELoss(reduction="sum")), list(model.parameters())
+    lossfunc = extend(nn.MSELoss(reduction="sum"))
     out = model(*inputs)
     target = torch.randn_like(out)
-    truth = []
-    for n in range(count):
-        own = (out - target)[inputs[2] == n].square().sum()
-        grads = torch.autograd.grad(own, parameters, create_graph=True)
-        truth.append(
-            [
-                torch.stack([_second(g, p, k) for k, g in enumerate(grad.flatten())]).reshape(p.shape)
-                for grad, p in zip(grads, parameters, strict=True)
-            ]
-        )
+    owner = inputs[2][:, None].expand(out.shape)
+    truth = Truth(model, [out], [lambda z: lossfunc(z, target)], [owner], count).diag_hessian
     with backpack(BatchDiagHessian(), sample_ids=(inputs[2], count)):
         lossfunc(model(*inputs), target).backward()
-    for k, p in enumerate(parameters):
-        assert close(p.diag_h_batch, torch.stack([row[k] for row in truth]), 1.0)
-
-
-def _second(grad, parameter, k):
-    if not grad.requires_grad:
-        return grad.new_zeros(())
-    (found,) = torch.autograd.grad(grad, parameter, retain_graph=True, allow_unused=True)
-    return grad.new_zeros(()) if found is None else found.flatten()[k]
+    for name, p in model.named_parameters():
+        assert close(p.diag_h_batch, truth[name], 1.0)

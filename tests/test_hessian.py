@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from truths import close
-from truths.second_order import block, hessian_blocks, hessian_diagonals
+from truths.second_order import Truth, block, hessian_blocks, hessian_diagonals
 
 from backpack import backpack, extend
 from backpack.curvature.replacements.attention import attention as replaced_attention
@@ -266,24 +266,7 @@ def test_where_samples_are_mixed_curvature_is_that_of_their_terms(name, subsampl
     model, X = build().double(), rand(*shape)
     y = torch.arange(len(X)) % 3
     chosen = list(range(len(X))) if subsampling is None else subsampling
-    parameters = list(model.parameters())
-    hessians, ggns = [], []
-    for n in chosen:
-        out = model(X)[n]
-        term = cross_entropy(out[None], y[n : n + 1]) / len(X)
-        grads = torch.autograd.grad(term, parameters, create_graph=True)
-        own = [
-            torch.stack(
-                [torch.autograd.grad(e, p, retain_graph=True)[0].flatten()[k] for k, e in enumerate(g.flatten())]
-            )
-            for p, g in zip(parameters, grads, strict=True)
-        ]
-        hessians.append([diagonal.reshape(p.shape) for p, diagonal in zip(parameters, own, strict=True)])
-        probability = out.detach().softmax(0)
-        middle = (torch.diag(probability) - torch.outer(probability, probability)) / len(X)
-        rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in out]
-        jacobians = [torch.stack(own) for own in zip(*rows, strict=True)]
-        ggns.append([torch.einsum("c...,cd,d...->...", j, middle, j) for j in jacobians])
+    truth = Truth(model, [model(X)], [lambda z: cross_entropy(z, y)])
     extend(model)
     lossfunc = extend(nn.CrossEntropyLoss())
     s = {"subsampling": subsampling}
@@ -291,8 +274,8 @@ def test_where_samples_are_mixed_curvature_is_that_of_their_terms(name, subsampl
         DiagHessian(**s), BatchDiagHessian(**s), DiagGGNExact(**s), BatchDiagGGNExact(**s), SqrtGGNExact(**s)
     ):
         lossfunc(model(X), y).backward()
-    for k, p in enumerate(parameters):
-        hessian, ggn = (torch.stack([own[k] for own in terms]) for terms in (hessians, ggns))
+    for name, p in model.named_parameters():
+        hessian, ggn = truth.diag_hessian[name][chosen], truth.diag_ggn[name][chosen]
         assert close(p.diag_h_batch, hessian, rtol=1e-8) and close(p.diag_h, hessian.sum(0), rtol=1e-8)
         assert close(p.diag_ggn_exact_batch, ggn, rtol=1e-8) and close(p.diag_ggn_exact, ggn.sum(0), rtol=1e-8)
         assert close(p.sqrt_ggn_exact.square().sum(0), ggn, rtol=1e-8)

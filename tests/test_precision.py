@@ -7,8 +7,8 @@ import pytest
 import torch
 from models.small import differentiate
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from truths import close
+from truths.autograd import individual_gradients
 from truths.data_sets import giant, parameters_of, problem
 from truths.second_order import hessian_diagonals
 
@@ -78,11 +78,8 @@ def tiny(factor):
 
 def check_scaled(found, model, X, y, factor, bound):
     parameters = parameters_of(model)
-    rows = [
-        torch.autograd.grad((model(x[None]) - t).square().sum() * factor, list(parameters.values()))
-        for x, t in zip(X, y, strict=True)
-    ]
-    individual = {name: torch.stack(g) for name, g in zip(parameters, zip(*rows, strict=True), strict=True)}
+    terms = (model(X) - y).square().sum(1) * factor
+    individual = dict(zip(parameters, individual_gradients(terms, parameters.values()), strict=True))
     norms = torch.stack([g.flatten(1).square().sum(1) for g in individual.values()]).sum(0).sqrt()
     assert bound < norms.max()
     for name, g in individual.items():
@@ -157,34 +154,6 @@ def test_channels_with_a_kernel_each_give_the_same_in_single_precision(monkeypat
         taken.clear()
     assert len(found[0]) == 8
     assert all(close(found[0][name].double(), value, rtol=1e-5) for name, value in found[1].items())
-
-
-class Recomputing(nn.Module):
-    def __init__(self, recompute):
-        super().__init__()
-        self.recompute = recompute
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.middle = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 5))
-
-    def forward(self, x):
-        h = self.first(x)
-        return self.last(checkpoint(self.middle, h, use_reentrant=False) if self.recompute else self.middle(h))
-
-
-def test_recomputed_activations_change_nothing():
-    torch.manual_seed(0)
-    plain, lossfunc = extend(Recomputing(False).double()), extend(nn.CrossEntropyLoss())
-    again = extend(Recomputing(True).double())
-    again.load_state_dict(plain.state_dict())
-    X, y = torch.randn(6, 4).double(), torch.arange(6) % 3
-    for extensions in ([BatchGrad()], [DiagGGNExact([1, 3])], [Variance(), DiagGGNExact()]):
-        for model in (plain, again):
-            torch.manual_seed(1)
-            with backpack(*extensions):
-                lossfunc(model(X), y).backward()
-        for p, q in zip(plain.parameters(), again.parameters(), strict=True):
-            assert torch.equal(p.grad, q.grad)
-            assert all(torch.equal(getattr(p, e.savefield), getattr(q, e.savefield)) for e in extensions)
 
 
 def test_results_can_be_kept_on_another_device():

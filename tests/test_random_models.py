@@ -17,7 +17,7 @@ from models.kinds import KINDS, Cubed, Kind, Step, by_rows, by_terms, sq
 from models.small import Fn, L, P, rand
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from truths.autograd import through_rows
+from truths.autograd import individual_gradients, through_rows
 
 from backpack import backpack, extend
 from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
@@ -29,11 +29,7 @@ def truth_of(step: Step, parameters: list[Tensor]) -> list[Tensor]:
     if step.terms is None:
         assert step.output is not None
         return through_rows(step.output, step.loss, parameters, step.axis)
-    rows = [torch.autograd.grad(t, parameters, retain_graph=True, allow_unused=True) for t in step.terms]
-    return [
-        torch.stack([torch.zeros_like(p) if r[k] is None else r[k].to_dense() for r in rows])
-        for k, p in enumerate(parameters)
-    ]
+    return individual_gradients(step.terms, parameters)
 
 
 def subset(rng: random.Random, n: int) -> tuple[Any, list[int]]:

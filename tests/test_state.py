@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from truths import close
+from truths.autograd import individual_gradients
+from truths.second_order import ggn_blocks
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad, DiagGGNExact, Variance
@@ -32,27 +34,15 @@ def individual(model, X=X, Y=Y):
     """Individual gradients of the mean cross entropy by a loop, on a copy without hooks."""
     twin = net()
     twin.load_state_dict(model.state_dict())
-    loss = nn.CrossEntropyLoss()
-    rows = [
-        torch.autograd.grad(loss(twin(x[None]), y[None]) / len(X), list(twin.parameters()))
-        for x, y in zip(X, Y, strict=True)
-    ]
-    return [torch.stack(grads) for grads in zip(*rows, strict=True)]
+    return individual_gradients(nn.CrossEntropyLoss(reduction="none")(twin(X), Y) / len(X), twin.parameters())
 
 
 def ggn(model):
     """The GGN's diagonal by explicit Jacobians, on a copy without hooks."""
     twin = net()
     twin.load_state_dict(model.state_dict())
-    parameters, total = list(twin.parameters()), [torch.zeros_like(p) for p in twin.parameters()]
-    for out in twin(X):
-        p = out.detach().softmax(0)
-        hessian = (p.diag() - p.outer(p)) / len(X)
-        rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in out]
-        for k, diagonal in enumerate(total):
-            jacobian = torch.stack([row[k] for row in rows])
-            diagonal += (jacobian * torch.einsum("cd,d...->c...", hessian, jacobian)).sum(0)
-    return total
+    blocks = ggn_blocks(twin, X, nn.CrossEntropyLoss(), Y)
+    return [G.diagonal().reshape(p.shape) for p, G in blocks.items()]
 
 
 def right(model, run=None):

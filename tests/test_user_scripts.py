@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 from truths import close
+from truths.autograd import individual_gradients
+from truths.second_order import explicit
 
 from backpack import backpack, extend, extensions
 from backpack.core.derivatives.convnd import weight_jac_t_save_memory
@@ -22,20 +24,13 @@ def mlp():
 
 def gradients(model, lossfunc, x, y):
     """Of the loss of single samples, by autograd alone, ``[N, *p]``."""
-    rows = [
-        torch.autograd.grad(lossfunc(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))
-        for n in range(len(x))
-    ]
-    return [torch.stack(found) for found in zip(*rows, strict=True)]
+    terms = (lossfunc(model(x[n : n + 1]), y[n : n + 1]) for n in range(len(x)))
+    return individual_gradients(terms, model.parameters())
 
 
 def ggn(model, x, y, lossfunc):
     """The whole matrix, from explicit Jacobians."""
-    out = model(x)
-    hessian = torch.autograd.functional.hessian(lambda o: lossfunc(o, y), out.detach()).reshape(out.numel(), -1)
-    rows = [torch.autograd.grad(entry, list(model.parameters()), retain_graph=True) for entry in out.flatten()]
-    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    return jacobian.T @ hessian @ jacobian
+    return explicit(model, x, lossfunc, y, len(x))[1]
 
 
 def flat(tensors):
