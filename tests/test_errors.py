@@ -47,26 +47,6 @@ def refused(model, extensions, error, words, loss=None, batch=batch, lossfunc=No
     assert not [name for name, p in model.named_parameters() for field in fields if hasattr(p, field)]
 
 
-@pytest.mark.parametrize("subsampling", [[5], [-6], torch.ones(4, dtype=torch.bool), slice(7, 9)])
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_a_subset_that_does_not_fit_is_refused_before_any_extension_stores_a_result(extension, subsampling):
-    model = extend(net())
-    others = [DiagGGNExact(), BatchGrad(subsampling=[0]), SqrtGGNExact(subsampling=[1])]
-    others = [other for other in others if type(other) is not extension]
-    refused(model, [*others, extension(subsampling=subsampling)], (IndexError, ValueError), "5|mask")
-    assert all(p.grad is None for p in model.parameters())
-    with backpack(extension(subsampling=[0])):
-        extend(nn.CrossEntropyLoss())(model(batch()[0]), batch()[1]).backward()
-    assert all(hasattr(p, extension.savefield) for p in model.parameters())
-
-
-@pytest.mark.parametrize("written", [[], [0.5], [[0, 1]], "01", 3, torch.tensor([0.5]), torch.zeros(2, 2), {}, [None]])
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_what_is_no_subset_is_refused_at_once(extension, written):
-    with pytest.raises((TypeError, ValueError), match="subsampling"):
-        extension(subsampling=written)
-
-
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_a_loss_of_a_tensor_that_no_extended_model_made_is_warned_of(extension):
     (X, y), lossfunc, model = batch(), extend(nn.CrossEntropyLoss()), net()
@@ -212,9 +192,10 @@ def test_a_concave_loss_leaves_no_results(extension):
         def forward(self, out, target):
             return -out.square().mean()
 
-    refused(
-        extend(net()), [extension(), BatchGrad()], ValueError, "not positive semidefinite", lossfunc=extend(Concave())
-    )
+    model, lossfunc, (X, y) = extend(net()), extend(Concave()), batch()
+    refused(model, [extension(), BatchGrad()], ValueError, "not positive semidefinite", lossfunc=lossfunc)
+    with backpack(BatchGrad()):  # nothing is left half-done
+        lossfunc(model(X), y).backward()
 
 
 def test_a_target_that_requires_a_gradient_is_refused():
@@ -245,13 +226,17 @@ def test_a_parameter_that_is_used_unseen_leaves_no_results(extension):
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, -1.0])
-def test_a_rescaled_loss_warns_of_the_factor_in_every_reduction(factor):
+def test_a_factor_of_the_loss_is_warned_of_and_ignored_in_every_reduction(factor):
     X, y = batch()
     for reduction in ("mean", "sum"):
         model, lossfunc = extend(net()), extend(nn.CrossEntropyLoss(reduction=reduction))
+        with backpack(DiagGGNExact()):
+            lossfunc(model(X), y).backward()
+        expected = [p.diag_ggn_exact for p in model.parameters()]
         words = f"CrossEntropyLoss was multiplied by a factor.*{factor:.3g}"
         with pytest.warns(UserWarning, match=words), backpack(DiagGGNExact()):
             (factor * lossfunc(model(X), y)).backward()
+        assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
 def test_a_part_that_is_switched_alone_and_mixes_samples_is_found():

@@ -82,6 +82,7 @@ def flat():
 
 MODELS = {
     "linear": (lambda: nn.Linear(3, 2), flat),
+    "perceptron": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), flat),
     "linear, input with gradient": (lambda: nn.Linear(3, 2), lambda: flat().requires_grad_()),
     "linear of sequences": (lambda: nn.Linear(3, 2), lambda: torch.randn(4, 5, 3)),
     "embedding": (lambda: nn.Embedding(7, 3), lambda: torch.randint(7, (4, 5))),

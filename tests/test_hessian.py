@@ -854,19 +854,3 @@ def test_fused_attention_whose_output_nobody_keeps_runs_again(inside, ending):
         assert close(p.diag_h.flatten(), H.diagonal(), H.abs().max(), 1e-9)
         units = torch.eye(p.numel(), dtype=p.dtype).reshape(-1, *p.shape)
         assert close(p.hmp(units).reshape(H.shape), H, rtol=1e-9)
-
-
-def test_a_single_class_has_no_columns():
-    model, X = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), rand(4, 3)
-    differentiate(
-        model,
-        nn.CrossEntropyLoss(),
-        X,
-        torch.zeros(4, dtype=torch.long),
-        DiagHessian(),
-        BatchDiagHessian(),
-        DiagGGNExact(),
-        KFLR(),
-    )
-    for p in model.parameters():
-        assert not any(result.any() for result in (p.diag_h, p.diag_h_batch, p.diag_ggn_exact, *p.kflr[:1]))

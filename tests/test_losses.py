@@ -14,7 +14,17 @@ from truths.second_order import explicit
 from backpack import backpack, extend
 from backpack.curvature.losses import ROOTS
 from backpack.curvature.losses.denominators import denominator
-from backpack.extensions import HBP, KFLR, KFRA, BatchDiagGGNExact, DiagGGNExact, SqrtGGNExact, SqrtGGNMC
+from backpack.extensions import (
+    HBP,
+    KFLR,
+    KFRA,
+    BatchDiagGGNExact,
+    BatchDiagHessian,
+    DiagGGNExact,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
 
 N, C = 4, 3
 LABELS = torch.tensor([0, 2, 1, 2])
@@ -270,8 +280,15 @@ def test_a_rescaled_sum_of_losses_is_not_taken_for_a_factor():
 
 @pytest.mark.parametrize(
     "make",
-    [KFRA, KFLR, DiagGGNExact, lambda: HBP("hessian", "sum", "average", "E[J^T E(H) J]")],
-    ids=["KFRA", "KFLR", "DiagGGNExact", "HBP"],
+    [
+        KFRA,
+        KFLR,
+        DiagGGNExact,
+        DiagHessian,
+        BatchDiagHessian,
+        lambda: HBP("hessian", "sum", "average", "E[J^T E(H) J]"),
+    ],
+    ids=["KFRA", "KFLR", "DiagGGNExact", "DiagHessian", "BatchDiagHessian", "HBP"],
 )
 def test_cross_entropy_of_one_class_has_no_curvature(make):
     model, extension = extend(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()), make()

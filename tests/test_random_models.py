@@ -232,18 +232,20 @@ def test_individual_gradients_are_differentiable(layer):
     model = nn.Sequential(L(3, 4), LAYERS[layer](), L(4, 2))
     ours = extend(copy.deepcopy(model))
     parameters, mine = list(model.parameters()), list(ours.parameters())
-    rows = [torch.autograd.grad(t, parameters, create_graph=True) for t in sq(model(x))]
-    stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+    stacked = individual_gradients(sq(model(x)), parameters, create_graph=True)
     truth = torch.autograd.grad(sum(g.pow(3).sum() for g in stacked), parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         total = sq(ours(x)).sum()
         with backpack(BatchGrad()):
-            torch.autograd.grad(total, mine, create_graph=True)
+            grads = torch.autograd.grad(total, mine, create_graph=True)
     found = torch.autograd.grad(sum(p.grad_batch.pow(3).sum() for p in mine), mine)
     size = max(t.abs().max() for t in truth)
     for (name, _), a, b in zip(model.named_parameters(), found, truth, strict=True):
         near(a, b, size, name)
+    largest = max(rows.abs().max() for rows in stacked)
+    for (name, _), grad, rows in zip(model.named_parameters(), grads, stacked, strict=True):
+        near(grad, rows.sum(0), largest, name)
 
 
 PARTS: dict[str, Callable[[], nn.Module]] = {

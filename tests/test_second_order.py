@@ -129,24 +129,6 @@ def test_an_operator_without_batching_rule_is_looped_without_a_warning():
     check(model, values(4, 4), extend(nn.CrossEntropyLoss()), LABELS, 4)
 
 
-def test_a_loss_that_was_not_extended_is_refused():
-    model = extend(mlp().double())
-    with pytest.raises(RuntimeError, match="extended loss"), backpack(DiagGGNExact()):
-        nn.CrossEntropyLoss()(model(values(4, 4)), LABELS).backward()
-
-
-def test_a_concave_loss_is_refused():
-    class Concave(nn.Module):
-        def forward(self, out, target):
-            return -(out - target).square().mean()
-
-    model, lossfunc = extend(mlp().double()), extend(Concave())
-    with pytest.raises(ValueError, match="not positive semidefinite"), backpack(DiagGGNExact()):
-        lossfunc(model(values(4, 4)), values(4, 3)).backward()
-    with backpack(BatchGrad()):  # nothing is left half-done
-        lossfunc(model(values(4, 4)), values(4, 3)).backward()
-
-
 def test_a_loss_that_couples_samples_is_refused():
     class Coupled(nn.Module):
         def forward(self, out, target):
@@ -155,16 +137,6 @@ def test_a_loss_that_couples_samples_is_refused():
     model, lossfunc = extend(mlp().double()), extend(Coupled())
     with pytest.raises(ValueError, match="couples the samples"), backpack(DiagGGNExact()):
         lossfunc(model(values(4, 4)), values(4, 3)).backward()
-
-
-def test_a_rescaled_loss_warns_and_ignores_the_factor():
-    model, X, lossfunc, y = make("mlp", "cross_entropy")
-    with backpack(DiagGGNExact()):
-        lossfunc(model(X), y).backward()
-    expected = [p.diag_ggn_exact for p in model.parameters()]
-    with pytest.warns(UserWarning, match="factor"), backpack(DiagGGNExact()):
-        (2 * lossfunc(model(X), y)).backward()
-    assert all(close(p.diag_ggn_exact, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -219,15 +191,6 @@ def test_results_are_differentiable():
 
     truth = torch.autograd.grad(trace(*parameters), parameters)
     assert all(close(f, t, 1e-6) for f, t in zip(found, truth, strict=True))
-
-
-@pytest.mark.parametrize("lossfunc", [nn.NLLLoss(), nn.L1Loss()])
-def test_a_loss_that_is_linear_in_its_input_warns_of_zeros(lossfunc):
-    model, linear = extend(nn.Sequential(mlp(), nn.LogSoftmax(1)).double()), extend(lossfunc)
-    target = LABELS if isinstance(lossfunc, nn.NLLLoss) else values(4, 3)
-    with pytest.warns(UserWarning, match="linear in its input"), backpack(DiagGGNExact()):
-        linear(model(values(4, 4)), target).backward()
-    assert not any(p.diag_ggn_exact.any() for p in model.parameters())
 
 
 class Twice(nn.Module):

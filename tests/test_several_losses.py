@@ -825,18 +825,6 @@ def test_a_pass_that_does_not_come_to_the_term_has_results():
         torch.autograd.grad(loss, [out, other])
 
 
-@pytest.mark.filterwarnings("ignore:The gradients of .* have a part that belongs to no sample")
-def test_a_penalty_on_parameters_is_left_out():
-    model, lossfunc, x, y = model_and_loss()
-    with backpack(DiagGGNExact()):
-        lossfunc(model(x), y).backward()
-    before = [p.diag_ggn_exact for p in model.parameters()]
-    loss = lossfunc(model(x), y) + sum(p.square().sum() for p in model.parameters())
-    with backpack(DiagGGNExact(), BatchGrad()):
-        loss.backward()
-    assert all(close(p.diag_ggn_exact, found) for p, found in zip(model.parameters(), before, strict=True))
-
-
 def test_a_loss_that_depends_on_no_parameter_adds_nothing():
     model, lossfunc, x, y = model_and_loss()
     free = rand(4, 2).requires_grad_()
