@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from models.small import Scale
 from torch import nn
 from truths import close
 from truths.autograd import individual_gradients
@@ -28,15 +29,6 @@ def without_rules():
     RULED.clear()
     yield
     RULED.update(before)
-
-
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(3, dtype=torch.float64))
-
-    def forward(self, x):
-        return x * self.weight
 
 
 class SameForward(Scale):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_custom_rules import Scale
+from models.small import Scale
 from torch import nn
 from torch.nn.utils import parametrizations
 from truths import close

@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from models.small import Fn, L, rand
+from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad, DiagGGNExact, DiagHessian
@@ -133,3 +135,66 @@ def test_a_handed_through_input_belongs_to_the_model_that_it_comes_from():
             lossfunc(out, torch.zeros_like(out)).backward()
         results.append([getattr(p, f) for p in model.parameters() for f in ("diag_ggn_exact", "diag_h", "grad_batch")])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _relu_first() -> nn.Module:
+    return extend(Fn(lambda s, h, *_: s.l(h.relu()), l=L(10, 10)))
+
+
+class Box:
+    """An object that holds an output."""
+
+
+def _residual(m: nn.Module) -> None:
+    h = rand(4, 10).requires_grad_() * 1
+    h.add_(m(h).sin())
+    with backpack(BatchGrad()):
+        h.sum().backward()
+
+
+def _dict(m: nn.Module) -> None:
+    state: dict[str, Tensor] = {}
+    state["out"] = m(rand(4, 10), state)
+    with backpack(BatchGrad()):
+        state["out"].sum().backward()
+
+
+def _object(m: nn.Module) -> None:
+    box: Any = Box()
+    box.out = m(rand(4, 10), box)
+    with backpack(BatchGrad()):
+        box.out.sum().backward()
+
+
+def _plain(m: nn.Module) -> None:
+    with backpack(BatchGrad()):
+        m(rand(4, 10)).sum().backward()
+
+
+def _penalty(m: nn.Module) -> None:
+    x = rand(4, 10).requires_grad_()
+    out = m(x).sin().sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with backpack(BatchGrad()):
+        (out + grad.square().sum()).backward()
+
+
+def _create_graph(m: nn.Module) -> None:
+    with backpack(BatchGrad()):
+        torch.autograd.grad(m(rand(4, 10)).sin().sum(), list(m.parameters()), create_graph=True)
+    sum(p.grad_batch.square().sum() for p in m.parameters()).backward()
+    for p in m.parameters():
+        del p.grad_batch
+
+
+@pytest.mark.parametrize("use", [_plain, _penalty, _create_graph, _residual, _dict, _object])
+def test_nothing_of_a_step_stays(use):
+    model = _relu_first()
+    kept: list[Any] = []
+    hook = model.register_forward_hook(lambda *given: kept.append(weakref.ref(given[2])))
+    for _ in range(5):
+        use(model)
+        model.zero_grad()
+    hook.remove()
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True] * len(kept)

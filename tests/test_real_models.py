@@ -9,10 +9,20 @@ from models.of_others import LANGUAGE, MODELS, SINGLE, SMALL, problem
 from torch import nn
 from truths import close
 from truths.first_order import check_first_order
-from truths.second_order import jacobians
+from truths.second_order import hessian_entries, jacobians
 
 from backpack import backpack, extend
-from backpack.extensions import EKFAC, KFAC, KFLR, BatchDiagGGNExact, BatchL2Grad, DiagGGNExact, SqrtGGNExact
+from backpack.extensions import (
+    EKFAC,
+    KFAC,
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDiagHessian,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    SqrtGGNExact,
+)
 from backpack.samples import owners
 from backpack.utils.kroneckers import kfacs_to_mat
 
@@ -114,3 +124,37 @@ def test_the_table_of_nodes_knows_where_samples_are_in_common_models(name, monke
     with backpack(BatchL2Grad()):
         given.loss().backward()
     assert all(hasattr(p, "batch_l2") for p in given.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n != "vit" else n for n in ("gpt2", "bert", "vit")]
+)
+@pytest.mark.filterwarnings("ignore:(?s).*(column by column|entry by entry)")
+def test_diagonals_of_the_hessian_are_exact(name):
+    """Of every parameter some entries; of a language model's first 5 words, flattened to ``[N * T, C]``."""
+    given = problem(name, n=2, length=3)
+    parameters = list(given.parameters().values())
+
+    def forward(inputs, kwargs):
+        out = given.model(*inputs, **kwargs)
+        out = out if isinstance(out, torch.Tensor) else out.logits
+        return out[:, :, :5].flatten(0, 1) if name in LANGUAGE else out
+
+    y = torch.randint(0, 5, (len(forward(given.inputs, given.kwargs)),))
+    lossfunc = nn.CrossEntropyLoss()
+
+    def term(k):
+        inputs, kwargs = [x[k : k + 1] for x in given.inputs], {key: x[k : k + 1] for key, x in given.kwargs.items()}
+        return lambda: lossfunc(forward(inputs, kwargs), y.reshape(2, -1)[k]) / 2
+
+    truth, places = hessian_entries([term(0), term(1)], parameters, most=2)
+    extend(given.model), extend(lossfunc)
+    with backpack(DiagHessian(), BatchDiagHessian([1])):
+        lossfunc(forward(given.inputs, given.kwargs), y).backward()
+    size = 1e-4 * max(float(t.abs().max()) for t in truth)
+    for (which, p), where, expected in zip(given.parameters().items(), places, truth, strict=True):
+        if p.grad is None:
+            assert not hasattr(p, "diag_h"), which
+            continue
+        assert close(p.diag_h.flatten()[where], expected.sum(0), size, 1e-8), which
+        assert close(p.diag_h_batch.flatten(1)[:, where], expected[1:], size, 1e-8), which

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
-from test_operators import outputs
+from models.operators import outputs
 from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.common_methods_invocations import op_db
 

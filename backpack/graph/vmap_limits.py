@@ -2,7 +2,7 @@
 
 PyTorch loops inside of these nodes, with a warning. For some of them the loop fails or is wrong, so that whole
 pull-backs are looped; so they are for users' own functions, since nothing is known of their backward pass. The lists
-are what a sweep over PyTorch's own operator database finds; ``tests/test_operators.py`` keeps them true.
+are what a sweep over PyTorch's own operator database finds; ``tests/test_vmap_limits.py`` keeps them true.
 """
 
 from __future__ import annotations

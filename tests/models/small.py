@@ -38,6 +38,17 @@ def P(*shape: int) -> nn.Parameter:
     return nn.Parameter(rand(*shape))
 
 
+class Scale(nn.Module):
+    """A layer that the package does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 def differentiate(model: nn.Module, lossfunc: nn.Module, X: Tensor, y: Any, *extensions: Any) -> None:
     """Extend both, and run one backward pass."""
     extend(model), extend(lossfunc)

@@ -1,4 +1,4 @@
-"""The Hessian's diagonal and products with it: random compositions, and models that others wrote."""
+"""Random compositions of layers: individual gradients, the GGN, the Hessian's diagonal and products with both."""
 
 import warnings
 
@@ -7,16 +7,58 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from models.compositions import LOSSES, problems, targets
-from models.of_others import LANGUAGE, problem
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from truths import close
+from truths.first_order import check_first_order, subsets
 from truths.second_order import hessian_entries, jacobians
 
 from backpack import backpack, extend
-from backpack.extensions import GGNMP, HMP, BatchDiagHessian, DiagHessian
+from backpack.extensions import (
+    GGNMP,
+    HMP,
+    BatchDiagGGNExact,
+    BatchDiagHessian,
+    DiagGGNExact,
+    DiagHessian,
+    GGNGram,
+    SqrtGGNExact,
+)
 
-REAL = ("gpt2", "bert", "vit")
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@QUICK
+@given(problems(), st.data())
+def test_first_order_of_random_compositions(problem, data):
+    names = data.draw(st.lists(st.sampled_from(sorted(subsets(problem.n))), min_size=6, max_size=6))
+    scale = data.draw(st.sampled_from([1.0, 1 / problem.n]))
+    check_first_order(problem, lambda k: names[k], scale)
+
+
+@QUICK
+@given(problems(), st.data())
+def test_ggn_of_random_compositions_and_losses(problem, data):
+    n, parameters = problem.n, problem.parameters()
+    loss, target, options = data.draw(st.sampled_from(LOSSES))
+    reduction = data.draw(st.sampled_from(["mean", "sum"]))
+    lossfunc = loss() if options is None else loss(reduction=reduction, **options)
+    y, X = targets(n)[target], problem.inputs[0]
+    diagonals, jacobian, hessian = jacobians(problem.model(X), lossfunc, y, n, list(parameters.values()))
+    chosen = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=4))
+    chunk = data.draw(st.sampled_from([None, 1, 2]))
+    value = extend(lossfunc)(extend(problem.model)(X), y)
+    with backpack(DiagGGNExact(chosen, chunk), BatchDiagGGNExact(chosen[::-1]), SqrtGGNExact(), GGNGram()):
+        value.backward()
+    roots = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in parameters.values()], 2).flatten(0, 1)
+    ggn = jacobian.T @ hessian @ jacobian
+    assert close(roots.T @ roots, ggn, 1e-12, 1e-9)
+    assert close(GGNGram.total(parameters.values()), roots @ roots.T, 1e-12, 1e-9)
+    size = 1e-6 * float(ggn.abs().max()) + 1e-12
+    for p, truth in zip(parameters.values(), diagonals, strict=True):
+        assert close(p.diag_ggn_exact, truth[chosen].sum(0), size, 1e-9)
+        assert close(p.diag_ggn_exact_batch, truth[chosen[::-1]], size, 1e-9)
+
+
 SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 SETTINGS["phases"] = [Phase.generate]  # a smaller failing example would take minutes to find
 
@@ -111,34 +153,3 @@ def test_diagonals_of_many_random_compositions(given, data):
 @given(problems(), st.data())
 def test_products_of_many_random_compositions(given, data):
     check_products(given, data)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n != "vit" else n for n in REAL])
-def test_diagonals_of_real_models(name):
-    """Of every parameter some entries; of a language model's first 5 words, flattened to ``[N * T, C]``."""
-    given = problem(name, n=2, length=3)
-    parameters = list(given.parameters().values())
-
-    def forward(inputs, kwargs):
-        out = given.model(*inputs, **kwargs)
-        out = out if isinstance(out, torch.Tensor) else out.logits
-        return out[:, :, :5].flatten(0, 1) if name in LANGUAGE else out
-
-    y = torch.randint(0, 5, (len(forward(given.inputs, given.kwargs)),))
-    lossfunc = nn.CrossEntropyLoss()
-
-    def term(k):
-        inputs, kwargs = [x[k : k + 1] for x in given.inputs], {key: x[k : k + 1] for key, x in given.kwargs.items()}
-        return lambda: lossfunc(forward(inputs, kwargs), y.reshape(2, -1)[k]) / 2
-
-    truth, places = hessian_entries([term(0), term(1)], parameters, most=2)
-    extend(given.model), extend(lossfunc)
-    with backpack(DiagHessian(), BatchDiagHessian([1])):
-        lossfunc(forward(given.inputs, given.kwargs), y).backward()
-    size = 1e-4 * max(float(t.abs().max()) for t in truth)
-    for (which, p), where, expected in zip(given.parameters().items(), places, truth, strict=True):
-        if p.grad is None:
-            assert not hasattr(p, "diag_h"), which
-            continue
-        assert close(p.diag_h.flatten()[where], expected.sum(0), size, 1e-8), which
-        assert close(p.diag_h_batch.flatten(1)[:, where], expected[1:], size, 1e-8), which

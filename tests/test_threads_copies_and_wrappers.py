@@ -150,7 +150,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel as DDP
-from test_state import X, Y, close, individual, net
+from test_threads_copies_and_wrappers import X, Y, close, individual, net
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from torch import nn
@@ -190,7 +190,7 @@ COMPILED = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from test_state import net, right
+from test_threads_copies_and_wrappers import net, right
 from backpack import extend
 
 def ways():
