@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from truths import close
 from truths.autograd import gradients, individual_gradients
+from truths.first_order import OF_GRADIENTS, clipped, quantities
 from truths.second_order import block
 
 from backpack import accumulate, backpack, extend, verify
+from backpack import extensions as package
 from backpack.extensions import (
     EKFAC,
     GGNMP,
@@ -25,9 +27,7 @@ from backpack.extensions import (
     PCHMP,
     BatchDiagGGNExact,
     BatchDiagHessian,
-    BatchDotGrad,
     BatchGrad,
-    BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
@@ -37,7 +37,6 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
     SumGradSquared,
-    Variance,
 )
 from backpack.utils.kroneckers import apply_kfac_mat_prod, eigh_kfacs, inv_kfacs, kfac_logdet, kfacs_to_mat, pi_damping
 
@@ -246,21 +245,15 @@ def individual(model, x):
     return dict(zip(named, individual_gradients(terms(model(x)), named.values()), strict=True))
 
 
-def first_order(gradients):
-    norms = sum(pairs(g.flatten(1)).square().sum(1) for g in gradients.values()).sqrt()
-    for name, g in gradients.items():
-        flat = pairs(g.flatten(1))
-        clipped = torch.einsum("n,n...->...", (MAX_NORM / norms).clamp(max=1).to(g.dtype), g)
-        yield name, "grad_batch", g
-        yield name, "batch_l2", flat.square().sum(1)
-        yield name, "sum_grad_squared", size(g).sum(0)
-        yield name, "variance", size(g - g.mean(0)).mean(0)
-        yield name, "batch_dot", flat @ flat.T
-        yield name, "grad_clipped", clipped
+def first_order(grads):
+    of_clipped = clipped(grads, MAX_NORM)
+    for name, g in grads.items():
+        for field, value in {**quantities(g), "grad_clipped": of_clipped[name]}.items():
+            yield name, field, value
 
 
 def extensions():
-    return [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), BatchDotGrad(), ClippedGrad(MAX_NORM)]
+    return [*(getattr(package, name)() for name in OF_GRADIENTS), ClippedGrad(MAX_NORM)]
 
 
 @pytest.mark.parametrize("alone", [False, True])

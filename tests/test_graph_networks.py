@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from truths import close
 from truths.autograd import through_rows
+from truths.first_order import norms_of
 from truths.second_order import Truth
 
 from backpack import backpack, extend
@@ -76,7 +77,7 @@ def test_graphs_are_samples(name, by_graph):
         of_graph = torch.arange(count) if by_graph else inputs[2]
         known = Truth(model, [out], [lambda z: lossfunc(z, target)], [of_graph[:, None].expand(out.shape)], count)  # noqa: B023
         truth, diagonals = known.grads.values(), known.diag_ggn.values()
-        norms = sum(t.flatten(1).square().sum(1) for t in truth).sqrt()
+        norms = norms_of(known.grads)
         bound, largest = float(norms.median()), norms.max()
         first = [BatchGrad(), BatchL2Grad([count - 1]), Variance(), ClippedGrad(bound)]
         with backpack(*first, DiagGGNExact([0]), BatchDiagGGNExact(), sample_ids=ids):

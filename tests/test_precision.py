@@ -10,6 +10,7 @@ from torch import nn
 from truths import close
 from truths.autograd import individual_gradients
 from truths.data_sets import giant, parameters_of, problem
+from truths.first_order import clipped, norms_of, quantities
 from truths.second_order import hessian_diagonals
 
 from backpack import accumulate, across_processes, backpack, extend
@@ -32,24 +33,15 @@ from backpack.nodes.convolution import Convolution
 EXTENSIONS = (BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact)
 
 
-def expected(g, v):
-    return {
-        "grad_batch": g,
-        "batch_l2": g.flatten(1).square().sum(1),
-        "sum_grad_squared": g.square().sum(0),
-        "variance": (g - g.mean(0)).square().mean(0),
-        "diag_ggn_exact": v.square().sum((0, 1)),
-    }
-
-
 def check(found, truth, rtol):
     """By the size of all parameters' gradients: those of one may be small."""
     largest = max(g.abs().max() for g in truth["individual"].values())
     for name, g in truth["individual"].items():
-        for field, value in expected(g, truth["roots"][name]).items():
+        expected = {**quantities(g), "diag_ggn_exact": truth["roots"][name].square().sum((0, 1))}
+        for field in (extension.savefield for extension in EXTENSIONS):
             size = largest if field == "grad_batch" else largest**2
             assert found[field][name].dtype == torch.float32
-            assert close(found[field][name].double(), value, size, rtol), (name, field)
+            assert close(found[field][name].double(), expected[field], size, rtol), (name, field)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,15 +72,14 @@ def check_scaled(found, model, X, y, factor, bound):
     parameters = parameters_of(model)
     terms = (model(X) - y).square().sum(1) * factor
     individual = dict(zip(parameters, individual_gradients(terms, parameters.values()), strict=True))
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in individual.values()]).sum(0).sqrt()
-    assert bound < norms.max()
+    assert bound < norms_of(individual).max()
+    of_clipped = clipped(individual, bound)
     for name, g in individual.items():
         size, rtol = g.abs().max(), 0.02
         assert close(found["grad_batch"][name].double(), g, rtol=rtol)
         assert close(found["sum_grad_squared"][name].double() * 1e12, g.square().sum(0) * 1e12, rtol=rtol)
         assert close(found["variance"][name].double() * 1e12, g.var(0, correction=0) * 1e12, rtol=rtol)
-        clipped = torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g)
-        assert close(found["grad_clipped"][name].double(), clipped, size, rtol)
+        assert close(found["grad_clipped"][name].double(), of_clipped[name], size, rtol)
     return individual
 
 

@@ -13,6 +13,7 @@ from models.kinds import KINDS, Kind, Step, by_rows
 from models.small import Fn, L, rand
 from torch import Tensor, nn
 from truths.autograd import individual_gradients, through_rows
+from truths.first_order import norms_of, quantities
 
 from backpack import backpack, extend
 from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
@@ -44,18 +45,21 @@ def near(found: Tensor, truth: Tensor, size: Tensor, what: Any) -> None:
     assert error <= 1e-9, (what, float(error))
 
 
+FIELDS = ["grad_batch", "batch_l2", "sum_grad_squared", "variance", "batch_dot"]
+
+
 def laws(kind: Kind, rng: random.Random, ours: nn.Module | None = None) -> None:
     plain, ours = kind.model, ours or extend(copy.deepcopy(kind.model))
     names = [name for name, p in plain.named_parameters() if p.requires_grad]
-    of = dict(plain.named_parameters())
+    parameters = dict(plain.named_parameters())
     torch.manual_seed(7)
     state = copy.deepcopy(plain.state_dict())
     made = kind.step(plain)
-    truth = truth_of(made, [of[name] for name in names])
+    truth = truth_of(made, [parameters[name] for name in names])
     made.loss.backward()
     n = len(truth[0])
-    squares = torch.stack([t.reshape(len(t), -1).square().sum(1) for t in truth]).sum(0)
-    sizes = squares.sqrt()  # of each sample's gradient
+    sizes = norms_of(dict(zip(names, truth, strict=True)))  # of each sample's gradient
+    squares = sizes.square()
     bound = 0.7 * float(sizes.mean()) + 1e-12
     after = {key: value.clone() for key, value in plain.state_dict().items()}
     for clipped in (False,) if kind.mixes else (False, True):
@@ -79,7 +83,7 @@ def laws(kind: Kind, rng: random.Random, ours: nn.Module | None = None) -> None:
         for key, value in ours.state_dict().items():
             assert torch.equal(value, after[key]), ("state", key)
         for name, t in zip(names, truth, strict=True):
-            p, q = mine[name], of[name]
+            p, q = mine[name], parameters[name]
             assert (p.grad is None) == (q.grad is None), ("grad", name)
             if q.grad is None:
                 continue
@@ -94,12 +98,12 @@ def laws(kind: Kind, rng: random.Random, ours: nn.Module | None = None) -> None:
                 continue
             one = [-1, *[1] * (t.dim() - 1)]
             near(p.grad_batch, t[rows[0]], sizes[rows[0]].reshape(one), (name, "grad_batch"))
-            near(p.batch_l2, t[rows[1]].reshape(len(rows[1]), -1).square().sum(1), squares[rows[1]], (name, "batch_l2"))
-            near(p.sum_grad_squared, t[rows[2]].square().sum(0), squares.max(), (name, "sum_grad_squared"))
-            own = t[rows[3]]
-            near(p.variance, own.square().mean(0) - own.mean(0).square(), squares.max(), (name, "variance"))
-            flat, root = t[rows[4]].reshape(len(rows[4]), -1), sizes[rows[4]]
-            near(p.batch_dot, flat @ flat.T, root[:, None] * root, (name, "batch_dot"))
+            of = {field: quantities(t[r])[field] for field, r in zip(FIELDS, rows, strict=True)}
+            root = sizes[rows[4]]
+            near(p.batch_l2, of["batch_l2"], squares[rows[1]], (name, "batch_l2"))
+            near(p.sum_grad_squared, of["sum_grad_squared"], squares.max(), (name, "sum_grad_squared"))
+            near(p.variance, of["variance"], squares.max(), (name, "variance"))
+            near(p.batch_dot, of["batch_dot"], root[:, None] * root, (name, "batch_dot"))
 
 
 @pytest.mark.parametrize("name", KINDS)

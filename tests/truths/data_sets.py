@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.func import functional_call, jacrev
 
 from backpack import extensions
 from backpack.curvature.losses.base import Diagonal
@@ -27,8 +26,11 @@ from backpack.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
-from truths import close
-from truths.first_order import OF_GRADIENTS
+
+from . import close
+from .autograd import individual_gradients, loss_hessian
+from .first_order import OF_GRADIENTS, clipped, norms_of
+from .second_order import hessian_blocks
 
 
 def parameters_of(model):
@@ -42,24 +44,16 @@ def giant(model, lossfunc, X, y, divided, rows=None):
     parameters = parameters_of(model)
     sums = copy.deepcopy(lossfunc)
     sums.reduction = "sum"
-    individual = {name: [] for name in parameters}
-    for k in range(n):
-        loss = sums(model(X[k : k + 1]), y[k : k + 1]) / divided
-        for name, grad in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-            individual[name].append(grad)
-    individual = {name: torch.stack(grads) for name, grads in individual.items()}
+    terms = [sums(model(X[k : k + 1]), y[k : k + 1]) / divided for k in range(n)]
+    individual = dict(zip(parameters, individual_gradients(terms, parameters.values()), strict=True))
     everything = sums(model(X), y) / divided
     roots = {name: [] for name in parameters}  # of each sample [c, *p], with the Hessian's symmetric root
     for k in range(n):
-        out = model(X[k : k + 1]).detach()
-        hessian = torch.autograd.functional.hessian(lambda o: sums(o, y[k : k + 1]) / divided, out)  # noqa: B023
-        values, vectors = torch.linalg.eigh(hessian.reshape(out.numel(), out.numel()))
+        out = model(X[k : k + 1])
+        values, vectors = torch.linalg.eigh(loss_hessian(lambda o: sums(o, y[k : k + 1]) / divided, out))  # noqa: B023
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-        jacobian = jacrev(lambda p: functional_call(model, p, (X[k : k + 1],)).flatten())(  # noqa: B023
-            {name: p.detach() for name, p in parameters.items()}
-        )
-        for name in parameters:
-            roots[name].append(torch.einsum("dc,d...->c...", root, jacobian[name]))
+        for name, J in zip(parameters, individual_gradients(out.flatten(), parameters.values()), strict=True):
+            roots[name].append(torch.einsum("dc,d...->c...", root, J))
     roots = {name: torch.stack(found, 1) for name, found in roots.items()}
     inputs = {"0": X[rows], "2": model[:2](X[rows]).detach()}
     return {
@@ -174,37 +168,28 @@ def check_hessians(found, diagonals):
 
 def hessian_diagonals(model, lossfunc, X, y, divided, rows=None):
     """Of each sample's term of the loss, ``[n, *p]``."""
-    sums, parameters = copy.deepcopy(lossfunc), {name: p.detach() for name, p in model.named_parameters()}
+    sums, parameters, found = copy.deepcopy(lossfunc), parameters_of(model), []
     sums.reduction = "sum"
-
-    def diagonal(name, k):
-        def loss(p):
-            out = functional_call(model, {**parameters, name: p}, (X[k : k + 1],))
-            return sums(out, y[k : k + 1]) / divided
-
-        p = parameters[name]
-        return torch.autograd.functional.hessian(loss, p).reshape(p.numel(), -1).diagonal().reshape(p.shape)
-
-    rows = range(len(X)) if rows is None else [k % len(X) for k in rows]
-    return {name: torch.stack([diagonal(name, k) for k in rows]) for name in parameters}
+    for k in range(len(X)) if rows is None else [k % len(X) for k in rows]:
+        blocks = hessian_blocks(model, lambda k=k: sums(model(X[k : k + 1]), y[k : k + 1]) / divided)
+        found.append([H.diagonal().reshape(p.shape) for H, p in zip(blocks, parameters.values(), strict=True)])
+    return {name: torch.stack(own) for name, own in zip(parameters, zip(*found, strict=True), strict=True)}
 
 
 def bound_of(truth):
-    return 0.7 * float(
-        torch.stack([flat(g, 1).square().sum(1) for g in truth["individual"].values()]).sum(0).sqrt().mean()
-    )
+    return 0.7 * float(norms_of(truth["individual"]).mean())
 
 
 def check(found, truth, bound, model):
     """All extensions of ``all_extensions``, against individual gradients and roots of one giant batch."""
     assert close(found.loss, truth["loss"])
-    norms = torch.stack([flat(g, 1).square().sum(1) for g in truth["individual"].values()]).sum(0).sqrt()
+    of_clipped = clipped(truth["individual"], bound)
     for name, parameter in parameters_of(model).items():
         g, v = truth["individual"][name], truth["roots"][name]
         assert close(found.grad[name], truth["grad"][name], g.abs().max())
         assert parameter.grad is None
         expected = {
-            "grad_clipped": torch.einsum("n,n...->...", (bound / norms).clamp(max=1), g),
+            "grad_clipped": of_clipped[name],
             "diag_ggn_exact": v.square().sum((0, 1)),
             "diag_ggn_exact_batch": v.square().sum(0),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -14,12 +14,19 @@ from backpack.extensions import ClippedGrad
 
 from . import close
 
+
+def real_rows(g: Tensor) -> Tensor:
+    """``[n, real entries]``: a complex number is two real ones."""
+    rows = g.flatten(1)
+    return torch.view_as_real(rows.resolve_conj()).flatten(1) if g.is_complex() else rows
+
+
 OF_GRADIENTS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "BatchGrad": (1, lambda g: g),
-    "BatchL2Grad": (2, lambda g: g.flatten(1).square().sum(1)),
-    "BatchDotGrad": (2, lambda g: g.flatten(1) @ g.flatten(1).T),
-    "SumGradSquared": (2, lambda g: g.square().sum(0)),
-    "Variance": (2, lambda g: (g - g.mean(0)).square().mean(0)),
+    "BatchL2Grad": (2, lambda g: real_rows(g).square().sum(1)),
+    "BatchDotGrad": (2, lambda g: real_rows(g) @ real_rows(g).T),
+    "SumGradSquared": (2, lambda g: g.abs().square().sum(0)),
+    "Variance": (2, lambda g: (g - g.mean(0)).abs().square().mean(0)),
 }
 """Extension of first order -> its degree, and its truth from the individual gradients of a parameter, ``[n, *p]``.
 
@@ -42,23 +49,39 @@ def subsets(n: int) -> dict[str, tuple[object, list[int]]]:
     }
 
 
+def quantities(g: Tensor) -> dict[str, Tensor]:
+    """All of the table for one parameter, by the fields of the extensions."""
+    return {getattr(extensions, name).savefield: true(g) for name, (_, true) in OF_GRADIENTS.items()}
+
+
+def norms_of(grads: Mapping[str, Tensor]) -> Tensor:
+    """Of each sample's gradient, ``[n]``."""
+    return torch.stack([real_rows(g).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+
+
+def clipped(grads: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
+    """The sums of gradients of at most this norm."""
+    factor = (bound / norms_of(grads).clamp(min=1e-30)).clamp(max=1)
+    return {name: torch.einsum("n,n...->...", factor.to(g.dtype), g) for name, g in grads.items()}
+
+
 def check_first_order(problem: Problem, choose: Callable[[int], str], scale: float, alone: bool = False) -> None:
     """Each quantity, each with its own subset, in one backward pass; ``alone``: that leaves out the gradient."""
     truth = problem.individual_gradients(scale)
     plain = problem.gradients(scale)
-    bound = 0.7 * float(torch.stack([t.flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt().mean())
+    bound = 0.7 * float(norms_of(truth).mean())
     names = [choose(k) for k in range(len(OF_GRADIENTS) + 1)]
-    *chosen, (clipped, own) = [subsets(problem.n)[name] for name in names]
+    *chosen, (for_clipping, own) = [subsets(problem.n)[name] for name in names]
     computed = [getattr(extensions, ext)(subsampling=w) for ext, (w, _) in zip(OF_GRADIENTS, chosen, strict=True)]
     extend(problem.model)
     out = problem.output()
     loss = problem.value(out, scale)
-    with backpack(*computed, ClippedGrad(bound, subsampling=clipped)):
+    with backpack(*computed, ClippedGrad(bound, subsampling=for_clipping)):
         if alone:
             torch.autograd.grad(loss, out)
         else:
             loss.backward()
-    norms = torch.stack([t[own].flatten(1).square().sum(1) for t in truth.values()]).sum(0).sqrt()
+    of_clipped = clipped({name: t[own] for name, t in truth.items()}, bound)
     floor = 1e-5 * max(t.abs().max() for t in truth.values())
     for name, parameter in problem.parameters().items():
         if name not in truth:
@@ -72,5 +95,4 @@ def check_first_order(problem: Problem, choose: Callable[[int], str], scale: flo
         for ext, (_, rows), (degree, true) in zip(computed, chosen, OF_GRADIENTS.values(), strict=True):
             found = getattr(parameter, ext.savefield)
             assert close(found, true(truth[name][rows]), largest**degree), (name, ext.savefield, names)
-        true = torch.einsum("n,n...->...", (bound / norms).clamp(max=1), truth[name][own])
-        assert close(parameter.grad_clipped, true, largest), (name, names)
+        assert close(parameter.grad_clipped, of_clipped[name], largest), (name, names)
