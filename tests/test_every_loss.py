@@ -61,10 +61,10 @@ def check(given, name, sampled=()):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_of_layers(name):
+def test_the_ggn_of_every_loss_is_exact_on_every_layer(name):
     check(build(name), name)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_of_models_of_others(name):
+def test_the_ggn_of_every_loss_is_exact_on_models_that_others_wrote(name):
     check(problem(name, n=2, length=3), name, ("cross_entropy", "mse") if name in (*LANGUAGE, "vit") else ())

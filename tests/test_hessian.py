@@ -80,7 +80,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_of_every_activation(activation):
+def test_the_diagonal_is_exact_for_every_activation(activation):
     if isinstance(activation, nn.Softmax2d):
         model = nn.Sequential(nn.Conv2d(1, 2, 2), activation, nn.Flatten(), nn.Linear(8, 3))
         X = rand(3, 1, 3, 3)
@@ -96,7 +96,7 @@ def test_of_every_activation(activation):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_of_networks(name):
+def test_the_diagonal_is_exact_for_networks(name):
     build, shape = NETWORKS[name]
     model = build().double()
     if name == "data_as_weights":
@@ -107,18 +107,18 @@ def test_of_networks(name):
     check(model, rand(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1])[: shape[0]], chunk=3)
 
 
-def test_of_what_lies_behind_frozen_attention():
+def test_the_diagonal_is_exact_behind_frozen_attention():
     build, shape = NETWORKS["attention"]
     model = Fn(lambda m, x: m.rest(m.first(x)), first=nn.Linear(4, 4), rest=build()).double()
     model.rest.a.requires_grad_(False)
     check(model, rand(*shape), nn.CrossEntropyLoss(), torch.tensor([0, 2]))
 
 
-def test_of_a_tied_embedding():
+def test_the_diagonal_is_exact_for_a_tied_embedding():
     check(TiedWords().double(), torch.randint(0, 5, (2, 3)), nn.CrossEntropyLoss(), torch.tensor([0, 4]))
 
 
-def test_of_parameters_that_enter_nonlinearly_is_exact():
+def test_the_diagonal_is_exact_for_parameters_that_enter_nonlinearly():
     check(Nonlinear().double(), rand(3, 3), nn.CrossEntropyLoss(), torch.tensor([0, 2, 1]))
 
 
@@ -176,7 +176,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_of_losses(name):
+def test_the_diagonal_is_exact_for_losses(name):
     last = nn.Sigmoid() if name in ("bce", "poisson_of_rates") else nn.LogSoftmax(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), last).double()
     check(model, rand(3, 3), *LOSSES[name])
@@ -184,7 +184,7 @@ def test_of_losses(name):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["classes", "normal"])
-def test_of_losses_that_weigh_samples(kind, reduction):
+def test_the_diagonal_is_exact_for_losses_that_weigh_samples(kind, reduction):
     """By class, with an ignored one, or by a variance: with the mean's denominator of the whole batch."""
     model, X = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), rand(4, 3)
     if kind == "classes":
@@ -572,7 +572,7 @@ class Attending(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_of_attention_with_rows_that_have_no_key(seed):
+def test_the_diagonal_is_exact_for_attention_with_rows_that_have_no_key(seed):
     X, y, lossfunc = rand(3, 4, 2), torch.tensor([0, 2, 1]), nn.CrossEntropyLoss()
     model = Attending(masks(seed, 4, 3)).double()
     parameters = list(model.parameters())
@@ -645,7 +645,7 @@ class InOrder(nn.Module):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_of_channels_last(seed, dims):
+def test_the_diagonal_is_exact_for_channels_last(seed, dims):
     model, X = convolutional(seed, dims)
     form = torch.channels_last if dims == 2 else torch.channels_last_3d
     twin = nn.Sequential(InOrder(), copy.deepcopy(model))  # of the other form PyTorch's own derivatives crash
