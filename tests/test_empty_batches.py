@@ -48,7 +48,9 @@ def differentiate(model, shape, *extensions, reduction="sum", **options):
     """The gradients of a copy that is not extended, and the model with its results."""
     plain, x, y = deepcopy(model), torch.zeros(0, *shape, **F64), torch.zeros(0, dtype=torch.int64)
     nn.functional.cross_entropy(plain(x), y, reduction=reduction).backward()
-    differentiate(model, nn.CrossEntropyLoss(reduction=reduction), x, y, *extensions, **options)
+    extend(model)
+    with backpack(*extensions, **options):
+        extend(nn.CrossEntropyLoss(reduction=reduction))(model(x), y).backward()
     return [parameter.grad for parameter in plain.parameters()]
 
 

@@ -201,7 +201,9 @@ def test_the_diagonal_is_exact_for_losses_that_weigh_samples(kind, reduction):
         hessian_blocks(model, lambda n=n: term(model(X[n : n + 1]), *(a[n : n + 1] for a in args)) / scale)
         for n in range(4)
     ]
-    differentiate(model, lossfunc, X, *args, DiagHessian(), BatchDiagHessian())
+    extend(model), extend(lossfunc)
+    with backpack(DiagHessian(), BatchDiagHessian()):
+        lossfunc(model(X), *args).backward()
     for p, expected in zip(model.parameters(), map(torch.stack, zip(*found, strict=True)), strict=True):
         each = expected.diagonal(dim1=1, dim2=2)
         size = 1e-4 * float(expected.abs().max())
@@ -354,7 +356,7 @@ def test_results_of_create_graph_are_differentiable(name, subsampling):
     weights = {key: rand(len(chosen), *p.shape) for key, p in point.items()}
     truth = diagonals(point)
     rate = torch.func.grad(lambda at: sum((d * weights[key]).sum() for key, d in diagonals(at).items()))(point)
-    total_rate = torch.func.grad(lambda at: sum(d.sum() for d in diagonals(at).rand()))(point)
+    total_rate = torch.func.grad(lambda at: sum(d.sum() for d in diagonals(at).values()))(point)
     extend(model), extend(lossfunc)
     with backpack(DiagHessian(subsampling=subsampling), BatchDiagHessian(subsampling=subsampling)):
         lossfunc(model(X), y).backward(create_graph=True)
@@ -362,12 +364,12 @@ def test_results_of_create_graph_are_differentiable(name, subsampling):
     for key, p in parameters.items():
         assert close(p.diag_h_batch, truth[key]) and close(p.diag_h, truth[key].sum(0))
     total = sum((p.diag_h_batch * weights[key]).sum() for key, p in parameters.items())
-    alone = sum(p.diag_h.sum() for p in parameters.rand())
+    alone = sum(p.diag_h.sum() for p in parameters.values())
     with backpack(DiagHessian(subsampling=subsampling)):
         lossfunc(model(X), y).backward(create_graph=True)
-    again = sum(p.diag_h.sum() for p in parameters.rand())
+    again = sum(p.diag_h.sum() for p in parameters.values())
     for value, expected in ((total, rate), (alone, total_rate), (again, total_rate)):
-        found = torch.autograd.grad(value, list(parameters.rand()), retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
         for key, own in zip(parameters, found, strict=True):
             assert close(torch.zeros_like(expected[key]) if own is None else own, expected[key])
 
@@ -535,7 +537,7 @@ def test_the_estimate_averages_to_the_diagonal(name):
             lossfunc(model(X), y).backward()
         for p, found in draws.items():
             found.append(p.diag_h_mc)
-    for found, expected in zip(draws.rand(), truth, strict=True):
+    for found, expected in zip(draws.values(), truth, strict=True):
         found = torch.stack(found)
         error = found.std(0) / len(found) ** 0.5
         assert bool(((found.mean(0) - expected.sum(0)).abs() <= 7 * error + 1e-10).all())

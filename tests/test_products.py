@@ -299,8 +299,8 @@ def test_products_of_random_chains_are_those_at_the_weights_of_the_pass(seed):
     chain = nn.Sequential(*layers)
     truth = {
         "hmp": hessian_blocks(chain, lambda: last(chain(X))),
-        "ggnmp": ggn_blocks(chain, X, lambda out, _: last(out), None),
-        "pchmp": positive_blocks(layers, last, X, function),
+        "ggnmp": list(ggn_blocks(chain, X, lambda out, _: last(out), None).values()),
+        "pchmp": list(positive_blocks(layers, last, X, function).values()),
     }
     for part in (chain,) if choose.random() < 0.3 else layers:
         extend(part)
@@ -356,7 +356,7 @@ def test_products_outlive_updates_however_parameters_were_saved():
     lossfunc = nn.CrossEntropyLoss()
     hessian, ggn = hessian_blocks(model, lambda: lossfunc(model(X), y)), ggn_blocks(model, X, lossfunc, y)
     extend(model), extend(lossfunc)
-    for way in UPDATES.rand():
+    for way in UPDATES.values():
         state = {name: value.clone() for name, value in model.state_dict().items()}
         with backpack(HMP(), GGNMP()):
             lossfunc(model(X), y).backward()

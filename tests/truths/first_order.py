@@ -17,7 +17,7 @@ from . import close
 
 def real_rows(g: Tensor) -> Tensor:
     """``[n, real entries]``: a complex number is two real ones."""
-    rows = g.flatten(1)
+    rows = g.flatten(1) if g.dim() > 1 else g[:, None]
     return torch.view_as_real(rows.resolve_conj()).flatten(1) if g.is_complex() else rows
 
 

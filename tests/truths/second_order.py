@@ -22,7 +22,7 @@ def flat(tensor: Tensor, lead: int = 0) -> Tensor:
     """``[*lead, real entries]``: a complex number is two real ones, side by side."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.flatten(lead)
+    return tensor.flatten(lead) if tensor.dim() > lead else tensor.unsqueeze(-1)
 
 
 def by_entries(tensor: Tensor, p: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def jacobians(
     For parameters of which blocks are too large. The samples' entries of the output follow one another.
     """
     hessian = loss_hessian(lambda o: lossfunc(o, y), out)
-    blocks = [rows.flatten(1) for rows in individual_gradients(out.flatten(), parameters)]
+    blocks = [flat(rows, 1) for rows in individual_gradients(out.flatten(), parameters)]
     owner = torch.arange(out.numel()) // (out.numel() // n)
     diagonals = []
     for jacobian, parameter in zip(blocks, parameters, strict=True):
@@ -218,5 +218,5 @@ def ggn_blocks(model: nn.Module, X: Any, lossfunc: Callable[..., Tensor], y: Any
     """Of each parameter that of all samples, ``[P, P]``."""
     out, parameters = model(X), list(model.parameters())
     hessian = loss_hessian(lambda o: lossfunc(o, y), out)
-    rows = [J.flatten(1) for J in individual_gradients(out.flatten(), parameters)]
+    rows = [flat(J, 1) for J in individual_gradients(out.flatten(), parameters)]
     return {p: J.T @ hessian @ J for p, J in zip(parameters, rows, strict=True)}
