@@ -51,9 +51,8 @@ def says(node: ast.AST, names: dict[str, str]) -> Iterator[str]:
         name = ast.unparse(node.func).rpartition(".")[2]
         if name.endswith("Error") or name in ("NoTruth", "warn"):
             yield from [text(argument, names) for argument in node.args][:2]
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-        if node.targets[0].attr == "notice":
-            yield text(node.value, names)
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(".notice"):
+        yield text(node.value, names)
 
 
 def messages(source: str) -> set[str]:
