@@ -16,16 +16,10 @@ FILES = sorted((ROOT / "backpack").rglob("*.py"))
 HOLE = "\0"
 
 INTERNAL = {
-    "The axes of a repeated tensor are split before the samples are taken.",
-    "The general form takes the cotangents of all outputs.",
-    "What a node sends is computed from the cotangents of all its outputs.",
-    "A recurrent layer is bound to the cotangents of all its outputs.",
-    "Only Kronecker factors are read of a map.",
-    "The rows of each matrix are taken by themselves.",
     "Not a version 1.0 .npy array of uint8 in C order.",
     f"{HOLE} bytes that are no idx array of unsigned bytes",
 }
-"""Of methods that a use inherits and nobody calls, and of errors that are caught and raised anew in other words."""
+"""Of errors that are caught and raised anew in other words."""
 
 
 def text(node: ast.AST, names: dict[str, str]) -> str:
