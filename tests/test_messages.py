@@ -43,7 +43,7 @@ def says(node: ast.AST, names: dict[str, str]) -> Iterator[str]:
     """The messages of errors and warnings that a node of the source makes."""
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func).rpartition(".")[2]
-        if name.endswith("Error") or name in ("NoTruth", "warn"):
+        if name.endswith("Error") or name in ("NotCompared", "warn"):
             yield from [text(argument, names) for argument in node.args][:2]
     if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(".notice"):
         yield text(node.value, names)
