@@ -14,10 +14,12 @@ from truth import close, through_rows
 
 from backpack import accumulate, backpack, extend, hessianfree
 from backpack.extensions import (
+    GGNMP,
     HMP,
     KFAC,
     KFLR,
     KFRA,
+    PCHMP,
     BatchDiagGGNExact,
     BatchGrad,
     ClippedGrad,
@@ -694,6 +696,50 @@ def test_averaged_curvature_that_is_to_be_differentiated():
     assert close(found, truth)
 
 
+@pytest.mark.parametrize("remedy", ["one by one", "KFLR"])
+def test_averaged_curvature_of_losses_of_different_inputs(remedy):
+    model, one, other = extend(chain()), extend(nn.MSELoss()), extend(nn.MSELoss())
+    words = r"Call backward\(\) for each loss by itself, or use KFLR"
+    with pytest.raises(RuntimeError, match=words), backpack(KFRA()):
+        (one(out := model(X), Z) + other(2 * out, Z)).backward()
+    bias, unit = model[2].bias, torch.eye(2, dtype=F64)
+    if remedy == "KFLR":
+        with backpack(KFLR()):
+            (one(out := model(X), Z) + other(2 * out, Z)).backward()
+        assert close(bias.kflr[0], (1 + 4) * unit)
+    else:
+        with backpack(KFRA()):
+            one(model(X), Z).backward()
+        assert close(bias.kfra[0], unit)
+
+
+def test_averaged_curvature_of_complex_numbers():
+    model, lossfunc = extend(Complex(is_real=False)), extend(nn.MSELoss())
+    model = extend(nn.Sequential(model))
+    model[0].scale.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"the model has complex ones\. Use KFLR"), backpack(KFRA()):
+        lossfunc(model(X), Z).backward()
+    assert factors_work(model)
+
+
+@pytest.mark.parametrize("remedy", [HMP, GGNMP])
+def test_positive_curvature_of_complex_functions(remedy):
+    model, lossfunc = (
+        extend(Plain(lambda m, x: (m.a(x) * (1 + 1j)).add(1j).abs(), a=nn.Linear(3, 2)).double()),
+        nn.MSELoss(),
+    )
+    extend(lossfunc)
+    with pytest.raises(RuntimeError, match="or take the Hessian or the GGN"), backpack(PCHMP()):
+        lossfunc(model(X), Z).backward()
+        model.a.bias.pchmp(torch.ones(2, dtype=F64))
+    v = torch.tensor([1.0, -2.0], dtype=F64)
+    with backpack(remedy()):
+        lossfunc(out := model(X), Z).backward(retain_graph=True)
+    jacobian = torch.stack([torch.autograd.grad(e, model.a.bias, retain_graph=True)[0] for e in out.flatten()])
+    block = blocks(model, lambda: mse_loss(model(X), Z))[1] if remedy is HMP else 2 / 10 * jacobian.T @ jacobian
+    assert close(remedy().result(model.a.bias)(v), block @ v)
+
+
 def test_a_singular_factor():
     factors = [torch.zeros(2, 2, dtype=F64), torch.eye(3, dtype=F64)]
     with pytest.raises(ValueError, match="Give a positive shift"):
@@ -846,7 +892,9 @@ def test_sequences_of_different_lengths():
     permuted = lambda m, batch: (m(batch[0]).transpose(1, 2), batch[1])  # noqa: E731
     data = [(rand(2, t, 3), torch.zeros(2, t, dtype=torch.int64)) for t in (2, 4)]
     lossfunc = nn.CrossEntropyLoss(reduction="sum")
-    with pytest.raises(ValueError, match="Let the samples of all batches have as many, or take BatchDiagGGNExact"):
+    with pytest.raises(
+        ValueError, match="Give the samples of all batches the same number of positions, or use BatchDiagGGNExact"
+    ):
         accumulate(model, lossfunc, data, SqrtGGNExact(), forward=permuted)
     found = accumulate(model, lossfunc, data, BatchDiagGGNExact(), forward=permuted)
     padded = [(torch.nn.functional.pad(x, (0, 0, 0, 4 - x.shape[1])), y) for x, y in data]
