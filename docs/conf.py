@@ -29,10 +29,13 @@ html_show_sourcelink = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "friendly", "monokai"
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "substitution"]
+myst_substitutions = {"release": release}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 88
 napoleon_use_rtype = False
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold an object
 

@@ -67,16 +67,10 @@ def quantities() -> str:
     return table(["extension", "arguments", "what it computes"], sorted(rows))
 
 
-def reference() -> str:
-    """One entry an extension, in reStructuredText as the docstrings are."""
-    entries = "\n".join(f".. autoclass:: backpack.extensions.{name}\n" for name in sorted(extensions.__all__))
-    return f"```{{eval-rst}}\n{entries}\n```\n"
-
-
 def write(folder: Path) -> None:
     """All parts, for the pages that include them."""
     folder.mkdir(exist_ok=True)
-    for part in (forms, losses, quantities, reference):
+    for part in (forms, losses, quantities):
         (folder / f"{part.__name__}.md").write_text(part())
     report.write(read(RESULTS / "costs.json"), folder)
     (folder / "benchmark_agreement.md").write_text(report.agreement(read(RESULTS / "agreement.json", Difference)))

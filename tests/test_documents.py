@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import backpack.hessianfree
+from backpack.utils import convert_parameters, examples, kroneckers, subsampling
+
 ROOT = Path(__file__).parent.parent
 GRAPHS = ["-W", "ignore:`torch.jit.script`:DeprecationWarning"]  # when torch_geometric is imported
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -90,6 +93,30 @@ def test_examples_in_docstrings_print_what_they_say(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried and not failed
+
+
+PUBLIC = {
+    "backpack": [*backpack.__all__],
+    "backpack.extensions": [*backpack.extensions.__all__],
+    "backpack.hessianfree": [*backpack.hessianfree.__all__],
+    **{
+        module.__name__: [
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+        ]
+        for module in (convert_parameters, examples, kroneckers, subsampling)
+    },
+}
+REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs").glob("reference_*.md"))
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_in_the_reference(module):
+    single = re.findall(rf"auto(?:class|function):: {module}[\w.]*?\b(\w+)$", REFERENCE, re.MULTILINE)
+    listed = re.search(rf"automodule:: {module}\n   :members:(.*)", REFERENCE)
+    members = [] if listed is None else re.findall(r"\w+", listed[1]) or PUBLIC[module]  # no list: all of them
+    assert PUBLIC[module] and not {*PUBLIC[module]} - {*single, *members, "extensions"}
 
 
 def test_there_is_something_to_run():

@@ -330,11 +330,11 @@ def test_a_progress_bar_is_shown_on_a_terminal_and_nowhere_else(terminal, mirror
 
 
 @pytest.mark.parametrize("missing", ["pooch", "tqdm"])
-def test_a_download_without_the_extra_names_the_extra_and_the_folder(missing, folder, monkeypatch):
+def test_a_download_without_its_packages_names_them_and_the_folder(missing, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError) as error:
         get_mnist_dataloader()
-    assert "backpack-for-pytorch[download]" in str(error.value) and str(folder) in str(error.value)
+    assert "pip install pooch tqdm" in str(error.value) and str(folder) in str(error.value)
 
 
 # the reference diagonal

@@ -125,7 +125,9 @@ class AveragedPass(SeedPass):
                 f"{name} averages the curvature of real numbers, but the model has complex ones. Use KFLR."
             )
         if torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: its results cannot be differentiated, as create_graph=True asks for.")
+            raise RuntimeError(
+                f"{name}: its results cannot be differentiated, as create_graph=True asks for. Use KFLR."
+            )
 
     def _read_functions(self, links: Sequence[Link]) -> bool:
         """Read off the graph what elementwise functions returned; ``False``: the model has to run again.
@@ -197,7 +199,7 @@ class AveragedPass(SeedPass):
                 if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != n:
                     raise RuntimeError(
                         f"{name}: {type(module).__name__} in the chain returns no tensor whose first axis counts the "
-                        f"{n} samples."
+                        f"{n} samples. Use KFLR."
                     )
                 if place >= first:
                     self._check_size(module, x.shape)

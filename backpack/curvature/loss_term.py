@@ -158,11 +158,13 @@ class Origin:
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
                     f"A further argument of {type(loss).__name__}, of shape {list(value.shape)}, requires a "
-                    f"gradient: second-order extensions differentiate the loss by its first argument alone."
+                    f"gradient: second-order extensions differentiate the loss by its first argument alone. "
+                    f"Give it as .detach()."
                 )
         if outer.dim() == 0 and outer.item() != factor:
             warnings.warn(
                 f"The output of {type(loss).__name__} was multiplied by a factor ({outer.item():.3g}) before "
-                f"backward(): second-order extensions are those of the loss itself, without the factor.",
+                f"backward(): second-order extensions are those of the loss itself, without the factor. "
+                f"Let the loss be a module that multiplies by it, and extend() that.",
                 stacklevel=2,
             )

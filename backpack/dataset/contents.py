@@ -85,8 +85,8 @@ def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
         if named is None and not tensors:
             raise TypeError(
                 f"The output of {type(model).__name__}, a {type(output).__name__}, holds no tensor that a loss could "
-                f"take. Pass forward=function, a function of the model and a batch that returns the two arguments of "
-                f"the loss."
+                f"take. Let the model return it in a tuple, a dictionary or a dataclass; or pass forward=function, a "
+                f"function that calls the model so that it returns a tensor, and returns the two arguments of the loss."
             )
         output = tensors[0] if named is None else named
     return output, target

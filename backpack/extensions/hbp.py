@@ -84,4 +84,4 @@ class HBP(KroneckerExtension[list[Tensor]]):
 
 def _one_of(name: str, given: str, *known: str) -> None:
     if given not in known:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {given!r}.")
+        raise ValueError(f"HBP: {name} must be {' or '.join(map(repr, known))}, got {given!r}.")

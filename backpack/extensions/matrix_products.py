@@ -45,7 +45,7 @@ class MatrixProduct(CurvatureExtension[Product]):
     semidefinite = False
     unmerged = (
         "its results are functions, each of which holds the graph of its batch. A product with the matrix of a data "
-        "set is the weighted sum of its batches' products: add these up batch by batch, as docs/scale.md shows"
+        "set is the weighted sum of its batches' products: add these up batch by batch, as docs/scale_formulas.md shows"
     )
 
     def __init__(self, savefield: str | None = None, subsampling: Any = None) -> None:

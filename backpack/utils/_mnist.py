@@ -97,7 +97,7 @@ def _download(name: str) -> Path:
             try:
                 return _retrieve(mirror + target.name, f"md5:{MD5[name]}", target, part)
             except ModuleNotFoundError as error:
-                how = "Downloading MNIST takes pooch and tqdm: pip install 'backpack-for-pytorch[download]'."
+                how = "Downloading MNIST takes pooch and tqdm: pip install pooch tqdm."
                 raise ModuleNotFoundError(f"{how} {by_hand}") from error
             except (OSError, ValueError) as error:  # ValueError: what pooch raises at a wrong checksum
                 failures.append(f"  {mirror}{target.name}: {error}")

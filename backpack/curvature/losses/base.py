@@ -42,7 +42,8 @@ class LossRoot(ABC):
         if self.smallest < 0:
             raise ValueError(
                 f"The Hessian of the loss with respect to its input has the eigenvalue {self.smallest:.3g} at this "
-                f"point: it is not positive semidefinite, so that it has no root and the model no Gauss-Newton matrix."
+                f"point: it is not positive semidefinite, so that it has no root and the model no Gauss-Newton matrix. "
+                f"Take DiagHessian, HMP or GGNMP, which need no root."
             )
 
     @abstractmethod

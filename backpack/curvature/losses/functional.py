@@ -89,6 +89,7 @@ def functional(
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * max(1e-30, found.abs().max().item())):
         raise ValueError(
             f"{type(loss).__name__} couples the samples of a batch: its Hessian with respect to its input of shape "
-            f"{list(input.shape)} is not block-diagonal over the {n} samples, as second-order extensions need it."
+            f"{list(input.shape)} is not block-diagonal over the {n} samples, as second-order extensions need it. Take "
+            f"first-order extensions, or give samples that belong together one number in sample_ids=."
         )
     return DenseRoot((hessian + hessian.transpose(1, 2)) / 2, term_weight(loss, input, layout, outer))
