@@ -32,7 +32,7 @@ from backpack.uses import (
     arrive_in_groups,
     join,
 )
-from backpack.uses.dense import SummedGroups
+from backpack.uses.dense_gradients import SummedGroups
 from backpack.uses.ragged import Ragged
 from backpack.uses.windows import Windows
 
@@ -93,7 +93,7 @@ def scratch(request, monkeypatch):
     """Of which use is made at a time: of all that fits into a bounded scratch, or of one sample."""
     for module in ("base", "dense", "lookup"):
         monkeypatch.setattr(f"backpack.uses.{module}.SCRATCH", request.param)
-    monkeypatch.setattr("backpack.uses.dense.SMALL", request.param)
+    monkeypatch.setattr("backpack.uses.dense_gradients.SMALL", request.param)
     monkeypatch.setattr("backpack.nodes.general.ENTRIES", request.param)
 
 

@@ -217,7 +217,7 @@ POOLINGS = {
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_seeds_go_through_max_pooling_by_turns(name, monkeypatch):
-    monkeypatch.setattr("backpack.curvature.by_turns.SMALL", 0)
+    monkeypatch.setattr("backpack.curvature.nodes_without_vmap.SMALL", 0)
     torch.manual_seed(0)
     expected, rectified, *layers = POOLINGS[name]
     model = extend(nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(4)).double())

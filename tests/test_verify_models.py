@@ -53,8 +53,8 @@ def factors(subsampling=None):
 
 
 BROKEN = {
-    "backpack.uses.dense_map.DenseMap.output_factor": (KFLR(), 1.001),
-    "backpack.uses.dense_map.DenseMap.input_factor": (KFAC(subsampling=[0]), 1.001),
+    "backpack.uses.dense_factors.DenseMap.output_factor": (KFLR(), 1.001),
+    "backpack.uses.dense_factors.DenseMap.input_factor": (KFAC(subsampling=[0]), 1.001),
     "backpack.uses.lookup.LookupMap.input_factor": (KFLR(approx="expand"), 1.001),
     "backpack.extensions.kronecker.output_factors": (KFAC(fisher="empirical"), 1.001),
     "backpack.extensions.ekfac.squares_in_bases": (EKFAC(), 1.001),

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.backward.arrivals import Contributions
 from backpack.backward.collector import Collector
 from backpack.backward.mixed_regions import place_in, pull_through
-from backpack.curvature.by_turns import by_turns
+from backpack.curvature.nodes_without_vmap import by_turns
 from backpack.curvature.spliced_graph import SplicedGraph, arrivals_at
 from backpack.graph import count_outputs, kind, saved, variable_of
 from backpack.graph.users_hooks import forget_retained

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 
-from backpack.curvature.by_turns import is_reordered
 from backpack.curvature.loss_term import Term, modules_of
+from backpack.curvature.nodes_without_vmap import is_reordered
 from backpack.curvature.rerun import agree, output_of
 from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.curvature.by_turns import Pooling, Turns, poolings, turns
+from backpack.curvature.nodes_without_vmap import Pooling, Turns, poolings, turns
 from backpack.curvature.residuals.local import Severed
 from backpack.graph import Graph
 from backpack.graph.vmap_limits import must_loop, nodes

@@ -15,9 +15,9 @@ from torch.nn import Module
 from backpack.backward.block import without_autocast
 from backpack.context import backpack, disable, extend
 from backpack.curvature.losses.denominators import denominator as of_loss
+from backpack.dataset.batch_contents import apply, moved, samples_of, split
 from backpack.dataset.batches import Batch
 from backpack.dataset.collection import Collection, part_of
-from backpack.dataset.contents import apply, moved, samples_of, split
 from backpack.dataset.model_loss import ModelLoss
 from backpack.modules.forward_hooks import EXTENDED
 from backpack.modules.parameters import SHARDED

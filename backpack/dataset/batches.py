@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from backpack.dataset.contents import samples_of
+from backpack.dataset.batch_contents import samples_of
 from backpack.dataset.processes import Processes
 from backpack.samples import SampleIds
 

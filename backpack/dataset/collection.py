@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from backpack.dataset.stores import FileRows, Rows
+from backpack.dataset.sample_rows import FileRows, Rows
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.curvature import CurvatureExtension
 from backpack.extensions.merge_batches import Joined, Merging, Summed

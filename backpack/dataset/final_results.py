@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes, bundles
-from backpack.dataset.stores import FileRows, Rows
+from backpack.dataset.sample_rows import FileRows, Rows
 from backpack.extensions.backprop_extension import BackpropExtension
 
 Key = tuple[str, str]

@@ -10,7 +10,7 @@ from backpack.dataset.checkpoint import Checkpoint, State
 from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
-from backpack.dataset.stores import FileRows, Rows
+from backpack.dataset.sample_rows import FileRows, Rows
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from backpack.dataset.batches import Batches, require_two_readings
 from backpack.dataset.collection import Collection
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
-from backpack.dataset.stores import FileRows
+from backpack.dataset.sample_rows import FileRows
 from backpack.extensions.backprop_extension import BackpropExtension
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpack.graph import Edge, Graph
-from backpack.modules.noted import Noted, version_of
+from backpack.modules.tensor_references import Noted, version_of
 
 OUTPUT = "backpack output"
 INPUT = "backpack input"

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from backpack.graph import Graph
 from backpack.graph.users_hooks import MODULE_IO, undisturbed
-from backpack.modules.noted import Noted, version_of
+from backpack.modules.tensor_references import Noted, version_of
 
 RULED: WeakSet[type[Module]] = WeakSet()
 """Classes of modules for which there is a rule."""

@@ -1,7 +1,7 @@
 """How a forward pass uses parameters, and what can be computed from a use and a cotangent."""
 
 from backpack.uses.base import Individual as Individual
-from backpack.uses.dense import Dense as Dense
+from backpack.uses.dense_gradients import Dense as Dense
 from backpack.uses.dense_use import DenseUse as DenseUse
 from backpack.uses.derived import Derived as Derived
 from backpack.uses.elementwise import ElementwiseUse as ElementwiseUse

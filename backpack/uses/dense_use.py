@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backpack.samples import Rows
 from backpack.uses.complex_numbers import conjugated
-from backpack.uses.dense import Dense, SummedGroups
+from backpack.uses.dense_gradients import Dense, SummedGroups
 from backpack.uses.use import SamplewiseUse
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backpack.uses.base import Individual, sum_of
 from backpack.uses.composed import Composed
-from backpack.uses.dense import Dense
+from backpack.uses.dense_gradients import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.lookup import Lookup

@@ -11,7 +11,7 @@ from torch import Tensor
 from backpack.memory import empty
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual
-from backpack.uses.dense import Dense
+from backpack.uses.dense_gradients import Dense
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.second_moments import second_moment
 from backpack.uses.use import SamplewiseUse

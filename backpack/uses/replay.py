@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backpack.samples import Rows
 from backpack.uses.base import Individual
-from backpack.uses.dense import Dense
+from backpack.uses.dense_gradients import Dense
 from backpack.uses.elementwise import Explicit
 
 

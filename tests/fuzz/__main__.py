@@ -36,7 +36,7 @@ from truths.kronecker import check
 from truths.second_order import twice_differentiable
 
 from backpack import accumulate, backpack, extend, extensions, verify
-from backpack.curvature import by_turns
+from backpack.curvature import nodes_without_vmap
 from backpack.inspection.verification import verdicts
 from backpack.inspection.verification.computation import SEED
 from fuzz.models import model_and_inputs, network
@@ -556,7 +556,7 @@ def case(number: int) -> list[str]:
     """Every third case has one loss, the others a history of steps or a data set; what was refused."""
     r = random.Random(number)
     torch.manual_seed(number)
-    by_turns.SMALL = number % 2 * 2**15  # columns go through max pooling by turns in every second case
+    nodes_without_vmap.SMALL = number % 2 * 2**15  # columns go through max pooling by turns in every second case
     if number % 3 == 0:
         return single(r)
     return data_set(r) if number % 15 == 1 else steps(r)

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from backpack.dataset.contents import apply
+from backpack.dataset.batch_contents import apply
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.inspection.verification import kronecker_factors as kronecker_factors  # they register checks
 from backpack.inspection.verification import positive_curvature as positive_curvature

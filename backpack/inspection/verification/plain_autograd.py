@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, RNNBase
 from torch.nn.utils.rnn import pad_sequence
 
-from backpack.dataset.contents import samples_of
+from backpack.dataset.batch_contents import samples_of
 from backpack.samples import SampleIds
 from backpack.torch_internals import dtype_at, shape_at
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from backpack.memory import empty, product
 from backpack.uses.base import SCRATCH, Individual, accumulate
 from backpack.uses.complex_numbers import as_real, squared
-from backpack.uses.dense_map import DenseMap
+from backpack.uses.dense_factors import DenseMap
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.sample_sum import SampleSum
 from backpack.uses.second_moments import second_moment

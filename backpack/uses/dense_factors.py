@@ -12,7 +12,7 @@ from backpack.uses.linear_map import LinearMap
 from backpack.uses.second_moments import diagonal_blocks, moment_of_outputs, second_moment
 
 if TYPE_CHECKING:
-    from backpack.uses.dense import Dense
+    from backpack.uses.dense_gradients import Dense
 
 
 @dataclass(eq=False)
