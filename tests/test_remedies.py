@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dataset_truth import problem
-from hessians import blocks
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
-from truth import close, through_rows
+from truths import close
+from truths.autograd import through_rows
+from truths.data_sets import problem
+from truths.second_order import hessian_blocks
 
 from backpack import accumulate, backpack, extend, hessianfree
 from backpack.extensions import (
@@ -488,7 +489,7 @@ def test_a_concave_loss(remedy):
         concave(model(X)).backward()
     with backpack(remedy()):
         concave(model(X)).backward()
-    for p, block in zip(model.parameters(), blocks(model, lambda: -model(X).square().sum()), strict=True):
+    for p, block in zip(model.parameters(), hessian_blocks(model, lambda: -model(X).square().sum()), strict=True):
         if remedy is HMP:
             assert close(p.hmp(torch.ones_like(p)).flatten(), block.sum(1), block.abs().max())
         else:
@@ -540,7 +541,7 @@ def test_the_hessian_of_complex_parameters(remedy):
     with backpack(DiagHessian()):
         lossfunc(model(X), Z).backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for p, block in zip(parameters, blocks(model, lambda: mse_loss(model(X), Z)), strict=True):
+    for p, block in zip(parameters, hessian_blocks(model, lambda: mse_loss(model(X), Z)), strict=True):
         assert close(p.diag_h.flatten(), block.diagonal(), block.abs().max())
 
 
@@ -562,7 +563,7 @@ def test_a_function_without_second_derivatives(remedy):
     model = extend(nn.Sequential(model[0], powers))
     with backpack(DiagHessian()):
         lossfunc(model(X), Z).backward()
-    for p, block in zip(model.parameters(), blocks(model, lambda: mse_loss(model(X), Z)), strict=True):
+    for p, block in zip(model.parameters(), hessian_blocks(model, lambda: mse_loss(model(X), Z)), strict=True):
         assert close(p.diag_h.flatten(), block.diagonal(), block.abs().max(), rtol=1e-8)
 
 
@@ -587,7 +588,7 @@ def test_fused_attention_with_dropout(remedy):
     assert close(weight.diag_h, 2 / out.numel() * jacobian.square().sum(0))  # a linear layer
     if remedy == "evaluation mode":
         own = model[1].self_attn.in_proj_weight
-        (block, *_) = blocks(model, lambda: mse_loss(model(x), y))
+        (block, *_) = hessian_blocks(model, lambda: mse_loss(model(x), y))
         assert close(own.diag_h.flatten(), block.diagonal(), block.abs().max(), rtol=1e-8)
 
 
@@ -601,7 +602,7 @@ def test_a_product_through_fused_attention():
         loss = model(x).square().sum()
     (found,) = hessianfree.hessian_vector_product(loss, [parameter], [v])
     index = [name for name, _ in model.named_parameters()].index("1.self_attn.out_proj.bias")
-    assert close(found, blocks(model, lambda: model(x).square().sum())[index] @ v, rtol=1e-8)
+    assert close(found, hessian_blocks(model, lambda: model(x).square().sum())[index] @ v, rtol=1e-8)
 
 
 @pytest.mark.parametrize("remedy", ["freeze", "diagonal"])
@@ -736,7 +737,7 @@ def test_positive_curvature_of_complex_functions(remedy):
     with backpack(remedy()):
         lossfunc(out := model(X), Z).backward(retain_graph=True)
     jacobian = torch.stack([torch.autograd.grad(e, model.a.bias, retain_graph=True)[0] for e in out.flatten()])
-    block = blocks(model, lambda: mse_loss(model(X), Z))[1] if remedy is HMP else 2 / 10 * jacobian.T @ jacobian
+    block = hessian_blocks(model, lambda: mse_loss(model(X), Z))[1] if remedy is HMP else 2 / 10 * jacobian.T @ jacobian
     assert close(remedy().result(model.a.bias)(v), block @ v)
 
 
