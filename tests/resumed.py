@@ -3,6 +3,7 @@
 import random
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy
@@ -31,6 +32,7 @@ class Noisy(Dataset):
 
 
 def main(checkpoint, stream, result, pause=0.0):
+    warnings.filterwarnings("ignore", "The loader draws its samples|The model is in training mode")  # on purpose
     torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
     model = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Dropout(0.2), nn.Linear(50, 3))
     data = DataLoader(Noisy(pause), batch_size=7, shuffle=True)

@@ -128,6 +128,7 @@ class Failing(Dataset):
         return self.X[index] + torch.rand(4, dtype=torch.float64), self.y[index]
 
 
+@pytest.mark.filterwarnings("ignore:The loader draws its samples in an order of its own")
 @pytest.mark.parametrize("after", [0, 6, 11, 13, 25])
 def test_a_run_of_two_passes_goes_on_in_either(after, tmp_path):
     model, lossfunc, X, y = problem()
