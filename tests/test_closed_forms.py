@@ -91,7 +91,7 @@ def laws(make, dense, other, other_dense, weights=None, sizes=None):
 @pytest.fixture(params=[2**20, 1], ids=["whole", "chunks"])
 def scratch(request, monkeypatch):
     """Of which use is made at a time: of all that fits into a bounded scratch, or of one sample."""
-    for module in ("base", "dense", "lookup"):
+    for module in ("base", "dense_gradients", "lookup"):
         monkeypatch.setattr(f"backpack.uses.{module}.SCRATCH", request.param)
     monkeypatch.setattr("backpack.uses.dense_gradients.SMALL", request.param)
     monkeypatch.setattr("backpack.nodes.general.ENTRIES", request.param)
