@@ -10,7 +10,7 @@ from weakref import ref
 
 from torch import Tensor
 from torch.jit import ScriptModule
-from torch.nn import Module, RNNBase
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from backpack.backward import STARTS, differentiate
@@ -19,7 +19,7 @@ from backpack.curvature import compute_curvature, may_rerun_model
 from backpack.extensions.backprop_extension import FIELDS, BackpropExtension, Result
 from backpack.graph.users_hooks import guarded, note_retained
 from backpack.memory import keep_what_is_freed
-from backpack.modules.forward_hooks import EXTENDED, attach, detach, drop_interrupted, note_parameters
+from backpack.modules.forward_hooks import EXTENDED, attach_all, detach, drop_interrupted
 from backpack.modules.module_io import forget
 from backpack.modules.thread_state import HERE
 from backpack.samples import SampleIds
@@ -61,13 +61,9 @@ def extend(module: M, debug: bool = False, use_converter: bool = False) -> M:
                 f"extend the module that it was made from."
             )
     keep_what_is_freed()
-    for name, child in module.named_modules():
-        if isinstance(child, ScriptModule):
-            continue
-        if debug:
-            print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
-        attach(child, int(isinstance(child, RNNBase) and not child.batch_first))
-    note_parameters(module)
+    for name, child in module.named_modules() if debug else ():
+        print(f"[DEBUG] Extending {name or 'the module'}: {type(child).__name__}")
+    attach_all(module)
     return module
 
 

@@ -18,7 +18,7 @@ from truths import close
 from truths.autograd import individual_gradients
 
 from backpack import backpack, extend
-from backpack.extensions import BatchGrad
+from backpack.extensions import BatchGrad, BatchL2Grad
 
 
 def check(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> None:
@@ -173,3 +173,40 @@ def test_a_loss_on_rows_without_a_sample_is_not_left_out_silently():
         (sq(out).sum() + sq(h).sum()).backward()
     parts = [torch.allclose(p.grad_batch.sum(0), p.grad) for p in model.parameters()]
     assert all(parts) or told
+
+
+class Rows(nn.Module):
+    """Returns a row for each position, in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.table, self.mix, self.last = nn.Embedding(9, 5), nn.GRU(5, 5, batch_first=True), nn.Linear(5, 3)
+        self.double().way = way
+
+    def forward(self, ids):
+        h = self.table(ids).tanh()
+        if "mixed" in self.way:
+            h = self.mix(h)[0]
+        if "inside" in self.way:
+            return self.last(h.flatten(0, 1))
+        out = self.last(h)
+        return (out.transpose(0, 1) if "turned" in self.way else out).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("way", ["flat", "flat inside", "turned", "mixed", "mixed inside", "mixed turned"])
+@pytest.mark.parametrize("positions", [4, 7])
+def test_a_batch_of_one_sequence_has_one_sample(way, positions):
+    model, ids, lossfunc = extend(Rows(way)), torch.randint(9, (4, positions)), nn.CrossEntropyLoss(reduction="sum")
+    y = torch.randint(3, (4, positions))
+    turned = "turned" in way
+
+    def individual(ids, y):
+        with backpack(BatchGrad(), BatchL2Grad()):
+            lossfunc(model(ids), (y.T if turned else y).flatten()).backward()
+        return {name: (p.grad_batch, p.batch_l2) for name, p in model.named_parameters() if hasattr(p, "grad_batch")}
+
+    rows = individual(ids, y)
+    for n in range(4):
+        for name, (grads, norms) in individual(ids[n : n + 1], y[n : n + 1]).items():
+            assert grads.shape[0] == 1
+            assert close(grads[0], rows[name][0][n]) and close(norms[0], rows[name][1][n])

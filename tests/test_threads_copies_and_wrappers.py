@@ -1,6 +1,7 @@
 """Where models, blocks and graphs live: threads, copies, wrappers, compilers, checkpoints, optimizers."""
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
@@ -123,6 +124,28 @@ def test_copies_are_models_of_their_own():
     other = net(3)
     other.load_state_dict(model.state_dict())
     assert close(other(X), model(X)) and right(model)
+
+
+COPIES = {
+    "deep": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "shallow": copy.copy,
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+    "of a part": lambda model: nn.Sequential(*[copy.deepcopy(layer) for layer in model]),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_an_extended_model_are_extended(name):
+    model = extend(net())
+    twin = COPIES[name](model)
+    for p in twin.parameters():
+        vars(p).clear()
+    for _ in range(2):
+        assert right(twin)
+    del model
+    gc.collect()
+    assert right(twin)
 
 
 def test_data_parallel_without_replicas_is_right():

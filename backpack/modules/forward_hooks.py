@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.jit import ScriptModule
+from torch.nn import Module, RNNBase
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
@@ -44,15 +45,24 @@ class Extended:
 EXTENDED: WeakKeyDictionary[Module, Extended] = WeakKeyDictionary()
 
 
-def attach(module: Module, batch_axis: int = 0) -> None:
+def attach(module: Module) -> None:
     """Put the hooks on one module."""
     if module in EXTENDED:
         return
+    batch_axis = int(isinstance(module, RNNBase) and not module.batch_first)
     _take_off_copies(module)
     handles = [module.register_forward_hook(_leave, with_kwargs=True, always_call=True)]
     if module._modules or is_fully_sharded(module):
         handles.append(module.register_forward_pre_hook(_enter))
     EXTENDED[module] = Extended(handles, batch_axis)
+
+
+def attach_all(module: Module) -> None:
+    """Put the hooks on a module and all modules in it."""
+    for part in module.modules():
+        if not isinstance(part, ScriptModule):
+            attach(part)
+    note_parameters(module)
 
 
 def detach(module: Module) -> None:
@@ -137,10 +147,12 @@ def random_state() -> list[Tensor]:
 
 
 def _learns(module: Module) -> bool:
-    """Whether an extended module, or one in it, has a trainable parameter."""
-    extended = EXTENDED.get(module)
-    if extended is None:  # a copy
-        return False
+    """Whether an extended module, or one in it, has a trainable parameter; a copy of one is extended first."""
+    if module not in EXTENDED:
+        if hasattr(module, "_is_replica"):  # of a data-parallel module, which lives for one forward pass
+            return False
+        attach_all(module)
+    extended = EXTENDED[module]
     known = None if extended.trainable is None else extended.trainable()
     if known is not None and known.requires_grad:
         return True

@@ -32,9 +32,11 @@ def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
     found = [Layout(n, axis) for n in several for axis in range(len(shape)) if axis != first and shape[axis] == n]
     if shape[first] == 1:
         return found if found and 1 not in sizes else [Layout(1, first)]
+    if sizes == [1]:  # of the one sample, the output has several rows
+        return [Layout(1, inner=shape[0])]
     found.insert(0, Layout(shape[first], first))
     if shape[first] not in sizes:
-        blocks = [n for n in note.sizes_of_data if n > 1 or sizes == [1]]
+        blocks = [n for n in note.sizes_of_data if n > 1]
         found += [layout for n in blocks for layout in layouts_in_blocks(shape, n)]
     return found
 
