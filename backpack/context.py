@@ -108,7 +108,7 @@ class backpack:
             if isinstance(ext, (list, tuple, set, dict)):
                 raise ValueError("backpack() takes extensions one by one: write backpack(*extensions).")
             if not isinstance(ext, BackpropExtension):
-                raise ValueError(f"backpack() takes extensions of backpack.extensions, got {ext!r}.")
+                raise ValueError(f"backpack() takes extensions of backpack.extensions, got {type(ext).__name__}.")
         fields = [ext.savefield for ext in exts]
         for twice in {f for f in fields if fields.count(f) > 1}:
             raise ValueError(

@@ -112,7 +112,7 @@ def test_layers_that_depend_on_the_training_mode_are_warned_of(layer):
 
 
 ARGUMENTS = {
-    "swapped": lambda model, loss: (loss, model, DATA),
+    "swapped": lambda model, loss: (loss, model, [(X, Y)]),
     "function": lambda model, loss: (model, F.cross_entropy, DATA),
     "class": lambda model, loss: (model, nn.CrossEntropyLoss, DATA),
     "no data": lambda model, loss: (model, loss, Variance()),
@@ -201,3 +201,15 @@ def test_second_order_needs_a_loss_and_a_models_loss_a_mapping():
         return logits.flatten(0, 1), batch["labels"][:, 1:].flatten()
 
     assert accumulate(gpt2().eval(), nn.CrossEntropyLoss(), [batch], DiagGGNMC(), forward=forward).diag_ggn_mc
+
+
+def test_data_in_other_forms_are_told_what_to_write():
+    model, loss = classifier(), nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match=r"got TensorDataset. Write DataLoader\(dataset, batch_size=...\)"):
+        accumulate(model, loss, DATA, Variance())
+    with pytest.raises(TypeError, match=r"got Tensor. Write \[\(inputs, targets\)\] for a single batch"):
+        accumulate(model, loss, X, Y, Variance())
+    with pytest.raises(TypeError, match=r"For a single batch, pass \[\(inputs, targets\)\]"):
+        accumulate(model, loss, (X, Y), Variance())
+    assert accumulate(model, loss, [(X, Y)], Variance()).samples == 20
+    assert accumulate(model, loss, DataLoader(DATA, batch_size=7), Variance()).samples == 20

@@ -129,3 +129,21 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="two axes"):
         kfacs_to_mat([torch.ones(2, 2, 2)])
     assert is_matrix(torch.eye(2)) and not is_matrix(torch.ones(2)) and is_vector(torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["orthogonal", "softmax", "two factors"])
+def test_what_is_singular_up_to_rounding_is_not_inverted(kind, dtype):
+    p = torch.tensor([0.2, 0.5, 0.3], dtype=dtype)
+    softmax = torch.diag(p) - torch.outer(p, p)  # rows add up to zero
+    v = torch.linspace(1, 2, 5, dtype=dtype)
+    orthogonal = torch.eye(5, dtype=dtype) - torch.outer(v, v) / (v @ v)
+    factors = {"orthogonal": [orthogonal], "softmax": [softmax], "two factors": [torch.eye(4, dtype=dtype), softmax]}
+    decomposed, size = eigh_kfacs(factors[kind]), kfacs_to_mat(factors[kind]).shape[0]
+    with pytest.raises(ValueError, match="eigenvalue zero, up to rounding: add a positive damping"):
+        decomposed.apply_inverse(torch.ones(size, dtype=dtype))
+    assert decomposed.logdet() == -torch.inf
+    damped = kfacs_to_mat(factors[kind]) + 0.1 * torch.eye(size, dtype=dtype)  # the remedy
+    vector = torch.ones(size, dtype=dtype)
+    assert close(decomposed.apply_inverse(vector, 0.1), torch.linalg.solve(damped, vector), rtol=1e-5)
+    assert close(decomposed.logdet(0.1), torch.linalg.slogdet(damped).logabsdet, rtol=1e-5)

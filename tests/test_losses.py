@@ -11,15 +11,19 @@ from torch.nn.functional import one_hot
 from truths import close
 from truths.second_order import explicit
 
-from backpack import backpack, extend
+from backpack import backpack, extend, verify
 from backpack.curvature.losses import ROOTS
 from backpack.curvature.losses.denominators import denominator
 from backpack.extensions import (
+    EKFAC,
     HBP,
+    HMP,
+    KFAC,
     KFLR,
     KFRA,
     BatchDiagGGNExact,
     BatchDiagHessian,
+    BatchGrad,
     DiagGGNExact,
     DiagHessian,
     SqrtGGNExact,
@@ -297,3 +301,28 @@ def test_cross_entropy_of_one_class_has_no_curvature(make):
     for p in model.parameters():
         found = vars(p)[extension.savefield]
         assert not (found if isinstance(found, torch.Tensor) else found[0]).any()
+
+
+class WithVariance(nn.Module):
+    """A loss inside of a loss, both arguments of which depend on the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.GaussianNLLLoss(reduction="sum")
+
+    def forward(self, out, y):
+        return self.inner(out[:, :1], y, out[:, 1:].exp())
+
+
+def test_a_loss_within_a_loss_may_take_the_model_into_further_arguments():
+    """Its Hessian is indefinite, which the empirical Fisher matrix need not know."""
+    model, X, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), values(5, 3), values(5, 1)
+    assert verify(model, WithVariance(), X, y, DiagHessian(), HMP()).passed
+    extend(model)
+    with backpack(BatchGrad(), KFAC(fisher="empirical"), EKFAC(fisher="empirical")):
+        extend(WithVariance())(model(X), y).backward()
+    for layer in (model[0], model[2]):
+        assert close(layer.bias.kfac[0], layer.bias.grad_batch.T @ layer.bias.grad_batch)
+        assert close(layer.weight.kfac[0], layer.bias.kfac[0])
+        g = layer.weight.grad_batch.flatten(1)
+        assert close(layer.weight.ekfac.eigenvalues.sum(), g.square().sum())

@@ -1,5 +1,6 @@
 """A parameter that is used outside of the extended model as well is named."""
 
+import copy
 import warnings
 
 import pytest
@@ -80,3 +81,34 @@ def test_second_order_is_that_of_the_loss_alone():
             (lossfunc(out, torch.zeros_like(out)) + penalty(model.parameters(), factor)).backward()
         results.append([p.diag_ggn_exact for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("extension", [BatchGrad(), BatchL2Grad(), DiagGGNExact()])
+def test_a_penalty_on_parameters_that_the_pass_does_not_use_leaves_them_without_results(extension):
+    model, head = net(), nn.Linear(4, 2).double()
+    model.append(head)  # of another task
+    loss, X, y = extend(nn.MSELoss()), torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    weights = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    extend(model)
+    plain = copy.deepcopy(model)
+
+    def value(model):
+        anchored = sum((weights[name] * (p - 1) ** 2).sum() for name, p in model.named_parameters())
+        return loss(model[:3](X), y) + anchored
+
+    value(plain).backward()
+    with warnings.catch_warnings(), backpack(extension):
+        warnings.simplefilter("ignore")  # that is said, as of every penalty
+        value(model).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert hasattr(p, extension.savefield) == (not name.startswith("3"))
+
+
+def test_another_use_of_such_a_parameter_is_an_error():
+    model, X = net(), torch.randn(5, 3, dtype=torch.float64)
+    spare = nn.Linear(4, 2).double()
+    model.append(spare)
+    extend(model)
+    with pytest.raises(RuntimeError, match="none of its uses was seen"), backpack(BatchGrad()):
+        (model[:3](X).sum() + nn.functional.linear(torch.ones(5, 4).double(), spare.weight).sum()).backward()

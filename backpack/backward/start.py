@@ -18,7 +18,7 @@ from backpack.backward.empty_batch import has_no_entries, store_results
 from backpack.backward.first_order import FirstOrderPass
 from backpack.backward.plan import Plan
 from backpack.backward.preparation import look_for_mixed, prepare, refuse_complex, refuse_other_losses, wanted_leaves
-from backpack.graph import Edge, Graph, read, variable_of
+from backpack.graph import Edge, Graph, count_outputs, read, shape_of, variable_of
 from backpack.modules.calls import Note, noted
 from backpack.modules.forward_hooks import note_parameters
 from backpack.modules.loss_calls import LossCall, losses_in
@@ -115,13 +115,28 @@ def _received(leaves: Iterable[Node], asked: Sequence[Edge]) -> list[Node]:
     return [leaf for leaf in leaves if not asked or (leaf, 0) in asked]
 
 
+def _is_in_penalty(graph: Graph, leaf: Node) -> bool:
+    """Whether all that is computed of a parameter has its shape, or is a scalar."""
+    shapes, seen = ((), shape_of(leaf, 0)), {leaf}
+    pending = [leaf]
+    while pending:
+        for node, *_ in graph.incoming[pending.pop()]:
+            if node not in seen:
+                if any(shape_of(node, number) not in shapes for number in range(count_outputs(node))):
+                    return False
+                seen.add(node)
+                pending.append(node)
+    return True
+
+
 def _refuse_unseen(parameters: Sequence[Tensor]) -> None:
     for parameter in parameters[:1]:
         raise RuntimeError(
             f"Parameter {name_of(parameter)} of shape {list(parameter.shape)} receives a gradient, but none of its "
-            f"uses was seen: it was used outside of a forward call of the extended module, or inside of something "
-            f"that hides its functions (a scripted module, a data-parallel replica, a disabled region). Call the "
-            f"extended module itself, or freeze the parameter with requires_grad_(False)."
+            f"uses was seen: it was used outside of a forward call of the extended module, before extend() was "
+            f"called, or inside of something that hides its functions (a scripted module, a data-parallel replica, a "
+            f"disabled region). Call extend(model) before the forward pass and the extended module itself, or freeze "
+            f"the parameter with requires_grad_(False)."
         )
 
 
@@ -164,7 +179,8 @@ class _Running:
         if self.prepared is None:
             return wanted_leaves(self.graph)
         outside = {get_gradient_edge(parameter).node for parameter in self.prepared.plan.outside}
-        return outside - self.prepared.plan.expected.keys()
+        unused = outside - self.prepared.plan.expected.keys()
+        return {leaf for leaf in unused if not _is_in_penalty(self.graph, leaf)}
 
     @property
     def device(self) -> torch.device:

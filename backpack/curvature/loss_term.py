@@ -24,7 +24,7 @@ from backpack.curvature.losses import LossRoot, loss_gradient, loss_root
 from backpack.graph import Edge
 from backpack.graph.users_hooks import undisturbed
 from backpack.graph.vmap_limits import counts_backward_passes
-from backpack.modules.calls import Note, leaves_of
+from backpack.modules.calls import Note
 from backpack.modules.loss_calls import LossCall
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Layout
@@ -154,12 +154,13 @@ class Origin:
                 "DistributedDataParallel(static_graph=True) would take the pull-back of seeds for its first backward "
                 "pass: leave static_graph out, or run one backward pass without second-order extensions before."
             )
-        for value in leaves_of((call.args, call.kwargs)):
-            if isinstance(value, Tensor) and value.requires_grad:
+        for value in call.further_arguments:
+            if value.requires_grad:
                 raise RuntimeError(
                     f"A further argument of {type(loss).__name__}, of shape {list(value.shape)}, requires a "
                     f"gradient: second-order extensions differentiate the loss by its first argument alone. "
-                    f"Give it as .detach()."
+                    f"Give it as .detach(), if its gradient is not wanted; or write a loss module of the model's whole "
+                    f"output that computes both arguments, and extend() that."
                 )
         if outer.dim() == 0 and outer.item() != factor:
             warnings.warn(

@@ -58,9 +58,9 @@ def split(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     raise TypeError(
-        f"A batch must be a pair (inputs, targets) or a mapping with 'labels'; got {type(batch).__name__}. Pass "
-        f"forward=function to accumulate(), a function of the model and a batch that returns the two arguments of the "
-        f"loss."
+        f"A batch must be a pair (inputs, targets) or a mapping with 'labels'; got {type(batch).__name__}. For a "
+        f"single batch, pass [(inputs, targets)]; for batches of other forms, forward=function, a function of the "
+        f"model and a batch that returns the two arguments of the loss."
     )
 
 

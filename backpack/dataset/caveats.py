@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module, RNNBase
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.loss import _Loss
+from torch.utils.data import Dataset
 
 from backpack.dataset.batches import Batches
 from backpack.extensions.backprop_extension import BackpropExtension
@@ -35,8 +37,13 @@ def check_arguments(model: Any, lossfunc: Any, dataloader: Any) -> None:
             f"{CALL} takes a module as the loss, such as torch.nn.CrossEntropyLoss() in place of F.cross_entropy, or "
             f"None for the loss that the model returns; got {_name(lossfunc)}."
         )
-    if isinstance(dataloader, BackpropExtension) or not isinstance(dataloader, Iterable):
-        raise TypeError(f"{CALL} takes an iterable of batches behind the loss, got {_name(dataloader)}.")
+    if isinstance(dataloader, (BackpropExtension, Tensor, Dataset)) or not isinstance(dataloader, Iterable):
+        remedy = ""
+        if isinstance(dataloader, Dataset):
+            remedy = " Write DataLoader(dataset, batch_size=...)."
+        elif isinstance(dataloader, Tensor):
+            remedy = " Write [(inputs, targets)] for a single batch."
+        raise TypeError(f"{CALL} takes an iterable of batches behind the loss, got {_name(dataloader)}.{remedy}")
 
 
 def _name(value: Any) -> str:
@@ -74,7 +81,7 @@ def warn_of_loader(batches: Batches, extensions: Iterable[BackpropExtension]) ->
     joined = [type(e).__name__ for e in extensions if isinstance(e.batches, Joined)]
     if selected or joined:
         parts = [f"subsampling of {', '.join(selected)} counts them in this order"] if selected else []
-        parts += [f"the rows of {', '.join(joined)} have it, and found.places has their numbers"] if joined else []
+        parts += [f"row i of {', '.join(joined)} is sample found.places[savefield][i]"] if joined else []
         warnings.warn(
             f"The loader draws its samples in an order of its own (shuffle=True, or a sampler): {'; '.join(parts)}. "
             f"Pass a loader with shuffle=False for the order of the data set.",

@@ -91,6 +91,7 @@ class KroneckerExtension(CurvatureExtension[Result]):
         self.approx = approx
         self.fisher = fisher
         self.seeds = FISHER[fisher]
+        self.semidefinite = fisher != "empirical"
 
     def compute(self, grads: Individual) -> Any:
         return output_factors(grads, self.approx)

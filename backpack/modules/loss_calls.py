@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
 from backpack.graph import Edge, Graph, edge_of
+from backpack.modules.calls import leaves_of
 
 LOSS = "backpack loss"
 
@@ -44,6 +45,16 @@ class LossCall:
     """Otherwise it is a loss if the rest of the graph only reduces its output, a value for each row or position."""
 
     @property
+    def further_arguments(self) -> list[Tensor]:
+        """The tensors that the loss was called with, apart from its input."""
+        return [leaf for leaf in leaves_of((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def depends_on_further_arguments(self) -> bool:
+        """Whether the loss has a gradient with respect to more than its input."""
+        return any(tensor.requires_grad for tensor in self.further_arguments)
+
+    @property
     def place(self) -> Edge:
         """The edge of the input, as a key."""
         return edge_of(self.edge)
@@ -62,7 +73,9 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain:
         return
     edge = get_gradient_edge(input) if node is None else GradientEdge(node, input.output_nr)
     metadata: Any = output.grad_fn.metadata
-    metadata.setdefault(LOSS, (output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)))
+    within = metadata.get(LOSS)  # a loss inside of this one, which hands its value through
+    if within is None or within[1].depends_on_further_arguments:
+        metadata[LOSS] = output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)
 
 
 def _is_by_rows(input: Tensor, output: Tensor) -> bool:

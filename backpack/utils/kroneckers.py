@@ -152,14 +152,20 @@ class Eigen(NamedTuple):
         Raises:
             ValueError: The damped matrix is singular.
         """
-        damped = self.eigenvalues.double() + damping
+        damped = self._damped(damping)
         if bool((damped == 0).any()):
-            raise ValueError("The matrix has the eigenvalue zero: add a positive damping to invert it.")
+            raise ValueError("The matrix has the eigenvalue zero, up to rounding: add a positive damping to invert it.")
         return self._apply((1 / damped).to(mat.real.dtype), mat)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """Logarithm of the absolute determinant of the damped matrix."""
-        return (self.eigenvalues.double() + damping).abs().log().sum().to(self.eigenvalues.dtype)
+        """Logarithm of the absolute determinant of the damped matrix; minus infinity if that is singular."""
+        return self._damped(damping).abs().log().sum().to(self.eigenvalues.dtype)
+
+    def _damped(self, damping: float) -> Tensor:
+        """The damped eigenvalues in float64; those that are zero up to rounding are zero."""
+        damped = self.eigenvalues.double() + damping
+        rounding = max(len(basis) for basis in self.bases) * torch.finfo(self.eigenvalues.dtype).eps
+        return damped.where(damped.abs() > rounding * damped.abs().max(), 0)
 
     def _apply(self, eigenvalues: Tensor, mat: Tensor) -> Tensor:
         values = eigenvalues.reshape(-1, *[1] * (mat.dim() - 1))

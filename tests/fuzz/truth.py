@@ -12,7 +12,7 @@ from truths.second_order import flat
 RTOL = 1e-8
 """Of the largest true entry of a parameter's result."""
 
-ZERO = 1e-4
+ZERO = 1e-3
 """Where that is smaller than this part of the largest of all parameters, terms cancelled: it is compared with this."""
 
 ENTRIES = 4
