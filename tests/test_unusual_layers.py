@@ -13,7 +13,16 @@ from truths.autograd import through_rows
 from truths.first_order import check_first_order
 
 from backpack import backpack, extend
-from backpack.extensions import BatchDiagGGNExact, BatchGrad, DiagGGNExact, Variance
+from backpack.extensions import (
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    Variance,
+)
 
 
 def test_lazy_layers_may_be_extended_before_they_are_initialized():
@@ -134,3 +143,33 @@ def test_fused_recurrent_layers_in_single_precision_are_right(options, both):
     for p, rows in zip(parameters, map(torch.stack, zip(*expected, strict=True)), strict=True):
         assert close(p.grad_batch, rows, rtol=1e-5)
         assert close(p.variance, rows[[2, 0]].var(0, correction=0), rows.square().max(), rtol=1e-5)
+
+
+class WithoutEntries(nn.Module):
+    """Parameters without entries, beside others."""
+
+    def __init__(self):
+        super().__init__()
+        self.some, self.none = nn.Linear(4, 3), nn.Parameter(torch.zeros(0, 4))
+        self.double()
+
+    def forward(self, x):
+        return torch.cat([nn.functional.linear(x, self.none), self.some(x)], -1)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 2, 4)])
+def test_parameters_without_entries_have_results_without_entries(shape):
+    model, X = extend(WithoutEntries()), torch.randn(shape, dtype=torch.float64)
+    lossfunc, y = extend(nn.MSELoss(reduction="sum")), torch.zeros(*shape[:-1], 3, dtype=torch.float64)
+    results = []
+    for part in (model, model.some):
+        with backpack(BatchGrad(), BatchL2Grad(), BatchDotGrad(), Variance(), ClippedGrad(0.1), DiagGGNExact(), KFLR()):
+            lossfunc(part(X), y).backward()
+        results.append(dict(vars(model.some.weight)))
+    for field in ("grad_batch", "batch_l2", "batch_dot", "variance", "grad_clipped", "diag_ggn_exact"):
+        assert close(results[0][field], results[1][field])
+    assert all(close(one, other) for one, other in zip(results[0]["kflr"], results[1]["kflr"], strict=True))
+    with backpack(BatchGrad(), BatchL2Grad(), DiagGGNExact()):
+        lossfunc(model(X), y).backward()
+    none = model.none
+    assert none.grad_batch.shape == (5, 0, 4) and none.diag_ggn_exact.shape == (0, 4) and not none.batch_l2.any()

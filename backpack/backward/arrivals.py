@@ -32,8 +32,10 @@ class Arrival:
 
     def individual(self, subset: Subset, shape: torch.Size, dtype: torch.dtype) -> Individual:
         """The individual gradients of the samples in a subset."""
-        device = next(iter(self.cotangents.values())).device
-        rows = Rows(self.layout, subset.rows(self.layout.n, device))
+        first = next(iter(self.cotangents.values()))
+        rows = Rows(self.layout, subset.rows(self.layout.n, first.device))
+        if not shape.numel():  # whose axes cannot be divided
+            return Explicit(first.new_zeros(len(first), rows.count, *shape, dtype=dtype))
         if not self.turned:
             return arrive_in_groups(self.use, self.cotangents, rows, shape, dtype)
         return Explicit(self.use.arrive(self.cotangents, rows, shape[::-1], dtype).dense().transpose(-1, -2))

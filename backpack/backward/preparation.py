@@ -122,8 +122,8 @@ def refuse_other_losses(block: Block) -> None:
     names = ", ".join(type(extension).__name__ for extension in block.second_order)
     raise RuntimeError(
         f"{names}: the backward pass did not start from an extended loss. Write lossfunc = extend(lossfunc) before the "
-        f"forward pass, and call backward() on its output. In place of a function such as F.cross_entropy, take the "
-        f"module, torch.nn.CrossEntropyLoss()."
+        f"forward pass, and call backward() on its output. The model's output is the first argument of the loss. In "
+        f"place of a function such as F.cross_entropy, take the module, torch.nn.CrossEntropyLoss()."
     )
 
 
@@ -150,7 +150,7 @@ _told: WeakKeyDictionary[Module, set[str]] = WeakKeyDictionary()
 
 WAYS_OUT = (
     "Call .eval() on layers that normalize by statistics of the batch, or replace them by GroupNorm, InstanceNorm "
-    "or LayerNorm"
+    "or LayerNorm, or say with sample_ids= where the samples are, if they are no rows of the output"
 )
 
 

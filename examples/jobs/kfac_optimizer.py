@@ -58,7 +58,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         pairs = [(group, p) for group, p in pairs if p.grad is not None]
         if self.needs_factors:
             for _, p in pairs:
-                self._update(p, p.kfac)
+                if hasattr(p, "kfac"):
+                    self._update(p, p.kfac)
         natural = [self._precondition(p) for _, p in pairs]
         products = [
             (p.grad * v).sum() for (_, p), v in zip(pairs, natural, strict=True)
@@ -83,6 +84,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         state["inverses"] = inv_kfacs(state["factors"], shift)
 
     def _precondition(self, p: Tensor) -> Tensor:
+        if "inverses" not in self.state[p]:  # no step with factors has used it so far
+            return p.grad
         product = apply_kfac_mat_prod(self.state[p]["inverses"], p.grad.flatten())
         return product.reshape(p.shape)
 
