@@ -97,6 +97,7 @@ def after_new_task(
         terms = [
             (importance[name] * (p - old[name]).square()).sum()
             for name, p in model.named_parameters()
+            if name in importance  # a new head has none
         ]
         return strength / 2 * torch.stack(terms).sum()
 

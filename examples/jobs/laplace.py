@@ -34,7 +34,9 @@ X, y = torch.tensor(data.data, dtype=torch.float32) / 8 - 1, torch.tensor(data.t
 train, test = torch.randperm(len(X)).split([1200, len(X) - 1200])
 loader = DataLoader(TensorDataset(X[train], y[train]), batch_size=200)
 
-# The log-likelihood is a sum over samples, and so is its curvature.
+# The log-likelihood is a sum over samples, and so is its curvature. (For regression
+# with noise of variance s2, it is MSELoss(reduction="sum") divided by 2 * s2: divide
+# the first factor of each parameter by 2 * s2.)
 lossfunc = CrossEntropyLoss(reduction="sum")
 
 
