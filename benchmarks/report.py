@@ -151,7 +151,7 @@ def cost_chart(results: Results, network: str) -> Figure:
 
     cells = [c for c in results.cells if (c.network, c.series) == (network, None) and c.multiple is not None]
     shown = [quantity for quantity in SUMMARY if any(cell.quantity == quantity for cell in cells)][::-1]
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.subplots()
     for library, name in libraries(results).items():
         own = {cell.quantity: cell.multiple for cell in cells if cell.library == library and cell.quantity in shown}
@@ -164,7 +164,7 @@ def cost_chart(results: Results, network: str) -> Figure:
     batch = cells[0].batch
     axes.set(xscale="log", xlabel=f"time of a step, {MULTIPLE} ({network}, {batch} samples)")
     _label(axes.xaxis)
-    figure.legend(fontsize="small", loc="outside right upper")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     return figure
 
 
@@ -173,7 +173,7 @@ def series_chart(results: Results, series: str) -> Figure:
     from matplotlib.figure import Figure
 
     cells = [cell for cell in results.cells if cell.series == series and cell.multiple is not None]
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
     quantities = [*dict.fromkeys(cell.quantity for cell in cells)]
     for library, name in libraries(results).items():
@@ -186,7 +186,7 @@ def series_chart(results: Results, series: str) -> Figure:
     axes.set_xticks(ticks := sorted({cell.at for cell in cells}), [str(x) for x in ticks], minor=False)
     axes.xaxis.minorticks_off()
     _label(axes.yaxis)
-    figure.legend(fontsize="small", loc="outside right center", handlelength=4)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2, handlelength=4)
     return figure
 
 

@@ -35,7 +35,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-maximum_signature_line_length = 88
+maximum_signature_line_length = 60
 napoleon_use_rtype = False
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold an object
 

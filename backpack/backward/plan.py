@@ -99,7 +99,7 @@ class _Planner:
         Entries that belong to no sample are counted to those beside them where nothing else can reach them.
         """
         number, layout = self.owners.first_owned(node)
-        if only_samples:
+        if only_samples and isinstance(layout, Scattered):
             layout = completed(layout, shape_of(node, number))
         return number, layout.with_whole_rows() if isinstance(layout, Scattered) else layout
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from backpack.graph import kind
 from backpack.nodes.registry import Place, form
 from backpack.samples import Layout
 from backpack.samples.layout_rules import is_bilinear
@@ -80,10 +81,12 @@ def product(place: Place) -> Use | None:
 
 @form("Addmm", "Baddbmm")
 def sum_with_product(place: Place) -> Use | None:
+    is_addmm = kind(place.node) == "Addmm"
     if place.k == 0:
-        own = place.aligned()
+        is_plain = is_addmm and len(place.shape) == 1 and place.layout.axes == [0]  # as a linear layer has it
+        own = (1, *place.shape) if is_plain else place.aligned()
         return ElementwiseUse(own) if own is not None and place.saved("beta") == 1 else None
-    names = ("mat1", "mat2") if len(place.out) == 2 else ("batch1", "batch2")
+    names = ("mat1", "mat2") if is_addmm else ("batch1", "batch2")
     return _factor(place, place.k == 2, names) if place.saved("alpha") == 1 else None
 
 

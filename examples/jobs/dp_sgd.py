@@ -12,6 +12,7 @@ This script trains a small convolutional network on scikit-learn's digits. The p
 ``dp-accounting`` computes how much privacy each step costs.
 """
 
+import sys
 from contextlib import nullcontext
 
 import matplotlib.pyplot as plt
@@ -116,7 +117,8 @@ def train_with(noise: float, progress) -> tuple[Sequential, list[float]]:
 
 
 CHECKS, NOISES = (8, 15, 30, 60, 120), (1.0, 2.0, 4.0)
-bar = tqdm(total=STEPS * (len(NOISES) + 1)) if tqdm else nullcontext()
+shows_progress = tqdm is not None and "sphinx_gallery" not in sys.modules
+bar = tqdm(total=STEPS * (len(NOISES) + 1)) if shows_progress else nullcontext()
 with bar as progress:
     model, clipped_only = train_with(0.0, progress)
     curves = {noise: train_with(noise, progress)[1] for noise in NOISES}

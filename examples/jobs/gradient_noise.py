@@ -28,6 +28,7 @@ from torch.nn import (
     Sequential,
 )
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -82,11 +83,11 @@ class NoiseScale:
 
     def table(self) -> str:
         """Noise scale, and root of the gradient's squared norm, of each matrix."""
-        rows = [f"{'parameter':52} noise scale  gradient"]
+        rows = ["noise scale  gradient  parameter"]
         for name, p in self.parameters.items():
             if p.dim() > 1:
                 norm = max(self.signal[name] / self.weight, 0.0) ** 0.5
-                rows.append(f"{name[-52:]:52} {self.of(name):11.0f} {norm:9.4f}")
+                rows.append(f"{self.of(name):11.0f} {norm:9.4f}  {name}")
         return "\n".join(rows)
 
 
@@ -166,7 +167,9 @@ with tempfile.TemporaryDirectory() as folder:
         dataloader_pin_memory=False,
         use_cpu=True,
     )
-    Trainer(vit, arguments, train_dataset=digits, callbacks=[callback]).train()
+    trainer = Trainer(vit, arguments, train_dataset=digits, callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 print(callback.scale.table())
 
 # %%

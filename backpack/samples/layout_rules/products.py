@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.autograd.graph import Node
 
+from backpack.graph import kind
 from backpack.samples.layout_rules.elementwise import broadcast
 from backpack.samples.layout_rules.registry import Output, Unknown, rule
 from backpack.samples.layouts import AnyLayout, Layout
@@ -12,12 +13,14 @@ from backpack.samples.layouts import AnyLayout, Layout
 @rule("Mm Bmm Addmm Baddbmm")
 def matrix_product(out: Output) -> list[AnyLayout | None]:
     """``[*b, r, i] @ [*b, i, c]``, to which another input may be added."""
-    layout, last = out.layout, len(out.shape) - 1
+    layout, last = out.layout, 1 if kind(out.node) in ("Mm", "Addmm") else 2
     left = None if layout.occupies([last]) else layout
     right = None if layout.occupies([last - 1]) else layout
     if len(out.edges) == 2:
         return [left, right]
-    return [None if out.edges[0][0] is None else broadcast(out, 0), left, right]
+    if out.edges[0][0] is None or (layout.axes == [0] and len(out.input_shape(0)) < 2):  # the bias of a linear layer
+        return [None, left, right]
+    return [broadcast(out, 0), left, right]
 
 
 @rule("GroupedMm")
