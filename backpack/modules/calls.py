@@ -90,7 +90,7 @@ def leaves_of(value: Any) -> list[Any]:
     """The leaves of a nested structure, also of dataclasses in it."""
     if isinstance(value, Tensor):
         return [value]
-    if type(value) in (tuple, list):
+    if isinstance(value, tuple) or type(value) is list:
         return [leaf for entry in value for leaf in leaves_of(entry)]
     if type(value) is dict:
         return [leaf for entry in value.values() for leaf in leaves_of(entry)]
