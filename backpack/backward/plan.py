@@ -123,6 +123,8 @@ class _Planner:
 
     def reached(self, start: Node) -> list[Node]:
         """The wanted parameters behind a node, or the parameter itself."""
+        if start.name() == LEAF:
+            return [start] if start in self.wanted else []
         if start not in self.behind:
             self.behind[start] = [node for node in self.graph.behind([start]) if node in self.wanted]
         return self.behind[start]

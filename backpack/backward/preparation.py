@@ -133,9 +133,11 @@ def refuse_complex(block: Block, prepared: Prepared) -> None:
     Raises:
         RuntimeError: There are both.
     """
-    names = [name_of(p) for leaf in prepared.plan.expected if (p := variable_of(leaf)).is_complex()]
-    for extension in block.second_order if names else ():
-        if extension.needs_real_parameters:
+    extensions = [extension for extension in block.second_order if extension.needs_real_parameters]
+    leaves = map(variable_of, prepared.plan.expected if extensions else ())
+    names = [name_of(parameter) for parameter in leaves if parameter.is_complex()]
+    for extension in extensions:
+        if names:
             raise RuntimeError(
                 f"{type(extension).__name__} is not defined for complex parameters, as {listed(names)}: "
                 f"each of their entries has four second derivatives. Hold their real and imaginary parts in a real "

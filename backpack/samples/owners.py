@@ -127,7 +127,7 @@ class _Descent:
                 arriving[number] = None
             else:
                 outside.append(number)
-        for number in dict.fromkeys(outside):
+        for number in dict.fromkeys(outside) if outside else ():
             edge = (node, number)
             begins = edge in self.begin
             if begins and number not in arriving:
