@@ -15,6 +15,9 @@ RTOL = 1e-8
 ZERO = 1e-3
 """Where that is smaller than this part of the largest of all parameters, terms cancelled: it is compared with this."""
 
+SMALLEST = 1e-7
+"""At which results are compared that are zero but for rounding: those of terms of about one, that cancel."""
+
 ENTRIES = 4
 """How many entries of each parameter's Hessian diagonal are compared."""
 
@@ -64,7 +67,7 @@ class Comparison:
     def finish(self):
         most = max((own for _, _, own in self.rows), default=0.0)
         for name, error, own in self.rows:
-            scale = max(own, ZERO * most)
+            scale = max(own, ZERO * most, SMALLEST)
             assert error <= RTOL * scale, f"{self.what} of {name} is off by {error:.1e} of {own:.1e} (all: {most:.1e})"
 
 
