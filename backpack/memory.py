@@ -81,7 +81,7 @@ def contiguous(view: Tensor) -> Tensor:
 
 
 def product(operation: Callable[..., Tensor], left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:
-    """``operation(left, right)``, whose result has this shape; differentiable where gradients are tracked."""
+    """Compute ``operation(left, right)``, whose result has this shape; gradients can flow through it if they are on."""
     if torch.is_grad_enabled():
         return operation(left, right)
     return operation(left, right, out=empty(shape, left))

@@ -133,6 +133,31 @@ def test_wrong_arguments_are_named(name):
         accumulate(*ARGUMENTS[name](classifier(), nn.CrossEntropyLoss()), Variance())
 
 
+class Weighted(nn.Module):
+    """A loss with a parameter of its own."""
+
+    reduction = "sum"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, dtype=F64))
+
+    def forward(self, out, y):
+        return ((out - nn.functional.one_hot(y, 2)) ** 2 * self.weight).sum()
+
+
+def test_a_loss_may_have_parameters_of_its_own():
+    model, loss = classifier(), Weighted()
+    found = accumulate(model, loss, DataLoader(DATA, batch_size=6), BatchGrad())
+    loss(model(X), Y).backward()
+    for path, p in model.named_parameters():
+        assert close(found.grad[path], p.grad) and close(found.grad_batch[path].sum(0), p.grad)
+    with pytest.raises(TypeError, match="as the model, got int"):
+        accumulate(3, loss, [(X, Y)])
+    with pytest.raises(TypeError, match="takes the model first, and then the loss; got Tanh and Weighted"):
+        accumulate(nn.Tanh(), loss, [(X, Y)])
+
+
 def gpt2():
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=17, n_positions=10, bos_token_id=0, eos_token_id=0)
     config.loss_type = "ForCausalLM"

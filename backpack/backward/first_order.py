@@ -69,7 +69,7 @@ class FirstOrderPass(Collector):
             self._receive(node, cotangents)
 
     def _receive(self, node: Node, cotangents: Cotangents) -> None:
-        """Take the cotangents of a node's outputs to all that the node uses."""
+        """Take the cotangents of a node's outputs to all uses of parameters by this node."""
         simple = self.is_simple and not self.is_partial
         for planned in self.plan.uses[node]:
             arrival = self.arrival(node, planned, cotangents)

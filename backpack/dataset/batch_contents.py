@@ -64,6 +64,11 @@ def split(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def entry(output: Any, name: str) -> Any:
+    """The entry or attribute of a model's output that has this name; ``None``: there is none."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
 def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
     """The model's output for a batch, and the targets.
 
@@ -80,7 +85,7 @@ def apply(model: Module, batch: Any) -> tuple[Tensor, Any]:
     else:
         output = model(inputs)
     if not isinstance(output, Tensor):
-        named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        named = entry(output, "logits")
         tensors = [t for t in leaves_of(output) if isinstance(t, Tensor) and t.is_floating_point()]
         if named is None and not tensors:
             raise TypeError(

@@ -26,12 +26,10 @@ def check_arguments(model: Any, lossfunc: Any, dataloader: Any) -> None:
     Raises:
         TypeError: One is not.
     """
-    if isinstance(model, _Loss) or (
-        isinstance(lossfunc, Module) and any(True for _ in lossfunc.parameters()) and not any(model.parameters())
-    ):
-        raise TypeError(f"{CALL} takes the model first, and then the loss; got {_name(model)} and {_name(lossfunc)}.")
     if not isinstance(model, Module):
         raise TypeError(f"{CALL} takes a torch.nn.Module as the model, got {_name(model)}.")
+    if isinstance(model, _Loss) or (isinstance(lossfunc, Module) and _learns(lossfunc) and not _learns(model)):
+        raise TypeError(f"{CALL} takes the model first, and then the loss; got {_name(model)} and {_name(lossfunc)}.")
     if lossfunc is not None and (not isinstance(lossfunc, Module) or isinstance(lossfunc, type)):
         raise TypeError(
             f"{CALL} takes a module as the loss, such as torch.nn.CrossEntropyLoss() in place of F.cross_entropy, or "
@@ -46,6 +44,10 @@ def check_arguments(model: Any, lossfunc: Any, dataloader: Any) -> None:
         raise TypeError(f"{CALL} takes an iterable of batches behind the loss, got {_name(dataloader)}.{remedy}")
 
 
+def _learns(module: Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
 def _name(value: Any) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
@@ -53,7 +55,7 @@ def _name(value: Any) -> str:
 def warn_of_training_mode(model: Module) -> None:
     """Warn if layers make results depend on chance or on the batches."""
     active = [module for module in model.modules() if module.training]
-    found = [type(m).__name__ for m in active if isinstance(m, (_DropoutNd, RNNBase)) and getattr(m, "p", 0) > 0]
+    found = [type(m).__name__ for m in active if isinstance(m, _DropoutNd) and m.p > 0]
     found += [type(m).__name__ for m in active if isinstance(m, RNNBase) and m.dropout > 0]
     found += [type(m).__name__ for m in active if isinstance(m, _BatchNorm)]
     if found:
@@ -67,12 +69,11 @@ def warn_of_training_mode(model: Module) -> None:
 def warn_of_loader(batches: Batches, extensions: Iterable[BackpropExtension]) -> None:
     """Warn if a loader leaves samples out, or draws an order in which users cannot find their samples again."""
     loader: Any = batches.loader
-    left_out = 0
-    if getattr(loader, "drop_last", False) and loader.batch_size and batches.samples() is not None:
-        left_out = len(loader.sampler) % loader.batch_size
-    if left_out:
+    samples = batches.samples()
+    if samples is not None and samples < len(loader.sampler):
         warnings.warn(
-            f"The loader leaves out {left_out} of {len(loader.sampler)} samples: pass drop_last=False to count them.",
+            f"The loader leaves out {len(loader.sampler) - samples} of {len(loader.sampler)} samples: pass "
+            f"drop_last=False to count them.",
             stacklevel=3,
         )
     if not batches.draws_an_order:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.curvature.losses.denominators import counts
+from backpack.dataset.batch_contents import entry
 from backpack.graph import kind, saved
 
 MEAN = 1
@@ -36,8 +37,7 @@ def own_loss(model: Module, batch: Any) -> tuple[Tensor, None]:
             f"With lossfunc=None, a batch is a mapping of the model's arguments with 'labels'; got "
             f"{type(batch).__name__}. Pass a loss, or forward=function."
         )
-    output = model(**batch)
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    found = entry(model(**batch), "loss")
     if not isinstance(found, Tensor) or found.dim():
         raise TypeError(
             f"{type(model).__name__} returns no loss for a batch with {', '.join(map(str, batch))}: pass a loss as "

@@ -77,7 +77,7 @@ class Summed(Merging):
 
 @dataclass(frozen=True)
 class Averaged(Summed):
-    """A mean over samples, without the scale of the loss."""
+    """A mean over samples, which stays the same if the loss is multiplied by a factor."""
 
     degree: float = 0.0
 

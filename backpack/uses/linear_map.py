@@ -38,7 +38,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
-        """Mean over samples of outer products of inputs, times ``scale``; of one axis where it is diagonal."""
+        """``scale`` times the mean over samples of outer products of inputs; if it is diagonal, a vector."""
 
     @abstractmethod
     def rotated(self, rows: Tensor, columns: Tensor) -> Individual:

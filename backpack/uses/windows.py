@@ -45,7 +45,7 @@ class Windows:
         return F.pad(x, list(self.padding)) if any(self.padding) else x
 
     def view(self, x: Tensor) -> Tensor:
-        """The patches of padded images ``[b, c, *spatial]``, ``[b, c, *kernel, *out]``, without a copy."""
+        """The patches ``[b, c, *kernel, *out]`` of padded images ``[b, c, *spatial]``, as a view of their memory."""
         x = x.contiguous()
         steps = x.stride()[2:]
         dilated = [step * d for step, d in zip(steps, self.dilation, strict=True)]

@@ -116,7 +116,7 @@ class Truth:
         return self.curvature_along(self.plain.jacobian_columns(self.name))
 
     def curvature_diagonal(self) -> Tensor:
-        """The diagonal of the curvature of each selected sample, ``[n, k]``."""
+        """For each selected sample, the diagonal of its curvature at the compared entries, ``[n, k]``."""
         return self.folded(self.curvature().diagonal(dim1=1, dim2=2))
 
     def hessian(self, weights: Tensor) -> Tensor:
