@@ -253,6 +253,19 @@ def test_an_output_without_an_axis_of_samples(remedy):
         assert all(close(p.grad_batch, p.grad[None]) for p in model.parameters())
 
 
+@pytest.mark.parametrize("remedy", ["samples first", "sample_ids"])
+def test_an_output_whose_axes_have_one_size(remedy):
+    model = extend(Plain(lambda m, x: m.a(x.T), a=nn.Linear(4, 4)).double())
+    words = "Let the first axis of inputs and output count the samples; or say with sample_ids= which sample"
+    with pytest.raises(RuntimeError, match=words), backpack(BatchGrad()):
+        model(rand(4, 4)).sin().sum().backward()
+    if remedy == "samples first":
+        model.run = lambda m, x: m.a(x)
+        assert first_order_works(model, rand(4, 4))
+    else:
+        assert first_order_works(model, rand(4, 4), sample_ids=torch.arange(4))
+
+
 def packed(x):
     return pack_padded_sequence(x, torch.tensor([4, 3, 2]), batch_first=True)
 
@@ -723,6 +736,15 @@ def test_averaged_curvature_of_complex_numbers():
     assert factors_work(model)
 
 
+def test_averaged_curvature_of_large_outputs(monkeypatch):
+    monkeypatch.setattr("backpack.curvature.averaged.LARGEST", 3)
+    model, lossfunc = extend(net()), extend(nn.MSELoss())
+    words = r"in the output of Linear, of shape \[5, 4\]: a matrix of 4 rows\. At most 3 are formed\. Use KFAC"
+    with pytest.raises(ValueError, match=words), backpack(KFRA()):
+        lossfunc(model(X), Z).backward()
+    assert factors_work(model, KFAC(fisher="exact", savefield="kflr"))
+
+
 @pytest.mark.parametrize("remedy", [HMP, GGNMP])
 def test_positive_curvature_of_complex_functions(remedy):
     model, lossfunc = (
@@ -903,3 +925,18 @@ def test_sequences_of_different_lengths():
     roots = accumulate(model, lossfunc, padded, SqrtGGNExact(), forward=permuted)
     for name, value in found["diag_ggn_exact_batch"].items():
         assert close(roots["sqrt_ggn_exact"][name].square().sum(0), value)
+
+
+def test_a_scaled_gradient_that_overflows():
+    model, data = nn.Linear(3, 2), [(X.float(), Z.float())]
+
+    def found(scale):
+        with torch.autocast("cpu", dtype=torch.float16):
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            return accumulate(model, nn.MSELoss(), data, BatchGrad(), scaler=scaler)
+
+    with pytest.raises(OverflowError, match="give the scaler a smaller init_scale"):
+        found(2.0**40)
+    small, plain = found(2.0**4), accumulate(model, nn.MSELoss(), data, BatchGrad())
+    for name, value in plain.grad_batch.items():
+        assert close(small.grad_batch[name], value, rtol=0.01)  # in float16

@@ -86,8 +86,4 @@ def _curved_complex(prepared: Prepared) -> set[Node]:
 
 def _below(nodes: set[Node], graph: Graph) -> set[Node]:
     """All nodes below some of a graph."""
-    found: set[Node] = set()
-    for node in graph.order if nodes else ():
-        if any(consumer in found or consumer in nodes for consumer, _, _ in graph.incoming[node]):
-            found.add(node)
-    return found
+    return set(graph.behind(other for node in nodes for other, _ in graph.inputs_of(node)))

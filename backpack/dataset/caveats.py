@@ -28,7 +28,8 @@ def check_arguments(model: Any, lossfunc: Any, dataloader: Any) -> None:
     """
     if not isinstance(model, Module):
         raise TypeError(f"{CALL} takes a torch.nn.Module as the model, got {_name(model)}.")
-    if isinstance(model, _Loss) or (isinstance(lossfunc, Module) and _learns(lossfunc) and not _learns(model)):
+    has_parameters = isinstance(lossfunc, Module) and _has_parameters(lossfunc)
+    if isinstance(model, _Loss) or (has_parameters and not _has_parameters(model)):
         raise TypeError(f"{CALL} takes the model first, and then the loss; got {_name(model)} and {_name(lossfunc)}.")
     if lossfunc is not None and (not isinstance(lossfunc, Module) or isinstance(lossfunc, type)):
         raise TypeError(
@@ -44,7 +45,7 @@ def check_arguments(model: Any, lossfunc: Any, dataloader: Any) -> None:
         raise TypeError(f"{CALL} takes an iterable of batches behind the loss, got {_name(dataloader)}.{remedy}")
 
 
-def _learns(module: Module) -> bool:
+def _has_parameters(module: Module) -> bool:
     return any(True for _ in module.parameters())
 
 

@@ -149,8 +149,8 @@ class Decision:
         ways = dict.fromkeys(f"{layout.n} along axis {layout.axis}" for layout, _ in left)
         raise RuntimeError(
             f"The output of {_name(note)}, of shape {list(shape_of(*edge))}, does not tell where its samples lie: "
-            f"{' or '.join(ways)}. Let the model return the samples along the first axis, of a size that no other "
-            f"axis has."
+            f"{' or '.join(ways)}. Let the first axis of inputs and output count the samples; or say with "
+            f"sample_ids= which sample each entry of the output belongs to."
         )
 
     def refuse_whole_inputs(self, edge: Edge, note: Note) -> None:
