@@ -162,7 +162,7 @@ def cost_chart(results: Results, network: str) -> Figure:
     axes.set_yticks(range(len(shown)), shown)
     axes.grid(axis="x", alpha=0.3)
     batch = cells[0].batch
-    axes.set(xscale="log", xlabel=f"time of a step, {MULTIPLE} ({network}, {batch} samples)")
+    axes.set(xscale="log", xlabel=f"time of a step, {MULTIPLE}\n({network}, {batch} samples)")
     _label(axes.xaxis)
     figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     return figure
