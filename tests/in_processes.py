@@ -30,6 +30,7 @@ from truths.data_sets import (
     problem,
     targets,
 )
+from truths.options import check_all, make_all
 
 from backpack import accumulate, across_processes, backpack, extend
 from backpack.dataset.checkpoint import Checkpoint
@@ -84,6 +85,20 @@ def data_sets(folder, thorough):
             where = {"stream": Path(folder) / f"{wrap.__name__}-{rows}-{kind}"} if stream else {"gather": True}
             found = accumulate(model, lossfunc, data, *all_extensions(bound, rows), **where)
             check(found, truth, bound, model.module if wrap is parallel else model)
+
+
+def options_of_first_order(folder):
+    """Projections, directions, weights and clipping, in memory and in files."""
+    for wrap in WRAPPERS:
+        for rows, stream in ((None, False), (ROWS[1], True)):
+            model, lossfunc, X, y = problem()
+            truth = giant(model, lossfunc, X, y, 11)["individual"]
+            chosen = rows or list(range(11))
+            made = make_all(truth, rows, chosen)
+            data = DataLoader(TensorDataset(X, y), batch_size=4)
+            where = {"stream": Path(folder) / f"options of {wrap.__name__}"} if stream else {"gather": True}
+            found = accumulate(wrap(model), lossfunc, data, *made.values(), **where)
+            check_all(lambda extension: found[extension], made, truth, rows, chosen)  # noqa: B023
 
 
 def other_quantities():
@@ -338,6 +353,7 @@ if __name__ == "__main__":
         scenario()
     resumed(sys.argv[4])
     data_sets(sys.argv[4], thorough=COUNT == 4)
+    options_of_first_order(sys.argv[4])
     dist.barrier()
     dist.destroy_process_group()
     print("done")

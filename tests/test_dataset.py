@@ -84,7 +84,13 @@ def test_results_of_samples_are_streamed_to_files_in_the_order_of_the_data(rows,
     found = accumulate(model, lossfunc, data, *all_extensions(bound, rows), stream=tmp_path / "new" / "results")
     check(found, truth, bound, model)
     files = sorted(path.name for path in (tmp_path / "new" / "results").iterdir())
+    indices = {file for file in files if file.startswith("samples.")}
+    numbers = torch.arange(11)[rows or slice(None)]
+    for file in indices:
+        assert torch.equal(torch.from_numpy(numpy.load(tmp_path / "new" / "results" / file)), numbers)
+    files = [file for file in files if file not in indices]
     fields = {file.split(".")[0] for file in files}
+    assert indices == {f"samples.{field}.npy" for field in fields}
     assert fields >= {"grad_batch", "batch_l2", "batch_dot", "sqrt_ggn_exact", "diag_ggn_exact_batch", "ggn_gram"}
     assert files == sorted(f"{field}.{name}.npy" for field in fields for name, _ in model.named_parameters())
     stored = numpy.load(tmp_path / "new" / "results" / "sqrt_ggn_exact.0.weight.npy")

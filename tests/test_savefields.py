@@ -9,7 +9,12 @@ from backpack import accumulate, backpack, extend, extensions, memory_cleanup, v
 from backpack.extensions import HBP
 
 X, Y = torch.rand(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
-ARGUMENTS = {"ClippedGrad": (0.1,), "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]")}
+ARGUMENTS = {
+    "ClippedGrad": (0.1,),
+    "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]"),
+    "ProjectedGrad": (4,),
+    "WeightedGrad": (torch.arange(6.0),),
+}
 PRODUCTS = ("HMP", "GGNMP", "PCHMP")
 """They give functions, which do not merge."""
 

@@ -94,7 +94,12 @@ OUTPUTS = {
 @pytest.mark.parametrize("form", OUTPUTS)
 def test_outputs_of_all_forms_and_parameters_without_axes_are_verified(form):
     model, lossfunc = Scalars(OUTPUTS[form]), nn.CrossEntropyLoss()
-    arguments = {"ClippedGrad": (0.1,), "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]")}
+    arguments = {
+        "ClippedGrad": (0.1,),
+        "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]"),
+        "ProjectedGrad": (4,),
+        "WeightedGrad": (torch.arange(5.0),),
+    }
     exts = [
         getattr(extensions, name)(*arguments.get(name, ()))
         for name in extensions.__all__

@@ -60,4 +60,6 @@ class Contributions:
     def individual(self, subset: Subset) -> Individual:
         """The individual gradients of the samples in a subset."""
         parts = [arrival.individual(subset, self.shape, self.dtype) for arrival in self.arrivals]
-        return join([*parts, *self.pulled.get(subset.key, ())])
+        found = join([*parts, *self.pulled.get(subset.key, ())])
+        found.parameter = self.tensor
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,8 @@ class Block:
     """Whether an extension may have to run the model again, with functions that have second derivatives."""
     keeps_graph: bool = False
     """Whether a result needs the graph after the backward pass, so that PyTorch must not free it."""
+    averaged: int | None = None
+    """How many samples the loss is a mean over, ``None`` for a sum, where an extension must know."""
     loss_factor: float = 1.0
     """The factor of a gradient scaler, by which the loss is multiplied before ``backward()``."""
     taker: Callable[[Tensor, str, Any], None] | None = None
@@ -87,10 +89,14 @@ class Block:
             for extension in self.extensions:
                 fields.pop(extension.savefield, None)
 
-    def check_subsets(self, n: int, device: torch.device) -> None:
-        """Raise where a subset does not fit a batch of ``n`` samples."""
+    def check(self, n: int, parameters: Sequence[Tensor]) -> None:
+        """Raise where an extension does not fit a batch of ``n`` samples, or these parameters."""
+        device = parameters[0].device
         for extension in self.extensions:
             extension.subset.rows(n, device)
+            if extension.against is not None:
+                extension.against.rows(n, device)
+            extension.check(parameters, n if self.ids is None else self.ids.count)
 
     def store(self, parameter: Tensor, savefield: str, value: Any) -> None:
         """Write a result."""

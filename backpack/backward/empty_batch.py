@@ -34,7 +34,7 @@ def store_results(
     samples = shape[axis if axis < len(shape) else 0] if block.ids is None else block.ids.count
     parameters = [variable_of(leaf) for leaf in leaves]
     if parameters:
-        block.check_subsets(samples, parameters[0].device)
+        block.check(samples, parameters)
     for extension in block.second_order:
         if extension.needs_samples_apart:
             raise RuntimeError(
@@ -50,9 +50,10 @@ def store_results(
     for extension in block.first_order:
         found_of = [(parameter, _nothing(parameter, 1, samples)) for parameter in parameters]
         if extension.needs_all_parameters:
-            joint = extension.combine([extension.measure(found) for _, found in found_of])
+            joint = extension.combine({parameter: extension.measure(found) for parameter, found in found_of}, None)
             for parameter, found in found_of:
-                block.store(parameter, extension.savefield, extension.compute_jointly(found, joint))
+                value = joint if extension.is_of_model else extension.compute_jointly(found, joint)
+                block.store(parameter, extension.savefield, value)
         elif not extension.has_rules_only:
             for parameter, found in found_of:
                 block.store(parameter, extension.savefield, extension.compute(found))
@@ -61,4 +62,6 @@ def store_results(
 
 
 def _nothing(parameter: Tensor, columns: int, samples: int) -> Explicit:
-    return Explicit(parameter.new_zeros(columns, samples, *parameter.shape))
+    found = Explicit(parameter.new_zeros(columns, samples, *parameter.shape))
+    found.parameter, found.others = parameter, found
+    return found

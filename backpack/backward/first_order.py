@@ -35,11 +35,13 @@ class FirstOrderPass(Collector):
     def __init__(self, block: Block, prepared: Prepared) -> None:
         super().__init__(prepared)
         self.block = block
-        self.postponed: list[tuple[Quantity, Contributions, Tensor]] = []
+        self.postponed: dict[Quantity, dict[Tensor, tuple[Contributions, Tensor]]] = {}
         extensions = block.first_order
         self.is_simple = not (
-            block.debug or any(e.rules or e.has_rules_only or e.needs_all_parameters for e in extensions)
+            block.debug
+            or any(e.rules or e.has_rules_only or e.needs_all_parameters or e.against is not None for e in extensions)
         )
+        self.reads_again = any(e.needs_all_parameters and not e.is_of_model for e in extensions)
         self.groups = [(group[0].subset, [name for e in group for name in e.reads], group) for group in block.groups]
         devices = {variable_of(leaf).device.type for leaf in self.plan.expected}
         self.under_autocast = any(map(torch.is_autocast_enabled, devices))
@@ -83,6 +85,7 @@ class FirstOrderPass(Collector):
         block, parameter = self.block, variable_of(leaf)
         for subset, names, extensions in self.groups:
             grads = arrival.individual(subset, parameter.shape, parameter.dtype)
+            grads.parameter = parameter
             grads.prepare(names)
             for extension in extensions:
                 block.store(parameter, extension.savefield, extension.compute(grads))
@@ -90,8 +93,7 @@ class FirstOrderPass(Collector):
 
     def _is_last(self, leaf: Node) -> bool:
         """Whether one more arrival completes a parameter whose results are computed at once."""
-        postponed = any(extension.needs_all_parameters for extension in self.block.first_order)
-        return self.contributions(leaf).count + 1 == self.plan.expected[leaf] and not postponed
+        return self.contributions(leaf).count + 1 == self.plan.expected[leaf] and not self.reads_again
 
     def add(self, contributions: Contributions, arrival: Arrival, leaf: Node | None = None) -> None:
         """Add an arrival, or its individual gradients if they can't be computed any more when the node has run."""
@@ -104,8 +106,9 @@ class FirstOrderPass(Collector):
 
     @property
     def subsets(self) -> dict[Any, Subset]:
-        """The subsets of samples of all extensions, by key."""
-        return {extension.subset.key: extension.subset for extension in self.block.first_order}
+        """The subsets of samples of all extensions, and those that some compare them with, by key."""
+        both = (subset for extension in self.block.first_order for subset in (extension.subset, extension.against))
+        return {subset.key: subset for subset in both if subset is not None}
 
     def _entered(self, node: Node, _: Any) -> None:
         """All that enters a region through a node has arrived: pull it on to the parameters before the node runs."""
@@ -142,7 +145,7 @@ class FirstOrderPass(Collector):
                 if extensions:
                     self._compute(contributions, name, extensions)
         block.parameter_done(parameter)
-        if not any(extension.needs_all_parameters for extension in block.first_order):
+        if not self.reads_again:
             contributions.arrivals, contributions.pulled = [], {}
 
     def _compute(self, contributions: Contributions, name: str, extensions: list[Quantity]) -> None:
@@ -152,8 +155,10 @@ class FirstOrderPass(Collector):
         for extension in extensions:
             if block.debug:
                 print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
+            grads.others = None if extension.against is None else contributions.individual(extension.against)
             if extension.needs_all_parameters:
-                self.postponed.append((extension, contributions, extension.measure(grads)))
+                measures = self.postponed.setdefault(extension, {})
+                measures[parameter] = contributions, extension.measure(grads)
             else:
                 block.store(parameter, extension.savefield, extension.compute(grads))
 
@@ -180,14 +185,15 @@ class FirstOrderPass(Collector):
         self.take_deferred()
         for node in self.entered():
             self.enter(node)
-        for extension in self.block.first_order:
-            own = [(found, measure) for other, found, measure in self.postponed if other is extension]
-            if own:
-                joint = extension.combine([measure for _, measure in own])
-                for found, _ in own:
-                    with without_autocast(found.tensor.device):
+        for extension, own in self.postponed.items():
+            measures = {parameter: measure for parameter, (_, measure) in own.items()}
+            joint = extension.combine(measures, self.block.averaged)
+            for parameter, (found, _) in own.items():
+                value = joint
+                if not extension.is_of_model:
+                    with without_autocast(parameter.device):
                         value = extension.compute_jointly(found.individual(extension.subset), joint)
-                    self.block.store(found.tensor, extension.savefield, value)
+                self.block.store(parameter, extension.savefield, value)
         self.postponed.clear()
 
     @property

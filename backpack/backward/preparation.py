@@ -17,7 +17,7 @@ from backpack.backward.collector import Prepared
 from backpack.backward.plan import make_plan
 from backpack.graph import LEAF, Edge, Graph, count_outputs, shape_of, variable_of
 from backpack.modules.calls import Note
-from backpack.modules.loss_calls import losses_in
+from backpack.modules.loss_calls import LossCall, losses_in
 from backpack.modules.parameters import SHARDED, info_of, listed, name_of
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, SampleIds
@@ -111,6 +111,25 @@ def _passes(block: Block, prepared: Prepared) -> float:
     rows = [subset.rows(plan.n, torch.device("cpu")) for subset in subsets.values()]
     samples = sum(plan.n if own is None else len(own) for own in rows)
     return samples * sum(size[node] for node in below) / max(1, sum(size.values()))
+
+
+def samples_averaged(block: Block, losses: Sequence[tuple[Node, int, LossCall]], n: int) -> int | None:
+    """How many samples the loss is a mean over, ``n`` unless some entries belong to none; ``None`` for a sum.
+
+    Raises:
+        RuntimeError: It is not known.
+    """
+    reductions = {getattr(call.loss, "reduction", None) for *_, call in losses}
+    if reductions == {"sum"}:
+        return None
+    if reductions == {"mean"}:
+        return n if block.ids is None else block.ids.count
+    names = ", ".join(type(extension).__name__ for extension in block.extensions if extension.needs_own_losses)
+    raise RuntimeError(
+        f"{names}(per_sample=True) must know whether the loss is a mean or a sum: write lossfunc = extend(lossfunc), "
+        f"with reduction='mean' or 'sum', before the forward pass. For any other loss, leave per_sample out and divide "
+        f"the bound yourself, by the number of samples if the loss is a mean over them."
+    )
 
 
 def refuse_other_losses(block: Block) -> None:

@@ -17,7 +17,14 @@ from backpack.backward.collector import Prepared
 from backpack.backward.empty_batch import has_no_entries, store_results
 from backpack.backward.first_order import FirstOrderPass
 from backpack.backward.plan import Plan
-from backpack.backward.preparation import look_for_mixed, prepare, refuse_complex, refuse_other_losses, wanted_leaves
+from backpack.backward.preparation import (
+    look_for_mixed,
+    prepare,
+    refuse_complex,
+    refuse_other_losses,
+    samples_averaged,
+    wanted_leaves,
+)
 from backpack.graph import Edge, Graph, count_outputs, read, shape_of, variable_of
 from backpack.modules.calls import Note, noted
 from backpack.modules.forward_hooks import note_parameters
@@ -165,7 +172,9 @@ class _Running:
             if block.extensions and not calls:
                 _warn_of_no_model(graph, losses)
             return
-        block.check_subsets(self.prepared.n, self.device)
+        block.check(self.prepared.n, [variable_of(leaf) for leaf in self.prepared.plan.expected])
+        if any(extension.needs_own_losses for extension in block.extensions):
+            block.averaged = samples_averaged(block, losses, self.prepared.n)
         if block.second_order and not losses:
             refuse_other_losses(block)
         refuse_complex(block, self.prepared)
@@ -181,12 +190,6 @@ class _Running:
         outside = {get_gradient_edge(parameter).node for parameter in self.prepared.plan.outside}
         unused = outside - self.prepared.plan.expected.keys()
         return {leaf for leaf in unused if not _is_in_penalty(self.graph, leaf)}
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        assert self.prepared is not None
-        return variable_of(next(iter(self.prepared.plan.expected))).device
 
     def attach(self) -> None:
         """Put the prehooks on."""

@@ -24,6 +24,7 @@ from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import writable
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.modules.forward_hooks import EXTENDED
+from backpack.modules.parameters import name_of
 
 __all__ = ["Accumulated", "accumulate"]
 
@@ -127,8 +128,10 @@ def accumulate(
         Collection(model, tuple(e for e in extensions if e not in ahead))  # refuses what cannot be, before a long pass
         require_two_readings(dataloader, f"{' and '.join(type(e).__name__ for e in ahead)} takes two passes")
         first = one_pass(tuple(ahead.values()), None, path and path.with_name(f"{path.name}.beforehand"))
-        found = first.results(False).results
+        found = first.results(gather=True).results
         first.collection.clear()
         first.random.write(first.began)
-        extensions = tuple(e.given(found[e.savefield]) if e in ahead else e for e in extensions)
+        names = {name: name_of(parameter) for name, parameter in first.collection.parameters.items()}
+        by_name = {e: {names[name]: value for name, value in found[e.savefield].items()} for e in ahead}
+        extensions = tuple(e.given(by_name[e]) if e in ahead else e for e in extensions)
     return one_pass(extensions, folder, path).results(gather)

@@ -57,7 +57,7 @@ def across_processes(
     numbers = torch.arange(start, start + samples)
     scale = 1.0 if scaler is None else scaler.get_scale()
     chosen = chosen_samples(extensions, total)
-    parts = {e.savefield: part_of(e, chosen.get(e.savefield), numbers, factor, scale) for e in extensions}
+    parts = {e.savefield: part_of(e, chosen.get(e.savefield), numbers, factor, scale, total) for e in extensions}
     collection.clear()
     with backpack(*(part.extension for part in parts.values())):
         HERE.blocks[-1].loss_factor = scale

@@ -40,6 +40,8 @@ class BatchPass:
     denominator: Callable[[Any], float] | None
     scaler: Any
     chosen: dict[str, Tensor] = field(default_factory=dict)
+    samples: int | None = None
+    """How many samples the data set has, where that is known."""
     counted: list[int] = field(default_factory=list)
     factor: float = 1.0
     """The factor with which the gradients of the current batch enter those of the data set."""
@@ -122,7 +124,9 @@ class BatchPass:
         if self.scaler is not None:
             loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
         parts = {
-            extension.savefield: part_of(extension, self.chosen.get(extension.savefield), batch.numbers, factor, scale)
+            extension.savefield: part_of(
+                extension, self.chosen.get(extension.savefield), batch.numbers, factor, scale, self.samples
+            )
             for extension in collection.extensions
         }
         for part in parts.values():

@@ -13,11 +13,14 @@ from torch.utils._pytree import tree_map
 from backpack.dataset.sample_rows import FileRows, Rows
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.curvature import CurvatureExtension
-from backpack.extensions.merge_batches import Joined, Merging, Summed
+from backpack.extensions.merge_batches import BatchShare, Joined, Merging, Summed
 from backpack.memory import LARGE
 from backpack.modules.parameters import SHARDED
 
 GRAD = "grad"
+
+MODEL = ""
+"""The name under which results are kept that all parameters share."""
 
 
 @dataclass(eq=False)
@@ -59,14 +62,14 @@ class Collection:
     new: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of the current batch that wait for their sum, by ``savefield`` and name."""
     added: set[tuple[str, str]] = field(default_factory=set)
-    """Keys of the results of the current batch that were added when they came."""
+    """Keys of the results of the current batch that were added when they came, or that have come for all parameters."""
 
     def __post_init__(self) -> None:
         self.merging: dict[str, Merging] = {GRAD: Summed(1)}
         self.joined: dict[str, Joined] = {}
         self.final: set[str] = set()
         for extension in self.extensions:
-            part = extension.on_batch(None, 1.0)
+            part = extension.on_batch(BatchShare(None, 1.0, torch.arange(0)))
             if extension.rules and part.rules is not extension.rules:
                 raise ValueError(
                     f"{type(extension).__name__} has custom rules, but for several batches it needs other results of "
@@ -106,8 +109,11 @@ class Collection:
         name, part = self.name_of(parameter), parts[savefield]
         if name is None or part.places is None:
             return
-        if part.extension.is_deferred:
-            result = part.extension.of_parameter(name, parameter, result)
+        if part.extension.is_of_model:
+            if (MODEL, savefield) in self.added:
+                return
+            name = MODEL
+            self.added.add((name, savefield))
         if savefield in self.joined:
             joined = self.joined[savefield]
             rows = result.detach()
@@ -160,7 +166,14 @@ class Collection:
                 merging.add(states, further, factor, samples)
 
 
-def part_of(extension: BackpropExtension, chosen: Tensor | None, numbers: Tensor, factor: float, scale: float) -> Part:
+def part_of(
+    extension: BackpropExtension,
+    chosen: Tensor | None,
+    numbers: Tensor,
+    factor: float,
+    scale: float,
+    samples: int | None,
+) -> Part:
     """What an extension computes of a batch.
 
     Args:
@@ -169,13 +182,16 @@ def part_of(extension: BackpropExtension, chosen: Tensor | None, numbers: Tensor
         numbers: The numbers of the batch's samples, in ascending order.
         factor: The factor with which the loss of the batch enters that of the data set.
         scale: What the loss is multiplied by before ``backward()``; second order does not see it.
+        samples: The number of samples of the data set, where it is known.
     """
     if extension.seeds is None:
         factor /= scale
     if chosen is None:
-        return Part(extension.on_batch(None, factor), factor, numbers)
+        return Part(extension.on_batch(BatchShare(None, factor, numbers, samples)), factor, numbers)
     own = torch.searchsorted(numbers, chosen).clamp(max=len(numbers) - 1)
     places = (numbers[own] == chosen).nonzero().flatten()
     if len(places) == 0:
-        return Part(extension.on_batch([0], factor), factor, None)
-    return Part(extension.on_batch(own[places].tolist(), factor), factor, places)
+        return Part(
+            extension.on_batch(BatchShare([0], factor, torch.zeros(1, dtype=torch.int64), samples)), factor, None
+        )
+    return Part(extension.on_batch(BatchShare(own[places].tolist(), factor, places, samples)), factor, places)

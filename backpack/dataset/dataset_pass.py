@@ -19,7 +19,7 @@ from backpack.dataset.final_results import merged
 from backpack.dataset.identity import identity
 from backpack.dataset.interruption import Counts, Interruption
 from backpack.dataset.randomness import Randomness
-from backpack.dataset.survey import chosen_samples, numbers_selected, open_files, survey
+from backpack.dataset.survey import chosen_samples, numbers_selected, open_files, survey, write_index
 from backpack.utils.progress_bar import bar
 
 
@@ -37,6 +37,7 @@ class DatasetPass:
     reference: float = 1.0
     saved: Interruption | None = None
     began: State = field(init=False)
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.collection, self.processes = self.batch_pass.collection, self.batches.processes
@@ -68,7 +69,9 @@ class DatasetPass:
         self.began = self.random.read()
         fixed = folder is not None or any(extension.fixes_scale for extension in collection.extensions)
         total, self.reference = survey(self.batches, self.batch_pass, collection.extensions, fixed, self.random)
+        self.batch_pass.samples = total
         self.batch_pass.chosen = chosen_samples(collection.extensions, total)
+        self.folder = folder
         if folder is not None:
             open_files(folder, collection, total or 0, self.batch_pass.chosen, self.processes, anew=not goes_on)
 
@@ -126,11 +129,14 @@ class DatasetPass:
         total = int(samples) if self.batches.sample_ids is None else self.batches.total  # some numbers have no entry
         selected = numbers_selected(self.collection.extensions, total, self.batch_pass.chosen)
         found, places = merged(self.collection, processes, factor, selected, gather)
-        if self.batches.order is not None:
-            for savefield in self.collection.joined:
-                rows = self.batch_pass.chosen.get(savefield, torch.arange(total))
-                rows = rows if savefield not in places else rows[places[savefield]]
-                places[savefield] = torch.tensor(self.batches.order)[rows]
+        for savefield in self.collection.joined:
+            rows = self.batch_pass.chosen.get(savefield, torch.arange(total))
+            rows = rows if savefield not in places else rows[places[savefield]]
+            rows = rows if self.batches.order is None else torch.tensor(self.batches.order)[rows]
+            if self.batches.order is not None:
+                places[savefield] = rows
+            if self.folder is not None and processes.rank == 0:
+                write_index(self.folder, savefield, rows)
         fields = [GRAD, *(extension.savefield for extension in self.collection.extensions)]
         names = self.collection.parameters
         results = {field: {name: found[field][name] for name in names if name in found[field]} for field in fields}

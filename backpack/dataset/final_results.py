@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.dataset.collection import Collection
+from backpack.dataset.collection import MODEL, Collection
 from backpack.dataset.processes import Processes, bundles
 from backpack.dataset.sample_rows import FileRows, Rows
-from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.modules.parameters import name_of
 
 Key = tuple[str, str]
 
@@ -44,7 +44,7 @@ def merged(
             known = torch.cat(store.places)
             if len(known) > len(places.get(savefield, ())):
                 places[savefield] = known
-    of_whole = {e.savefield for e in collection.extensions if type(e).of_whole is not BackpropExtension.of_whole}
+    of_whole = {e.savefield for e in collection.extensions if e.reads_all_rows}
     wanted = {e.savefield for e in collection.extensions if gather or processes.count == 1} | of_whole
     for (name, savefield), rows in _files(collection, processes):
         found[savefield][name] = joined[savefield].finish(rows, 1.0)  # the factor was known before
@@ -57,9 +57,12 @@ def merged(
     collection.rows.clear()
     for extension in collection.extensions:
         results = found[extension.savefield]
+        if MODEL in results:
+            results.update(dict.fromkeys(collection.parameters, results.pop(MODEL)))
         for name, value in results.items():
-            results[name] = extension.of_whole(name, value)
-            setattr(collection.parameters[name], extension.savefield, results[name])
+            parameter = collection.parameters[name]
+            results[name] = extension.of_whole(name_of(parameter), value)
+            setattr(parameter, extension.savefield, results[name])
     return found, places
 
 

@@ -37,7 +37,7 @@ def _digest_of_weights(module: Module) -> str:
 
 def describe(extension: BackpropExtension) -> str:
     """An extension with all its options, as text."""
-    options = {k: _shown(v) for k, v in sorted(vars(extension).items()) if k not in ("subset", "rules")}
+    options = {k: _shown(v) for k, v in sorted(vars(extension).items()) if not k.startswith("_")}
     rules = {module.__name__: type(rule).__name__ for module, rule in extension.rules.items()}
     return f"{type(extension).__name__}({options}, rules={rules}, subsampling={extension.subset.key})"
 

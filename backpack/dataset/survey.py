@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backpack.dataset.batch_pass import BatchPass
 from backpack.dataset.batches import Batches, require_two_readings
-from backpack.dataset.collection import Collection
+from backpack.dataset.collection import MODEL, Collection
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.sample_rows import FileRows
@@ -73,13 +73,21 @@ def writable(folder: Path) -> Path:
     return folder
 
 
+def write_index(folder: Path, savefield: str, numbers: Tensor) -> None:
+    """Say beside the results of single samples which samples of the data set their rows belong to."""
+    import numpy
+
+    numpy.save(folder / f"samples.{savefield}.npy", numbers.numpy())
+
+
 def open_files(
     folder: Path, collection: Collection, total: int, chosen: dict[str, Tensor], processes: Processes, anew: bool
 ) -> None:
     """Send results of single samples to files in a folder, and delete those of another run first if ``anew``."""
+    shared = {extension.savefield for extension in collection.extensions if extension.is_of_model}
     for savefield in collection.joined:
-        for name in collection.parameters:
-            path = folder / f"{savefield}.{name}.npy"
+        for name in (MODEL,) if savefield in shared else collection.parameters:
+            path = folder / (f"{savefield}.{name}.npy" if name else f"{savefield}.npy")
             if anew and processes.rank == 0:
                 path.unlink(missing_ok=True)
             count = len(chosen[savefield]) if savefield in chosen else total

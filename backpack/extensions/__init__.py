@@ -15,9 +15,11 @@ from backpack.extensions.kfac import KFAC
 from backpack.extensions.kflr import KFLR
 from backpack.extensions.kfra import KFRA
 from backpack.extensions.matrix_products import GGNMP, HMP, PCHMP
+from backpack.extensions.projected_grad import ProjectedGrad
 from backpack.extensions.sqrt_ggn import SqrtGGNExact, SqrtGGNMC
 from backpack.extensions.sum_grad_squared import SumGradSquared
 from backpack.extensions.variance import Variance
+from backpack.extensions.weighted_grad import WeightedGrad
 
 __all__ = [
     "BatchDiagGGNExact",
@@ -40,10 +42,12 @@ __all__ = [
     "KFLR",
     "KFRA",
     "PCHMP",
+    "ProjectedGrad",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",
     "Variance",
+    "WeightedGrad",
 ]
 
 

@@ -13,7 +13,7 @@ from backpack.extensions.interface import FAIL_ERROR as FAIL_ERROR
 from backpack.extensions.interface import FAIL_SILENT as FAIL_SILENT
 from backpack.extensions.interface import FAIL_WARN as FAIL_WARN
 from backpack.extensions.interface import Quantity
-from backpack.extensions.merge_batches import Joined, Merging
+from backpack.extensions.merge_batches import BatchShare, Joined, Merging
 from backpack.extensions.module_extension import ModuleExtension
 from backpack.modules.module_io import RULED
 from backpack.samples import Subset
@@ -57,8 +57,6 @@ class BackpropExtension(Quantity, Generic[Result]):
     """Why there are no ``batches``, and what to do instead."""
     fixes_scale = False
     """Whether what is computed of a batch depends on the scale of the whole data set's loss."""
-    is_deferred = False
-    """Whether a batch's results are functions that ``of_parameter`` evaluates."""
 
     def __init__(
         self,
@@ -130,15 +128,10 @@ class BackpropExtension(Quantity, Generic[Result]):
         part.subset = Subset(self.subset.given, samples)
         return part
 
-    def on_batch(self, rows: list[int] | None, factor: float) -> BackpropExtension:
-        """What to compute of one batch of a data set, whose results are merged as its ``batches`` says.
-
-        Args:
-            rows: The samples of the batch that contribute.
-            factor: With which the batch's loss enters that of the data set.
-        """
+    def on_batch(self, share: BatchShare) -> BackpropExtension:
+        """What to compute of one batch of a data set, whose results are merged as its ``batches`` says."""
         part = copy.copy(self)
-        part.subset = Subset(rows)
+        part.subset = Subset(share.rows)
         return part
 
     def beforehand(self) -> BackpropExtension | None:
@@ -146,12 +139,13 @@ class BackpropExtension(Quantity, Generic[Result]):
         return None
 
     def given(self, found: dict[str, Any]) -> BackpropExtension:
-        """What to compute of the data set, from the results of ``beforehand`` by parameter name."""
+        """What to compute of the data set, from the results of ``beforehand`` by name of the parameter."""
         return self
 
-    def of_parameter(self, name: str, parameter: Tensor, result: Any) -> Any:
-        """The result of a batch for one parameter, where ``compute`` needs to know for which."""
-        return result
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether ``of_whole`` needs the results of the samples of all processes."""
+        return type(self).of_whole is not BackpropExtension.of_whole
 
     def of_whole(self, name: str, merged: Any) -> Any:
         """The result for a data set and a parameter, from what its batches' results were merged to."""

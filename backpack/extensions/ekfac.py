@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from backpack.extensions.kfac import KFAC
 from backpack.extensions.kronecker import KroneckerExtension
 from backpack.extensions.merge_batches import Summed
+from backpack.modules.parameters import name_of
 from backpack.uses import Individual
 from backpack.uses.eigenbases import eigenbases, squares_in_bases
 from backpack.uses.kronecker import complete, output_factors
@@ -67,14 +67,10 @@ class SecondMoments(EKFAC):
     """The eigenvalues of ``EKFAC`` in ``bases`` that are known before, by parameter name."""
 
     batches = Summed(1)
-    is_deferred = True
     bases: dict[str, list[Tensor]]
 
     def compute(self, grads: Individual) -> Any:
-        return partial(squares_in_bases, grads)
-
-    def of_parameter(self, name: str, parameter: Tensor, result: Any) -> Tensor:
-        return result([basis.to(parameter) for basis in self.bases[name]])
+        return squares_in_bases(grads, [basis.to(grads.parameter) for basis in self.bases[name_of(grads.parameter)]])
 
     def of_whole(self, name: str, merged: Tensor) -> Eigen:  # type: ignore[override]
         return Eigen(self.bases[name], merged)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
+from backpack.extensions.merge_batches import BatchShare
 from backpack.extensions.sqrt_ggn import SqrtGGNExact
 from backpack.uses import Individual
 from backpack.uses.complex_numbers import as_real
@@ -32,8 +33,8 @@ class GGNGram(CurvatureExtension[Tensor]):
     def compute(self, grads: Individual) -> Tensor:
         return grads.dots(grads).flatten(2, 3).flatten(0, 1)
 
-    def on_batch(self, rows: list[int] | None, factor: float) -> SqrtGGNExact:
-        return SqrtGGNExact(rows, savefield=self.savefield)
+    def on_batch(self, share: BatchShare) -> SqrtGGNExact:
+        return SqrtGGNExact(share.rows, savefield=self.savefield)
 
     def of_whole(self, name: str, merged: Tensor) -> Tensor:
         columns, samples = merged.shape[:2]

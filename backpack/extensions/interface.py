@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -34,6 +34,12 @@ class Quantity:
     """The reductions of ``Individual`` that ``compute`` reads: those of all extensions are computed together."""
     needs_all_parameters = False
     """Whether the result for a parameter depends on all of them: ``compute_jointly`` takes the place of ``compute``."""
+    is_of_model = False
+    """Whether the result is one for all parameters: what ``combine`` returns."""
+    needs_own_losses = False
+    """Whether it must be known if the loss is a mean over samples or a sum."""
+    against: Subset | None = None
+    """Samples whose gradients ``compute`` finds as ``grads.others``."""
     bounds_influence = False
     """Whether it is used to bound what one sample changes, so that no sample may change what is computed of others."""
     needs_samples_apart = False
@@ -63,15 +69,21 @@ class Quantity:
         """The result for one parameter, from its individual gradients."""
         raise NotImplementedError(f"{type(self).__name__} does not define compute().")
 
+    def check(self, parameters: Sequence[Tensor], samples: int) -> None:
+        """Raise if the extension does not fit the parameters and the number of samples of a batch."""
+
     def measure(self, grads: Individual) -> Tensor:
         """The measure of one parameter; ``combine`` receives those of all (where ``needs_all_parameters``)."""
         raise NotImplementedError(f"{type(self).__name__} does not define measure().")
 
-    def combine(self, measures: list[Tensor]) -> Tensor:
-        """What the results of all parameters need, from the measures of all."""
+    def combine(self, measures: dict[Tensor, Tensor], samples: int | None) -> Any:
+        """What the results of all parameters need, from the measures of all.
+
+        ``samples``: those that the loss is a mean over, ``None`` for a sum; known where ``needs_own_losses``.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define combine().")
 
-    def compute_jointly(self, grads: Individual, joint: Tensor) -> Any:
+    def compute_jointly(self, grads: Individual, joint: Any) -> Any:
         """The result for one parameter, given what ``combine`` returned."""
         raise NotImplementedError(f"{type(self).__name__} does not define compute_jointly().")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backpack.extensions.backprop_extension import Result
 from backpack.extensions.curvature import CurvatureExtension
-from backpack.extensions.merge_batches import Averaged, Listed, Summed
+from backpack.extensions.merge_batches import Averaged, BatchShare, Listed, Summed
 from backpack.samples import Subset
 from backpack.uses import Individual
 from backpack.uses.base import accumulate
@@ -106,9 +106,9 @@ class KroneckerExtension(CurvatureExtension[Result]):
     def complete(self, result: list[Tensor], grads: Individual) -> Any:
         return (separate if self.separated else complete)(grads, result, self.approx)
 
-    def on_batch(self, rows: list[int] | None, factor: float) -> KroneckerExtension:
+    def on_batch(self, share: BatchShare) -> KroneckerExtension:
         part = copy.copy(self)
-        part.subset, part.separated = Subset(rows), True
+        part.subset, part.separated = Subset(share.rows), True
         return part
 
     def of_whole(self, name: str, merged: list[Tensor]) -> list[Tensor]:

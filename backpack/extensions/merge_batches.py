@@ -53,6 +53,21 @@ class Merging(ABC):
 
 
 @dataclass(frozen=True)
+class BatchShare:
+    """The share of one batch in a data set, as an extension selects samples.
+
+    ``rows``: the selected samples of the batch, ``None`` for all; ``factor``: with which the batch's loss enters that
+    of the data set; ``places``: those of the selected samples among all that are selected; ``samples``: how many
+    samples the data set has, where that is known.
+    """
+
+    rows: list[int] | None
+    factor: float
+    places: Tensor
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
 class Summed(Merging):
     """A sum over samples."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from backpack.extensions.backprop_extension import BuiltInExtension
-from backpack.extensions.merge_batches import Moments
+from backpack.extensions.merge_batches import BatchShare, Moments
 from backpack.uses import Individual
 from backpack.uses.complex_numbers import squared
 
@@ -25,8 +25,8 @@ class Variance(BuiltInExtension[Tensor]):
         n, total = max(1, grads.size[1]), grads.total()
         return grads.sum_squares().sub(squared(total), alpha=1 / n).div_(n).clamp_(min=0)
 
-    def on_batch(self, rows: list[int] | None, factor: float) -> _SumAndSquares:
-        return _SumAndSquares(rows, self.savefield)
+    def on_batch(self, share: BatchShare) -> _SumAndSquares:
+        return _SumAndSquares(share.rows, self.savefield)
 
 
 class _SumAndSquares(Variance):

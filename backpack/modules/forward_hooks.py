@@ -113,9 +113,10 @@ def note_parameters(module: Module) -> list[Tensor]:
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
             if _is_trainable(parameter):
+                path = f"{prefix}.{name}" if prefix else name
                 if parameter not in PARAMETERS:
-                    PARAMETERS[parameter] = ParameterInfo(f"{prefix}.{name}" if prefix else name)
-                PARAMETERS[parameter].add(owner)
+                    PARAMETERS[parameter] = ParameterInfo(path)
+                PARAMETERS[parameter].add(owner, path)
     return found
 
 

@@ -31,8 +31,10 @@ class ParameterInfo:
         """Whether one of them is in training mode."""
         return any(owner.training for reference in self.references if (owner := reference()) is not None)
 
-    def add(self, owner: Module) -> None:
-        """Add a module that owns the parameter."""
+    def add(self, owner: Module, path: str) -> None:
+        """Add a module that owns the parameter; the name is the path in the largest model that was extended."""
+        if path.endswith(f".{self.name}"):
+            self.name = path
         self.references[:] = [ref(known) for known in self.owners if known is not owner] + [ref(owner)]
 
 
@@ -61,8 +63,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def name_of(parameter: Tensor) -> str:
-    """The path of a parameter in the model that was extended."""
-    known = info_of(parameter)
+    """The path of a parameter in the model that was extended; of a gathered one, that of the sharded one."""
+    reference = SHARDED.get(parameter) if SHARDED else None
+    sharded = None if reference is None else reference()
+    known = info_of(parameter if sharded is None else sharded)
     return "of an extended module" if known is None else known.name
 
 

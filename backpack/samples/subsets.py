@@ -26,6 +26,9 @@ class Subset:
         self._entries = entries if entries is None or isinstance(entries, slice) else _tensor(entries)
         self._ready: dict[tuple[int, torch.device], Tensor | None] = {}
 
+    def __repr__(self) -> str:
+        return repr(self.given)
+
     @property
     def key(self) -> Any:
         """Equal for subsets that select the same samples in the same order."""

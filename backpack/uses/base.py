@@ -34,6 +34,10 @@ class Individual(ABC):
 
     shape: torch.Size
     """The shape of the parameter, ``p``."""
+    parameter: Tensor
+    """The parameter itself; known where an extension computes its result."""
+    others: Individual | None = None
+    """Those of the samples that an extension names as ``against``."""
     shared: dict[Any, Tensor] | None = None
     """Results for other parameters of the same call, from the same cotangents of all samples."""
     room: Tensor | None = None
@@ -190,6 +194,18 @@ class Individual(ABC):
             columns = [torch.einsum("vnp,wmp->vnwm", left, flat(b.dense())) for b in other.chunks()]
             rows.append(torch.cat(columns, 3))
         return torch.cat(rows, 1)
+
+    def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        """``rows^T G columns``, ``[v, n, a, b]``, with the gradients as matrices ``G`` of these ``sizes``.
+
+        ``None`` stands for the identity. Complex numbers count as pairs of real ones, side by side along the columns.
+        """
+        pieces = []
+        for piece in self.chunks():
+            matrices = flat(piece.dense()).reshape(*piece.size, *sizes)
+            matrices = matrices if columns is None else matrices @ columns
+            pieces.append(matrices if rows is None else rows.T @ matrices)
+        return torch.cat(pieces, 1)
 
     def sample_dots(self, other: Individual) -> Tensor:
         """Dot products with another's gradients of the same sample and seed, ``[v, n]``."""

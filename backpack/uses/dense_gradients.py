@@ -14,6 +14,7 @@ from backpack.memory import empty, product
 from backpack.uses.base import SCRATCH, Individual, accumulate
 from backpack.uses.complex_numbers import as_real, squared
 from backpack.uses.dense_factors import DenseMap
+from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.sample_sum import SampleSum
 from backpack.uses.second_moments import second_moment
@@ -246,15 +247,25 @@ class Dense(Individual):
             pieces.append(torch.real(total))
         return torch.cat(pieces, 1)
 
+    def _dots_of_outer_products(self, other: Explicit) -> Tensor:
+        """``dots`` with stored matrices, for one position: these multiply the inputs."""
+        v, n, g, s, o, i = self.sizes
+        matrices = other.value.reshape(*other.size, g, *((i, o) if self.flipped else (o, i)))
+        matrices = matrices.mT if self.flipped else matrices
+        images = torch.einsum("wmgoi,ngi->nwmgo", matrices, self.x[:, :, 0])
+        return torch.einsum("nwmgo,vngo->vnwm", images, self.grad[:, :, :, 0])
+
     @property
     def _gram_share(self) -> float:
         """The cost of dot products of inputs at the positions of a sample, relative to dot products of ``x``."""
         return 1 if self.gram is None or self.unfold is None else self.gram[1]()
 
     def dots(self, other: Individual) -> Tensor:
-        if not self._matches(other):
-            return super().dots(other)
         v, n, g, s, o, i = self.sizes
+        if not self._matches(other):
+            if isinstance(other, Explicit) and s == 1 and not self.is_complex:
+                return self._dots_of_outer_products(other)
+            return super().dots(other)
         w, m, _, t, _ = other.grad.shape
         if s == t == g == 1 and other is self:
             inputs, outputs = self.x[:, 0, 0], self.grad[:, :, 0, 0].flatten(0, 1)
@@ -275,6 +286,21 @@ class Dense(Individual):
             products = second_moment(left.T) if other is self else left @ other._rows(start, start + step).T
             accumulate(terms, products)
         return terms[0].reshape(n, v, m, w).permute(1, 0, 3, 2)
+
+    def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        v, n, g, s, o, i = self.sizes
+        if self.is_complex or type(self) is not Dense or sizes != ((g * i, o) if self.flipped else (g * o, i)):
+            return super().projected(rows, columns, sizes)
+        pieces = []
+        for piece in self.chunks():
+            left, right = (piece.x, piece.grad) if self.flipped else (piece.grad, piece.x)
+            right = right if columns is None else right @ columns
+            if rows is not None:  # groups are summed, as positions are
+                left = (left @ rows.unflatten(0, (g, -1))).flatten(-3, -2)
+                pieces.append(left.mT @ right.flatten(-3, -2))
+            else:
+                pieces.append((left.mT @ right).flatten(2, 3))
+        return torch.cat(pieces, 1)
 
     def maps(self) -> Sequence[LinearMap]:
         grads = self

@@ -45,6 +45,9 @@ class Joint(Composed):
             return []
         return [a for maps in found for a in maps]
 
+    def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        return sum_of(piece.projected(rows, columns, sizes) for piece in self.pieces)
+
     def dots(self, other: Individual) -> Tensor:
         others = other.pieces if isinstance(other, Joint) else [other]
         return sum_of(a.dots(b) for a in self.pieces for b in others)

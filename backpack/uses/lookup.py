@@ -12,6 +12,7 @@ from backpack.memory import empty
 from backpack.samples import Rows
 from backpack.uses.base import SCRATCH, Individual
 from backpack.uses.dense_gradients import Dense
+from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.second_moments import second_moment
 from backpack.uses.use import SamplewiseUse
@@ -87,6 +88,12 @@ class Lookup(Individual):
 
     def dots(self, other: Individual) -> Tensor:
         """Sums over rows, each of pairs of samples that look it up; rows that equally many do are taken together."""
+        if isinstance(other, Explicit):
+            return self._dots_with_tables(other.value)
+        if isinstance(other, Lookup) and other is not self and self.grad[:, 0].shape == other.grad[:, 0].shape:
+            index, mask = torch.cat([self.index, other.index]), torch.cat([self.mask, other.mask])
+            both = Lookup(index, torch.cat([self.grad, other.grad], 1), self.shape, mask)
+            return both.dots(both)[:, : self.size[1], :, self.size[1] :]
         if other is not self:
             return super().dots(other)
         v, n = self.size
@@ -109,6 +116,21 @@ class Lookup(Individual):
                 result.index_add_(0, pairs.flatten(), dots.transpose(2, 3).reshape(-1, v * v))
                 start = stop
         return result.reshape(n, n, v, v).permute(2, 0, 3, 1)
+
+    def _dots_with_tables(self, tables: Tensor) -> Tensor:
+        """``dots`` with tables ``[w, m, *p]``, of which the rows that samples look up are needed."""
+        step = max(1, SCRATCH // max(1, tables[..., 0, :].numel() * self.index.shape[1]))
+        pieces = []
+        for start in range(0, self.size[1], step):
+            part = self.narrow(start, start + step)
+            pieces.append(torch.einsum("wmnsd,vnsd->vnwm", tables[:, :, part.index], part.grad))
+        return torch.cat(pieces, 1)
+
+    def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        if rows is None or sizes != self.shape:
+            return super().projected(rows, columns, sizes)
+        grad = self.grad if columns is None else self.grad @ columns
+        return rows[self.index].mT @ grad
 
     def sample_dots(self, other: Individual) -> Tensor:
         step = max(1, SCRATCH // (self.index.shape[1] * _positions(other)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backpack.samples import Rows, Scattered
 from backpack.uses.base import Individual, sum_of
+from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.use import Cotangents, SamplewiseUse, Use
 
@@ -110,7 +111,12 @@ class Ragged(Individual):
     def maps(self) -> Sequence[LinearMap]:
         return self.padded.maps()
 
+    def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        return self._placed([part.projected(rows, columns, sizes) for _, part in self.groups], 1)
+
     def dots(self, other: Individual) -> Tensor:
+        if isinstance(other, Explicit):
+            return self._placed([part.dots(other) for _, part in self.groups], 1)
         return self.padded.dots(other.padded if isinstance(other, Ragged) else other)
 
     def sample_dots(self, other: Individual) -> Tensor:

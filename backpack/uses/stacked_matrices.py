@@ -60,7 +60,16 @@ class Parts(Composed):
         nothing = torch.zeros_like(next(iter(values.values())))
         return torch.stack([values.get(place, nothing) for place in range(self.whole[0])], axis)
 
+    def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        if rows is None or self.is_complex:
+            return super().projected(rows, columns, sizes)
+        own = rows.unflatten(0, (self.whole[0], -1))
+        sizes = own.shape[1], sizes[1]
+        return sum_of(part.projected(own[place], columns, sizes) for place, part in self.parts.items())
+
     def dots(self, other: Individual) -> Tensor:
+        if isinstance(other, Explicit):
+            return sum_of(part.dots(Explicit(other.value[:, :, place])) for place, part in self.parts.items())
         if not isinstance(other, Parts):
             return super().dots(other)
         terms = [part.dots(other.parts[place]) for place, part in self.parts.items() if place in other.parts]

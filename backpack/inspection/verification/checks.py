@@ -25,10 +25,12 @@ from backpack.extensions import (
     DiagHessian,
     DiagHessianMC,
     GGNGram,
+    ProjectedGrad,
     SqrtGGNExact,
     SqrtGGNMC,
     SumGradSquared,
     Variance,
+    WeightedGrad,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.inspection.verification.plain_autograd import NotCompared, PlainAutograd, at_entries, units
@@ -101,7 +103,11 @@ class Truth:
 
     def gradient(self, place: int) -> Tensor:
         """The gradient of one selected sample, at all entries of the parameter."""
-        return self.pulled(self.plain.loss_gradient, place)
+        return self.of_sample(self.name, int(self.samples[place]))
+
+    def of_sample(self, name: str, sample: int) -> Tensor:
+        """The gradient of a sample of the batch, at all entries of a parameter."""
+        return self.plain.gradient(name, self.plain.only_sample(sample, self.plain.loss_gradient))
 
     def curvature_along(self, columns: Tensor) -> Tensor:
         """``J^T H J`` of each selected sample, ``[n, k, k]``; ``columns`` ``[k, n, d]`` are those of ``J``."""
@@ -155,8 +161,9 @@ def by_definition(result: Any, truth: Truth) -> Pairs:
         raise NotCompared("no check is known")
     if count * truth.plain.parameters[truth.name].numel() > LARGEST_STORED:
         raise NotCompared(f"no check is known that takes less than {LARGEST_STORED} entries of individual gradients")
-    gradients = torch.stack([truth.gradient(place) for place in range(count)])
-    found, true = (tree_leaves(one) for one in (result, extension.compute(Explicit(gradients[None]))))
+    grads = Explicit(torch.stack([truth.gradient(place) for place in range(count)])[None])
+    grads.parameter = truth.plain.parameters[truth.name]
+    found, true = (tree_leaves(one) for one in (result, extension.compute(grads)))
     if not all(isinstance(leaf, Tensor) for leaf in [*found, *true]):
         raise NotCompared("its results are no tensors")
     yield from zip(found, true, strict=True)
@@ -178,8 +185,31 @@ def _batch_l2(result: Tensor, truth: Truth) -> Pairs:
 
 @check(BatchDotGrad)
 def _batch_dot(result: Tensor, truth: Truth) -> Pairs:
+    extension, own = truth.extension, as_real(truth.gradient(0).flatten())
+    others = truth.samples if extension.against is None else extension.against.rows(truth.plain.n, own.device)
     for place in (-1, 0):
-        yield result[0, place], torch.real(truth.gradient(0) * truth.gradient(place).conj()).sum()
+        if extension.directions is not None:
+            other = extension.direction(truth.plain.parameters[truth.name], truth.name)[place].to(truth.gradient(0))
+        else:
+            sample = place if others is None else int(others[place])
+            other = truth.of_sample(truth.name, sample)
+        yield result[0, place], own @ as_real(other.flatten())
+
+
+@check(ProjectedGrad)
+def _projected(result: Tensor, truth: Truth) -> Pairs:
+    extension, places = truth.extension, sorted({0, len(truth.samples) - 1})
+    rows = []
+    for name in truth.plain.parameters if extension.across == "model" else [truth.name]:
+        gradients = [truth.of_sample(name, int(truth.samples[place])) for place in places]
+        rows.append(extension.projected(Explicit(torch.stack(gradients)[None]), truth.plain.parameters[name], name))
+    yield result[places], torch.stack(rows).sum(0)
+
+
+@check(WeightedGrad)
+def _weighted(result: Tensor, truth: Truth) -> Pairs:
+    gradients = truth.gradients()
+    yield truth.at_entries(result), truth.extension.weights.to(gradients) @ gradients
 
 
 @check(SumGradSquared)
@@ -197,9 +227,13 @@ def _variance(result: Tensor, truth: Truth) -> Pairs:
 
 @check(ClippedGrad)
 def _clipped(result: Tensor, truth: Truth) -> Pairs:
-    limit = truth.extension.max_norm
-    factors = limit / truth.plain.gradient_norms[truth.samples].clamp(min=limit)
-    yield truth.at_entries(result), factors @ truth.gradients()
+    extension, plain = truth.extension, truth.plain
+    group = extension.group_of(plain.parameters[truth.name], truth.name)
+    members = [name for name, own in plain.parameters.items() if extension.group_of(own, name) == group]
+    norms = torch.stack([plain.gradient_squares[name] for name in members]).sum(0).sqrt()
+    is_mean = getattr(plain.lossfunc, "reduction", None) == "mean"
+    norms = norms[truth.samples] * (plain.n if extension.per_sample and is_mean else 1)
+    yield truth.at_entries(result), extension.factors(group, norms) @ truth.gradients()
 
 
 # The generalized Gauss-Newton matrix

@@ -205,14 +205,14 @@ class PlainAutograd:
         return found
 
     @cached_property
-    def gradient_norms(self) -> Tensor:
-        """The norm of each sample's gradient with respect to all parameters, ``[n]``."""
-        squares = []
+    def gradient_squares(self) -> dict[str, Tensor]:
+        """The squared norm of each sample's gradient with respect to each parameter, ``[n]``."""
+        rows = []
         for number in range(self.n):
             own = self.join(self.only_sample(number, self.loss_gradient))
             grads = gradients(self.out, list(self.parameters.values()), own)
-            squares.append(torch.stack([grad.abs().square().sum() for grad in grads]).sum())
-        return torch.stack(squares).sqrt()
+            rows.append(torch.stack([grad.abs().square().sum() for grad in grads]))
+        return dict(zip(self.parameters, torch.stack(rows).T, strict=True))
 
     @cached_property
     def empirical_column(self) -> Tensor:
