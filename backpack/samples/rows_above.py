@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.graph import Edge, Graph, shape_of
+from backpack.samples.layout_rules import summed_edge
 from backpack.samples.layouts import AnyLayout, found_layout
 from backpack.samples.owners import Owners
 
@@ -67,7 +68,10 @@ def layouts_above(
 
 
 def _heads(graph: Graph, owners: Owners, wanted: set[Node]) -> list[Edge]:
-    """The outputs of nodes that combine parameters with data above all samples, none of them behind another."""
+    """The outputs of nodes that combine parameters with data above all samples, none of them behind another.
+
+    Of nodes that sum over rows, it is the edge that leads to these rows.
+    """
     above = {node for node, _ in owners.above if node not in owners.sends and (node, -1) not in owners.mixed}
     data: set[Node] = set()
     learned: set[Node] = set(wanted)
@@ -81,7 +85,9 @@ def _heads(graph: Graph, owners: Owners, wanted: set[Node]) -> list[Edge]:
         elif any(other in learned for other, _ in following):
             learned.add(node)
     behind = set(graph.behind([other for node in users for other, _ in graph.inputs_of(node)]))
-    return [edge for edge in owners.above if edge[0] in users and edge[0] not in behind and shape_of(*edge)]
+    edges = [edge for edge in owners.above if edge[0] in users and edge[0] not in behind and shape_of(*edge)]
+    summed = [graph.edges[node][k] for node in users - behind if (k := summed_edge(node)) is not None]
+    return edges + [edge for edge in summed if edge[0] is not None and edge not in owners.owned and edge not in edges]
 
 
 def _found(
