@@ -44,8 +44,8 @@ class Plan:
     ``uses``: for each node; ``expected``: how many contributions arrive at each parameter, by its node; ``entries``:
     nodes through which cotangents enter regions that belong to no sample, and the parameters behind each; ``outside``:
     parameters of whose gradients a part comes from no sample; ``hidden``: of these, the ones that custom functions
-    combine with samples, and the kinds of these functions' nodes; ``mixed``: of the entries, those behind which data are,
-    and what mixes samples; ``for_all``: the memory of inputs in these regions that are for all samples.
+    combine with samples, and the kinds of these functions' nodes; ``mixed``: of the entries, those behind which data
+    are, and what mixes samples; ``for_all``: the memory of inputs in these regions that are for all samples.
     """
 
     n: int
@@ -159,7 +159,6 @@ class _Planner:
                 outside.update(self.reached(edge[0]))
         return outside
 
-
     def _beside_summed(self) -> set[Node]:
         """The nodes above all samples that something comes to which is not in ``summed``."""
         if not self.summed:
@@ -186,7 +185,9 @@ class _Planner:
                 own = {
                     leaf
                     for k, (other, number) in enumerate(self.graph.edges[node])
-                    if other is not None and other not in data and (node, k, number) not in self.summed
+                    if other is not None
+                    and other not in data
+                    and (node, k, number) not in self.summed
                     and (other, number) not in owners.owned
                     for leaf in self.reached(other)
                 }
@@ -199,7 +200,8 @@ def _behind_transpositions(
 ) -> tuple[Edge, bool]:
     """The edge behind transpositions and casts, and whether they transpose what passes them.
 
-    Views of the same shape are passed as well, none where no gradient flows behind. ``of_stacks``: matrices of a stack may be transposed as well.
+    Views of the same shape are passed as well, none where no gradient flows behind. ``of_stacks``: matrices of a stack
+    may be transposed as well.
     """
     turned = False
     while node.name() != LEAF:

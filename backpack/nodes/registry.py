@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from backpack.graph import kind, kept, saved, shape_of
+from backpack.graph import kept, kind, saved, shape_of
 from backpack.samples import AnyLayout
 from backpack.samples.layout_rules import sum_rows
 from backpack.uses import Use

@@ -91,8 +91,8 @@ class RowsUse(Use):
 
     ``inputs``: what the cotangents are computed from, first the map's input; the samples lie in all of them as in the
     rows of the input. ``grad`` takes the cotangents ``[v, r]`` of what is computed of each row, and some of the rows of
-    each input, ``[r, ...]``, to the cotangents ``[v, r, o]`` of the map's outputs, linearly. Where a sum over all rows is
-    returned, each row has the cotangent of the sum. ``is_shift``: the parameter is added to the outputs.
+    each input, ``[r, ...]``, to the cotangents ``[v, r, o]`` of the map's outputs, linearly. Where a sum over all rows
+    is returned, each row has the cotangent of the sum. ``is_shift``: the parameter is added to the outputs.
     """
 
     inputs: tuple[Tensor, ...]
@@ -105,8 +105,7 @@ class RowsUse(Use):
             outer = outer.reshape(-1, *[1] * len(leading)).expand(-1, *leading)
         rest = outer.shape[1 + len(leading) :]
         outer = rows.take(outer, leading=1)
-        given = [rows.take(tensor) for tensor in self.inputs]
-        given = [t.reshape(rows.count, -1, *t.shape[t.dim() - own :]) for t, own in zip(given, self._trailing, strict=True)]
+        given = [rows.take(tensor).reshape(rows.count, -1, *tensor.shape[len(leading) :]) for tensor in self.inputs]
         seeds, (samples, positions) = len(outer), given[0].shape[:2]
         outer = outer.reshape(seeds, samples, positions, *rest)
         filled = rows.filled
@@ -125,9 +124,3 @@ class RowsUse(Use):
         outputs = shape[0] if shape else 1
         step = max(1, ENTRIES // max(1, seeds * positions * outputs))
         return InChunks(make, shape, seeds, 0, samples, step, dtype.is_complex)
-
-    @property
-    def _trailing(self) -> list[int]:
-        """How many axes of each input are not those of the rows."""
-        leading = self.inputs[0].dim() - 1
-        return [tensor.dim() - leading for tensor in self.inputs]
