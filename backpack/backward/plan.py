@@ -151,8 +151,9 @@ class _Planner:
     def outside(self) -> set[Node]:
         """The nodes of parameters of whose gradients a part comes from no sample."""
         owners = self.owners
-        outside = {node for node in self._beside_summed() if node in self.wanted}
-        for edge in owners.above:
+        beside = self._beside_summed()
+        outside = beside & self.wanted
+        for edge in (edge for edge in owners.above if edge[0] in beside):
             layout = owners.owned.get(edge)
             has_others = isinstance(layout, Scattered) and layout.has_none
             if has_others or (edge in owners.mixed and edge not in owners.joined):

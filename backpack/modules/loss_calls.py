@@ -21,8 +21,8 @@ LOSS = "backpack loss"
 WITH_ROOTS: set[type[Module]] = set()
 """Classes of losses for which there is a rule."""
 
-WITH_HEAD: Any = getattr(torch.nn, "LinearCrossEntropyLoss", ())
-"""The loss of PyTorch that has a linear layer in it; none in old versions."""
+WITH_HEADS: tuple[type[Module], ...] = tuple(filter(None, [getattr(torch.nn, "LinearCrossEntropyLoss", None)]))
+"""The losses of PyTorch that have a linear layer in them; none in old versions."""
 
 _losses: dict[type[Module], bool] = {}
 """Whether a class of modules is known as a loss, for classes that were asked for before."""
@@ -97,7 +97,7 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain:
     within = metadata.get(LOSS)  # a loss inside of this one, which hands its value through
     if within is None or within[1].depends_on_further_arguments:
         call = LossCall(loss, input, edge, args, kwargs, is_certain)
-        if isinstance(loss, WITH_HEAD):
+        if isinstance(loss, WITH_HEADS):
             given = [input, *call.further_arguments, *loss.parameters()]
             call.versions = [(tensor, version_of(tensor)) for tensor in given]
         metadata[LOSS] = output.output_nr, call

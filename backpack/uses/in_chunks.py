@@ -30,12 +30,12 @@ class InChunks(Individual):
     """
 
     make: Callable[[int, int], Individual]
-    shape: torch.Size  # type: ignore[assignment]
+    shape: torch.Size
     seeds: int
     start: int
     stop: int
     step: int
-    is_complex: bool = False  # type: ignore[assignment]
+    is_complex: bool = False
 
     @property
     def size(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import CrossEntropyLoss
 
-from backpack.modules.loss_calls import WITH_HEAD, LossCall
+from backpack.modules.loss_calls import WITH_HEADS, LossCall
 from backpack.modules.thread_state import muted
 
 
@@ -21,7 +21,7 @@ def without_head(call: LossCall) -> LossCall:
         RuntimeError: A tensor that the loss was computed from was overwritten.
     """
     loss = call.loss
-    if not isinstance(loss, WITH_HEAD):
+    if not isinstance(loss, WITH_HEADS):
         return call
     call.require_unchanged()
     with torch.enable_grad(), muted():
