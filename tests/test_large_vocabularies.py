@@ -294,6 +294,13 @@ def test_a_function_that_hides_the_head_is_fine_if_the_head_is_frozen():
         assert close(parameter.grad_batch, truth[name]), name
 
 
+def test_the_ggn_of_a_fused_function_is_refused_rather_than_zero():
+    body, loss = extend(Body().double()), OfFunction(Fused.apply, "sum").double().requires_grad_(False)
+    x, y = data(False)
+    with pytest.raises(RuntimeError, match=r"backward\(\) can't be differentiated"), backpack(DiagGGNExact()):
+        extend(loss)(body(x), y).backward()
+
+
 def test_a_head_that_was_overwritten_before_the_backward_pass_is_refused():
     own = case("module_in_chunks")
     body, loss = extend(own.body), extend(own.loss)

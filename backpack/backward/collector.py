@@ -20,9 +20,9 @@ from backpack.samples.owners import Owners
 from backpack.uses import Cotangents, Use
 
 
-def refusal(name: str, function: str) -> str:
-    """The message for a parameter in a custom function that sums over samples and does not tell how."""
-    return (
+def refusal(name: str, function: str) -> RuntimeError:
+    """The error for a parameter in a custom function that sums over samples and does not tell how."""
+    return RuntimeError(
         f"{function} combines samples with the parameter {name} and returns a sum: its backward() gives the gradient "
         f"of the parameter for all samples together, and not for each. For torch.nn.functional.linear_cross_entropy "
         f'with options, take an extended torch.nn.LinearCrossEntropyLoss, or reduction="none" and sum its output. For '
@@ -96,7 +96,7 @@ class Collector(ABC):
         if planned.number == 0 and len(cotangents) == 1 and 0 in cotangents:
             use = use_of(Place(node, planned.k, 0, planned.layout))
         if use is None and planned.is_summed:
-            raise RuntimeError(refusal(self.name_of_use(planned), kind(node)))
+            raise refusal(self.name_of_use(planned), kind(node))
         if use is None:
             layouts = [self.owners.owned.get((node, number)) for number in range(count_outputs(node))]
             use = GeneralUse(node, planned.k, layouts, self.is_mixed(planned))

@@ -133,7 +133,7 @@ def _is_in_penalty(graph: Graph, leaf: Node) -> bool:
 def _refuse_hidden(prepared: Prepared | None, asked: Sequence[Edge]) -> None:
     for parameter, function in prepared.plan.hidden if prepared is not None else ():
         if _received([get_gradient_edge(parameter).node], asked):
-            raise RuntimeError(refusal(name_of(parameter), function))
+            raise refusal(name_of(parameter), function)
 
 
 def _refuse_unseen(parameters: Sequence[Tensor]) -> None:
