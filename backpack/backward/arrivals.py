@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from backpack.nodes import GeneralUse, PlacedUse
-from backpack.samples import AnyLayout, Rows, Subset
-from backpack.uses import Cotangents, DenseUse, Explicit, Individual, StackedUse, Use, arrive_in_groups, join
+from backpack.samples import AnyLayout, Rows, Scattered, Subset
+from backpack.uses import Cotangents, DenseUse, Explicit, InChunks, Individual, StackedUse, Use, arrive_in_groups, join
+from backpack.uses.in_chunks import ENTRIES
 
 
 @dataclass(eq=False)
@@ -59,7 +60,45 @@ class Contributions:
 
     def individual(self, subset: Subset) -> Individual:
         """The individual gradients of the samples in a subset."""
-        parts = [arrival.individual(subset, self.shape, self.dtype) for arrival in self.arrivals]
-        found = join([*parts, *self.pulled.get(subset.key, ())])
+        arrivals, pulled = self.arrivals, self.pulled.get(subset.key, [])
+        if len(arrivals) > 1 and not pulled and self.shape.numel() and all(map(_is_of_some, arrivals)):
+            found = self._in_chunks(subset)
+        else:
+            found = join([*(arrival.individual(subset, self.shape, self.dtype) for arrival in arrivals), *pulled])
         found.parameter = self.tensor
         return found
+
+    def _in_chunks(self, subset: Subset) -> Individual:
+        """The same of uses by some of the samples each: for a few samples at a time, of those uses that have any."""
+        layouts = [arrival.layout.scattered(arrival.cotangents[0].shape[1:]) for arrival in self.arrivals]
+        first = self.arrivals[0].cotangents[0]
+        rows = subset.rows(layouts[0].n, torch.device("cpu"))
+        chosen = torch.arange(layouts[0].n) if rows is None else rows
+
+        def make(start: int, stop: int) -> Individual:
+            samples, index = chosen[start:stop].unique(return_inverse=True)
+            parts = []
+            for arrival, layout in zip(self.arrivals, layouts, strict=True):
+                own = layout.of(samples)
+                if bool((own.owner >= 0).any()):
+                    given = Rows(own, index.to(first.device))
+                    parts.append(arrive_in_groups(arrival.use, arrival.cotangents, given, self.shape, self.dtype))
+            if not parts:
+                return Explicit(first.new_zeros(len(first), stop - start, *self.shape, dtype=self.dtype))
+            return join(parts)
+
+        entries = sum(arrival.cotangents[0].numel() for arrival in self.arrivals) // max(1, layouts[0].n)
+        step = max(1, ENTRIES // max(1, entries))
+        return InChunks(make, self.shape, len(first), 0, len(chosen), step, self.dtype.is_complex)
+
+
+def _is_of_some(arrival: Arrival) -> bool:
+    """Whether the cotangents that have reached a linear map have rows of some of the samples alone."""
+    layout = arrival.layout
+    return (
+        isinstance(arrival.use, DenseUse)
+        and not arrival.turned
+        and isinstance(layout, Scattered)
+        and layout.of_all is None
+        and bool((layout.lengths == 0).any())
+    )

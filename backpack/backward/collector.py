@@ -12,11 +12,23 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
 from backpack.backward.plan import Plan, PlannedUse
-from backpack.graph import Edge, Graph, count_outputs, variable_of
+from backpack.graph import Edge, Graph, count_outputs, kind, variable_of
+from backpack.modules.parameters import name_of
 from backpack.nodes import GeneralUse, Place, PlacedUse, use_of
 from backpack.samples import AnyLayout
 from backpack.samples.owners import Owners
 from backpack.uses import Cotangents, Use
+
+
+def refusal(name: str, function: str) -> RuntimeError:
+    """The error for a parameter in a custom function that sums over samples and does not tell how."""
+    return RuntimeError(
+        f"{function} combines samples with the parameter {name} and returns a sum: its backward() gives the gradient "
+        f"of the parameter for all samples together, and not for each. For torch.nn.functional.linear_cross_entropy "
+        f'with options, take an extended torch.nn.LinearCrossEntropyLoss, or reduction="none" and sum its output. For '
+        f"a function of your own, register a form with @backpack.nodes.form(YourFunction, rows_of=k), or use "
+        f"operations of PyTorch; or freeze the parameter with requires_grad_(False)."
+    )
 
 
 @dataclass(eq=False)
@@ -83,10 +95,20 @@ class Collector(ABC):
         use = None
         if planned.number == 0 and len(cotangents) == 1 and 0 in cotangents:
             use = use_of(Place(node, planned.k, 0, planned.layout))
+        if use is None and planned.is_summed:
+            raise refusal(self.name_of_use(planned), kind(node))
         if use is None:
             layouts = [self.owners.owned.get((node, number)) for number in range(count_outputs(node))]
             use = GeneralUse(node, planned.k, layouts, self.is_mixed(planned))
         return Arrival(use, cotangents, planned.layout, planned.turned)
+
+    def name_of_use(self, planned: PlannedUse) -> str:
+        """The name of the parameter, or of one of those, that a use leads to."""
+        leaf = planned.leaf
+        if leaf is None:
+            assert planned.entry is not None
+            leaf = self.plan.entries[planned.entry[0]][0]
+        return name_of(variable_of(leaf))
 
     def is_mixed(self, planned: PlannedUse) -> bool:
         """Whether the edge of a use leads to where samples are mixed."""

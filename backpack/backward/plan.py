@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from backpack.graph import LEAF, Edge, Graph, kind, saved, shape_of, signed, variable_of
+from backpack.graph import LEAF, Edge, Graph, Incoming, kind, saved, shape_of, signed, variable_of
 from backpack.samples import AnyLayout, Scattered, completed
+from backpack.samples.layout_rules import summed_edge
 from backpack.samples.owners import Owners
 
 
@@ -21,7 +23,7 @@ class PlannedUse:
     ``sent``: where the samples lie in what is sent along the edge, ``None``: several in a row; ``leaf``: the node of
     the parameter, where only transpositions and casts are between, and ``turned``: whether they transpose it; otherwise
     what is sent goes through ``entry``, an edge into a region that belongs to no sample. ``is_alone``: nothing else
-    arrives at the parameter.
+    arrives at the parameter. ``is_summed``: the layout is that of the rows of an input that the node sums over.
     """
 
     k: int
@@ -32,6 +34,7 @@ class PlannedUse:
     turned: bool = False
     entry: Edge | None = None
     is_alone: bool = False
+    is_summed: bool = False
 
 
 @dataclass(eq=False)
@@ -40,8 +43,9 @@ class Plan:
 
     ``uses``: for each node; ``expected``: how many contributions arrive at each parameter, by its node; ``entries``:
     nodes through which cotangents enter regions that belong to no sample, and the parameters behind each; ``outside``:
-    parameters of whose gradients a part comes from no sample; ``mixed``: of the entries, those behind which data are,
-    and what mixes samples; ``for_all``: the memory of inputs in these regions that are for all samples.
+    parameters of whose gradients a part comes from no sample; ``hidden``: of these, the ones that custom functions
+    combine with samples, and the kinds of these functions' nodes; ``mixed``: of the entries, those behind which data
+    are, and what mixes samples; ``for_all``: the memory of inputs in these regions that are for all samples.
     """
 
     n: int
@@ -49,6 +53,7 @@ class Plan:
     expected: dict[Node, int] = field(default_factory=dict)
     entries: dict[Node, list[Node]] = field(default_factory=dict)
     outside: list[Tensor] = field(default_factory=list)
+    hidden: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: dict[Node, str] = field(default_factory=dict)
     for_all: set[int] = field(default_factory=set)
 
@@ -63,11 +68,13 @@ def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:
         for node, k, number in graph.incoming[edge[0]]:
             if number == edge[1] and node not in owners.sends and (node, -1) not in owners.mixed:
                 planner.add(node, PlannedUse(k, 0, layout, layout), edge)
+    planner.add_summed_uses()
     plan = planner.plan
     for uses in plan.uses.values():
         for use in uses:
             use.is_alone = use.leaf is not None and plan.expected[use.leaf] == 1
     outside = planner.outside()
+    plan.hidden = planner.hidden(outside)
     plan.outside = [variable_of(node) for node in dict.fromkeys([*plan.expected, *graph.order]) if node in outside]
     return plan
 
@@ -81,6 +88,18 @@ class _Planner:
     wanted: set[Node]
     plan: Plan
     behind: dict[Node, list[Node]] = field(default_factory=dict)
+    summed: set[Incoming] = field(default_factory=set)
+
+    def add_summed_uses(self) -> None:
+        """Add the parameters of nodes above all samples that sum over the rows of an input."""
+        for node in {node: None for node, _ in self.owners.above if node not in self.owners.sends}:
+            rows = summed_edge(node)
+            layout = None if rows is None else self.owners.owned.get(self.graph.edges[node][rows])
+            for k, edge in enumerate(self.graph.edges[node] if layout is not None else ()):
+                if k != rows and edge[0] is not None and edge not in self.owners.owned:
+                    assert layout is not None
+                    self.add(node, PlannedUse(k, 0, layout, None, is_summed=True), edge)
+                    self.summed.add((node, k, edge[1]))
 
     def add_uses_by(self, node: Node, sent: Sequence[AnyLayout | None], only_samples: bool) -> None:
         """Add those edges of a node that lead from samples to a parameter, or into a region that belongs to no sample.
@@ -132,13 +151,49 @@ class _Planner:
     def outside(self) -> set[Node]:
         """The nodes of parameters of whose gradients a part comes from no sample."""
         owners = self.owners
-        outside = {node for node, _ in owners.above if node in self.wanted}
-        for edge in owners.above:
+        beside = self._beside_summed()
+        outside = beside & self.wanted
+        for edge in (edge for edge in owners.above if edge[0] in beside):
             layout = owners.owned.get(edge)
             has_others = isinstance(layout, Scattered) and layout.has_none
             if has_others or (edge in owners.mixed and edge not in owners.joined):
                 outside.update(self.reached(edge[0]))
         return outside
+
+    def _beside_summed(self) -> set[Node]:
+        """The nodes above all samples that something comes to which is not in ``summed``."""
+        if not self.summed:
+            return {node for node, _ in self.owners.above}
+        known, ends = self.owners, {root.node for root in self.graph.roots}
+        above = {node for node, _ in known.above}
+        found: set[Node] = set()
+        for node in self.graph.order:
+            ways = (way for way in self.graph.incoming[node] if way not in self.summed)
+            if node in above and (node in ends or any(way[0] in found for way in ways)):
+                found.add(node)
+        return found
+
+    def hidden(self, outside: set[Node]) -> list[tuple[Tensor, str]]:
+        """The parameters that custom functions above all samples combine with samples, and these functions' kinds."""
+        owners, found = self.owners, dict[Node, str]()
+        data: set[Node] = set()
+        for node in reversed(self.graph.order) if outside else ():
+            following = self.graph.inputs_of(node)
+            if not any(edge in owners.owned or edge[0] in data for edge in following) or node in owners.sends:
+                continue
+            data.add(node)
+            if isinstance(node, BackwardCFunction) and (node, -1) not in owners.mixed:
+                own = {
+                    leaf
+                    for k, (other, number) in enumerate(self.graph.edges[node])
+                    if other is not None
+                    and other not in data
+                    and (node, k, number) not in self.summed
+                    and (other, number) not in owners.owned
+                    for leaf in self.reached(other)
+                }
+                found.update(dict.fromkeys(own & outside, kind(node)))
+        return [(variable_of(leaf), name) for leaf, name in found.items()]
 
 
 def _behind_transpositions(
@@ -146,7 +201,8 @@ def _behind_transpositions(
 ) -> tuple[Edge, bool]:
     """The edge behind transpositions and casts, and whether they transpose what passes them.
 
-    They are not passed where no gradient flows behind. ``of_stacks``: matrices of a stack may be transposed as well.
+    Views of the same shape are passed as well, none where no gradient flows behind. ``of_stacks``: matrices of a stack
+    may be transposed as well.
     """
     turned = False
     while node.name() != LEAF:
@@ -158,7 +214,7 @@ def _behind_transpositions(
             if {signed(saved(node, "dim0")) % 3, signed(saved(node, "dim1")) % 3} != {1, 2}:
                 break
             following_turned = not turned
-        elif name == "ToCopy":
+        elif name == "ToCopy" or _keeps_shape(node, number, edges):
             following_turned = turned
         else:
             break
@@ -167,3 +223,11 @@ def _behind_transpositions(
             break
         (node, number), turned = following, following_turned
     return (node, number), turned
+
+
+def _keeps_shape(node: Node, number: int, edges: dict[Node, Any]) -> bool:
+    """Whether a view is of the same shape as what it is of, and not of other entries."""
+    if kind(node) not in ("Alias", "View", "ReshapeAlias", "UnsafeView"):
+        return False
+    ((other, behind),) = edges[node]
+    return other is not None and shape_of(node, number) == shape_of(other, behind)

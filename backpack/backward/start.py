@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backward.block import Block
 from backpack.backward.call import Call, executed_for
-from backpack.backward.collector import Prepared
+from backpack.backward.collector import Prepared, refusal
 from backpack.backward.empty_batch import has_no_entries, store_results
 from backpack.backward.first_order import FirstOrderPass
 from backpack.backward.plan import Plan
@@ -69,6 +69,7 @@ def differentiate(
     running = _Running(block, graph, notes, calls, losses, module_io)
     block.ran = True
     if block.extensions:
+        _refuse_hidden(running.prepared, asked)
         _refuse_unseen([variable_of(leaf) for leaf in _received(running.unseen, asked)])
     try:
         if running.prepared is not None and block.second_order:
@@ -134,6 +135,12 @@ def _is_in_penalty(graph: Graph, leaf: Node) -> bool:
                 seen.add(node)
                 pending.append(node)
     return True
+
+
+def _refuse_hidden(prepared: Prepared | None, asked: Sequence[Edge]) -> None:
+    for parameter, function in prepared.plan.hidden if prepared is not None else ():
+        if _received([get_gradient_edge(parameter).node], asked):
+            raise refusal(name_of(parameter), function)
 
 
 def _refuse_unseen(parameters: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from backpack.backward.preparation import refuse_other_losses
 from backpack.curvature.find_losses import find_losses, refuse_other_terms
 from backpack.curvature.loss_inputs import origin_of
 from backpack.curvature.loss_term import PASSES
+from backpack.curvature.losses.with_heads import without_head
 from backpack.graph import Edge, forget_recomputed
 from backpack.graph.users_hooks import observed, undisturbed
 from backpack.modules.calls import Note
@@ -40,7 +41,11 @@ def compute_curvature(
         return
     with torch.set_grad_enabled(call.creates_graph), undisturbed(observed(graph)):
         outers = call.cotangents([edge for edge, _ in losses.calls])
-        found = [(own, outer) for (_, own), outer in zip(losses.calls, outers, strict=True) if outer is not None]
+        found = [
+            (without_head(own), outer)
+            for (_, own), outer in zip(losses.calls, outers, strict=True)
+            if outer is not None
+        ]
         try:
             if found:
                 origin_of(found, prepared, notes, module_io).run(block)

@@ -14,7 +14,7 @@ from backpack.backward.collector import Prepared
 from backpack.backward.plan import make_plan
 from backpack.backward.preparation import planned, wanted_leaves
 from backpack.curvature.loss_term import Origin, Term
-from backpack.graph import Edge, Graph, edge_of, read, shape_of
+from backpack.graph import Edge, Graph, edge_of, read
 from backpack.modules.calls import Note, noted
 from backpack.modules.loss_calls import LossCall
 from backpack.modules.module_io import ModuleIO
@@ -22,6 +22,7 @@ from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Scattered, found_layout, layouts, same
 from backpack.samples.coded_pass import MIXED, samples_of_entries
 from backpack.samples.owners import Owners, find_owners
+from backpack.samples.rows_above import axes_of_rows, samples_of_rows
 
 
 def origin_of(
@@ -123,9 +124,9 @@ def _rows_of_outputs(call: LossCall, graph: Graph, prepared: Prepared) -> AnyLay
         rows = torch.arange(prod(sizes)).reshape(sizes)
         begin = {call.place: found_layout(rows.numel() + 1, rows)}  # one of none: so no entry counts to any
         owners = _owners(graph, begin, prepared, {})
-        sample = _samples_of_rows(rows.numel(), owners, prepared)
-        if sample is not None:
-            return found_layout(prepared.n, sample[rows], exactly=True)
+        sample = samples_of_rows(rows.numel(), owners, prepared.begin, prepared.owners.owned)
+        if sample is not None and bool((sample >= 0).any()):  # a row that comes from no output counts nowhere
+            return found_layout(prepared.n, sample.clamp(min=0)[rows], exactly=True)
     return _rows_that_repeat(call, prepared)
 
 
@@ -136,7 +137,7 @@ def _axes_of_rows(call: LossCall) -> Iterator[list[int]]:
         yield [0]
         yield [axis for axis in range(dims) if axis != 1]
     else:
-        yield from (list(range(count)) for count in dict.fromkeys((1, dims - 1, dims)))
+        yield from axes_of_rows(dims)
 
 
 def _rows_that_repeat(call: LossCall, prepared: Prepared) -> AnyLayout | None:
@@ -153,26 +154,6 @@ def _rows_that_repeat(call: LossCall, prepared: Prepared) -> AnyLayout | None:
         if bool(((entries == largest) | (entries < 0)).all()):
             return found_layout(prepared.n, largest.clamp(min=0), exactly=True)  # a row of no output counts nowhere
     return None
-
-
-def _samples_of_rows(rows: int, owners: Owners, prepared: Prepared) -> Tensor | None:
-    """The sample that each row at the input of a loss belongs to; ``None``: not each belongs to one."""
-    sample = torch.full((rows,), -1)
-    for edge, layout in prepared.begin.items():
-        if edge in owners.mixed:
-            return None
-        if edge not in owners.owned or prepared.owners.owned.get(edge) is not layout:
-            continue
-        shape = shape_of(*edge)
-        row = owners.owned[edge].owners(shape, sample.device).expand(shape).flatten()
-        own = layout.owners(shape, sample.device).expand(shape).flatten()
-        own, row = own[row >= 0], row[row >= 0]
-        if bool(((sample[row] >= 0) & (sample[row] != own)).any()):
-            return None
-        sample[row] = own
-        if bool((sample[row] != own).any()):
-            return None
-    return sample.clamp(min=0) if bool((sample >= 0).any()) else None  # a row that comes from no output counts nowhere
 
 
 def _of_outputs(notes: Mapping[Edge, Note], graph: Graph) -> dict[Edge, Note]:

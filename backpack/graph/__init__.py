@@ -1,7 +1,7 @@
 """PyTorch's recorded graph: its traversal, and what is known of its nodes."""
 
 from backpack.graph.nodes import LEAF, VIEWS, call, count_outputs, is_complex, kind, shape_of, signed, variable_of
-from backpack.graph.saved import forget_recomputed, is_recomputed, regions, saved, tensor_names
+from backpack.graph.saved import forget_recomputed, is_recomputed, kept, regions, saved, tensor_names
 from backpack.graph.saved_parameters import copy_saved_parameters
 from backpack.graph.traversal import Edge, Graph, Incoming, edge_of, read
 
@@ -18,6 +18,7 @@ __all__ = [
     "forget_recomputed",
     "is_complex",
     "is_recomputed",
+    "kept",
     "kind",
     "read",
     "regions",

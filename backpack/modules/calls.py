@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
+from torch.nn.modules.loss import _Loss
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -187,7 +188,9 @@ def noted(graph: Graph) -> tuple[dict[Edge, Note], list[Note]]:
     calls: dict[int, Note] = {}
     for node, left in graph.notes.items():
         for number, note in left.get(OUTPUT, {}).items():
-            found[node, number] = calls[id(note)] = note
+            calls[id(note)] = note
+            if not isinstance(note.module(), _Loss):  # whose rows need not be samples
+                found[node, number] = note
         if INPUT in left:
             calls[id(left[INPUT])] = left[INPUT]
     return found, list(calls.values())

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from backpack.modules.calls import leave_note
-from backpack.modules.loss_calls import is_known_loss, leave_loss
+from backpack.modules.loss_calls import WITH_HEADS, is_known_loss, leave_loss
 from backpack.modules.module_io import LEFT, RULED, forget, is_ruled, leave_module_io
 from backpack.modules.parameters import PARAMETERS, SHARDED, ParameterInfo, forget_parameter, trainable
 from backpack.modules.thread_state import HERE
@@ -200,7 +200,8 @@ def _leave(module: Module, args: Any, kwargs: Any, output: Any) -> None:
         _note_gathered(module)
     if here.root is None and (module is root or (root is None and _learns(module))):
         leave_note(module, args, kwargs, output, EXTENDED[module].batch_axis, random)
-    if module._modules and root is None and not any(p.requires_grad for p in module.parameters()):
+    is_loss = isinstance(module, WITH_HEADS) or (root is None and not any(p.requires_grad for p in module.parameters()))
+    if module._modules and is_loss:
         _leave_loss(module, args, kwargs, output)
     if module._modules and not (RULED and is_ruled(module)):
         return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
@@ -13,11 +14,15 @@ from torch.nn.modules.loss import _Loss
 
 from backpack.graph import Edge, Graph, edge_of
 from backpack.modules.calls import leaves_of
+from backpack.modules.tensor_references import version_of
 
 LOSS = "backpack loss"
 
 WITH_ROOTS: set[type[Module]] = set()
 """Classes of losses for which there is a rule."""
+
+WITH_HEADS: tuple[type[Module], ...] = tuple(filter(None, [getattr(torch.nn, "LinearCrossEntropyLoss", None)]))
+"""The losses of PyTorch that have a linear layer in them; none in old versions."""
 
 _losses: dict[type[Module], bool] = {}
 """Whether a class of modules is known as a loss, for classes that were asked for before."""
@@ -43,6 +48,22 @@ class LossCall:
     kwargs: dict[str, Any]
     is_certain: bool = True
     """Otherwise it is a loss if the rest of the graph only reduces its output, a value for each row or position."""
+
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Of a loss with a linear layer, tensors that it computed its value from, and how often they were written to."""
+
+    def require_unchanged(self) -> None:
+        """Raise if what the loss was computed from is not what it was.
+
+        Raises:
+            RuntimeError: A tensor was overwritten.
+        """
+        for tensor, version in self.versions:
+            if version_of(tensor) != version:
+                raise RuntimeError(
+                    f"A tensor of shape {list(tensor.shape)} that {type(self.loss).__name__} was computed from was "
+                    f"modified in place since: call backward() before the optimizer steps or the tensor is overwritten."
+                )
 
     @property
     def further_arguments(self) -> list[Tensor]:
@@ -75,7 +96,11 @@ def leave_loss(loss: Module, args: Any, kwargs: Any, output: Tensor, is_certain:
     metadata: Any = output.grad_fn.metadata
     within = metadata.get(LOSS)  # a loss inside of this one, which hands its value through
     if within is None or within[1].depends_on_further_arguments:
-        metadata[LOSS] = output.output_nr, LossCall(loss, input, edge, args, kwargs, is_certain)
+        call = LossCall(loss, input, edge, args, kwargs, is_certain)
+        if isinstance(loss, WITH_HEADS):
+            given = [input, *call.further_arguments, *loss.parameters()]
+            call.versions = [(tensor, version_of(tensor)) for tensor in given]
+        metadata[LOSS] = output.output_nr, call
 
 
 def _is_by_rows(input: Tensor, output: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from backpack.nodes import convolution as convolution  # they register their kinds
 from backpack.nodes import elementwise as elementwise
+from backpack.nodes import linear_cross_entropy as linear_cross_entropy
 from backpack.nodes import lookup as lookup
 from backpack.nodes import normalization as normalization
 from backpack.nodes import products as products

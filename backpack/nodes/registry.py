@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from backpack.graph import kind, saved, shape_of
+from backpack.graph import kept, kind, saved, shape_of
 from backpack.samples import AnyLayout
+from backpack.samples.layout_rules import sum_rows
 from backpack.uses import Use
 
 
@@ -55,11 +58,19 @@ Form = Callable[[Place], "Use | None"]
 FORMS: dict[str, Form] = {}
 
 
-def form(*kinds: str) -> Callable[[Form], Form]:
-    """Register a function that gives the normal form of these kinds of nodes, or ``None`` where there is none."""
+def form(*kinds: str | type[Function], rows_of: int | None = None) -> Callable[[Form], Form]:
+    """Register a function that gives the normal form of these kinds of nodes, or ``None`` where there is none.
+
+    A custom autograd function stands for its own kind. ``rows_of``: the function computes something of each row of
+    this input, such as the terms of a loss, and may return the sum. Samples are then looked for in the rows of the
+    input: ``layout`` of the ``Place`` says where they lie there.
+    """
 
     def register(function: Form) -> Form:
-        FORMS.update(dict.fromkeys(kinds, function))
+        names = [name if isinstance(name, str) else name.__name__ for name in kinds]
+        FORMS.update(dict.fromkeys(names, function))
+        if rows_of is not None:
+            sum_rows(names, rows_of)
         return function
 
     return register
@@ -68,4 +79,9 @@ def form(*kinds: str) -> Callable[[Form], Form]:
 def use_of(place: Place) -> Use | None:
     """The normal form of a use; ``None``: the general form is to be taken."""
     found = FORMS.get(kind(place.node))
-    return None if found is None else found(place)
+    if found is None:
+        return None
+    if isinstance(place.node, BackwardCFunction):  # of which a form reads ``saved_tensors``
+        with kept(place.node):
+            return found(place)
+    return found(place)

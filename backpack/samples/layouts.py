@@ -234,7 +234,7 @@ class Scattered:
 
     def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | Scattered | None:
         """The layout after ``reshape``."""
-        return found_layout(self.n, self.owner.expand(*before).reshape(list(after)), exactly=True)
+        return found_layout(self.n, self.owner.expand(list(before)).reshape(list(after)), exactly=True)
 
     def scattered(self, shape: Sequence[int]) -> Scattered:
         """The layout itself."""

@@ -127,6 +127,10 @@ class _Descent:
                 arriving[number] = None
             else:
                 outside.append(number)
+        for number, layout in list(arriving.items()) if self.begin else ():
+            begun = self.begin.get((node, number))
+            if begun is not None and isinstance(layout, Scattered) and layout.has_none:
+                arriving[number] = _completed(layout, begun, shape_of(node, number))
         for number in dict.fromkeys(outside) if outside else ():
             edge = (node, number)
             begins = edge in self.begin

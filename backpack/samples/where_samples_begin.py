@@ -8,7 +8,7 @@ one row less, without gradients, and we take the axis that shrinks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
@@ -19,9 +19,8 @@ from backpack.samples.evidence import layout_of_saved, proved, saved_inputs
 from backpack.samples.ids import SampleIds
 from backpack.samples.layouts import AnyLayout, Layout, layouts_in_blocks, same
 from backpack.samples.owners import Owners, is_single_parameter
+from backpack.samples.rows_above import Sweep, layouts_above
 from backpack.torch_internals import memory_of
-
-Sweep = Callable[[dict[Edge, AnyLayout]], Owners]
 
 
 def candidates(shape: Sequence[int], note: Note) -> list[Layout]:
@@ -199,6 +198,15 @@ class Decision:
                     if is_told or self._agrees(attempt, layout.n, data):
                         self.chosen, self.owners = {**self.chosen, edge: layout}, attempt
                         break
+        self._begin_above(wanted)
+
+    def _begin_above(self, wanted: set[Node]) -> None:
+        """Let samples begin where parameters are used above all edges at which they begin so far, if rows tell."""
+        found = layouts_above(self.graph, self.owners, self.chosen, self.sweep, wanted)
+        if found:
+            attempt = self.sweep({**self.chosen, **found})
+            if all(same(layout, attempt.owned.get(edge)) for edge, layout in self.owners.owned.items()):
+                self.chosen, self.owners = {**self.chosen, **found}, attempt
 
     def _above_data(self) -> set[Node]:
         """The nodes behind which there are samples, or inputs of modules."""

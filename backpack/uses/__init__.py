@@ -6,6 +6,8 @@ from backpack.uses.dense_use import DenseUse as DenseUse
 from backpack.uses.derived import Derived as Derived
 from backpack.uses.elementwise import ElementwiseUse as ElementwiseUse
 from backpack.uses.elementwise import Explicit as Explicit
+from backpack.uses.in_chunks import InChunks as InChunks
+from backpack.uses.in_chunks import RowsUse as RowsUse
 from backpack.uses.joint import Joint as Joint
 from backpack.uses.joint import join as join
 from backpack.uses.lookup import Lookup as Lookup

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from backpack.modules.loss_calls import WITH_HEADS
+
 COUNTS: dict[type[Module], Callable[[Any, Tensor | None, Tensor], float]] = {}
 """Loss module to the function of the module, its input and its target that returns what its mean divides by."""
 
@@ -44,12 +46,12 @@ def denominator(loss: Module, output: Tensor | None, target: Any) -> float:
     )
 
 
-@counts(nn.CrossEntropyLoss, nn.NLLLoss)
+@counts(nn.CrossEntropyLoss, nn.NLLLoss, *WITH_HEADS)
 def weights_of_targets(loss: Any, output: Tensor | None, target: Tensor) -> float:
     """The sum of the targets' class weights; of targets that are probabilities, their number."""
     if target.is_floating_point():
         return target.numel() / target.shape[min(1, target.dim() - 1)]
-    counted = target != loss.ignore_index
+    counted = target != (-100 if loss.ignore_index is None else loss.ignore_index)
     if loss.weight is None:
         return float(torch.count_nonzero(counted))
     weight = loss.weight.to(target.device, torch.float64)

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 
 from backpack.curvature.losses.base import LossRoot, by_sample, divided, term_weight
+from backpack.graph import read
 from backpack.samples import AnyLayout
 
 TOLERANCE = 1e-4
@@ -46,6 +49,44 @@ def hessian_product(
     return product
 
 
+def check_custom_functions(
+    loss: Module,
+    input: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outer: Tensor,
+    product: Callable[[Tensor], Tensor],
+) -> None:
+    """Compare a product with the Hessian with a difference of gradients, if the loss has custom autograd functions.
+
+    Their gradients may have been computed in the forward pass, so that differentiating them gives zero.
+
+    Raises:
+        RuntimeError: Most of the Hessian is missing.
+    """
+    point = input.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss.forward(point, *args, **kwargs)
+    nodes = [] if value.grad_fn is None else read([get_gradient_edge(value)]).order
+    if not any(isinstance(node, BackwardCFunction) for node in nodes):
+        return
+    eps = torch.finfo(input.dtype).eps
+    step = eps ** (1 / 3)
+    direction = torch.arange(input.numel(), device=input.device).cos().to(input.dtype).reshape(input.shape)
+    ends = [(input.detach() + sign * step * direction).requires_grad_() for sign in (1, -1)]
+    with torch.enable_grad():
+        after, before = (loss_gradient(loss, end, args, kwargs, outer, create_graph=False) for end in ends)
+    expected, noise = (after - before) / (2 * step), 1e3 * eps / step * after.norm()
+    with torch.no_grad():
+        missing = (product(direction) - expected).norm()
+        if missing > noise and missing > 0.5 * expected.norm():
+            raise RuntimeError(
+                f"{type(loss).__name__} has a custom autograd function whose backward() can't be differentiated: its "
+                f"Hessian would lack terms. Compute the loss by operations of PyTorch, or let backward() use the "
+                f"tensors of ctx.save_for_backward alone; or take first-order extensions."
+            )
+
+
 class DenseRoot(LossRoot):
     """The root of the dense Hessian of each sample, ``[n, d, d]``; ``weight`` as for ``Diagonal``."""
 
@@ -73,8 +114,10 @@ def functional(
 
     Raises:
         ValueError: The loss couples samples.
+        RuntimeError: A custom autograd function in it hides most of the Hessian.
     """
     product = hessian_product(loss, input, args, kwargs, outer)
+    check_custom_functions(loss, input, args, kwargs, outer, product)
     split = layout.split(input)
     n, size = len(split), split[0].numel()
     columns = []

@@ -8,6 +8,6 @@ a rule are left to the coded pass (``coded_pass.py``).
 from backpack.samples.layout_rules import axes, elementwise, indexing, layers, losses, products  # noqa: F401 (their rules)
 from backpack.samples.layout_rules.elementwise import broadcast_from
 from backpack.samples.layout_rules.products import is_bilinear
-from backpack.samples.layout_rules.registry import RULES, Unknown, input_layouts
+from backpack.samples.layout_rules.registry import RULES, Unknown, input_layouts, sum_rows, summed_edge
 
-__all__ = ["RULES", "Unknown", "broadcast_from", "input_layouts", "is_bilinear"]
+__all__ = ["RULES", "Unknown", "broadcast_from", "input_layouts", "is_bilinear", "sum_rows", "summed_edge"]

@@ -116,6 +116,33 @@ def rule(kinds: str, several_axes: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+SUMMED: dict[str, int] = {}
+"""For kinds of nodes that compute something of each row of an input, and may return the sum: which input that is."""
+
+
+def rows_of_terms(out: Output) -> list[AnyLayout | None]:
+    """The rows of that input belong to the samples of what is computed of them, if that is not summed."""
+    k = SUMMED[kind(out.node)]
+    if out.edges[k][0] is None:
+        return out.each(lambda _: None)
+    shape = out.input_shape(k)
+    if not out.shape or out.shape != shape[: len(out.shape)]:
+        raise Unknown
+    own = out.layout.moved([*range(len(out.shape)), *[None] * (len(shape) - len(out.shape))])
+    return out.each(lambda j: own if j == k else None)
+
+
+def sum_rows(kinds: Sequence[str], k: int) -> None:
+    """Note that nodes of these kinds compute something of each row of input ``k``, and may return the sum."""
+    for name in kinds:
+        SUMMED[name], RULES[name] = k, rows_of_terms
+
+
+def summed_edge(node: Node) -> int | None:
+    """The edge of a node to the input of which it sums up what it computes of each row; ``None``: there is none."""
+    return SUMMED.get(kind(node))
+
+
 def input_layouts(node: Node, edges: Sequence[Any], layout: AnyLayout, number: int) -> list[AnyLayout | None]:
     """Where the samples lie in each input of a node's function, given the layout of its output ``number``.
 
