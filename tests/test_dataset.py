@@ -23,6 +23,7 @@ from truths.data_sets import (
     problem,
     targets,
 )
+from truths.options import CASES
 
 from backpack import accumulate, across_processes, backpack, extend, extensions
 from backpack.extensions import (
@@ -121,8 +122,12 @@ def test_sampled_quantities_and_those_of_the_hessian_equal_one_giant_batch(kind,
 
 
 def test_every_extension_is_compared_with_one_giant_batch_or_refused():
-    """Here or, with several processes, in ``in_processes.py``; what is random in more than its draws: on average."""
+    """Here or, with several processes, in ``in_processes.py``; what is random in more than its draws: on average.
+
+    Those that need arguments: in ``test_options_of_first_order.py``.
+    """
     tables = {type(extension) for extension in (*all_extensions(1.0), *other_extensions())}
+    tables |= {type(case.make({"p": torch.ones(1, 1)}, None, [0])) for case in CASES.values()}
     on_average, averages, refused = {DiagHessianMC}, {KFRA}, {HMP, GGNMP, PCHMP}
     assert tables | on_average | averages | refused == {getattr(extensions, name) for name in extensions.__all__}
     model, lossfunc, X, y = problem()

@@ -11,7 +11,7 @@ from backpack.extensions.kronecker import KroneckerExtension
 from backpack.extensions.merge_batches import Summed
 from backpack.modules.parameters import name_of
 from backpack.uses import Individual
-from backpack.uses.eigenbases import eigenbases, squares_in_bases
+from backpack.uses.eigenbases import eigenbases, eigenbases_by_name, squares_in_bases
 from backpack.uses.kronecker import complete, output_factors
 from backpack.utils.kroneckers import Eigen
 
@@ -59,7 +59,7 @@ class EKFAC(KroneckerExtension[Eigen]):
 
     def given(self, found: dict[str, list[Tensor]]) -> SecondMoments:
         moments = SecondMoments(self.mc_samples, self.subset.given, self.fisher, self.approx, self.savefield)
-        moments.bases = {name: eigenbases(factors) for name, factors in found.items()}
+        moments.bases = eigenbases_by_name(found)
         return moments
 
 

@@ -38,6 +38,7 @@ def convolution(place: Place) -> Use | None:
         moments=own.moments,
         gram=(own.gram, own.share),
         direct=own.individual if own.is_small_depthwise else None,
+        summed=own.total,
         apply=partial(own.apply, input),
     )
 
@@ -139,6 +140,26 @@ class Convolution:
             channels,
             [False, True, False],
         )[1]
+
+    def total(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the weight, from the cotangents ``[n, g, s, o]`` of all images."""
+        stride, padding, dilation, groups = self.given
+        images = x.flatten(0, x.dim() - self.dims - 2)
+        rows = grad.unflatten(2, (len(images) // len(grad), -1)).permute(0, 2, 1, 4, 3)
+        own = torch.ops.aten.convolution_backward(
+            rows.reshape(len(images), -1, *self.windows.out),
+            images,
+            x.new_empty(()).expand(tuple(self.kernel)),  # of which no values are needed
+            None,
+            each(stride, self.dims),
+            each(padding, self.dims),
+            each(dilation, self.dims),
+            False,
+            [0] * self.dims,
+            groups,
+            [False, True, False],
+        )
+        return own[1]
 
     def apply(self, input: Tensor, matrix: Tensor) -> Tensor:
         """The convolution itself, of another matrix."""

@@ -72,9 +72,9 @@ def _heads(graph: Graph, owners: Owners, wanted: set[Node]) -> list[Edge]:
 
     Of nodes that sum over rows, it is the edge that leads to these rows.
     """
-    above = {node for node, _ in owners.above if node not in owners.sends and (node, -1) not in owners.mixed}
-    if all(edge in owners.owned or edge[0] in above for node in above for edge in graph.inputs_of(node)):
+    if not any(node in wanted for node, _ in owners.above):
         return []
+    above = {node for node, _ in owners.above if node not in owners.sends and (node, -1) not in owners.mixed}
     data: set[Node] = set()
     learned: set[Node] = set(wanted)
     users: set[Node] = set()

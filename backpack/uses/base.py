@@ -110,7 +110,7 @@ class Individual(ABC):
         if "dense" in missing:
             known["dense"] = self._dense()
         swept: list[str] = []
-        for name in sorted(missing, key="norms".__eq__):
+        for name in sorted(missing, key=("norms", "total").__contains__):  # what a sweep for others gives for free
             if name != "dense":
                 value = self.closed(name, bool(swept) or "dense" in known)
                 if value is None:

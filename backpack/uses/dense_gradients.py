@@ -40,6 +40,8 @@ class Dense(Individual):
             This and ``moments`` are for real numbers.
         direct: Takes the ``inputs`` and the cotangents ``[n, g, s, o]`` of one seed to the individual gradients. It is
             faster, and not for ``flipped`` matrices.
+        summed: Takes the ``inputs`` and the cotangents ``[n, g, s, o]`` to the sum of the individual gradients, for
+            real numbers.
     """
 
     inputs: tuple[Tensor, ...]
@@ -51,6 +53,7 @@ class Dense(Individual):
     moments: Callable[..., Tensor] | None = None
     gram: tuple[Callable[..., Tensor], Callable[[], float]] | None = None
     direct: Callable[..., Tensor] | None = None
+    summed: Callable[..., Tensor] | None = None
 
     @cached_property
     def x(self) -> Tensor:
@@ -79,7 +82,7 @@ class Dense(Individual):
 
     def _with(self, inputs: tuple[Tensor, ...], grad: Tensor, unfold: Callable[..., Tensor] | None = None) -> Dense:
         """The same with other inputs and cotangents; faster than ``replace``."""
-        more = (self.other, self.moments, self.gram, self.direct)
+        more = (self.other, self.moments, self.gram, self.direct, self.summed)
         return type(self)(inputs, grad, self.shape, self.flipped, unfold, *more)
 
     def scaled(self, factor: Tensor) -> Dense:
@@ -122,6 +125,22 @@ class Dense(Individual):
         right = self.grad[0] if v == 1 else self.grad.permute(1, 2, 3, 0, 4).reshape(n, g, s, v * o)
         return product(torch.matmul, self.x.transpose(2, 3), right, (n, g, i, v * o))
 
+    def _sum(self) -> Tensor:
+        """The sum over seeds and samples: one product, or several if few samples can be unfolded at a time."""
+        v, n, g, s, o, i = self.sizes
+        grad = _over_seeds(self.grad)
+        if self.summed is not None and self.unfold is not None and not (self.is_complex or torch.is_grad_enabled()):
+            return self.summed(*self.inputs, grad).reshape(self.shape)
+        is_at_hand = "x" in vars(self) or n * g * s * i <= sum(tensor.numel() for tensor in self.inputs)
+        step = n if is_at_hand else max(1, 4 * SCRATCH // max(1, g * s * i))
+        terms: list[Tensor] = []
+        for start in range(0, n, step):
+            x = self.x if step >= n else self.narrow(start, start + step).x
+            left, right = (x, grad[start : start + step]) if self.flipped else (grad[start : start + step], x)
+            left, right = (rows.transpose(0, 1).flatten(1, 2) for rows in (left, right))
+            accumulate(terms, product(torch.bmm, left.mT, right, (g, left.shape[2], right.shape[2])))
+        return self._to_parameter(terms[0].mT if self.flipped else terms[0])
+
     @property
     def _is_plain(self) -> bool:
         """Whether squares are to be taken of one seed, without weights, and no gradient is tracked."""
@@ -136,6 +155,8 @@ class Dense(Individual):
         v, n, g, s, o, i = self.sizes
         if name == "norms" and s > 1 and not swept and s * (v * o + self._gram_share * i) < v * o * i:
             return self.sample_dots(self)
+        if name == "total" and s > 1 and not swept:
+            return self._sum()
         if s > 1:
             return None
         if name == "norms":

@@ -20,8 +20,8 @@ class DenseUse(SamplewiseUse):
 
     ``unfold``, linear in each of the inputs, takes them as ``[n, ...]`` to ``[n, g, s, i]``. ``fold`` takes a cotangent
     ``[v, n, ...]`` to ``[v, n, g, s, o]``. ``other`` is another such pair, from which Kronecker factors are computed if
-    it is given. ``moments``, ``gram`` and ``direct`` are those of ``Dense``. ``apply`` takes a matrix to the output, as
-    PyTorch computes it. A shift in the same call is along the outputs ``o``.
+    it is given. ``moments``, ``gram``, ``direct`` and ``summed`` are those of ``Dense``. ``apply`` takes a matrix to
+    the output, as PyTorch computes it. A shift in the same call is along the outputs ``o``.
     """
 
     inputs: tuple[Tensor, ...]
@@ -32,6 +32,7 @@ class DenseUse(SamplewiseUse):
     moments: Callable[..., Tensor] | None = None
     gram: tuple[Callable[..., Tensor], Callable[[], float]] | None = None
     direct: Callable[..., Tensor] | None = None
+    summed: Callable[..., Tensor] | None = None
     apply: Callable[[Tensor], Tensor] | None = None
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Dense:
@@ -46,7 +47,7 @@ class DenseUse(SamplewiseUse):
                 return cls((x,), g, torch.Size((g.shape[4], x.shape[1] * x.shape[3])))
 
         fast = grad.dtype == torch.float32 and grad.device.type == "cpu" and not torch.is_grad_enabled()
-        more = (other, self.moments, self.gram, self.direct if fast else None)
+        more = (other, self.moments, self.gram, self.direct if fast else None, self.summed)
         return Dense(inputs, self.fold(grad), shape, self.flipped, self.unfold, *more)
 
     def forward(self) -> Callable[[Tensor, torch.Size], Tensor] | None:

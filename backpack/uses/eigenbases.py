@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.uses.base import Individual, accumulate
-from backpack.uses.complex_numbers import double, squared
+from backpack.uses.complex_numbers import squared
 from backpack.uses.joint import join
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.second_moments import MOMENT, diagonal_blocks, matrices_of
@@ -37,16 +37,41 @@ def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[T
     return [_basis(factor, rank, own, grads) for factor, rank, own in zip(factors, ranks, blocks, strict=False)]
 
 
+def eigenbases_by_name(factors: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """The eigenvectors of the factors of several parameters; equal ones, as of a matrix and its bias, are made once."""
+    known: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    found = {}
+    for name, own in factors.items():
+        bases = []
+        for factor in own:
+            before = known.setdefault(factor.shape, [])
+            basis = next((basis for other, basis in before if torch.equal(other, factor)), None)
+            if basis is None:
+                (basis,) = eigenbases([factor])
+                before.append((factor, basis))
+            bases.append(basis)
+        found[name] = bases
+    return found
+
+
 def _basis(factor: Tensor, rank: int, blocks: int, grads: Individual | None) -> Tensor:
     if factor.dim() == 1:
         return torch.ones_like(factor)
     if blocks > 1:
-        return torch.block_diag(*torch.linalg.eigh(double(diagonal_blocks(factor, blocks))).eigenvectors.to(factor))
+        return torch.block_diag(*torch.linalg.eigh(_precise(diagonal_blocks(factor, blocks))).eigenvectors.to(factor))
     moment = None if grads is None or grads.shared is None else grads.shared.get((MOMENT, len(factor)))
     if grads is None or moment is None or not torch.equal(moment, factor):
-        return eigenvectors(double(factor), rank).to(factor)
+        return eigenvectors(_precise(factor), rank).to(factor)
     # A bias and its matrix have the same output factor, unless positions are summed in one of them only.
-    return grads.share(("basis", len(factor)), lambda: eigenvectors(double(factor), rank).to(factor)).clone()
+    return grads.share(("basis", len(factor)), lambda: eigenvectors(_precise(factor), rank).to(factor)).clone()
+
+
+def _precise(factor: Tensor) -> Tensor:
+    """The factor in a data type in which decompositions are possible.
+
+    That of the factor itself, if it has 32 bits: its own rounding moves eigenvectors as much as a decomposition's.
+    """
+    return factor.float() if factor.element_size() < 4 else factor
 
 
 def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
