@@ -5,8 +5,10 @@ import random
 
 import pytest
 import torch
+from fuzz.models import model_and_inputs
 from models.small import differentiate
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from truths import close
 from truths.autograd import individual_gradients
 from truths.data_sets import giant, parameters_of, problem
@@ -16,6 +18,8 @@ from truths.second_order import hessian_diagonals
 from backpack import accumulate, across_processes, backpack, extend
 from backpack.extensions import (
     EKFAC,
+    KFLR,
+    BatchDiagGGNExact,
     BatchDiagHessian,
     BatchDotGrad,
     BatchGrad,
@@ -24,6 +28,7 @@ from backpack.extensions import (
     DiagGGNExact,
     DiagHessian,
     DiagHessianMC,
+    GGNGram,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
@@ -126,6 +131,9 @@ def test_sums_over_batches_of_a_bfloat16_model_are_not_rounded_at_each_batch():
     assert found.grad["weight"].item() == 600.0
 
 
+OTHERS = (SqrtGGNExact, BatchDotGrad, DiagHessian, BatchDiagHessian)
+
+
 def test_channels_with_a_kernel_each_give_the_same_in_single_precision(monkeypatch):
     """There, and on a CPU, PyTorch's own code for such weights computes individual gradients."""
     torch.manual_seed(0)
@@ -136,15 +144,52 @@ def test_channels_with_a_kernel_each_give_the_same_in_single_precision(monkeypat
     found = []
     for dtype in (torch.float32, torch.float64):
         own = extend(copy.deepcopy(model).to(dtype))
-        chosen = [cls(subsampling=[4, 0, 0]) for cls in (*EXTENSIONS, SqrtGGNExact, BatchDotGrad)]
+        chosen = [cls(subsampling=[4, 0, 0]) for cls in (*EXTENSIONS, *OTHERS)]
         with backpack(*chosen, EKFAC(fisher="empirical")):
             lossfunc(own(X.to(dtype)), y).backward()
         results = {name: value for name, value in vars(own[0].weight).items() if name != "ekfac"}
         found.append({**results, "ekfac": own[0].weight.ekfac.dense()})
         assert bool(taken) == (dtype == torch.float32)
         taken.clear()
-    assert len(found[0]) == 8
+    assert len(found[0]) == len(EXTENSIONS) + len(OTHERS) + 1
     assert all(close(found[0][name].double(), value, rtol=1e-5) for name, value in found[1].items())
+
+
+QUANTITIES = (BatchGrad, SumGradSquared, BatchDotGrad, BatchDiagGGNExact, GGNGram, DiagHessian, BatchDiagHessian, KFLR)
+
+
+def moved(value, step):
+    """A tensor or the parameters of a model, moved by random steps of this relative size."""
+    if isinstance(value, nn.Module):
+        with torch.no_grad():
+            for p in value.parameters():
+                p.copy_(moved(p, step))
+        return value
+    return value + step * value.abs().clamp(min=0.1) * torch.randn_like(value) if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_single_precision_gives_the_same_up_to_what_its_rounding_does_to_the_parameters(seed):
+    """For random models, there are ways of computing that only single precision takes."""
+    torch.manual_seed(seed)
+    model, X, _, _ = model_and_inputs(random.Random(seed))
+    model, X = model.float(), X.float() if X.is_floating_point() else X
+    target = torch.rand_like(copy.deepcopy(model)(X).detach())
+
+    def results(dtype, step=0.0):
+        own, x = moved(copy.deepcopy(model).to(dtype), step), moved(X.to(dtype) if X.is_floating_point() else X, step)
+        extend(own)
+        with backpack(*(quantity() for quantity in QUANTITIES)):
+            extend(nn.MSELoss(reduction="sum"))(own(x), target.to(dtype)).backward()
+        parameters = [p for p in own.parameters() if p.requires_grad and p.numel()]
+        found = [[vars(p)[quantity.savefield] for p in parameters] for quantity in QUANTITIES]
+        return [torch.cat([part.double().flatten() for part in tree_leaves(own)]) for own in found]
+
+    exact, eps = results(torch.float64), torch.finfo(torch.float32).eps
+    changes = [results(torch.float64, eps) for _ in range(4)]
+    for quantity, single, true, *others in zip(QUANTITIES, results(torch.float32), exact, *changes, strict=True):
+        allowed = 30 * max((other - true).abs().max() for other in others) + 1e-4 * true.abs().max() + 1e-7
+        assert (single - true).abs().max() < allowed, quantity
 
 
 def test_results_can_be_kept_on_another_device():

@@ -182,7 +182,7 @@ class HessianPass(DoubleBackwardPass):
     def _add_total(self, parameter: Tensor, dense: Dense, total: Tensor) -> None:
         unfold = dense.unfold
         assert unfold is not None
-        squares = replace(dense, grad=total[None], unfold=lambda *inputs: unfold(*inputs).square(), gram=None)
+        squares = Dense(dense.inputs, total[None], dense.shape, dense.flipped, lambda *inputs: unfold(*inputs).square())
         self._add_diagonal(parameter, squares.dense()[0] if self._by_sample else squares.total()[None])
 
     @property

@@ -33,6 +33,7 @@ from torch import nn
 from truths import close
 from truths.kronecker import Truth as KroneckerTruth
 from truths.kronecker import check
+from truths.options import CASES as OPTIONS
 from truths.second_order import twice_differentiable
 
 from backpack import accumulate, backpack, extend, extensions, verify
@@ -401,6 +402,13 @@ def drawn(r, truth, order, mixed, without=()):
         else:
             options = {"fisher": "exact"} if name == "EKFAC" else {}
             extension = getattr(extensions, name)(subsampling=given, **options)
+        found.append((extension, rows))
+    possible = [] if "options" in without else [name for name in OPTIONS if not (mixed and OPTIONS[name].is_clipping)]
+    for name in r.sample(possible, r.randint(0, 2)) if any(g.any() for g in truth.grads.values()) else ():
+        given = subset(r, truth.n)
+        rows = torch.arange(truth.n)[slice(None) if given is None else given]
+        extension = OPTIONS[name].make(truth.grads, given, rows.tolist())
+        extension.savefield = name.replace(" ", "_")
         found.append((extension, rows))
     return found
 

@@ -117,7 +117,7 @@ def sequence_layer(r, width):
 def image_layer(r, width):
     return r.choice(
         [
-            lambda: nn.Conv2d(width, width, 3, padding=1, groups=r.choice([1, 2]), bias=r.random() < 0.7),
+            lambda: nn.Conv2d(width, width, 3, padding=1, groups=r.choice([1, 2, width]), bias=r.random() < 0.7),
             lambda: nn.Conv2d(width, width, r.choice([1, 2]), padding="same", dilation=r.choice([1, 2])),
             lambda: nn.Conv2d(width, width, 3, padding=1, padding_mode=r.choice(["reflect", "circular"])),
             lambda: nn.ConvTranspose2d(width, width, 3, padding=1, groups=r.choice([1, 2])),

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 from truths import second_order
+from truths.options import CASES
 from truths.second_order import flat
 
 RTOL = 1e-8
@@ -48,6 +49,10 @@ class Truth(second_order.Truth):
         return whole[order][:, order]
 
 
+OF_OPTIONS = {name.replace(" ", "_"): case for name, case in CASES.items()}
+"""By the field that a case's results are stored in."""
+
+
 class Comparison:
     """Results of one extension, parameter by parameter."""
 
@@ -76,7 +81,11 @@ def compare(extension, rows, truth, results, reached):
     field = extension.savefield
     comparison = Comparison(f"{type(extension).__name__}({extension.get_subsampling()})")
     for name, p in truth.parameters.items():
-        if name in results:
+        if name in results and field in OF_OPTIONS:
+            case, own = OF_OPTIONS[field], truth.grads[name][rows]
+            true = case.true(truth.grads, extension.get_subsampling(), rows.tolist())
+            comparison.add(name, results[name], true(name, own), own.abs().max() ** case.degree)
+        elif name in results:
             VALUES[field](comparison, truth, name, p, rows, results[name], extension)
         else:
             assert name not in reached or not truth.grads[name].any(), f"{field} of {name} is missing"

@@ -57,6 +57,8 @@ class Case:
     degree: int
     make: Callable[[Gradients, Any, list[int]], BackpropExtension[Tensor]]
     true: Callable[[Gradients, Any, list[int]], Callable[[str, Tensor], Tensor]]
+    is_clipping: bool = False
+    """Whether it is not defined where samples are mixed."""
 
 
 def directions(grads: Gradients) -> dict[str, Tensor]:
@@ -128,7 +130,7 @@ def clipped_by(make: Callable[[Gradients, Any, list[int]], ClippedGrad], per: st
 
         return of
 
-    return Case(1, make, true)
+    return Case(1, make, true, is_clipping=True)
 
 
 def mean_norm(grads: Gradients) -> float:
