@@ -84,7 +84,7 @@ def weighted(history, decay):
 
 
 SUMMED = [name for name in extensions.__all__ if isinstance(getattr(extensions, name).batches, (Summed, Listed))]
-ARGUMENTS = {"ClippedGrad": (0.1,), "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]")}
+ARGUMENTS = {"ClippedGrad": (0.1,), "GaussNewtonStep": (0.1,), "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]")}
 
 
 def build(name, **options):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from backpack.context import results
-from backpack.extensions import EKFAC, BatchDotGrad, GGNGram, Variance
+from backpack.extensions import EKFAC, BatchDotGrad, GaussNewtonStep, GGNGram, Variance
 from backpack.extensions.backprop_extension import BackpropExtension, Result
 from backpack.extensions.matrix_products import MatrixProduct
 from backpack.extensions.merge_batches import Joined, Listed, Summed, wide
@@ -167,6 +167,8 @@ def _why(extension: BackpropExtension) -> str:
         return "has another basis in each step. Average KFAC, and decompose the mean by utils.kroneckers.eigh_kfacs()"
     if isinstance(extension, Variance):
         return "has none. Average SumGradSquared, and subtract the square of the mean gradient in the end"
+    if isinstance(extension, GaussNewtonStep):
+        return "has a step, solved for with one batch. Average KFAC, and take the step that its mean gives"
     if isinstance(extension, MatrixProduct):
         return "has functions. Average a diagonal or KFAC"
     return "does not say that its do. If they are sums over samples, set batches = Summed(degree) in its class"
