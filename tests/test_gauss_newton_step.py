@@ -109,6 +109,7 @@ def test_positions_of_sequences_are_outputs_of_one_sample(seed):
     check(extend(Sequences(False).double()), index, extend(nn.CrossEntropyLoss()), target, rows=([2, 0], [1, 1]))
 
 
+@pytest.mark.filterwarnings("ignore:HuberLoss is linear in its input")
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 2**20),
@@ -313,6 +314,26 @@ def test_a_whole_step_without_damping_nearly_fits_a_linear_model(reduction):
     design = torch.cat([X, torch.ones(20, 1, dtype=R)], 1)
     best = torch.linalg.lstsq(design, y).solution
     assert close(torch.cat([model.weight.detach().T, model.bias.detach()[None]]), best, rtol=1e-6)
+
+
+def test_a_single_class_has_no_curvature_and_no_step():
+    model, lossfunc = extend(nn.Linear(4, 1).double()), extend(nn.CrossEntropyLoss())
+    with backpack(GaussNewtonStep(0.1)):
+        lossfunc(model(values(4, 4)), torch.zeros(4, dtype=torch.int64)).backward()
+    assert not stepped(model).any()
+
+
+def test_a_pass_under_autocast_gives_the_step_of_the_rounded_model():
+    _, X, lossfunc, y = make("mlp", "cross_entropy")
+    model = extend(mlp())
+    with backpack(GaussNewtonStep(0.5)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = lossfunc(model(X.float()), y)
+        loss.backward()
+    twin = copy.deepcopy(model).double()
+    truth = solved(*system(twin, X, lambda out: lossfunc(out, y)), 0.5)
+    assert stepped(model).dtype == torch.float32
+    assert close(stepped(model).double(), truth, rtol=16 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_what_cannot_be_computed_is_refused():

@@ -122,7 +122,7 @@ class StepPass(SeedPass):
         is_rest = [
             k == len(own.columns) for own, count in zip(self.divided, self.counts, strict=True) for k in range(count)
         ]
-        rest = torch.tensor(is_rest, device=self.device)
+        rest = torch.tensor(is_rest, dtype=torch.bool, device=self.device)
         gram = self.gram[: self.columns, :, : self.columns]  # without columns, a zero was pulled back
         system = gram[~rest][:, :, ~rest]
         size = system.shape[:2]

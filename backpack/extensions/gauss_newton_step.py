@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from backpack.extensions.curvature import CurvatureExtension
+from backpack.uses import Individual
 
 
 class GaussNewtonStep(CurvatureExtension[Tensor]):
@@ -19,11 +20,12 @@ class GaussNewtonStep(CurvatureExtension[Tensor]):
     Exact, by a linear system with as many equations as the root ``V`` of ``G`` has columns: with ``g = V r``, it is
     ``-V (V^T V + damping I)^-1 r``, one more pull-back (Ren & Goldfarb, 2019, section 3). That is the case for the
     squared error and cross entropy. What is left of the gradient in the loss's input, where its Hessian is singular,
-    is solved for by the identity of Woodbury, which has errors of rounding divided by ``damping``. The system,
+    is solved for by the identity of Woodbury, where errors of rounding are divided by ``damping``. The system,
     ``[C * N, C * N]`` as the result of ``GGNGram``, is kept and solved in ``float64``.
 
     With ``subsampling``, ``g`` and ``G`` are of the selected samples. Extensions in one block that differ in
-    ``damping`` and ``savefield`` share the pull-back of ``V``.
+    ``damping`` and ``savefield`` share the pull-back of ``V``. On several processes, the step is that of the process's
+    own batch.
 
     Raises:
         ValueError: ``damping`` is not positive, or the loss is not convex in its input.
@@ -43,3 +45,7 @@ class GaussNewtonStep(CurvatureExtension[Tensor]):
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}.")
         self.damping = damping
+
+    def compute(self, grads: Individual) -> Tensor:
+        """The step of no sample, which is zero; those of samples are not computed parameter by parameter."""
+        return grads.total()
