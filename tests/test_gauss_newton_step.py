@@ -316,6 +316,18 @@ def test_a_whole_step_without_damping_nearly_fits_a_linear_model(reduction):
     assert close(torch.cat([model.weight.detach().T, model.bias.detach()[None]]), best, rtol=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_is_not_a_number_where_the_gradient_is_not(loss, value):
+    model, X, lossfunc, y = make("mlp", loss)
+    X[1, 2] = value
+    model[1] = nn.Identity()
+    with backpack(GaussNewtonStep(0.1)):
+        lossfunc(model(X), y).backward()
+    for p in model.parameters():
+        assert not p.grad.isfinite().all() and not p.gauss_newton_step.isfinite().all()
+
+
 def test_a_single_class_has_no_curvature_and_no_step():
     model, lossfunc = extend(nn.Linear(4, 1).double()), extend(nn.CrossEntropyLoss())
     with backpack(GaussNewtonStep(0.1)):

@@ -35,9 +35,14 @@ class Divided:
     """
 
     def __init__(self, columns: Tensor, u: Tensor) -> None:
-        eps = torch.finfo(u.dtype).eps
-        self.columns, u = columns, u.double()
-        root = columns.double().permute(1, 2, 0)
+        self.columns, root = columns, columns.double().permute(1, 2, 0)
+        if bool(root.isfinite().all() & u.isfinite().all()):
+            self._divide(root, u.double(), torch.finfo(u.dtype).eps)
+        else:  # steps are not a number, as the gradient is
+            self.r, self.rest = u.new_full(root.shape[::2], torch.nan).double(), torch.zeros_like(u).double()
+        self.has_rest = bool(self.rest.any())
+
+    def _divide(self, root: Tensor, u: Tensor, eps: float) -> None:
         left, values, right = torch.linalg.svd(root, full_matrices=False)
         # Smaller ones are known to no digit: what belongs to these directions is left for the rest.
         kept = values > max(1, *root.shape[1:]) * eps * values[:, :1]
@@ -46,7 +51,6 @@ class Divided:
         rest = u - (root @ self.r.unsqueeze(2)).squeeze(2)
         rounding = ROUNDING * eps * u.shape[1] ** 0.5 * u.norm(dim=1, keepdim=True)
         self.rest = rest.where(rest.norm(dim=1, keepdim=True) > rounding, 0)
-        self.has_rest = bool(self.rest.any())
 
 
 class StepPass(SeedPass):
@@ -144,6 +148,8 @@ class StepPass(SeedPass):
 
 def _damped_solve(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
     """Solve with a positive semidefinite matrix, ``damping`` added to its diagonal."""
+    if not bool(matrix.isfinite().all()):
+        return torch.full_like(right, torch.nan)
     damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     root, info = torch.linalg.cholesky_ex(damped)
     if not bool(info):
