@@ -4,7 +4,8 @@
 ``p.grad_batch`` on each parameter. The package, from the top down; each part imports only what is below it:
 
 - ``inspection``: ``verify`` and ``summary``, before a long run.
-- ``dataset``: the quantities of a whole data set; ``hessianfree``: products with matrices of any computation.
+- ``dataset``: the quantities of a whole data set, means over steps; ``hessianfree``: products with matrices of any
+  computation.
 - ``context``: ``extend`` and ``backpack(...)``.
 - ``curvature``: second order; ``backward``: one backward pass.
 - ``nodes``: how a kind of node uses its parameters; ``extensions``: the quantities, one a file.
@@ -29,13 +30,14 @@ from backpack.context import (
     results,
     unextend,
 )
-from backpack.dataset import accumulate, across_processes
+from backpack.dataset import RunningMean, accumulate, across_processes
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.inspection import summary, verify
 
 __all__ = [
     "CTX",
     "BackpropExtension",
+    "RunningMean",
     "accumulate",
     "across_processes",
     "backpack",

@@ -39,6 +39,7 @@ from backpack.extensions import (
     BatchGrad,
     DiagGGNExact,
     DiagHessianMC,
+    GaussNewtonStep,
     SumGradSquared,
     Variance,
 )
@@ -129,11 +130,15 @@ def test_every_extension_is_compared_with_one_giant_batch_or_refused():
     tables = {type(extension) for extension in (*all_extensions(1.0), *other_extensions())}
     tables |= {type(case.make({"p": torch.ones(1, 1)}, None, [0])) for case in CASES.values()}
     on_average, averages, refused = {DiagHessianMC}, {KFRA}, {HMP, GGNMP, PCHMP}
-    assert tables | on_average | averages | refused == {getattr(extensions, name) for name in extensions.__all__}
+    assert tables | on_average | averages | refused | {GaussNewtonStep} == {
+        getattr(extensions, name) for name in extensions.__all__
+    }
     model, lossfunc, X, y = problem()
     for extension in refused:
         with pytest.raises(ValueError, match="no meaning for more than one batch: .* weighted sum of its batches'"):
             accumulate(model, lossfunc, [(X, y)], EKFAC(), extension())
+    with pytest.raises(ValueError, match="no meaning for more than one batch: .* KFAC or EKFAC"):
+        accumulate(model, lossfunc, [(X, y)], EKFAC(), GaussNewtonStep(0.1))
     with pytest.raises(ValueError, match="accumulate.* does that"), across_processes(model, EKFAC(), samples=11):
         pass
 

@@ -100,7 +100,8 @@ PUBLIC = {
     "backpack.extensions": [*backpack.extensions.__all__],
     "backpack.hessianfree": [*backpack.hessianfree.__all__],
     **{
-        module.__name__: [
+        module.__name__: getattr(module, "__all__", None)
+        or [
             name
             for name, value in vars(module).items()
             if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")

@@ -59,7 +59,15 @@ def test_results_of_samples_have_no_rows_and_sums_are_zero(name):
     make, shape = MODELS[name]
     model = make()
     extensions = [cls() for cls in (*WITH_ROWS, *WITH_ROWS_BEHIND_COLUMNS, *SUMS)]
-    more = [E.BatchL2Grad(), E.BatchDotGrad(), E.GGNGram(), E.ClippedGrad(1.0), E.HMP(), E.GGNMP()]
+    more = [
+        E.BatchL2Grad(),
+        E.BatchDotGrad(),
+        E.GGNGram(),
+        E.ClippedGrad(1.0),
+        E.GaussNewtonStep(0.1),
+        E.HMP(),
+        E.GGNMP(),
+    ]
     grads = differentiate(model, shape, *extensions, *more)
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert torch.equal(p.grad, grad)
@@ -70,7 +78,7 @@ def test_results_of_samples_have_no_rows_and_sums_are_zero(name):
         for cls in SUMS:
             assert torch.equal(vars(p)[cls.savefield], torch.zeros_like(p)), cls
         assert p.batch_l2.shape == (0,) and p.batch_dot.shape == p.ggn_gram.shape == (0, 0)
-        assert torch.equal(p.grad_clipped, torch.zeros_like(p))
+        assert torch.equal(p.grad_clipped, torch.zeros_like(p)) and not p.gauss_newton_step.any()
         vector = torch.randn(2, *p.shape, **F64)
         assert torch.equal(p.hmp(vector), torch.zeros_like(vector)) and not p.ggnmp(vector[0]).any()
 

@@ -20,6 +20,7 @@ from backpack.extensions import (
     ClippedGrad,
     DiagGGNExact,
     DiagHessian,
+    GaussNewtonStep,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
@@ -28,7 +29,10 @@ from backpack.extensions import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 FIRST = [BatchGrad, BatchL2Grad, SumGradSquared, Variance, BatchDotGrad, lambda **options: ClippedGrad(0.1, **options)]
-SECOND = [DiagGGNExact, BatchDiagGGNExact, SqrtGGNExact, DiagHessian, BatchDiagHessian, KFLR]
+SECOND = [
+    *(DiagGGNExact, BatchDiagGGNExact, SqrtGGNExact, DiagHessian, BatchDiagHessian, KFLR),
+    lambda **options: GaussNewtonStep(0.1, **options),
+]
 
 
 class Encoder(nn.Module):

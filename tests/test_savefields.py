@@ -4,23 +4,18 @@ import pytest
 import torch
 from torch import nn
 from truths import close
+from truths.options import required
 
 from backpack import accumulate, backpack, extend, extensions, memory_cleanup, verify
 from backpack.extensions import HBP
 
 X, Y = torch.rand(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
-ARGUMENTS = {
-    "ClippedGrad": (0.1,),
-    "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]"),
-    "ProjectedGrad": (4,),
-    "WeightedGrad": (torch.arange(6.0),),
-}
-PRODUCTS = ("HMP", "GGNMP", "PCHMP")
-"""They give functions, which do not merge."""
+OF_ONE_BATCH = ("HMP", "GGNMP", "PCHMP", "GaussNewtonStep")
+"""Functions and steps do not merge."""
 
 
 def build(name, **options):
-    return getattr(extensions, name)(*ARGUMENTS.get(name, ()), **options)
+    return getattr(extensions, name)(*required(len(X)).get(name, ()), **options)
 
 
 def net():
@@ -56,7 +51,7 @@ def test_results_are_stored_under_the_given_name_and_removed_from_there(name):
     assert not any(vars(p) for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in extensions.__all__ if name not in PRODUCTS])
+@pytest.mark.parametrize("name", [name for name in extensions.__all__ if name not in OF_ONE_BATCH])
 def test_data_sets_are_merged_under_the_given_name(name):
     found = []
     for options in ({"savefield": "mine"}, {}):

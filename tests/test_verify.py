@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
+from truths.options import required
 
 from backpack import extensions, summary, verify
 from backpack.extensions import (
@@ -25,6 +26,7 @@ from backpack.extensions import (
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
+    GaussNewtonStep,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.curvature import CurvatureExtension
@@ -48,9 +50,10 @@ def problem(training=False):
 def test_every_quantity_is_verified_and_the_model_left_as_it_is(subsampling, capsys):
     model, *rest = problem()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    outcome = verify(model, *rest, *[getattr(extensions, name)(subsampling=subsampling) for name in QUANTITIES])
+    exts = [getattr(extensions, name)(subsampling=subsampling) for name in QUANTITIES]
+    outcome = verify(model, *rest, *exts, GaussNewtonStep(0.1, subsampling))
     assert outcome.passed and {row.verdict for row in outcome.rows} == {"right"}
-    assert len(outcome.rows) == 6 * len(QUANTITIES) and str(outcome) in capsys.readouterr().out
+    assert len(outcome.rows) == 6 * (len(QUANTITIES) + 1) and str(outcome) in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
 
@@ -94,14 +97,8 @@ OUTPUTS = {
 @pytest.mark.parametrize("form", OUTPUTS)
 def test_outputs_of_all_forms_and_parameters_without_axes_are_verified(form):
     model, lossfunc = Scalars(OUTPUTS[form]), nn.CrossEntropyLoss()
-    arguments = {
-        "ClippedGrad": (0.1,),
-        "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]"),
-        "ProjectedGrad": (4,),
-        "WeightedGrad": (torch.arange(5.0),),
-    }
     exts = [
-        getattr(extensions, name)(*arguments.get(name, ()))
+        getattr(extensions, name)(*required(5).get(name, ()))
         for name in extensions.__all__
         if name not in ("KFRA", "DiagHessianMC")
     ]

@@ -10,7 +10,7 @@ from models.of_others import LANGUAGE, MODELS, SINGLE, problem, widened
 from torch import nn
 
 from backpack import extensions, verify
-from backpack.extensions import EKFAC, HBP, KFAC, KFLR, ClippedGrad, DiagGGNMC, GGNGram
+from backpack.extensions import EKFAC, HBP, KFAC, KFLR, ClippedGrad, DiagGGNMC, GaussNewtonStep, GGNGram
 from backpack.uses import kronecker
 
 FIRST = ("BatchGrad", "BatchL2Grad", "BatchDotGrad", "SumGradSquared", "Variance")
@@ -61,6 +61,7 @@ BROKEN = {
     "backpack.extensions.ekfac.eigenbases": (EKFAC(), 1.001),
     "backpack.extensions.clipped_grad.ClippedGrad.combine": (ClippedGrad(1e-3), 1.001),
     "backpack.extensions.ggn_gram.GGNGram.compute": (GGNGram(), 1.001),
+    "backpack.curvature.gauss_newton._damped_solve": (GaussNewtonStep(0.1), 1.001),
     "backpack.extensions.diag_ggn.DiagGGNMC.compute": (DiagGGNMC(), 1.001),
     "backpack.curvature.losses.cross_entropy.SoftmaxRoot.sampled": (DiagGGNMC(), 1.5),
 }
@@ -87,7 +88,7 @@ def is_right(found):
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_quantities_of_two_models_are_right(name):
-    is_right(outcome(name, [*chosen((*FIRST, *GGN)), ClippedGrad(0.1)]))
+    is_right(outcome(name, [*chosen((*FIRST, *GGN)), ClippedGrad(0.1), GaussNewtonStep(0.1)]))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
@@ -104,7 +105,12 @@ def test_hessians_of_two_models_are_right(name):
 @pytest.mark.parametrize("subsampling", [None, [1, 0, 1]])
 @pytest.mark.parametrize("name", MODELS)
 def test_quantities_of_all_models_are_right(name, subsampling):
-    is_right(outcome(name, [*chosen((*FIRST, *GGN), subsampling), ClippedGrad(0.1, subsampling)]))
+    is_right(
+        outcome(
+            name,
+            [*chosen((*FIRST, *GGN), subsampling), ClippedGrad(0.1, subsampling), GaussNewtonStep(0.1, subsampling)],
+        )
+    )
 
 
 @pytest.mark.slow

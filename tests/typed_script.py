@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
-from backpack import accumulate, backpack, extend, results
+from backpack import RunningMean, accumulate, backpack, extend, results
 from backpack.extensions import EKFAC, GGNMP, KFAC, BatchGrad, ClippedGrad, DiagGGNMC
 from backpack.utils.kroneckers import Eigen
 
@@ -29,6 +29,11 @@ for parameter in model.parameters():
     assert individual.result(parameter).shape == (2, *parameter.shape)
     assert product.result(parameter)(parameter).shape == parameter.shape
     assert clipped.result(parameter).shape == parameter.shape
+    assert_type(eigen.result(parameter).sample(damping=1.0), Tensor)
+
+mean = RunningMean(factors, decay=None)
+mean.update(model)
+assert_type(mean["0.weight"], list[Tensor])
 
 found = accumulate(model, lossfunc, [(X, y)], DiagGGNMC(), factors)
 assert_type(found.loss, Tensor)

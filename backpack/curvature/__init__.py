@@ -1,6 +1,7 @@
 """Second order: columns of the loss Hessian are pulled back to the parameters."""
 
 from backpack.curvature import averaged_hessian as averaged_hessian  # these files register passes
+from backpack.curvature import gauss_newton as gauss_newton
 from backpack.curvature import hessian as hessian
 from backpack.curvature import products as products
 from backpack.curvature.compute_curvature import compute_curvature, may_rerun_model

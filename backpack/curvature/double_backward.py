@@ -60,14 +60,6 @@ class DoubleBackwardPass(SeedPass):
     chosen: Tensor | None = None
     """The samples that the graph holds, without duplicates; ``None``: all."""
 
-    def _refuse_rules(self) -> None:
-        for extension in self.extensions:
-            if extension.rules:
-                raise RuntimeError(
-                    f"{type(extension).__name__} takes no rules of users: none is needed for any module. Construct it "
-                    f"without set_module_extension()."
-                )
-
     @property
     def _owner(self) -> Module:
         """A module whose call is part of the graph; a loss, if there is no other."""

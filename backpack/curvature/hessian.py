@@ -50,7 +50,7 @@ class HessianPass(DoubleBackwardPass):
 
     def run(self) -> None:
         """Pull back all columns and store the results."""
-        self._refuse_rules()
+        self.refuse_rules()
         self.parameters: dict[int, Tensor] = {}
         self.totals: dict[int, tuple[Tensor, Dense, Tensor]] = {}
         rows = self.subset.rows(self.n, self.device)

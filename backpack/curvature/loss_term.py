@@ -20,7 +20,7 @@ from torch.nn import Module
 
 from backpack.backward.block import Block, without_autocast
 from backpack.backward.collector import Prepared
-from backpack.curvature.losses import LossRoot, loss_gradient, loss_root
+from backpack.curvature.losses import LossRoot, in_float32, loss_gradient, loss_root
 from backpack.graph import Edge
 from backpack.graph.users_hooks import undisturbed
 from backpack.graph.vmap_limits import counts_backward_passes
@@ -70,6 +70,15 @@ class Term:
         """The gradient of the loss with respect to its input at ``point``, in the form of the input."""
         call = self.call
         return loss_gradient(call.loss, point, call.args, call.kwargs, self.outer, create_graph)
+
+    def wide_grad(self) -> Tensor:
+        """The gradient of the loss with respect to its input, ``[n, d]``; of 16 bits, it is computed in ``float32``."""
+        call = self.call
+        point, args, kwargs, outer = in_float32(call.loss, call.input.detach(), call.args, call.kwargs, self.outer)
+        point = point.detach().requires_grad_()
+        with torch.enable_grad(), muted():
+            grad = loss_gradient(call.loss, point, args, kwargs, outer, create_graph=False)
+        return self.layout.split(grad).reshape(self.layout.n, -1)
 
     def placed(self, seeds: Tensor, chosen: Tensor | None, is_selected: bool) -> Tensor:
         """Seeds ``[v, n, d]`` in the form of the loss's input, zero for all but the ``chosen`` samples.

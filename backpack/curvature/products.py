@@ -74,7 +74,7 @@ class ProductPass(DoubleBackwardPass):
 
     def run(self) -> None:
         """Store the functions; nothing is multiplied yet."""
-        self._refuse_rules()
+        self.refuse_rules()
         given = self.subset.rows(self.n, self.device)
         rows, counts = (None, None) if given is None else given.unique(return_counts=True)
         self._switch_to_twice_differentiable(rows)

@@ -86,6 +86,15 @@ class SeedPass:
         """Calls of modules that a user is told of when this pass is through them."""
         return self.module_io if self.last and self.block.extension_hook is not None else {}
 
+    def refuse_rules(self) -> None:
+        """Raise where an extension has rules of users."""
+        for extension in self.extensions:
+            if extension.rules:
+                raise RuntimeError(
+                    f"{type(extension).__name__} takes no rules of users: none is needed for any module. Construct it "
+                    f"without set_module_extension()."
+                )
+
     def report(self, io: ModuleIO) -> None:
         """Tell the user that a module is done: the last columns have come to its output."""
         known = None if self.selected else io  # that of the selected samples is not what users expect

@@ -2,5 +2,6 @@
 
 from backpack.dataset.accumulate import Accumulated, accumulate
 from backpack.dataset.across_processes import across_processes
+from backpack.dataset.running_mean import RunningMean
 
-__all__ = ["Accumulated", "accumulate", "across_processes"]
+__all__ = ["Accumulated", "RunningMean", "accumulate", "across_processes"]

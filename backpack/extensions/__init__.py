@@ -9,6 +9,7 @@ from backpack.extensions.clipped_grad import ClippedGrad
 from backpack.extensions.diag_ggn import DiagGGNExact, DiagGGNMC
 from backpack.extensions.diag_hessian import DiagHessian, DiagHessianMC
 from backpack.extensions.ekfac import EKFAC
+from backpack.extensions.gauss_newton_step import GaussNewtonStep
 from backpack.extensions.ggn_gram import GGNGram
 from backpack.extensions.hbp import HBP
 from backpack.extensions.kfac import KFAC
@@ -34,6 +35,7 @@ __all__ = [
     "DiagHessian",
     "DiagHessianMC",
     "GGNGram",
+    "GaussNewtonStep",
     "GGNMP",
     "EKFAC",
     "HBP",

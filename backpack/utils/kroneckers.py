@@ -6,74 +6,49 @@ are inverted or decomposed must be symmetric, complex ones Hermitian. A damped s
 
     inverse = inv_kfacs(p.kfac, shift=pi_damping(p.kfac, damping=1e-3))
     step = apply_kfac_mat_prod(inverse, p.grad.flatten()).reshape(p.shape)
+
+Products are in ``kronecker_products``, eigendecompositions in ``eigen``; all names are importable from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from backpack.uses.complex_numbers import double
+from backpack.utils.eigen import Eigen, eigh_kfacs
+from backpack.utils.kronecker_products import (
+    apply_kfac_mat_prod,
+    check,
+    is_matrix,
+    is_vector,
+    kfac_mat_prod,
+    kfacs_to_mat,
+    two_kfacs_to_mat,
+)
+
+__all__ = [
+    "Eigen",
+    "apply_inv_kfac_mat_prod",
+    "apply_kfac_mat_prod",
+    "eigh_kfacs",
+    "inv_kfac_mat_prod",
+    "inv_kfacs",
+    "inv_sqrt_kfacs",
+    "is_matrix",
+    "is_vector",
+    "kfac_logdet",
+    "kfac_mat_prod",
+    "kfacs_to_mat",
+    "pi_damping",
+    "two_kfacs_to_mat",
+]
 
 Shift = float | Tensor | Sequence[float | Tensor] | None
 """What is added to the diagonals: one number for all factors, or one for each."""
-
-
-def is_matrix(tensor: Tensor) -> bool:
-    """Whether a tensor has two axes."""
-    return tensor.dim() == 2
-
-
-def is_vector(tensor: Tensor) -> bool:
-    """Whether a tensor has one axis."""
-    return tensor.dim() == 1
-
-
-def two_kfacs_to_mat(A: Tensor, B: Tensor) -> Tensor:
-    """``A kron B``, dense."""
-    return torch.kron(_dense(A).contiguous(), _dense(B).contiguous())  # it fails for some strides
-
-
-def kfacs_to_mat(factors: Sequence[Tensor]) -> Tensor:
-    """``F_1 kron F_2 kron ...``, dense."""
-    _check(factors)
-    result = _dense(factors[0])
-    for factor in factors[1:]:
-        result = two_kfacs_to_mat(result, factor)
-    return result
-
-
-def apply_kfac_mat_prod(factors: Sequence[Tensor], mat: Tensor) -> Tensor:
-    """``(F_1 kron F_2 kron ...) mat``, without forming the product of the factors.
-
-    ``mat`` is ``[D]`` or ``[D, V]``, with ``D`` the product of the factors' numbers of columns.
-
-    Raises:
-        ValueError: ``mat`` has another shape.
-    """
-    _check(factors)
-    sizes = [factor.shape[-1] for factor in factors]
-    if mat.dim() not in (1, 2) or len(mat) != prod(sizes):
-        raise ValueError(
-            f"Factors with {' * '.join(map(str, sizes))} columns multiply [{prod(sizes)}] or [{prod(sizes)}, V], "
-            f"not {list(mat.shape)}."
-        )
-    result = mat.reshape(*sizes, -1)
-    for axis, factor in enumerate(factors):
-        if is_vector(factor):
-            result = result * factor.reshape(-1, *[1] * (len(sizes) - axis))
-        else:
-            result = torch.tensordot(factor, result, ([1], [axis])).movedim(0, axis)
-    return result.reshape(-1, *mat.shape[1:])
-
-
-def kfac_mat_prod(factors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function ``mat -> (F_1 kron F_2 kron ...) mat``; see ``apply_kfac_mat_prod``."""
-    return lambda mat: apply_kfac_mat_prod(factors, mat)
 
 
 def inv_kfacs(factors: Sequence[Tensor], shift: Shift = None) -> list[Tensor]:
@@ -97,6 +72,24 @@ def inv_kfac_mat_prod(factors: Sequence[Tensor], shift: Shift = None) -> Callabl
     return kfac_mat_prod(inv_kfacs(factors, shift))
 
 
+def inv_sqrt_kfacs(factors: Sequence[Tensor], shift: Shift = None) -> list[Tensor]:
+    """``[(F_1 + shift_1 I)^-1/2, (F_2 + shift_2 I)^-1/2, ...]``, the symmetric roots of what ``inv_kfacs`` gives.
+
+    Times a vector of independent standard normal numbers, they give a sample of the normal distribution whose
+    covariance is the inverse of the product of the shifted factors::
+
+        root = inv_sqrt_kfacs(p.kfac, shift=pi_damping(p.kfac, damping=1e-3))
+        sample = apply_kfac_mat_prod(root, torch.randn_like(p).flatten()).reshape(p.shape)
+
+    With the same damping on the whole diagonal of the product: ``eigh_kfacs(p.kfac).sample(damping=1e-3)``.
+
+    Raises:
+        ValueError: A shifted factor is singular or has a negative eigenvalue, or the number of shifts is not that of
+            the factors. One that is not shifted is singular if it is so up to rounding in its own precision.
+    """
+    return [_inverse_root(factor, own) for factor, own in zip(factors, _shifts(factors, shift), strict=True)]
+
+
 def kfac_logdet(factors: Sequence[Tensor], shift: Shift = None) -> Tensor:
     """Logarithm of the absolute determinant of ``(F_1 + shift_1 I) kron (F_2 + shift_2 I) kron ...``."""
     shifted = _shifted(factors, shift)
@@ -117,7 +110,7 @@ def pi_damping(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
     Raises:
         ValueError: ``damping`` is not positive.
     """
-    _check(factors)
+    check(factors)
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}.")
     means = torch.stack([torch.real(_diagonal(factor)).double().mean() for factor in factors])
@@ -127,104 +120,26 @@ def pi_damping(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
     return [shift.to(factor.real.dtype) for shift, factor in zip(shifts, factors, strict=True)]
 
 
-class Eigen(NamedTuple):
-    """A symmetric or Hermitian matrix in a Kronecker-factored orthonormal basis ``Q = Q_1 kron Q_2 kron ...``.
-
-    It is ``Q diag(eigenvalues.flatten()) Q^H``. ``bases`` has one matrix for each axis of ``eigenvalues``; a basis that
-    is a vector of ones stands for the identity.
-    """
-
-    bases: list[Tensor]
-    eigenvalues: Tensor
-
-    def dense(self) -> Tensor:
-        """The matrix."""
-        basis = kfacs_to_mat(self.bases)
-        return (basis * self.eigenvalues.flatten()) @ basis.mH
-
-    def apply(self, mat: Tensor) -> Tensor:
-        """The matrix times ``mat``, ``[D]`` or ``[D, V]``."""
-        return self._apply(self.eigenvalues, mat)
-
-    def apply_inverse(self, mat: Tensor, damping: float = 0.0) -> Tensor:
-        """The inverse of the matrix, ``damping`` added to its diagonal, times ``mat``, ``[D]`` or ``[D, V]``.
-
-        Raises:
-            ValueError: The damped matrix is singular.
-        """
-        damped = self._damped(damping)
-        if bool((damped == 0).any()):
-            raise ValueError("The matrix has the eigenvalue zero, up to rounding: add a positive damping to invert it.")
-        return self._apply((1 / damped).to(mat.real.dtype), mat)
-
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """Logarithm of the absolute determinant of the damped matrix; minus infinity if that is singular."""
-        return self._damped(damping).abs().log().sum().to(self.eigenvalues.dtype)
-
-    def _damped(self, damping: float) -> Tensor:
-        """The damped eigenvalues in float64; those that are zero up to rounding are zero."""
-        damped = self.eigenvalues.double() + damping
-        rounding = max(len(basis) for basis in self.bases) * torch.finfo(self.eigenvalues.dtype).eps
-        return damped.where(damped.abs() > rounding * damped.abs().max(), 0)
-
-    def _apply(self, eigenvalues: Tensor, mat: Tensor) -> Tensor:
-        values = eigenvalues.reshape(-1, *[1] * (mat.dim() - 1))
-        inner = apply_kfac_mat_prod([basis.mH if is_matrix(basis) else basis for basis in self.bases], mat)
-        return apply_kfac_mat_prod(self.bases, values * inner)
-
-
-def eigh_kfacs(factors: Sequence[Tensor]) -> Eigen:
-    """Eigendecomposition of ``F_1 kron F_2 kron ...``.
-
-    ``eigh_kfacs(factors).apply_inverse(mat, damping)`` inverts with exactly ``damping`` added to the diagonal of the
-    product.
-    """
-    _check(factors)
-    bases, values = [], []
-    for factor in factors:
-        if is_vector(factor):
-            bases.append(torch.ones_like(factor))
-            values.append(torch.real(factor).double())
-        else:
-            own, basis = torch.linalg.eigh(double(factor))
-            bases.append(basis.to(factor.dtype))
-            values.append(own)
-    product = values[0]
-    for own in values[1:]:
-        product = product.unsqueeze(-1) * own
-    return Eigen(bases, product.to(factors[0].real.dtype))
-
-
-def _check(factors: Sequence[Tensor]) -> None:
-    if not factors:
-        raise ValueError("There are no factors.")
-    for factor in factors:
-        if factor.dim() not in (1, 2):
-            raise ValueError(f"A factor has two axes, or one for a diagonal; got the shape {list(factor.shape)}.")
-
-
-def _dense(factor: Tensor) -> Tensor:
-    return torch.diag(factor) if is_vector(factor) else factor
-
-
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if is_vector(factor) else factor.diagonal()
 
 
-def _shifted(factors: Sequence[Tensor], shift: Shift) -> list[Tensor]:
-    """In float64."""
-    _check(factors)
-    doubles = [double(factor) for factor in factors]
-    if shift is None:
-        return doubles
+def _shifts(factors: Sequence[Tensor], shift: Shift) -> Sequence[float | Tensor]:
+    """One for each factor."""
+    check(factors)
     if isinstance(shift, Tensor) and shift.dim() > 0:
         shift = list(shift)
-    shifts = list(shift) if isinstance(shift, Sequence) else [shift] * len(factors)
+    shifts = list(shift) if isinstance(shift, Sequence) else [0.0 if shift is None else shift] * len(factors)
     if len(shifts) != len(factors):
         raise ValueError(
             f"There are {len(shifts)} shifts for {len(factors)} factors: give one shift, or one for each factor."
         )
-    return [_shift(factor, own) for factor, own in zip(doubles, shifts, strict=True)]
+    return shifts
+
+
+def _shifted(factors: Sequence[Tensor], shift: Shift) -> list[Tensor]:
+    """In float64."""
+    return [_shift(double(factor), own) for factor, own in zip(factors, _shifts(factors, shift), strict=True)]
 
 
 def _shift(factor: Tensor, shift: float | Tensor) -> Tensor:
@@ -246,12 +161,29 @@ def _inverse(factor: Tensor) -> Tensor:
     return (basis / values) @ basis.mH
 
 
+def _inverse_root(factor: Tensor, shift: float | Tensor) -> Tensor:
+    """The symmetric root of the inverse of a shifted factor."""
+    shifted = _shift(double(factor), shift)
+    values, basis = (torch.real(shifted), None) if is_vector(shifted) else torch.linalg.eigh(shifted)
+    smallest, largest = values.min().item(), values.abs().max().item()
+    # What a factor has got of rounding is not known any better than in its own precision; a shift is.
+    rounding = len(values) * torch.finfo(values.dtype if shift else factor.dtype).eps
+    if smallest < -rounding * largest:
+        raise ValueError(
+            f"A factor of shape {[len(values)] * 2} has the negative eigenvalue {smallest:.3g}: its inverse has no "
+            f"real root. Give a larger shift."
+        )
+    _check_regular(values, rounding)
+    root = values**-0.5 if basis is None else (basis * values**-0.5) @ basis.mH
+    return root.to(factor.dtype)
+
+
 def _ratio(values: Tensor) -> Tensor:
     return values.abs().min() / values.abs().max()
 
 
-def _check_regular(values: Tensor) -> None:
-    if not bool(_ratio(values) > len(values) * torch.finfo(values.dtype).eps):
+def _check_regular(values: Tensor, rounding: float | None = None) -> None:
+    if not bool(_ratio(values) > (rounding or len(values) * torch.finfo(values.dtype).eps)):
         raise ValueError(
             f"A factor of shape {[len(values)] * 2} is singular: its eigenvalues have absolute values between "
             f"{values.abs().min().item():.3g} and {values.abs().max().item():.3g}. Give a positive shift."

@@ -30,6 +30,7 @@ from backpack.extensions import (
     DiagGGNMC,
     DiagHessian,
     DiagHessianMC,
+    GaussNewtonStep,
     GGNGram,
     SqrtGGNExact,
     SqrtGGNMC,
@@ -87,9 +88,10 @@ show(
 #
 # The generalized Gauss-Newton matrix (GGN): its diagonal, the diagonal of each sample's
 # term, a square root of it, and the root's Gram matrix. ``Exact`` needs one column for
-# each output of the model, ``MC`` only as many as you ask for.
+# each output of the model, ``MC`` only as many as you ask for. Then a damped step.
 
 show(DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNGram())
+show(GaussNewtonStep(damping=0.1))
 show(DiagGGNMC(mc_samples=2), BatchDiagGGNMC(mc_samples=2), SqrtGGNMC(mc_samples=2))
 
 # %%

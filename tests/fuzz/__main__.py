@@ -376,7 +376,7 @@ OLD = object()
 """What stands in place of a result before a pass, which must not survive."""
 
 FIRST = ["BatchGrad", "BatchL2Grad", "BatchDotGrad", "SumGradSquared", "Variance", "ClippedGrad"]
-GGN = ["DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNGram", "GGNMP", "KFLR", "EKFAC"]
+GGN = ["DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNGram", "GGNMP", "GaussNewtonStep", "KFLR", "EKFAC"]
 HESSIAN = ["DiagHessian", "BatchDiagHessian", "HMP"]
 SEPARATE = {"ClippedGrad", "KFLR", "EKFAC"}
 """Not defined where samples are mixed."""
@@ -399,6 +399,9 @@ def drawn(r, truth, order, mixed, without=()):
         if name == "ClippedGrad":
             norms = sum(squares(g).flatten(1).sum(1) for g in truth.grads.values()).sqrt()
             extension = extensions.ClippedGrad(0.6 * float(norms.max()) + 1e-9, given)
+        elif name == "GaussNewtonStep":
+            size = max((float(block.abs().max()) for block in truth.ggn.values() if block.numel()), default=0.0)
+            extension = extensions.GaussNewtonStep((size + 1e-6) * r.choice([0.01, 1.0]), given)
         else:
             options = {"fisher": "exact"} if name == "EKFAC" else {}
             extension = getattr(extensions, name)(subsampling=given, **options)
@@ -535,7 +538,14 @@ def data_set(r):
     owner = torch.cat([(o.flatten() if is_classes else o)[..., None] for o in owners]).expand(z.shape)
     truth = Truth(plain, [z], [lambda z: lossfunc(z, y)], [owner], total)
     order = r.choice(["first", "ggn", "hessian", "all"])
-    without = {"SqrtGGNExact", "GGNGram", "GGNMP", "HMP", *(["BatchDotGrad"] if kind != "none" else [])}
+    without = {
+        "SqrtGGNExact",
+        "GGNGram",
+        "GGNMP",
+        "GaussNewtonStep",
+        "HMP",
+        *(["BatchDotGrad"] if kind != "none" else []),
+    }
     chosen = drawn(r, truth, order, mixed, without)
     if not chosen:
         return []

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 from truths import second_order
+from truths.autograd import individual_gradients
 from truths.options import CASES
 from truths.second_order import flat
 
@@ -35,6 +36,32 @@ class Truth(second_order.Truth):
         """Of each real parameter: entries, and the diagonal of each sample's Hessian there, ``[n, entries]``."""
         places = {name: torch.randperm(p.numel())[:ENTRIES] for name, p in self.parameters.items()}
         return {name: (chosen, self.entries_of_the_hessian(name, chosen)) for name, chosen in places.items()}
+
+    @cached_property
+    def system(self):
+        """The whole GGN of each sample, ``[n, P, P]``, and the sample's gradient, ``[n, P]``, for all parameters."""
+        grads = torch.cat([flat(g, 1) for g in self.grads.values()], 1)
+        whole = grads.new_zeros(self.n, grads.shape[1], grads.shape[1])
+        for z, owner, H in zip(self.inputs, map(torch.flatten, self.owners), self.loss_hessians, strict=True):
+            if z.requires_grad:
+                J = torch.cat([flat(J, 1) for J in individual_gradients(z.flatten(), self.leaves)], 1)
+                for n, own in enumerate([owner == n for n in range(self.n)]):
+                    whole[n] += J[own].T @ H[own][:, own] @ J[own]
+        return whole, grads
+
+    def step(self, name, rows, damping):
+        """That of a parameter; all have one."""
+        key = (tuple(rows.tolist()), damping)
+        if key not in self.steps:
+            ggn, grad = (own[rows].sum(0) for own in self.system)
+            step = -torch.linalg.solve(ggn + damping * torch.eye(len(grad), dtype=grad.dtype), grad)
+            sizes = [flat(p).numel() for p in self.parameters.values()]
+            self.steps[key] = dict(zip(self.parameters, step.split(sizes), strict=True))
+        return self.steps[key][name]
+
+    @cached_property
+    def steps(self):
+        return {}
 
     @cached_property
     def transposed(self):
@@ -148,6 +175,11 @@ def diagonals(c, truth, name, p, rows, found, ext):
     c.add(name, found.flatten(1)[:, entries], true[rows], true.abs().max())
 
 
+def step(c, truth, name, p, rows, found, ext):
+    true = truth.step(name, rows, ext.damping)
+    c.add(name, flat(found).flatten(), true, truth.grads[name][rows].abs().max() / ext.damping)
+
+
 def hessian_product(c, truth, name, p, rows, found, ext):
     vector = torch.randn_like(p)
     own = truth.hessian_times(name, vector)
@@ -172,6 +204,7 @@ VALUES = {
     "sqrt_ggn_exact": root,
     "ggn_gram": gram,
     "ggnmp": ggn_product,
+    "gauss_newton_step": step,
     "kflr": factors,
     "ekfac": eigenvalues,
     "diag_h": diagonal,

@@ -16,6 +16,18 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from . import close
 from .first_order import norms_of, real_rows
 
+
+def required(samples: int) -> dict[str, tuple[Any, ...]]:
+    """The arguments that extensions need, by their name, for a batch of so many samples."""
+    return {
+        "ClippedGrad": (0.1,),
+        "GaussNewtonStep": (0.1,),
+        "HBP": ("ggn", "exact", "sqrt", "E[J^T E(H) J]"),
+        "ProjectedGrad": (4,),
+        "WeightedGrad": (torch.arange(float(samples)),),
+    }
+
+
 Gradients = Mapping[str, Tensor]
 """Individual gradients ``[N, *p]`` by parameter name."""
 

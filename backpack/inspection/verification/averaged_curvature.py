@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -52,6 +52,8 @@ class Stage:
     curvature: Tensor
     entries: int
     extension: Any
+    found: dict[str, Any] = field(default_factory=dict)
+    """Results are looked up elsewhere."""
 
     def __post_init__(self) -> None:
         if self.x.is_floating_point():

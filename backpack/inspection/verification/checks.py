@@ -24,6 +24,7 @@ from backpack.extensions import (
     DiagGGNMC,
     DiagHessian,
     DiagHessianMC,
+    GaussNewtonStep,
     GGNGram,
     ProjectedGrad,
     SqrtGGNExact,
@@ -49,9 +50,10 @@ LARGEST_STORED = 2**24
 
 
 class Computation(Protocol):
-    """How a result was computed."""
+    """How a result was computed; ``found`` has the results of all parameters."""
 
     extension: Any
+    found: dict[str, Any]
 
     @property
     def columns(self) -> Tensor:
@@ -274,6 +276,16 @@ def _ggn_gram(result: Tensor, truth: Truth) -> Pairs:
 def _ggnmp(result: Any, truth: Truth) -> Pairs:
     true = truth.curvature().sum(0)  # first, as it says what PyTorch cannot differentiate
     yield truth.multiplied(result), true
+
+
+@check(GaussNewtonStep)
+def _gauss_newton_step(result: Tensor, truth: Truth) -> Pairs:
+    """Whether the steps of all parameters solve the system, at the entries of this one."""
+    plain = truth.plain
+    moved = [plain.push_forward(plain.parameters[name], [step])[0] for name, step in truth.computed.found.items()]
+    product = plain.hessian_product(sum(moved[1:], start=moved[0])) * truth.weights[:, None]
+    curved = torch.einsum("knd,nd->k", plain.jacobian_columns(truth.name), product)
+    yield curved + truth.extension.damping * truth.at_entries(result), -truth.gradients().sum(0)
 
 
 # The Hessian
