@@ -126,6 +126,7 @@ class BackpropExtension(Quantity, Generic[Result]):
         """The same extension, for passes in which entries that belong to no sample count as one sample more."""
         part = copy.copy(self)
         part.subset = Subset(self.subset.given, samples)
+        part.against = None if self.against is None else Subset(self.against.given, samples)
         return part
 
     def on_batch(self, share: BatchShare) -> BackpropExtension:
