@@ -8,13 +8,25 @@ import torch
 from models.layers import CASES as MODELS
 from models.layers import build
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
+from truths.autograd import individual_gradients
 from truths.data_sets import LOSSES, giant, problem, targets
 from truths.first_order import norms_of, subsets
 from truths.options import Product, check_all, make_all
 
 from backpack import accumulate, backpack, extend, verify
-from backpack.extensions import EKFAC, BatchDotGrad, BatchGrad, ClippedGrad, ProjectedGrad, WeightedGrad
+from backpack.extensions import (
+    EKFAC,
+    KFAC,
+    BatchDotGrad,
+    BatchGrad,
+    ClippedGrad,
+    DiagGGNMC,
+    ProjectedGrad,
+    WeightedGrad,
+)
 from backpack.utils.kroneckers import Eigen, apply_kfac_mat_prod, eigh_kfacs
 
 
@@ -296,3 +308,54 @@ def test_names_are_those_in_the_whole_model_also_if_a_part_was_extended_first():
         assert torch.equal(found.grad_projected[name], expected.grad_projected[name])
         assert torch.equal(found.batch_dot[name], expected.batch_dot[name])
         assert torch.equal(found.ekfac[name].eigenvalues, expected.ekfac[name].eigenvalues)
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a trained correction of low rank, as LoRA adds it."""
+
+    def __init__(self, inputs, outputs, rank):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.base.requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen.update(tuple(t.shape) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("positions", [(), (6,)])
+def test_adapters_of_frozen_layers_are_right_and_what_is_frozen_costs_nothing(positions):
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapted(13, 17, 2), nn.Tanh(), Adapted(17, 11, 3)).double()
+    X, y = torch.randn(5, *positions, 13, dtype=torch.float64), torch.randn(5, *positions, 11, dtype=torch.float64)
+    lossfunc = nn.MSELoss()
+    parameters = parameters_of(model)
+    terms = [lossfunc(model(X[n : n + 1]), y[n : n + 1]) / 5 for n in range(5)]
+    grads = individual_gradients(terms, list(parameters.values()))
+    truth = dict(zip(parameters, grads, strict=True))
+    made = make_all(truth, None, list(range(5)))
+    extend(model), extend(lossfunc)
+    loss = lossfunc(model(X), y)
+    with Shapes() as plain:
+        loss.backward(retain_graph=True)
+    with Shapes() as ours, backpack(*made.values(), KFAC(approx="expand"), DiagGGNMC()):
+        loss.backward()
+    check_all(on_parameters(model), made, truth, None, list(range(5)))
+    frozen = {shape for m in model if isinstance(m, Adapted) for shape in [tuple(m.base.weight.shape)]}
+    frozen |= {shape[::-1] for shape in frozen} | {(13, 13), (17, 17), (11, 11)} - {
+        tuple(factor.shape) for p in parameters.values() for factor in p.kfac
+    }
+    assert not {shape[-2:] for shape in ours.seen - plain.seen} & frozen
