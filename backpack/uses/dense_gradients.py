@@ -17,7 +17,7 @@ from backpack.uses.dense_factors import DenseMap
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.sample_sum import SampleSum
-from backpack.uses.second_moments import second_moment
+from backpack.uses.second_moments import gram_of_outputs, second_moment
 
 SMALL = 2**22
 """Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""
@@ -289,9 +289,8 @@ class Dense(Individual):
             return super().dots(other)
         w, m, _, t, _ = other.grad.shape
         if s == t == g == 1 and other is self:
-            inputs, outputs = self.x[:, 0, 0], self.grad[:, :, 0, 0].flatten(0, 1)
-            outputs = second_moment(outputs.T).unflatten(1, (v, n)).unflatten(0, (v, n))
-            return torch.real(outputs * (inputs @ inputs.mH)[None, :, None])
+            inputs = self.x[:, 0, 0]
+            return torch.real(gram_of_outputs(self, self.grad[:, :, 0, 0]) * (inputs @ inputs.mH)[None, :, None])
         if s == t == 1:
             inputs = torch.einsum("ngi,mgi->nmg", self.x[:, :, 0], other.x[:, :, 0].conj())
             outputs = torch.einsum("vngo,wmgo->vnwmg", self.grad[..., 0, :], other.grad[..., 0, :].conj())

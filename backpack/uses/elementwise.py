@@ -11,6 +11,7 @@ from torch import Tensor
 from backpack.samples import Rows
 from backpack.uses.base import Individual, flat
 from backpack.uses.complex_numbers import conjugated, squared
+from backpack.uses.second_moments import gram_of_outputs
 from backpack.uses.use import SamplewiseUse
 
 
@@ -52,6 +53,8 @@ class Explicit(Individual):
         yield self
 
     def dots(self, other: Individual) -> Tensor:
+        if other is self and self.summed and not self.is_complex:
+            return gram_of_outputs(self, flat(self.value)).clone()
         return torch.einsum("vnp,wmp->vnwm", flat(self.value), flat(other.dense()))
 
 

@@ -55,7 +55,16 @@ def moment_of_outputs(grads: Individual, size: int, rows: Callable[[], Tensor]) 
     return moment.clone() if torch.is_grad_enabled() else empty(moment.shape, moment).copy_(moment)
 
 
+def gram_of_outputs(grads: Individual, rows: Tensor) -> Tensor:
+    """Dot products ``[v, n, w, m]`` of cotangents ``rows[v, n, o]``, computed once for all uses of them in the call."""
+    v, n, size = rows.shape
+    flat = rows.flatten(0, 1)
+    gram = grads.share((GRAM, size), lambda: second_moment(flat.T))
+    return gram.unflatten(1, (v, n)).unflatten(0, (v, n))
+
+
 MOMENT = "moment of outputs"
+GRAM = "dot products of outputs"
 
 
 def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
