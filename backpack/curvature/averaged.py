@@ -8,6 +8,7 @@ of other modules than linear maps, the rows of a root of ``H`` are pulled back f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -246,18 +247,29 @@ class AveragedPass(SeedPass):
         """The node that used a module's parameters, if these are the parameters of one linear map."""
         if not is_one_of(module, MAPS) or getattr(module, "padding_idx", None) is not None:
             return None
-        plan = self.prepared.plan
         own = {id(p) for p in module._parameters.values() if p is not None and p.requires_grad}
-        nodes = {
-            node: [planned.leaf for planned in uses]
-            for node, uses in plan.uses.items()
-            if any(planned.leaf is not None and id(variable_of(planned.leaf)) in own for planned in uses)
-        }
+        nodes = {node for key in own for node in self._users.get(key, ())}
         if len(nodes) != 1:
             return None
-        (node, leaves), *_ = nodes.items()
+        (node,) = nodes
+        leaves = [planned.leaf for planned in self.prepared.plan.uses[node]]
         found = {id(variable_of(leaf)) for leaf in leaves if leaf is not None}
         return node if found == own and None not in leaves and not is_recomputed(node) else None
+
+    @cached_property
+    def _users(self) -> dict[int, list[Node]]:
+        """The nodes that use each parameter, by its ``id``."""
+        found: dict[int, list[Node]] = {}
+        for node, uses in self.prepared.plan.uses.items():
+            for planned in uses:
+                if planned.leaf is not None:
+                    found.setdefault(id(variable_of(planned.leaf)), []).append(node)
+        return found
+
+    @cached_property
+    def _columns(self) -> Columns:
+        """Takes the factors of linear maps of the model's own graph to their parameters."""
+        return Columns(self, self.spliced)
 
     def _compute_factors(self, module: Module, node: Node, mean: Mean) -> None:
         """The factors of a linear map, from the curvature itself: the values of cotangents are not needed."""
@@ -266,7 +278,7 @@ class AveragedPass(SeedPass):
         axes = (size // channels, channels, 1) if last else (1, channels, size // channels)
         self.curvature, self.subset = mean.matrix.reshape(*axes, *axes), self.extensions[0].subset
         self.final = True
-        columns, cotangents = Columns(self, self.spliced), Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
+        columns, cotangents = self._columns, Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
         for planned in self.prepared.plan.uses[node]:
             columns.take_in(planned, columns.arrival(node, planned, cotangents))
         self.curvature = None

@@ -101,7 +101,7 @@ class Truth:
 
     def gradient(self, place: int) -> Tensor:
         """The gradient of one selected sample, at all entries of the parameter."""
-        return self.pulled(self.plain.loss_gradient, place)
+        return self.plain.individual_gradient(self.name, int(self.samples[place]))
 
     def curvature_along(self, columns: Tensor) -> Tensor:
         """``J^T H J`` of each selected sample, ``[n, k, k]``; ``columns`` ``[k, n, d]`` are those of ``J``."""
