@@ -33,7 +33,9 @@ SUMMARY = {
 """The rows of the short table, in words."""
 SUMMARY_NETWORKS = ["3C3D", "GPT-2 block"]
 COLORS = {OWN: "C0", "original": "C1", "torch.func": "C2", "Opacus": "C3", "curvlinops": "C4"}
+COLORS |= {"Opacus, ghost clipping": "C5", "kronfluence": "C6"}
 STYLES = {OWN: "-", "original": "--", "torch.func": ":", "Opacus": "-.", "curvlinops": (0, (1, 4))}
+STYLES |= {"Opacus, ghost clipping": (0, (4, 4)), "kronfluence": (0, (1, 8))}
 MULTIPLE = "multiple of the plain gradient"
 
 

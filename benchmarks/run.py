@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --output benchmarks/results/costs.json
     python benchmarks/run.py --nets MLP --quantities BatchGrad KFAC --series --output mlp.json
+    python benchmarks/run.py --device cuda --minutes 8 --rounds 3 --seconds 0.3 --series --output gpu.json
 
 Each library runs in a process of its own. For each network and quantity the processes take turns, a short round each.
 In a round, the quantity and the plain gradient take turns as well. A record has the median of the rounds' ratios,
@@ -18,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from select import select
 from statistics import median, quantiles
+from time import monotonic
 from typing import Any
 
 from peers import HERE, LIBRARIES, environment
 from result_file import Cell, begin
-from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, THREADS, TOO_LARGE
+from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, THREADS, is_measured
 
 LIMIT = 16 * 2**30
 """Bytes that one process may use."""
@@ -33,12 +35,13 @@ STARTING = 600
 
 
 class Process:
-    """A worker; with ``root``, it imports this package from there."""
+    """A worker; with ``root``, it imports this package from there. ``device``: where it computes, if not on a GPU."""
 
-    def __init__(self, library: str, threads: int, root: Path | None = None) -> None:
+    def __init__(self, library: str, threads: int, root: Path | None = None, device: str | None = None) -> None:
         python = LIBRARIES[library]
         self.command = [python, str(HERE / "worker.py"), library, str(LIMIT)]
         more = {} if root is None else {"PYTHONPATH": str(root)}
+        more |= {} if device is None else {"BENCHMARK_DEVICE": device}
         self.environment = environment(python, OMP_NUM_THREADS=str(threads), **more)
         self.start()
 
@@ -116,11 +119,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU, if there is one")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after so many")
     parser.add_argument("--series", nargs="*", default=[*SERIES], choices=[*SERIES], help="what else to vary")
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     options = parser.parse_args()
+    end = monotonic() + 60 * options.minutes
     libraries = [name for name in options.libraries if Path(LIBRARIES[name]).exists()]
-    processes = {name: Process(name, options.threads) for name in libraries}
+    processes = {name: Process(name, options.threads, device=options.device) for name in libraries}
     said = {name: process.ask(patience=STARTING, do="versions") for name, process in processes.items()}
     versions = {"torch": said[libraries[0]]["torch"], **{name: said[name]["own"] for name in libraries}}
     results = begin(
@@ -133,6 +139,10 @@ def main() -> None:
     )
 
     def add(net: str, quantity: str, more: str = "", **place: Any) -> None:
+        if monotonic() > end:
+            results.notes[:] = [f"Stopped after {options.minutes:g} minutes."]
+            results.write(options.output)
+            return
         row = measure(processes, net, quantity + more, options.rounds, options.seconds)
         cells = [own.cell(net, quantity, library, **place) for library, own in row.items()]
         results.cells += cells
@@ -142,7 +152,7 @@ def main() -> None:
 
     for net in options.nets:
         for quantity in options.quantities:
-            if (net, quantity) not in TOO_LARGE:
+            if is_measured(net, quantity):
                 add(net, quantity)
     for title in options.series:
         quantities, places = SERIES[title]
