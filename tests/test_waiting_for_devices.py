@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from backpack import backpack, extend
+from backpack import backpack, extend, memory
 from backpack.extensions import BatchDotGrad, BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
 from backpack.graph import kind, read, shape_of
 from backpack.nodes import general
@@ -169,3 +170,16 @@ def test_the_table_of_nodes_reads_nothing_but_indices():
                     waits.add(kind(node))
     assert len(seen) > 160 and sum(seen.values()) > 10_000
     assert waits <= {"Gather", "Index", "IndexAdd", "IndexSelect", "ScatterAdd"}
+
+
+def test_what_is_computed_at_a_time_fits_the_device(monkeypatch):
+    memory._of_gpu.cache_clear()
+    sizes = {0: 2**37, 1: 2**26}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=sizes[device.index])
+    )
+    for what, entries in memory.AT_A_TIME.items():
+        assert memory.at_a_time(what, torch.device("cpu")) == entries
+        large, small = (memory.at_a_time(what, torch.device("cuda", index)) for index in sizes)
+        assert large == 2**37 // (64 * 8) > small == entries  # float64
+    memory._of_gpu.cache_clear()

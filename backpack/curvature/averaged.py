@@ -31,11 +31,12 @@ from backpack.curvature.mean_curvature import (
 )
 from backpack.curvature.module_chain import Link, ModuleChain
 from backpack.curvature.rerun import agree, is_observed, run_again
-from backpack.curvature.seeds import WIDEST, SeedPass
+from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature
 from backpack.graph import is_complex, is_recomputed, shape_of, variable_of
 from backpack.graph.users_hooks import forget_retained
+from backpack.memory import at_a_time
 from backpack.modules.loss_calls import LossCall
 from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
@@ -293,7 +294,7 @@ class AveragedPass(SeedPass):
         """Pull back the rows of a root for each sample; the module's parameters are computed."""
         module, x = link.module, link.input
         n, size = len(x), mean.given.shape[1]
-        step = max(1, WIDEST // (n * max(x[0].numel(), size)))
+        step = max(1, at_a_time("columns", x.device) // (n * max(x[0].numel(), size)))
         pieces = [(sign, rows) for sign, root in mean.roots() for rows in root.split(step)]
         terms: list[Tensor] = []
         for number, (self.sign, rows) in enumerate(pieces, start=1):

@@ -13,12 +13,10 @@ from torch.autograd.graph import Node
 
 from backpack.graph import call, kind, saved, signed
 from backpack.graph.vmap_limits import is_looped
+from backpack.memory import at_a_time
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, Explicit, Individual, Use
 from backpack.uses.complex_numbers import converted
-
-ENTRIES = 2**22
-"""Entries of the cotangents that are sent through a node at a time, over all samples and outputs."""
 
 
 def _weight_norm(node: Any, grads: Tensor) -> list[Tensor]:
@@ -89,7 +87,7 @@ class GeneralUse(Use):
         index = torch.arange(rows.layout.n, device=first.device) if rows.index is None else rows.index
         seeds, size = len(first), sum(grad[0].numel() for grad in cotangents.values())
         together = 1 if self.one_by_one else max(1, seeds)
-        step = 1 if self.one_by_one else max(1, ENTRIES // max(1, together * size))
+        step = 1 if self.one_by_one else max(1, at_a_time("cotangents", first.device) // max(1, together * size))
         value = torch.zeros(seeds, len(index), *shape, dtype=dtype, device=first.device)
         for v in range(0, seeds, together):
             for start in range(0, len(index), step):
