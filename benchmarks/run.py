@@ -77,6 +77,8 @@ class Measurement:
     """MiB."""
     multiples: dict[int, float] = field(default_factory=dict)
     """Round to multiple of the plain gradient."""
+    plain: list[float] = field(default_factory=list)
+    """Seconds of a plain step, by rounds."""
     failure: dict[str, str] | None = None
 
     def cell(self, network: str, quantity: str, library: str, **place: Any) -> Cell:
@@ -85,7 +87,8 @@ class Measurement:
             return Cell(*where, **place, **self.failure)
         found = list(self.multiples.values())
         spread = None if len(found) < 2 else [round(x, 3) for x in quantiles(found, n=4, method="inclusive")[::2]]
-        return Cell(*where, **place, multiple=round(median(found), 3), spread=spread, peak_mib=round(self.peak, 1))
+        numbers = {"multiple": round(median(found), 3), "plain_ms": round(1e3 * median(self.plain), 4)}
+        return Cell(*where, **place, **numbers, spread=spread, peak_mib=round(self.peak, 1))
 
 
 def measure(
@@ -106,6 +109,7 @@ def measure(
                 answer = processes[name].ask(do="measure", seconds=seconds)
                 if "plain" in answer:
                     own.multiples[number] = answer["quantity"] / answer["plain"]
+                    own.plain.append(answer["plain"])
                 else:
                     own.failure = answer
     return found
@@ -128,6 +132,10 @@ def main() -> None:
     libraries = [name for name in options.libraries if Path(LIBRARIES[name]).exists()]
     processes = {name: Process(name, options.threads, device=options.device) for name in libraries}
     said = {name: process.ask(patience=STARTING, do="versions") for name, process in processes.items()}
+    for name in [name for name in libraries if "own" not in said[name]]:
+        print(f"{name} is left out: {said[name].get('message')}", file=sys.stderr)
+        processes.pop(name).stop()
+        libraries.remove(name)
     versions = {"torch": said[libraries[0]]["torch"], **{name: said[name]["own"] for name in libraries}}
     results = begin(
         versions,

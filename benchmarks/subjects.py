@@ -88,6 +88,12 @@ def small_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
 
 
+def deep(depth: int) -> nn.Module:
+    """So many narrow layers that a step shows what each of them takes."""
+    layers = [layer for _ in range(depth - 1) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(16, 10))
+
+
 def three_c_three_d(channels: tuple[int, int, int] = (64, 96, 128), hidden: tuple[int, int] = (512, 256)) -> nn.Module:
     def pooled(*convolution: int, padding: int = 0) -> list[nn.Module]:
         return [nn.Conv2d(*convolution, padding=padding), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
@@ -172,6 +178,8 @@ class Network(NamedTuple):
     """Whether there is a target for each position of a sample."""
 
 
+DEPTHS, WIDTHS = (10, 100, 1000), (128, 512, 1024)
+
 NETWORKS: dict[str, Network] = {
     "MLP": Network(mlp, 128, (784,)),
     "MLP 8-8-8-8": Network(small_mlp, 32, (8,), 8),
@@ -188,6 +196,8 @@ NETWORKS: dict[str, Network] = {
     "MLP 784-512-512-10": Network(partial(mlp, hidden=(512, 512)), 512, (784,)),
     "MLP, sigmoid": Network(partial(mlp, last=nn.Sigmoid), 128, (784,)),
     "CNN, sigmoid": Network(sigmoid_cnn, 16, (3, 16, 16)),
+    **{f"{depth} layers": Network(partial(deep, depth), 32, (16,)) for depth in DEPTHS},
+    **{f"MLP, width {width}": Network(partial(mlp, hidden=(width, width)), 128, (784,)) for width in WIDTHS},
     **{f"3C3D, N={n}": Network(three_c_three_d, n, (3, 32, 32)) for n in (8, 128)},
     **{f"MLP, C={c}": Network(partial(mlp, c), 128, (784,), c) for c in (100, 1000)},
     **{f"GPT-2 block, T={t}": Network(gpt2_block, 8, (t, 256)) for t in (32, 512)},
@@ -230,6 +240,14 @@ SERIES: dict[str, tuple[Sequence[str], dict[int, tuple[str, str]]]] = {
     "selected of 128 samples": (
         ["BatchGrad", "DiagGGNMC", "DiagGGNExact"],
         {k: ("3C3D, N=128", f"@{k}") for k in (1, 4, 8, 32, 128)},
+    ),
+    "number of layers": (
+        ["BatchGrad", "BatchL2Grad", "Variance", "DiagGGNExact", "KFAC"],
+        {depth: (f"{depth} layers", "") for depth in DEPTHS},
+    ),
+    "width of layers": (
+        ["BatchGrad", "BatchL2Grad", "DiagGGNMC", "KFAC"],
+        {width: (f"MLP, width {width}", "") for width in WIDTHS},
     ),
     "sequence length": (
         ["BatchGrad", "BatchL2Grad"],

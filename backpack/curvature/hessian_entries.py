@@ -86,9 +86,8 @@ class Entries:
     def _exact(self, parameter: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
         weights = weights if weights is not None and weights.requires_grad else None
         pieces: list[Tensor] = []
-        step = (
-            1 if weights is not None else max(1, at_a_time("cotangents", parameter.device) // max(1, parameter.numel()))
-        )
+        most = at_a_time("cotangents", parameter.device) if weights is None else 1
+        step = max(1, most // max(1, parameter.numel()))
         for start in range(0, parameter.numel(), step):
             number = torch.arange(start, min(start + step, parameter.numel()), device=parameter.device)
             place = torch.arange(len(number), device=parameter.device)

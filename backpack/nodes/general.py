@@ -29,13 +29,16 @@ def _weight_norm(node: Any, grads: Tensor) -> list[Tensor]:
 
 
 TOGETHER: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {"WeightNormInterface": _weight_norm}
-"""Kinds of nodes that PyTorch would loop over, with the pull-back of several cotangents of their first output."""
+"""Kinds of nodes that PyTorch would loop over, with the pull-back of several cotangents of their first output.
+
+It is not taken where it is differentiated: results then have the derivatives that PyTorch's have.
+"""
 
 
 def call_for_each(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """``call(node, ...)`` for each entry along the cotangents' first axis, at once where PyTorch can."""
     together, first = TOGETHER.get(kind(node)), cotangents[0]
-    if together is not None and first is not None and len(first) > 1:
+    if together is not None and first is not None and len(first) > 1 and not torch.is_grad_enabled():
         found = together(node, first)
         return [None if edge[0] is None else grad for grad, edge in zip(found, node.next_functions, strict=True)]
     given = [grad for grad in cotangents if grad is not None]
