@@ -1,4 +1,4 @@
-"""Memory for large results.
+"""Memory for large results, how much is computed at a time, and copies to other devices.
 
 On a CPU, a fresh result of a hundred megabytes costs more in page faults than in arithmetic: 23 ms against 3 ms for
 an outer product into 75 MB. So large results lie in huge pages, which Linux gives on request. When a result is deleted,
@@ -26,7 +26,31 @@ KEPT = 2**30
 FREED = 2**25 - 2**13
 """Largest block, in bytes without its header, whose release makes glibc keep blocks of this size."""
 
+AT_A_TIME = {"scratch": 2**20, "cotangents": 2**22, "columns": 2**23}
+"""How many entries are computed at a time on a CPU, of which caches hold some.
+
+``scratch``: of what a reduction over individual gradients fills; ``cotangents``: of all samples that are sent through a
+node; ``columns``: of the widest layer's output, over all columns that are pulled back together.
+"""
+
+SHARE = 64
+"""Which part of a GPU's memory the entries that are computed at a time may take, in float64."""
+
 _unused: list[mmap.mmap] = []
+
+
+def at_a_time(what: str, device: torch.device) -> int:
+    """How many entries are computed at a time on a device; on a GPU as many as fit, for fewer and larger kernels.
+
+    ``what``: a key of ``AT_A_TIME``.
+    """
+    return AT_A_TIME[what] if device.type != "cuda" else max(AT_A_TIME[what], _of_gpu(device))
+
+
+@cache
+def _of_gpu(device: torch.device) -> int:
+    """How many entries in float64 a share of a GPU's memory holds."""
+    return int(torch.cuda.get_device_properties(device).total_memory) // (8 * SHARE)
 
 
 @cache
@@ -73,6 +97,12 @@ def _give_back(memory: mmap.mmap) -> None:
 def release() -> None:
     """Return the memory that is kept for further results to the system."""
     _unused.clear()
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what is queued there: only pinned memory allows that."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def contiguous(view: Tensor) -> Tensor:

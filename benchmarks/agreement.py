@@ -6,7 +6,7 @@ The original computes, in ``float32``, every quantity that both have, from the s
 quantities are left to the tests: the libraries draw in different ways, so only means over many samples could be
 compared. curvlinops computes Kronecker factors and EKFAC, in ``float64``. A record has the largest difference over all
 entries of all parameters, relative to the largest entry of the parameter. Of curvlinops, it compares products of the
-weights' blocks with ten vectors.
+weights' blocks with ten vectors. The steps of Opacus, ``torch.func`` and kronfluence that are timed are compared too.
 """
 
 import sys
@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import agreement_of_steps
 import torch
 from peers import HERE, PEERS, output_of
 from result_file import Difference, begin, in_words
@@ -29,7 +30,10 @@ QUANTITIES = [
     *("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact"),
     *("KFLR", "KFRA", "HBP", "HBP hessian", "HBP pch-abs", "HBP pch-clip"),
 ]
-DISTRIBUTIONS = {"original": "backpack-for-pytorch", "curvlinops": "curvlinops-for-pytorch"}
+DISTRIBUTIONS = {
+    **{"original": "backpack-for-pytorch", "curvlinops": "curvlinops-for-pytorch"},
+    **{"Opacus": "opacus", "Opacus, ghost clipping": "opacus", "kronfluence": "kronfluence"},
+}
 HBP = "sum", "average", "E[J^T E(H) J]"
 Found = dict[tuple[str, str], list[Tensor] | str]
 """Network and quantity to the result of each parameter; or an error in words."""
@@ -123,7 +127,8 @@ def of_curvlinops(model: nn.Module, X: Tensor, y: Tensor, kind: str, fisher: str
 
     operator = {"KFAC": curvlinops.KFACLinearOperator, "EKFAC": curvlinops.EKFACLinearOperator}[kind]
     options = {"fisher_type": {"exact": "type-2", "empirical": "empirical"}[fisher], "kfac_approx": approx}
-    return operator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)], **options).__matmul__
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return operator(model, nn.CrossEntropyLoss(), trained, [(X, y)], **options).__matmul__
 
 
 def of_factors(model: nn.Module, X: Tensor, y: Tensor, kind: str, fisher: str, approx: str) -> Any:
@@ -136,7 +141,8 @@ def of_factors(model: nn.Module, X: Tensor, y: Tensor, kind: str, fisher: str, a
 
     def multiply(V: Tensor) -> Tensor:
         pieces = []
-        for p, v in zip(model.parameters(), V.split([p.numel() for p in model.parameters()]), strict=True):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p, v in zip(trained, V.split([p.numel() for p in trained]), strict=True):
             result = getattr(p, extension.savefield)
             pieces.append(apply_kfac_mat_prod(result, v) if kind == "KFAC" else result.dense() @ v)
         return torch.cat(pieces).detach()
@@ -172,15 +178,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if len(sys.argv) > 1:  # in the peers' environment
         versions = {name: version(of) for name, of in DISTRIBUTIONS.items()}
-        torch.save(({**results(), **block_products(peer=True)}, versions), sys.argv[1])
+        torch.save(({**results(), **block_products(peer=True)}, agreement_of_steps.of_peers(), versions), sys.argv[1])
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.pt"
         output_of(PEERS, __file__, str(file))
-        theirs, versions = torch.load(file)
+        theirs, steps, versions = torch.load(file)
     ours = {**results(), **block_products(peer=False)}
     found = begin({"torch": torch.__version__, **versions}, torch.get_num_threads())
-    found.cells += differences(ours, theirs)
+    found.cells += [*differences(ours, theirs), *agreement_of_steps.differences(steps, difference)]
     found.write(HERE / "results" / "agreement.json")
 
 

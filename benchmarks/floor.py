@@ -11,9 +11,10 @@ from statistics import median
 
 import torch
 from report import row, table
+from steps import of_backpack, plain
 from subjects import make
 from torch import Tensor, nn
-from worker import of_backpack, plain, timed
+from worker import timed
 
 CHUNK = 8
 """Samples at a time: what is made of them stays in the caches."""

@@ -11,7 +11,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OWN = sys.executable
 PEERS = str(HERE / ".venv-peers" / "bin" / "python")
-LIBRARIES = {"this package": OWN, "original": PEERS, "torch.func": OWN, "Opacus": PEERS, "curvlinops": PEERS}
+LIBRARIES = {
+    **{"this package": OWN, "original": PEERS, "torch.func": OWN, "Opacus": PEERS, "Opacus, ghost clipping": PEERS},
+    **{"curvlinops": PEERS, "kronfluence": PEERS},
+}
 """Name of a library to the Python that has it."""
 
 

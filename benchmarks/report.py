@@ -33,7 +33,11 @@ SUMMARY = {
 """The rows of the short table, in words."""
 SUMMARY_NETWORKS = ["3C3D", "GPT-2 block"]
 COLORS = {OWN: "C0", "original": "C1", "torch.func": "C2", "Opacus": "C3", "curvlinops": "C4"}
+COLORS |= {"Opacus, ghost clipping": "C5", "kronfluence": "C6"}
 STYLES = {OWN: "-", "original": "--", "torch.func": ":", "Opacus": "-.", "curvlinops": (0, (1, 4))}
+STYLES |= {"Opacus, ghost clipping": (0, (4, 4)), "kronfluence": (0, (1, 8))}
+LAYERS = "number of layers"
+"""The series that shows what a layer takes."""
 MULTIPLE = "multiple of the plain gradient"
 
 
@@ -120,7 +124,25 @@ def details(results: Results) -> str:
         own = [cell for cell in results.cells if cell.series == series]
         parts += [f"### By {series}\n", f"![Time by {series}]({chart_name(series)})\n"]
         parts.append(_cells(own, names, f"quantity, {series}", ": × plain (MiB)"))
+        if series == LAYERS:
+            parts += ["Time beyond the plain step, for each layer, in microseconds:\n", layers(own)]
     return "\n".join(parts)
+
+
+def layers(cells: Sequence[Cell]) -> str:
+    """What a layer takes beyond the plain step, in microseconds: a row for each quantity and library."""
+    depths = [*dict.fromkeys(cell.at for cell in cells)]
+    rows: dict[tuple[str, str], dict[int | None, str]] = {}
+    for cell in cells:
+        if cell.multiple is not None and cell.plain_ms is not None and cell.at:
+            beyond = (cell.multiple - 1) * cell.plain_ms * 1e3 / cell.at
+            rows.setdefault((cell.quantity, cell.library), {})[cell.at] = f"{beyond:.0f}"
+    header = ["quantity, library", *(f"{depth} layers" for depth in depths)]
+    named = (
+        [f"`{quantity}`, {library}", *(found.get(d, "–") for d in depths)]
+        for (quantity, library), found in rows.items()
+    )
+    return table(header, named)
 
 
 def agreement(results: Results) -> str:

@@ -29,6 +29,8 @@ class Cell:
     """Where in the series this record lies."""
     multiple: float | None = None
     """Median over the rounds: time of a step as a multiple of a step with plain ``loss.backward()``."""
+    plain_ms: float | None = None
+    """Median over the rounds: milliseconds of the plain step. Files from before it was recorded lack it."""
     spread: Sequence[float] | None = None
     """Lower and upper quartile of the rounds' multiples."""
     peak_mib: float | None = None

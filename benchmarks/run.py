@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --output benchmarks/results/costs.json
     python benchmarks/run.py --nets MLP --quantities BatchGrad KFAC --series --output mlp.json
+    python benchmarks/run.py --device cuda --minutes 8 --rounds 3 --seconds 0.3 --series --output gpu.json
 
 Each library runs in a process of its own. For each network and quantity the processes take turns, a short round each.
 In a round, the quantity and the plain gradient take turns as well. A record has the median of the rounds' ratios,
@@ -18,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from select import select
 from statistics import median, quantiles
+from time import monotonic
 from typing import Any
 
 from peers import HERE, LIBRARIES, environment
 from result_file import Cell, begin
-from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, THREADS, TOO_LARGE
+from subjects import MAIN, NETWORKS, QUANTITIES, SERIES, THREADS, is_measured
 
 LIMIT = 16 * 2**30
 """Bytes that one process may use."""
@@ -33,12 +35,13 @@ STARTING = 600
 
 
 class Process:
-    """A worker; with ``root``, it imports this package from there."""
+    """A worker; with ``root``, it imports this package from there. ``device``: where it computes, if not on a GPU."""
 
-    def __init__(self, library: str, threads: int, root: Path | None = None) -> None:
+    def __init__(self, library: str, threads: int, root: Path | None = None, device: str | None = None) -> None:
         python = LIBRARIES[library]
         self.command = [python, str(HERE / "worker.py"), library, str(LIMIT)]
         more = {} if root is None else {"PYTHONPATH": str(root)}
+        more |= {} if device is None else {"BENCHMARK_DEVICE": device}
         self.environment = environment(python, OMP_NUM_THREADS=str(threads), **more)
         self.start()
 
@@ -74,6 +77,8 @@ class Measurement:
     """MiB."""
     multiples: dict[int, float] = field(default_factory=dict)
     """Round to multiple of the plain gradient."""
+    plain: list[float] = field(default_factory=list)
+    """Seconds of a plain step, by rounds."""
     failure: dict[str, str] | None = None
 
     def cell(self, network: str, quantity: str, library: str, **place: Any) -> Cell:
@@ -82,7 +87,8 @@ class Measurement:
             return Cell(*where, **place, **self.failure)
         found = list(self.multiples.values())
         spread = None if len(found) < 2 else [round(x, 3) for x in quantiles(found, n=4, method="inclusive")[::2]]
-        return Cell(*where, **place, multiple=round(median(found), 3), spread=spread, peak_mib=round(self.peak, 1))
+        numbers = {"multiple": round(median(found), 3), "plain_ms": round(1e3 * median(self.plain), 4)}
+        return Cell(*where, **place, **numbers, spread=spread, peak_mib=round(self.peak, 1))
 
 
 def measure(
@@ -103,6 +109,7 @@ def measure(
                 answer = processes[name].ask(do="measure", seconds=seconds)
                 if "plain" in answer:
                     own.multiples[number] = answer["quantity"] / answer["plain"]
+                    own.plain.append(answer["plain"])
                 else:
                     own.failure = answer
     return found
@@ -116,12 +123,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU, if there is one")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after so many")
     parser.add_argument("--series", nargs="*", default=[*SERIES], choices=[*SERIES], help="what else to vary")
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     options = parser.parse_args()
+    end = monotonic() + 60 * options.minutes
     libraries = [name for name in options.libraries if Path(LIBRARIES[name]).exists()]
-    processes = {name: Process(name, options.threads) for name in libraries}
+    processes = {name: Process(name, options.threads, device=options.device) for name in libraries}
     said = {name: process.ask(patience=STARTING, do="versions") for name, process in processes.items()}
+    for name in [name for name in libraries if "own" not in said[name]]:
+        print(f"{name} is left out: {said[name].get('message')}", file=sys.stderr)
+        processes.pop(name).stop()
+        libraries.remove(name)
     versions = {"torch": said[libraries[0]]["torch"], **{name: said[name]["own"] for name in libraries}}
     results = begin(
         versions,
@@ -133,6 +147,10 @@ def main() -> None:
     )
 
     def add(net: str, quantity: str, more: str = "", **place: Any) -> None:
+        if monotonic() > end:
+            results.notes[:] = [f"Stopped after {options.minutes:g} minutes."]
+            results.write(options.output)
+            return
         row = measure(processes, net, quantity + more, options.rounds, options.seconds)
         cells = [own.cell(net, quantity, library, **place) for library, own in row.items()]
         results.cells += cells
@@ -142,7 +160,7 @@ def main() -> None:
 
     for net in options.nets:
         for quantity in options.quantities:
-            if (net, quantity) not in TOO_LARGE:
+            if is_measured(net, quantity):
                 add(net, quantity)
     for title in options.series:
         quantities, places = SERIES[title]

@@ -1,5 +1,6 @@
 """What is measured? Networks and quantities. Every environment imports this file, so it needs nothing but PyTorch."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+DEVICE = os.environ.get("BENCHMARK_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Positions(nn.Module):
@@ -17,11 +20,11 @@ class Positions(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of GPT-2, without dropout."""
+    """One layer of GPT-2, without dropout; not ``causal``: of an encoder."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -29,9 +32,47 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
         x = x + self.projection(mixed)
         return x + self.narrow(self.activation(self.wide(self.norm2(x))))
+
+
+class ClassesBehind(nn.Module):
+    """Scores ``[N, T, C]`` to ``[N, C, T]``, as the loss takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class Language(nn.Module):
+    """GPT-2 without dropout: the scores of the next word at each position, ``[N, C, T]``."""
+
+    def __init__(self, layers: int, width: int, words: int, positions: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(positions, width)
+        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(layers)], nn.LayerNorm(width))
+        self.head, self.last = nn.Linear(width, words), ClassesBehind()
+
+    def forward(self, index: Tensor) -> Tensor:
+        places = torch.arange(index.shape[1], device=index.device)
+        return self.last(self.head(self.blocks(self.words(index) + self.places(places))))
+
+
+class Wide(nn.Module):
+    """A block of a wide residual network (Zagoruyko & Komodakis, 2016), with group normalization."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups, inputs), nn.GroupNorm(groups, outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.activation1, self.activation2 = nn.ReLU(), nn.ReLU()
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation1(self.norm1(x))
+        return self.shortcut(h) + self.conv2(self.activation2(self.norm2(self.conv1(h))))
 
 
 def mlp(
@@ -45,6 +86,12 @@ def mlp(
 def small_mlp() -> nn.Module:
     """So small that a step shows what the library itself takes."""
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def deep(depth: int) -> nn.Module:
+    """So many narrow layers that a step shows what each of them takes."""
+    layers = [layer for _ in range(depth - 1) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(16, 10))
 
 
 def three_c_three_d(channels: tuple[int, int, int] = (64, 96, 128), hidden: tuple[int, int] = (512, 256)) -> nn.Module:
@@ -87,6 +134,36 @@ def gpt2_block() -> nn.Module:
     return nn.Sequential(Block(256, 4), nn.LayerNorm(256), Positions(), nn.Linear(256, 10))
 
 
+def encoder(layers: int = 4, width: int = 256, words: int = 1000) -> nn.Module:
+    blocks = [Block(width, 4, causal=False) for _ in range(layers)]
+    return nn.Sequential(nn.Embedding(words, width), *blocks, nn.LayerNorm(width), Positions(), nn.Linear(width, 10))
+
+
+def wide_resnet(blocks: int = 2, widen: int = 4, groups: int = 16) -> nn.Module:
+    """WRN-16-4: ``6 * blocks + 4`` layers."""
+    sizes = [16, 16 * widen, 32 * widen, 64 * widen]
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
+    for stage in range(3):
+        for number in range(blocks):
+            first = number == 0
+            inputs, stride = sizes[stage] if first else sizes[stage + 1], 2 if first and stage else 1
+            layers.append(Wide(inputs, sizes[stage + 1], stride, groups))
+    last = sizes[-1]
+    layers += [nn.GroupNorm(groups, last), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10)]
+    return nn.Sequential(*layers)
+
+
+def gpt(
+    layers: int = 4, width: int = 192, words: int = 256, positions: int = 128, linear_only: bool = False
+) -> nn.Module:
+    """``linear_only``: only the ``4 * layers + 1`` linear layers are trained."""
+    model = Language(layers, width, words, positions)
+    for module in model.modules() if linear_only else ():
+        if isinstance(module, (nn.Embedding, nn.LayerNorm)):
+            module.requires_grad_(False)
+    return model
+
+
 class Network(NamedTuple):
     """A model and the size of its data."""
 
@@ -97,7 +174,11 @@ class Network(NamedTuple):
     classes: int = 10
     words: int | None = None
     """Inputs are numbers of words below this; ``None``: real numbers."""
+    each_position: bool = False
+    """Whether there is a target for each position of a sample."""
 
+
+DEPTHS, WIDTHS = (10, 100, 1000), (128, 512, 1024)
 
 NETWORKS: dict[str, Network] = {
     "MLP": Network(mlp, 128, (784,)),
@@ -108,8 +189,15 @@ NETWORKS: dict[str, Network] = {
     "Embedding": Network(embedding, 64, (32,), words=1000),
     "Grouped": Network(grouped, 32, (3, 32, 32)),
     "GPT-2 block": Network(gpt2_block, 8, (128, 256)),
+    "Encoder": Network(encoder, 16, (64,), words=1000),
+    "WRN-16-4": Network(wide_resnet, 16, (3, 32, 32)),
+    "GPT, linear layers": Network(partial(gpt, linear_only=True), 8, (128,), 256, 256, each_position=True),
+    "GPT": Network(partial(gpt, width=256), 8, (128,), 256, 256, each_position=True),
+    "MLP 784-512-512-10": Network(partial(mlp, hidden=(512, 512)), 512, (784,)),
     "MLP, sigmoid": Network(partial(mlp, last=nn.Sigmoid), 128, (784,)),
     "CNN, sigmoid": Network(sigmoid_cnn, 16, (3, 16, 16)),
+    **{f"{depth} layers": Network(partial(deep, depth), 32, (16,)) for depth in DEPTHS},
+    **{f"MLP, width {width}": Network(partial(mlp, hidden=(width, width)), 128, (784,)) for width in WIDTHS},
     **{f"3C3D, N={n}": Network(three_c_three_d, n, (3, 32, 32)) for n in (8, 128)},
     **{f"MLP, C={c}": Network(partial(mlp, c), 128, (784,), c) for c in (100, 1000)},
     **{f"GPT-2 block, T={t}": Network(gpt2_block, 8, (t, 256)) for t in (32, 512)},
@@ -120,9 +208,22 @@ THREADS = {"MLP 8-8-8-8": 1}
 
 MAIN = [
     *("MLP", "MLP 8-8-8-8", "MLP, sigmoid", "CNN, sigmoid", "3C3D", "All-CNN-C", "Conv1d", "Embedding", "Grouped"),
-    "GPT-2 block",
+    *("GPT-2 block", "Encoder", "WRN-16-4", "GPT, linear layers", "GPT", "MLP 784-512-512-10"),
 ]
-"""The networks on which every quantity is measured; the others are of the series."""
+"""The networks that are measured; the others are of the series."""
+
+OF_ONE = ["plain", "BatchL2Grad", "BatchL2Grad alone", "ClippedGrad", "ClippedGrad alone"]
+
+ONLY = {
+    **dict.fromkeys(("Encoder", "WRN-16-4"), OF_ONE),
+    "GPT, linear layers": ["plain", "KFAC expand alone"],
+    "GPT": ["plain", "nothing"],
+    "MLP 784-512-512-10": ["plain", "EKFAC over data set"],
+}
+"""Networks for which only some quantities are measured."""
+
+SPECIAL = {"BatchL2Grad alone", "KFAC expand alone", "EKFAC over data set"}
+"""Quantities that are measured only where the table above names them."""
 
 TOO_LARGE = {("All-CNN-C", "SqrtGGNExact"), ("All-CNN-C", "BatchDiagGGNExact"), ("All-CNN-C", "BatchDiagHessian")}
 """Networks and quantities left out: results of gigabytes, or minutes a step."""
@@ -140,6 +241,14 @@ SERIES: dict[str, tuple[Sequence[str], dict[int, tuple[str, str]]]] = {
         ["BatchGrad", "DiagGGNMC", "DiagGGNExact"],
         {k: ("3C3D, N=128", f"@{k}") for k in (1, 4, 8, 32, 128)},
     ),
+    "number of layers": (
+        ["BatchGrad", "BatchL2Grad", "Variance", "DiagGGNExact", "KFAC"],
+        {depth: (f"{depth} layers", "") for depth in DEPTHS},
+    ),
+    "width of layers": (
+        ["BatchGrad", "BatchL2Grad", "DiagGGNMC", "KFAC"],
+        {width: (f"MLP, width {width}", "") for width in WIDTHS},
+    ),
     "sequence length": (
         ["BatchGrad", "BatchL2Grad"],
         {32: ("GPT-2 block, T=32", ""), 128: ("GPT-2 block", ""), 512: ("GPT-2 block, T=512", "")},
@@ -154,8 +263,13 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     shape = network.batch, *network.shape
     X = torch.randn(shape) if network.words is None else torch.randint(network.words, shape)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return network.build().to(device), X.to(device), torch.randint(network.classes, (network.batch,)).to(device)
+    y = torch.randint(network.classes, shape if network.each_position else shape[:1])
+    return network.build().to(DEVICE), X.to(DEVICE), y.to(DEVICE)
+
+
+def is_measured(net: str, quantity: str) -> bool:
+    """Whether a run measures a quantity on one of the main networks."""
+    return quantity in ONLY.get(net, {*QUANTITIES} - SPECIAL) and (net, quantity) not in TOO_LARGE
 
 
 PLAIN = "plain"
@@ -167,6 +281,14 @@ EXTENDED = "extended"
 ALONE = " alone"
 """Behind a quantity's name: the gradient is left out, the loss is differentiated by the model's output only."""
 
+EXPAND = " expand"
+"""Behind a quantity's name: positions count as if they were samples, as curvlinops and others have it."""
+
+OVER_DATA = " over data set"
+"""Behind a quantity's name: the samples come in batches of ``PART``, for whose sum it is computed."""
+
+PART = 128
+
 QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     PLAIN: [],
     EXTENDED: [],
@@ -174,6 +296,7 @@ QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "BatchGrad": [("BatchGrad", {})],
     "BatchGrad" + ALONE: [("BatchGrad", {})],
     "BatchL2Grad": [("BatchL2Grad", {})],
+    "BatchL2Grad" + ALONE: [("BatchL2Grad", {})],
     "SumGradSquared": [("SumGradSquared", {})],
     "Variance": [("Variance", {})],
     "BatchDotGrad": [("BatchDotGrad", {})],
@@ -196,8 +319,10 @@ QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "KFLR": [("KFLR", {})],
     "KFAC" + ALONE: [("KFAC", {})],
     "KFLR" + ALONE: [("KFLR", {})],
+    "KFAC" + EXPAND + ALONE: [("KFAC", {"approx": "expand"})],
     "KFRA": [("KFRA", {})],
     "EKFAC": [("EKFAC", {})],
+    "EKFAC" + OVER_DATA: [("EKFAC", {})],
 }
 """Name to extensions and their arguments; what an implementation lacks is left out."""
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -32,6 +33,22 @@ def measured(tmp_path_factory) -> Path:
 def modules(monkeypatch) -> dict[str, object]:
     monkeypatch.syspath_prepend(BENCHMARKS)
     return {name: importlib.import_module(name) for name in ("report", "result_file", "subjects")}
+
+
+@ON_LINUX
+def test_a_run_with_a_device_and_a_limit_of_time_ends_in_time(tmp_path):
+    """As on a GPU, with the CPU in its place."""
+    start, file = monotonic(), tmp_path / "costs.json"
+    options = ["--device", "cpu", "--nets", "MLP 8-8-8-8", "--quantities", *QUANTITIES, "--series"]
+    options += ["--libraries", "this package", "--rounds", "1", "--seconds", "0.01", "--output", str(file)]
+    script("run.py", *options, "--minutes", "5")
+    whole = json.loads(file.read_text())
+    assert [cell["quantity"] for cell in whole["cells"]] == QUANTITIES and not whole["notes"]
+    assert whole["machine"]["accelerator"] is None
+    script("run.py", *options, "--minutes", "0")
+    stopped = json.loads(file.read_text())
+    assert not stopped["cells"] and stopped["notes"] == ["Stopped after 0 minutes."]
+    assert monotonic() - start < 60
 
 
 @pytest.mark.slow
@@ -73,6 +90,31 @@ def test_a_file_is_read_back_as_it_was_written(modules, tmp_path):
     results.write(tmp_path / "results.json")
     assert result_file.read(tmp_path / "results.json") == results
     assert [cell.text for cell in results.cells] == ["1.50 (3)", "unsupported layer"]
+
+
+def test_what_a_layer_takes_is_read_off_the_multiples(modules):
+    cells = [
+        modules["result_file"].Cell(f"{n} layers", 32, "KFAC", "this package", "number of layers", n, 3.0, n / 10)
+        for n in (10, 100)
+    ]
+    assert "| `KFAC`, this package | 200 | 200 |" in modules["report"].layers(cells)
+
+
+def test_networks_of_one_purpose_have_their_quantities(modules):
+    subjects = modules["subjects"]
+    assert {quantity for own in subjects.ONLY.values() for quantity in own} >= subjects.SPECIAL
+    for net, quantities in subjects.ONLY.items():
+        assert net in subjects.MAIN and {*quantities} <= subjects.QUANTITIES.keys()
+        assert all(subjects.is_measured(net, quantity) for quantity in quantities)
+    assert not any(subjects.is_measured("MLP", quantity) for quantity in subjects.SPECIAL)
+
+
+def test_models_of_the_benchmarks_have_the_size_that_their_names_say(modules):
+    subjects = modules["subjects"]
+    linear = [p for p in subjects.gpt(linear_only=True).parameters() if p.requires_grad and p.dim() > 1]
+    assert len(linear) == 17
+    assert [type(module).__name__ for module in subjects.wide_resnet().modules()].count("Conv2d") == 16
+    assert sum(p.numel() for p in subjects.wide_resnet().parameters()) == pytest.approx(2.7e6, rel=0.05)
 
 
 def test_stored_cells_are_of_known_networks_and_have_a_number_or_an_error(modules):

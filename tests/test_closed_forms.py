@@ -12,6 +12,7 @@ from backpack.backward.arrivals import Arrival
 from backpack.backward.collector import Collector, Prepared
 from backpack.backward.plan import make_plan
 from backpack.graph import count_outputs, read
+from backpack.memory import AT_A_TIME
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.nodes.convolution import Convolution
 from backpack.nodes.products import grad_rows_of, rows_of
@@ -91,10 +92,9 @@ def laws(make, dense, other, other_dense, weights=None, sizes=None):
 @pytest.fixture(params=[2**20, 1], ids=["whole", "chunks"])
 def scratch(request, monkeypatch):
     """Of which use is made at a time: of all that fits into a bounded scratch, or of one sample."""
-    for module in ("base", "dense_gradients", "lookup"):
-        monkeypatch.setattr(f"backpack.uses.{module}.SCRATCH", request.param)
+    for what in AT_A_TIME:
+        monkeypatch.setitem(AT_A_TIME, what, request.param)
     monkeypatch.setattr("backpack.uses.dense_gradients.SMALL", request.param)
-    monkeypatch.setattr("backpack.nodes.general.ENTRIES", request.param)
 
 
 def randn(*shape):

@@ -28,6 +28,7 @@ from backpack.extensions import (
     SumGradSquared,
     Variance,
 )
+from backpack.memory import AT_A_TIME
 from backpack.nodes import form
 from backpack.nodes.products import grad_rows_of, rows_of
 from backpack.uses import DenseUse, RowsUse
@@ -374,7 +375,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("way", ["module", "module_in_chunks"])
 def test_first_order_needs_no_logits_of_all_positions(way, monkeypatch):
-    monkeypatch.setattr("backpack.uses.in_chunks.ENTRIES", 2**12)
+    monkeypatch.setitem(AT_A_TIME, "cotangents", 2**12)
     n, t, vocabulary = 16, 32, 512
     how = nn.LinearCrossEntropyOptions(batch_chunk_size=16, chunking_method=None) if way != "module" else None
     body, loss = extend(Body()), extend(nn.LinearCrossEntropyLoss(D, vocabulary, options=how))

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from backpack.memory import at_a_time
 from backpack.nodes import GeneralUse, PlacedUse
 from backpack.samples import AnyLayout, Rows, Scattered, Subset
 from backpack.uses import Cotangents, DenseUse, Explicit, InChunks, Individual, StackedUse, Use, arrive_in_groups, join
-from backpack.uses.in_chunks import ENTRIES
 
 
 @dataclass(eq=False)
@@ -88,8 +88,8 @@ class Contributions:
             return join(parts)
 
         entries = sum(arrival.cotangents[0].numel() for arrival in self.arrivals) // max(1, layouts[0].n)
-        step = max(1, ENTRIES // max(1, entries))
-        return InChunks(make, self.shape, len(first), 0, len(chosen), step, self.dtype.is_complex)
+        step = max(1, at_a_time("cotangents", first.device) // max(1, entries))
+        return InChunks(make, self.shape, len(first), 0, len(chosen), step, first.device, self.dtype.is_complex)
 
 
 def _is_of_some(arrival: Arrival) -> bool:

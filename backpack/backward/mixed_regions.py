@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.graph import LEAF, Graph, count_outputs, kind, saved, signed, variable_of
+from backpack.memory import at_a_time
 from backpack.nodes.general import call_for_each
-
-ENTRIES = 2**22
-"""Largest number of entries of the cotangents of samples that are pulled through a region together."""
 
 
 def place_in(node: Node, leaf: Node) -> int | None:
@@ -35,8 +33,8 @@ def pull_through(
     ``places``: the place of each node in the order of the graph; ``one_by_one``: one sample at a time, so that results
     are those of autograd.
     """
-    n = len(next(iter(grads.values())))
-    step = 1 if one_by_one else max(1, ENTRIES // max(1, sum(grad[0].numel() for grad in grads.values())))
+    first, size = next(iter(grads.values())), sum(grad[0].numel() for grad in grads.values())
+    n, step = len(first), 1 if one_by_one else max(1, at_a_time("cotangents", first.device) // max(1, size))
     pieces: dict[Node, list[Tensor]] = {}
     for start in range(0, n, step):
         part = {number: grad[start : start + step] for number, grad in grads.items()}

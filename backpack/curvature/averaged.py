@@ -8,6 +8,7 @@ of other modules than linear maps, the rows of a root of ``H`` are pulled back f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -30,11 +31,12 @@ from backpack.curvature.mean_curvature import (
 )
 from backpack.curvature.module_chain import Link, ModuleChain
 from backpack.curvature.rerun import agree, is_observed, run_again
-from backpack.curvature.seeds import WIDEST, SeedPass
+from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature
 from backpack.graph import is_complex, is_recomputed, shape_of, variable_of
 from backpack.graph.users_hooks import forget_retained
+from backpack.memory import at_a_time
 from backpack.modules.loss_calls import LossCall
 from backpack.modules.thread_state import muted
 from backpack.nodes import Place, use_of
@@ -246,18 +248,29 @@ class AveragedPass(SeedPass):
         """The node that used a module's parameters, if these are the parameters of one linear map."""
         if not is_one_of(module, MAPS) or getattr(module, "padding_idx", None) is not None:
             return None
-        plan = self.prepared.plan
         own = {id(p) for p in module._parameters.values() if p is not None and p.requires_grad}
-        nodes = {
-            node: [planned.leaf for planned in uses]
-            for node, uses in plan.uses.items()
-            if any(planned.leaf is not None and id(variable_of(planned.leaf)) in own for planned in uses)
-        }
+        nodes = {node for key in own for node in self._users.get(key, ())}
         if len(nodes) != 1:
             return None
-        (node, leaves), *_ = nodes.items()
+        (node,) = nodes
+        leaves = [planned.leaf for planned in self.prepared.plan.uses[node]]
         found = {id(variable_of(leaf)) for leaf in leaves if leaf is not None}
         return node if found == own and None not in leaves and not is_recomputed(node) else None
+
+    @cached_property
+    def _users(self) -> dict[int, list[Node]]:
+        """The nodes that use each parameter, by its ``id``."""
+        found: dict[int, list[Node]] = {}
+        for node, uses in self.prepared.plan.uses.items():
+            for planned in uses:
+                if planned.leaf is not None:
+                    found.setdefault(id(variable_of(planned.leaf)), []).append(node)
+        return found
+
+    @cached_property
+    def _columns(self) -> Columns:
+        """Takes the factors of linear maps of the model's own graph to their parameters."""
+        return Columns(self, self.spliced)
 
     def _compute_factors(self, module: Module, node: Node, mean: Mean) -> None:
         """The factors of a linear map, from the curvature itself: the values of cotangents are not needed."""
@@ -266,7 +279,7 @@ class AveragedPass(SeedPass):
         axes = (size // channels, channels, 1) if last else (1, channels, size // channels)
         self.curvature, self.subset = mean.matrix.reshape(*axes, *axes), self.extensions[0].subset
         self.final = True
-        columns, cotangents = Columns(self, self.spliced), Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
+        columns, cotangents = self._columns, Cotangents({0: mean.given.new_zeros(()).expand(1, *shape)})
         for planned in self.prepared.plan.uses[node]:
             columns.take_in(planned, columns.arrival(node, planned, cotangents))
         self.curvature = None
@@ -281,7 +294,7 @@ class AveragedPass(SeedPass):
         """Pull back the rows of a root for each sample; the module's parameters are computed."""
         module, x = link.module, link.input
         n, size = len(x), mean.given.shape[1]
-        step = max(1, WIDEST // (n * max(x[0].numel(), size)))
+        step = max(1, at_a_time("columns", x.device) // (n * max(x[0].numel(), size)))
         pieces = [(sign, rows) for sign, root in mean.roots() for rows in root.split(step)]
         terms: list[Tensor] = []
         for number, (self.sign, rows) in enumerate(pieces, start=1):

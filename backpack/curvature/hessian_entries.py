@@ -17,11 +17,8 @@ from torch import Tensor
 
 from backpack.curvature.residuals.nodes import WRONG_THIRD
 from backpack.graph import kind
+from backpack.memory import at_a_time
 from backpack.torch_internals import vmap
-
-ENTRIES = 2**22
-"""How many entries the vectors have that are multiplied with the Hessian at a time."""
-
 
 MANY = 16
 """For more samples than this, each entry is differentiated by the samples' weights, which gives all terms at once."""
@@ -89,7 +86,8 @@ class Entries:
     def _exact(self, parameter: Tensor, grad: Tensor, weights: Tensor | None) -> Tensor:
         weights = weights if weights is not None and weights.requires_grad else None
         pieces: list[Tensor] = []
-        step = 1 if weights is not None else max(1, ENTRIES // max(1, parameter.numel()))
+        most = at_a_time("cotangents", parameter.device) if weights is None else 1
+        step = max(1, most // max(1, parameter.numel()))
         for start in range(0, parameter.numel(), step):
             number = torch.arange(start, min(start + step, parameter.numel()), device=parameter.device)
             place = torch.arange(len(number), device=parameter.device)

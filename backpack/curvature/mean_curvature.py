@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from backpack.curvature.rerun import is_observed, run_again
-from backpack.curvature.seeds import WIDEST
-from backpack.memory import empty
+from backpack.memory import at_a_time, empty
 from backpack.modules.thread_state import muted
 from backpack.uses.base import accumulate
 from backpack.uses.second_moments import scaled_product, second_moment, symmetric_product
@@ -130,7 +129,7 @@ def _adjoint(module: Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
     def pull(rows: Tensor) -> Tensor:
         result = empty((len(rows), x[0].numel()), rows)
-        step = max(1, WIDEST // max(rows.shape[1], x[0].numel()))
+        step = max(1, at_a_time("columns", rows.device) // max(rows.shape[1], x[0].numel()))
         for part, found in zip(rows.split(step), result.split(step), strict=True):
             point = x.new_zeros(len(part), *x.shape[1:]).requires_grad_()
             with torch.enable_grad(), muted(), run_again(module):

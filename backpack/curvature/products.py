@@ -169,7 +169,7 @@ class CurvatureBlocks:
 
     def ggn(self, parameter: Tensor) -> Product:
         """The generalized Gauss-Newton matrix (Schraudolph, 2002)."""
-        return self._semidefinite(parameter, [], [])
+        return self._semidefinite(parameter, self.edges, [], [])
 
     def positive(self, parameter: Tensor, modify: Product) -> Product:
         """The sum of the GGN and, for every node, its residual with modified eigenvalues."""
@@ -187,14 +187,20 @@ class CurvatureBlocks:
                 found = [(residual.edges, residual.modified(modify)) for residual in graph.residuals(grads)]
             edges = [edge for own, _ in found for edge in own]
             zeros = [self.starts[0].new_zeros(shape_at(edge), requires_grad=True) for edge in edges]
-            self.modified[modify] = found, zeros
+            self.modified[modify] = [*self.edges, *edges], found, zeros
         return self._semidefinite(parameter, *self.modified[modify])
 
     def _semidefinite(
-        self, parameter: Tensor, residuals: list[tuple[list[GradientEdge], Any]], zeros: list[Tensor]
+        self,
+        parameter: Tensor,
+        edges: Sequence[GradientEdge],
+        residuals: list[tuple[list[GradientEdge], Any]],
+        zeros: list[Tensor],
     ) -> Product:
-        """The GGN plus ``J^T R J`` for each matrix ``R`` between the edges given with it; ``zeros``: at all of them."""
-        edges = [*self.edges, *(edge for own, _ in residuals for edge in own)]
+        """The GGN plus ``J^T R J`` for each matrix ``R`` between the edges given with it.
+
+        ``edges``: the loss's, and all of these; ``zeros``: at the latter.
+        """
         points, cotangents = self._of_ggn
 
         def pull() -> tuple[Entrance, Tensor]:

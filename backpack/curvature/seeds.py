@@ -23,15 +23,12 @@ from backpack.curvature.rerun import agree, output_of, outputs_again
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature, without_rules
 from backpack.graph import shape_of, variable_of
-from backpack.memory import empty
+from backpack.memory import at_a_time, empty
 from backpack.modules.calls import Note
 from backpack.modules.module_io import ModuleIO, module_io_of
 from backpack.modules.parameters import name_of, trainable
 from backpack.samples import AnyLayout, Layout, Subset
 from backpack.uses import Individual
-
-WIDEST = 2**23
-"""Entries of the widest layer's output, over all seeds of one pass, that the automatic chunk size aims at."""
 
 
 class SeedPass:
@@ -177,9 +174,10 @@ class SeedPass:
         """How many seeds are pulled back at a time."""
         if torch.is_grad_enabled() or not self.batchable or self.spliced.must_loop:
             return 1
+        most = at_a_time("columns", self.device)
         if self.prepared.plan.mixed:
-            return max(1, min(self.extensions[0].chunk_size or WIDEST, WIDEST // self._entries_pulled_through))
-        return self.extensions[0].chunk_size or max(3, WIDEST // self.widest)
+            return max(1, min(self.extensions[0].chunk_size or most, most // self._entries_pulled_through))
+        return self.extensions[0].chunk_size or max(3, most // self.widest)
 
     def _seeds(self, start: int, stop: int) -> list[Tensor]:
         """Some of the seeds, for each term ``[v, r, d]``: those of one term after the other, zero for other terms."""

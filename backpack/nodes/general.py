@@ -5,23 +5,42 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack.graph import call
+from backpack.graph import call, kind, saved, signed
 from backpack.graph.vmap_limits import is_looped
+from backpack.memory import at_a_time
 from backpack.samples import AnyLayout, Rows
 from backpack.uses import Cotangents, Explicit, Individual, Use
 from backpack.uses.complex_numbers import converted
 
-ENTRIES = 2**22
-"""Entries of the cotangents that are sent through a node at a time, over all samples and outputs."""
+
+def _weight_norm(node: Any, grads: Tensor) -> list[Tensor]:
+    """The cotangents of ``v`` and ``g`` of ``g * v / |v|``."""
+    v, g = saved(node, "v"), saved(node, "g")
+    axes = [axis for axis in range(v.dim()) if axis != signed(saved(node, "dim"))]
+    norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+    along = (grads * v).sum([axis + 1 for axis in axes], keepdim=True) / norm
+    return [(grads - along * (v / norm)) * (g / norm), along]
+
+
+TOGETHER: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {"WeightNormInterface": _weight_norm}
+"""Kinds of nodes that PyTorch would loop over, with the pull-back of several cotangents of their first output.
+
+It is not taken where it is differentiated: results then have the derivatives that PyTorch's have.
+"""
 
 
 def call_for_each(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """``call(node, ...)`` for each entry along the cotangents' first axis, at once where PyTorch can."""
+    together, first = TOGETHER.get(kind(node)), cotangents[0]
+    if together is not None and first is not None and len(first) > 1 and not torch.is_grad_enabled():
+        found = together(node, first)
+        return [None if edge[0] is None else grad for grad, edge in zip(found, node.next_functions, strict=True)]
     given = [grad for grad in cotangents if grad is not None]
     places = [k for k, grad in enumerate(cotangents) if grad is not None]
     reached: list[int] = []
@@ -71,7 +90,7 @@ class GeneralUse(Use):
         index = torch.arange(rows.layout.n, device=first.device) if rows.index is None else rows.index
         seeds, size = len(first), sum(grad[0].numel() for grad in cotangents.values())
         together = 1 if self.one_by_one else max(1, seeds)
-        step = 1 if self.one_by_one else max(1, ENTRIES // max(1, together * size))
+        step = 1 if self.one_by_one else max(1, at_a_time("cotangents", first.device) // max(1, together * size))
         value = torch.zeros(seeds, len(index), *shape, dtype=dtype, device=first.device)
         for v in range(0, seeds, together):
             for start in range(0, len(index), step):

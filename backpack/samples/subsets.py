@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack.memory import sent_to
+
 
 class Subset:
     """A choice of samples, as users write it, checked as far as that is possible without a batch.
@@ -73,7 +75,7 @@ class Subset:
             index = index.where(index >= 0, index + n)
         if len(index) == 0:
             raise ValueError(f"subsampling={self.given!r} selects none of the {n} samples of the batch.")
-        return index.to(device)
+        return sent_to(device, index)
 
 
 def _tensor(entries: Any) -> Tensor:

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from backpack.memory import at_a_time
 from backpack.uses.complex_numbers import as_real, squared
 
 if TYPE_CHECKING:
     from backpack.uses.linear_map import LinearMap
 I = TypeVar("I", bound="Individual")
-
-SCRATCH = 2**20
-"""Entries of scratch that a reduction over individual gradients may fill at a time."""
 
 
 class Individual(ABC):
@@ -51,6 +49,11 @@ class Individual(ABC):
     @abstractmethod
     def size(self) -> tuple[int, int]:
         """Number of seeds and of samples, ``(v, n)``."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where they are."""
 
     @property
     @abstractmethod
@@ -168,7 +171,7 @@ class Individual(ABC):
             yield self
             return
         seeds, samples = self.size
-        step = max(1, SCRATCH // max(1, seeds * self.shape.numel()))
+        step = max(1, at_a_time("scratch", self.device) // max(1, seeds * self.shape.numel()))
         for start in range(0, samples, step):
             yield self.narrow(start, min(start + step, samples))
 

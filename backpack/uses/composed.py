@@ -26,6 +26,10 @@ class Composed(Individual):
         return self.pieces[0].shape
 
     @property
+    def device(self) -> torch.device:
+        return self.pieces[0].device
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.pieces[0].size
 

@@ -10,8 +10,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from backpack.memory import empty, product
-from backpack.uses.base import SCRATCH, Individual, accumulate
+from backpack.memory import at_a_time, empty, product
+from backpack.uses.base import Individual, accumulate
 from backpack.uses.complex_numbers import as_real, squared
 from backpack.uses.dense_factors import DenseMap
 from backpack.uses.elementwise import Explicit
@@ -61,6 +61,14 @@ class Dense(Individual):
         return self.inputs[0] if self.unfold is None else self.unfold(*self.inputs)
 
     @property
+    def device(self) -> torch.device:
+        return self.grad.device
+
+    @property
+    def _scratch(self) -> int:
+        return at_a_time("scratch", self.device)
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.grad.shape[0], self.grad.shape[1]
 
@@ -105,7 +113,7 @@ class Dense(Individual):
             return (left.transpose(-1, -2) @ right).reshape(v, n, *self.shape)
         room = empty((v, n, *self.shape), self.grad) if self.room is None else self.room
         result = room.view(v, n, g, *((i, o) if self.flipped else (o, i)))
-        step = max(1, n if "x" in vars(self) or self.unfold is None else 4 * SCRATCH // max(1, g * s * i))
+        step = max(1, n if "x" in vars(self) or self.unfold is None else 4 * self._scratch // max(1, g * s * i))
         for start in range(0, n, step):
             part = self if step >= n else self.narrow(start, start + step)
             for seed, out in zip(part.grad, result[:, start : start + step], strict=True):
@@ -132,7 +140,7 @@ class Dense(Individual):
         if self.summed is not None and self.unfold is not None and not (self.is_complex or torch.is_grad_enabled()):
             return self.summed(*self.inputs, grad).reshape(self.shape)
         is_at_hand = "x" in vars(self) or n * g * s * i <= sum(tensor.numel() for tensor in self.inputs)
-        step = n if is_at_hand else max(1, 4 * SCRATCH // max(1, g * s * i))
+        step = n if is_at_hand else max(1, 4 * self._scratch // max(1, g * s * i))
         terms: list[Tensor] = []
         for start in range(0, n, step):
             x = self.x if step >= n else self.narrow(start, start + step).x
@@ -183,7 +191,7 @@ class Dense(Individual):
             yield self
             return
         v, n, g, s, o, i = self.sizes
-        step, cores = max(1, SCRATCH // max(1, g * i * max(o, s))), torch.get_num_threads()
+        step, cores = max(1, self._scratch // max(1, g * i * max(o, s))), torch.get_num_threads()
         step -= step % cores if step > cores else 0
         for start in range(0, n, step):
             yield self.narrow(start, min(start + step, n))
@@ -251,7 +259,7 @@ class Dense(Individual):
         if not self._matches(other):
             return super().sample_dots(other)
         v, n, g, s, o, i = self.sizes
-        step = max(1, SCRATCH // (g * s * max(i, other.grad.shape[3] * (1 + v))))
+        step = max(1, self._scratch // (g * s * max(i, other.grad.shape[3] * (1 + v))))
         share, pieces = self._gram_share if other is self else 1, []
         for start in range(0, n, step):
             a = self.narrow(start, start + step)
@@ -299,7 +307,7 @@ class Dense(Individual):
             inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x.conj())
             outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad.conj())
             return torch.real((outputs * inputs).sum((4, 5, 6)).permute(0, 2, 1, 3))
-        step = max(1, SCRATCH // max(1, (v * n + w * m) * g * i))
+        step = max(1, self._scratch // max(1, (v * n + w * m) * g * i))
         terms: list[Tensor] = []
         for start in range(0, o, step):  # a few rows of all samples' matrices at a time
             left = self._rows(start, start + step)

@@ -28,6 +28,10 @@ class Explicit(Individual):
         return self.value.shape[2:]
 
     @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.value.shape[0], self.value.shape[1]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack.memory import at_a_time
 from backpack.samples import Rows
 from backpack.uses.base import Individual, accumulate
 from backpack.uses.complex_numbers import conjugated
@@ -17,9 +18,6 @@ from backpack.uses.dense_gradients import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.use import Cotangents, Use
-
-ENTRIES = 2**22
-"""Entries of the cotangents of a map's outputs that are in memory at a time, unless those of one sample are more."""
 
 
 @dataclass(eq=False)
@@ -35,6 +33,7 @@ class InChunks(Individual):
     start: int
     stop: int
     step: int
+    device: torch.device = torch.device("cpu")
     is_complex: bool = False
 
     @property
@@ -130,5 +129,5 @@ class RowsUse(Use):
             return found
 
         outputs = shape[0] if shape else 1
-        step = max(1, ENTRIES // max(1, seeds * positions * outputs))
-        return InChunks(make, shape, seeds, 0, samples, step, dtype.is_complex)
+        step = max(1, at_a_time("cotangents", outer.device) // max(1, seeds * positions * outputs))
+        return InChunks(make, shape, seeds, 0, samples, step, outer.device, dtype.is_complex)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backpack.memory import empty
+from backpack.memory import at_a_time, empty
 from backpack.samples import Rows
-from backpack.uses.base import SCRATCH, Individual
+from backpack.uses.base import Individual
 from backpack.uses.dense_gradients import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
@@ -29,6 +29,10 @@ class Lookup(Individual):
     grad: Tensor
     shape: torch.Size
     mask: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.grad.device
 
     @property
     def size(self) -> tuple[int, int]:
@@ -63,7 +67,7 @@ class Lookup(Individual):
 
     def _squares(self) -> Tensor:
         """Squared individual gradients, ``[v, n, s, d]``: those of a row are spread over the positions that use it."""
-        step = max(1, SCRATCH // self.index.shape[1] ** 2)
+        step = max(1, at_a_time("scratch", self.device) // self.index.shape[1] ** 2)
         pieces = []
         for start in range(0, self.size[1], step):
             part = self.narrow(start, start + step)
@@ -106,7 +110,7 @@ class Lookup(Individual):
         sums, samples = sums[order], (keys % n)[order]
         result, start = sums.new_zeros(n * n, v * v), 0
         for count, rows in torch.stack(torch.unique(counts, return_counts=True), 1).tolist():
-            step = max(1, SCRATCH // (count * v) ** 2)
+            step = max(1, at_a_time("scratch", self.device) // (count * v) ** 2)
             for first in range(0, rows, step):
                 stop = start + count * min(step, rows - first)
                 grads = sums[start:stop].reshape(-1, count * v, self.shape[1])
@@ -119,7 +123,7 @@ class Lookup(Individual):
 
     def _dots_with_tables(self, tables: Tensor) -> Tensor:
         """``dots`` with tables ``[w, m, *p]``, of which the rows that samples look up are needed."""
-        step = max(1, SCRATCH // max(1, tables[..., 0, :].numel() * self.index.shape[1]))
+        step = max(1, at_a_time("scratch", self.device) // max(1, tables[..., 0, :].numel() * self.index.shape[1]))
         pieces = []
         for start in range(0, self.size[1], step):
             part = self.narrow(start, start + step)
@@ -133,7 +137,7 @@ class Lookup(Individual):
         return rows[self.index].mT @ grad
 
     def sample_dots(self, other: Individual) -> Tensor:
-        step = max(1, SCRATCH // (self.index.shape[1] * _positions(other)))
+        step = max(1, at_a_time("scratch", self.device) // (self.index.shape[1] * _positions(other)))
         pieces = []
         for start in range(0, self.size[1], step):
             a, b = self.narrow(start, start + step), other.narrow(start, start + step)

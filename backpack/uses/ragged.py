@@ -63,6 +63,10 @@ class Ragged(Individual):
         return self.groups[0][1].shape
 
     @property
+    def device(self) -> torch.device:
+        return self.groups[0][1].device
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.groups[0][1].size[0], self.samples
 

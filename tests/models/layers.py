@@ -219,6 +219,9 @@ register("decoder", Decoder, 3, 5, 4)
 
 # Weight computed from other parameters
 register("weight_norm", lambda: parametrizations.weight_norm(nn.Linear(4, 3)), 3, 5, 4)
+register("weight_norm_columns", lambda: parametrizations.weight_norm(nn.Linear(4, 3), dim=1), 3, 5, 4)
+register("weight_norm_conv", lambda: parametrizations.weight_norm(nn.Conv1d(4, 3, 2)), 3, 4, 5)
+register("weight_norm_whole", lambda: parametrizations.weight_norm(nn.Linear(4, 3), dim=None), 3, 5, 4)
 register("spectral_norm", lambda: parametrizations.spectral_norm(nn.Linear(4, 3)).eval(), 3, 4)
 
 

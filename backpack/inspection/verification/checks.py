@@ -109,7 +109,7 @@ class Truth:
 
     def of_sample(self, name: str, sample: int) -> Tensor:
         """The gradient of a sample of the batch, at all entries of a parameter."""
-        return self.plain.gradient(name, self.plain.only_sample(sample, self.plain.loss_gradient))
+        return self.plain.individual_gradient(name, sample)
 
     def curvature_along(self, columns: Tensor) -> Tensor:
         """``J^T H J`` of each selected sample, ``[n, k, k]``; ``columns`` ``[k, n, d]`` are those of ``J``."""

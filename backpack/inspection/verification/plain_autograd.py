@@ -20,6 +20,9 @@ from backpack.torch_internals import dtype_at, shape_at
 LARGEST_LOOP = 2**10
 """The most entries of an output for which one backward pass per entry is run."""
 
+LARGEST_KEPT = 2**24
+"""The most entries of individual gradients that are kept for further parameters."""
+
 T = TypeVar("T")
 Forward = Callable[[Module, Any], tuple[Tensor, Any]]
 Place = Tensor | GradientEdge
@@ -160,9 +163,42 @@ class PlainAutograd:
         count = min(self.entries, size)
         return torch.arange(count) * (size - 1) // max(1, count - 1)
 
+    def individual_gradient(self, name: str, number: int) -> Tensor:
+        """The gradient of one sample; those of all parameters come from one backward pass, if they can be kept."""
+        own = self.only_sample(number, self.loss_gradient)
+        if self._size > LARGEST_KEPT:
+            return self.gradient(name, own)
+
+        def of_all() -> dict[str, Tensor]:
+            found = gradients(self.out, list(self.parameters.values()), self.join(own))
+            return dict(zip(self.parameters, found, strict=True))
+
+        return self.once(("gradient", number), of_all)[name]
+
+    @cached_property
+    def _size(self) -> int:
+        """How many entries the gradients of all samples have."""
+        return self.n * sum(parameter.numel() for parameter in self.parameters.values())
+
+    @cached_property
+    def _jacobian(self) -> dict[str, Tensor]:
+        """The output's derivatives by the chosen entries of each parameter, from one backward pass for each entry."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
+        for unit in torch.eye(self.out.numel(), dtype=self.out.dtype):
+            grads = gradients(self.out, list(self.parameters.values()), unit.reshape(self.out.shape))
+            for (name, parameter), grad in zip(self.parameters.items(), grads, strict=True):
+                found[name].append(at_entries(grad.flatten(), self.chosen(parameter.numel())))
+        rows = {name: torch.stack(own, 1).reshape(-1, *self.out.shape) for name, own in found.items()}
+        return {name: torch.stack([self.split(row) for row in own]) for name, own in rows.items()}
+
     def jacobian_columns(self, name: str) -> Tensor:
-        """The output's derivatives by the chosen entries of a parameter, ``[k, n, d]``."""
+        """The output's derivatives by the chosen entries of a parameter, ``[k, n, d]``.
+
+        Backward passes for all entries of the output are shared by the parameters, so that deep models take the fewer.
+        """
         parameter = self.parameters[name]
+        if not self.out.is_complex() and self.out.numel() <= min(LARGEST_LOOP, len(self.parameters)):
+            return self._jacobian[name]
         return self.once(
             ("jacobian", name), lambda: self.push_forward(parameter, units(parameter, self.chosen(parameter.numel())))
         )
