@@ -304,10 +304,15 @@ assert results["most helpful by EKFAC"].mean() > results["random ones"].mean() +
 
 # %%
 # Without the sequences that EKFAC calls most helpful, the loss rises several times as
-# much as without random ones. The dot products of gradients find helpful sequences too,
-# but less reliably. So these rankings tell which *sets* of sequences matter.
+# much as without random ones. Dot products of gradients find helpful sequences too, but
+# less reliably. With six other test sequences and two other seeds, we saw the same: the
+# loss rises by 0.46 on average (EKFAC), 0.20 (gradients) and 0.06 (random ones).
 #
-# The picture does not show that single scores are right. One sequence changes the loss
-# less than another seed does. The harmful sequences are a weaker result: without them,
-# the loss falls only a little. And scores are taken at the end of training, of a model
-# that has not converged, while influence functions assume that it has.
+# What this does not show:
+#
+# - The loss does not reliably fall without the most harmful sequences. Here it does, but
+#   for those six, it changed by 0.01 on average.
+# - Nothing is said of single scores. Another seed changes a test loss by 0.1 to 0.4, more
+#   than most single sequences are predicted to.
+# - Scores are taken at the end of training, of a model that has not converged.
+#   Influence functions assume that it has, and that the curvature stays the same.
