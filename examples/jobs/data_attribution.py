@@ -310,9 +310,9 @@ assert results["most helpful by EKFAC"].mean() > results["random ones"].mean() +
 #
 # What this does not show:
 #
-# - The loss does not reliably fall without the most harmful sequences. Here it does, but
-#   for those six, it changed by 0.01 on average.
-# - Nothing is said of single scores. Another seed changes a test loss by 0.1 to 0.4, more
-#   than most single sequences are predicted to.
+# - The loss does not reliably fall without the most harmful sequences. Here it does,
+#   but for those six, it changed by 0.01 on average.
+# - Nothing is said of single scores. Another seed changes a test loss by 0.1 to 0.4,
+#   more than EKFAC predicts for most single sequences.
 # - Scores are taken at the end of training, of a model that has not converged.
 #   Influence functions assume that it has, and that the curvature stays the same.
