@@ -73,5 +73,7 @@ $(VENV)/.docs: $(DESCRIPTION) | $(PYTHON)
 $(PEERS)/.made: constraints.txt Makefile
 	python3 -m venv $(PEERS)
 	$(INSTALL_PEERS) torch numpy packaging scipy tqdm opt_einsum einops einconv linear_operator accelerate safetensors
-	$(INSTALL_PEERS) --no-deps backpack-for-pytorch==1.7.1 unfoldNd opacus==1.6.0 curvlinops-for-pytorch==3.0.1 kronfluence==1.0.1
+	$(INSTALL_PEERS) pretty_midi pyyaml
+	$(INSTALL_PEERS) --no-deps backpack-for-pytorch==1.7.1 unfoldNd opacus==1.6.0 curvlinops-for-pytorch==3.0.1
+	$(INSTALL_PEERS) --no-deps dattri==0.3.0 kronfluence==1.0.1
 	touch $@

@@ -19,7 +19,16 @@ class Order:
 
     PAGES = {
         "first_steps": ("individual_gradients", "subsampling", "all_in_one"),
-        "jobs": ("dp_sgd", "laplace", "influence", "kfac_optimizer", "continual_learning", "gradient_noise", "pruning"),
+        "jobs": (
+            "dp_sgd",
+            "laplace",
+            "influence",
+            "data_attribution",
+            "kfac_optimizer",
+            "continual_learning",
+            "gradient_noise",
+            "pruning",
+        ),
         "extending": ("custom_module", "extension_hook"),
     }
 

@@ -5,6 +5,7 @@ import torch
 from truths import close
 
 from backpack.utils.kroneckers import (
+    Eigen,
     apply_inv_kfac_mat_prod,
     apply_kfac_mat_prod,
     eigh_kfacs,
@@ -147,3 +148,33 @@ def test_what_is_singular_up_to_rounding_is_not_inverted(kind, dtype):
     vector = torch.ones(size, dtype=dtype)
     assert close(decomposed.apply_inverse(vector, 0.1), torch.linalg.solve(damped, vector), rtol=1e-5)
     assert close(decomposed.logdet(0.1), torch.linalg.slogdet(damped).logabsdet, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-3, 1e-6, 1e-9, 1e-20])
+@pytest.mark.parametrize("smallest", [0.0, 1e-8])
+def test_any_positive_damping_makes_a_semidefinite_matrix_regular(smallest, damping, dtype):
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=dtype)).Q for n in (40, 5)]
+    values = torch.rand(40, 5, generator=generator, dtype=dtype)
+    values[:20] = smallest
+    eigen = Eigen(bases, values)
+    damped = values.double().flatten() + damping
+    within = torch.kron(*bases).double()  # vectors along the eigenvectors, large and small
+    for row in (0, 199):
+        vector = within[:, row]
+        expected = vector / damped[row]
+        error = (eigen.apply_inverse(vector.to(dtype), damping) - expected).norm()
+        assert error < 1e-5 * expected.norm() + torch.finfo(dtype).eps * 200 / damped.min()
+    assert close(eigen.logdet(damping), damped.log().sum().to(dtype), rtol=1e-6)
+
+
+@pytest.mark.parametrize("values", [[-1e-9, 1e-9, 1.0], [-0.5, 0.2, 1.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+def test_the_damping_that_a_message_calls_enough_is_enough(values):
+    eigenvalues = torch.tensor(values, dtype=torch.float64)
+    eigen = Eigen([torch.eye(3, dtype=torch.float64)], eigenvalues)
+    damping = max(0.0, -values[0])
+    with pytest.raises(ValueError, match=f"instead of {damping:.3g}; .* is enough") as error:
+        eigen.apply_inverse(torch.ones_like(eigenvalues), damping)
+    enough = float(str(error.value).split("; ")[1].split()[0])
+    assert close(eigen.apply_inverse(torch.ones_like(eigenvalues), enough), 1 / (eigenvalues + enough))

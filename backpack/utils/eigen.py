@@ -36,8 +36,10 @@ class Eigen(NamedTuple):
     def apply_inverse(self, mat: Tensor, damping: float = 0.0) -> Tensor:
         """The inverse of the matrix, ``damping`` added to its diagonal, times ``mat``, ``[D]`` or ``[D, V]``.
 
+        Any positive ``damping`` will do if no eigenvalue is negative.
+
         Raises:
-            ValueError: The damped matrix is singular.
+            ValueError: The damped matrix is singular, up to rounding.
         """
         return self.power(-1, damping).apply(mat)
 
@@ -50,7 +52,12 @@ class Eigen(NamedTuple):
         """
         damped = self._damped(damping)
         if exponent < 0 and bool((damped == 0).any()):
-            raise ValueError("The matrix has the eigenvalue zero, up to rounding: add a positive damping to invert it.")
+            values = self.eigenvalues.double()
+            enough = 4 * self._rounding(values) - 1.1 * values.min().clamp(max=0)
+            raise ValueError(
+                f"The matrix has the eigenvalue zero, up to rounding: add a positive damping to invert it, instead of "
+                f"{damping:.3g}; {enough:.2g} is enough."
+            )
         if exponent != int(exponent) and bool((damped < 0).any()):
             raise ValueError(
                 f"The matrix has the negative eigenvalue {damped.min().item():.3g}, so that its power {exponent} is "
@@ -82,9 +89,14 @@ class Eigen(NamedTuple):
 
     def _damped(self, damping: float) -> Tensor:
         """The damped eigenvalues in float64; those that are zero up to rounding are zero."""
-        damped = self.eigenvalues.double() + damping
-        rounding = max(len(basis) for basis in self.bases) * torch.finfo(self.eigenvalues.dtype).eps
-        return damped.where(damped.abs() > rounding * damped.abs().max(), 0)
+        values = self.eigenvalues.double()
+        damped = values + damping
+        is_positive = (values >= 0) & (damping > 0)
+        return damped.where(is_positive | (damped.abs() > self._rounding(damped)), 0)
+
+    def _rounding(self, values: Tensor) -> Tensor:
+        """How large a value must be that is not zero up to rounding."""
+        return max(len(basis) for basis in self.bases) * torch.finfo(self.eigenvalues.dtype).eps * values.abs().max()
 
     def _weighted(self, mat: Tensor) -> Tensor:
         """``mat``, in the eigenbasis, times the eigenvalues."""
