@@ -2,5 +2,6 @@
 
 from backpack.dataset.accumulate import Accumulated, accumulate
 from backpack.dataset.across_processes import across_processes
+from backpack.dataset.curvature_store import CurvatureStore
 
-__all__ = ["Accumulated", "accumulate", "across_processes"]
+__all__ = ["Accumulated", "CurvatureStore", "accumulate", "across_processes"]

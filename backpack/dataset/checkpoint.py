@@ -29,11 +29,13 @@ class Checkpoint:
         path: The file.
         seconds: The least time between two savings.
         identity: What a run must have in common with the one that wrote the file to go on from it, by name.
+        remedy: What to do about a file of another run.
     """
 
     path: Path
     seconds: float
     identity: dict[str, str]
+    remedy: str = "Delete the file to begin anew, or give another one."
     written: float = field(default_factory=time.monotonic)
 
     def load(self) -> State | None:
@@ -51,21 +53,13 @@ class Checkpoint:
         return None
 
     def _load(self, path: Path) -> State:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {})["backpack"]
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
-        state: State = json.loads(text, object_hook=lambda d: tensors[d[TENSOR]] if TENSOR in d else d)
+        state = read(path)
         before = state.pop("identity")
         for name in sorted(before.keys() | self.identity.keys()):
             if before.get(name) != self.identity.get(name):
                 raise ValueError(
                     f"The checkpoint {path} is of another run: its {name} was {before.get(name)}, now it is "
-                    f"{self.identity.get(name)}. Delete the file to begin anew, or give another one."
+                    f"{self.identity.get(name)}. {self.remedy}"
                 )
         return state
 
@@ -125,6 +119,24 @@ class Checkpoint:
                 f"The checkpoint {self.path} could not be written: {error}. "
                 + ("What was saved before is intact." if self.path.exists() else "Nothing was computed yet.")
             ) from error
+
+
+def read(path: Path, tensors: bool = True) -> State:
+    """What a file holds, with the ``identity`` of the run that wrote it; without ``tensors``, ``None`` in their place.
+
+    Raises:
+        ValueError: It is no such file, or not all of one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {})["backpack"]
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
+    state: State = json.loads(text, object_hook=lambda d: found.get(d[TENSOR]) if TENSOR in d else d)
+    return state
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

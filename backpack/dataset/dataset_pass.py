@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -112,8 +112,11 @@ class DatasetPass:
             last = batch
             yield batch
 
-    def results(self, gather: bool) -> Accumulated:
-        """Merge the results of all processes, and store them on the parameters."""
+    def results(self, gather: bool, owners: Mapping[str, int] | None = None) -> Accumulated:
+        """Merge the results of all processes, and store them on the parameters.
+
+        ``owners``: by name, the only process that keeps the sums of a parameter; ``None``: all processes keep all.
+        """
         processes = self.processes
         sums = torch.tensor([self.counts.divided, self.counts.seen], dtype=torch.float64)
         divided, samples = processes.all_sum(sums).tolist()
@@ -128,7 +131,7 @@ class DatasetPass:
             )
         total = int(samples) if self.batches.sample_ids is None else self.batches.total  # some numbers have no entry
         selected = numbers_selected(self.collection.extensions, total, self.batch_pass.chosen)
-        found, places = merged(self.collection, processes, factor, selected, gather)
+        found, places = merged(self.collection, processes, factor, selected, gather, owners)
         for savefield in self.collection.joined:
             rows = self.batch_pass.chosen.get(savefield, torch.arange(total))
             rows = rows if savefield not in places else rows[places[savefield]]
