@@ -202,7 +202,7 @@ def _is_turned(name: str, result: list[Tensor] | Eigen, shape: torch.Size, known
     turned = sides[0] == shape[1]
     if turned and plain and known is None:
         raise ValueError(
-            f"It is not known whether {name}, of shape {list(shape)}, is the weight of a convolution or of a transposed "
-            f"one: let it belong to a torch.nn.Conv or ConvTranspose module, or use store[{name!r}]."
+            f"It is not known whether {name}, of shape {list(shape)}, is the weight of a convolution or of a "
+            f"transposed one: let it belong to a torch.nn.Conv or ConvTranspose module, or use store[{name!r}]."
         )
     return turned and (not plain or bool(known))

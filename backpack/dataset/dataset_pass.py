@@ -18,9 +18,17 @@ from backpack.dataset.collection import GRAD
 from backpack.dataset.final_results import merged
 from backpack.dataset.identity import identity
 from backpack.dataset.interruption import Counts, Interruption
+from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import chosen_samples, numbers_selected, open_files, survey, write_index
 from backpack.utils.progress_bar import bar
+
+
+def own_path(path: Path, processes: Processes) -> Path:
+    """The checkpoint of this process."""
+    if processes.count == 1:
+        return path
+    return path.with_name(f"{path.name}.{processes.rank}-of-{processes.count}")
 
 
 @dataclass(eq=False)
@@ -46,8 +54,6 @@ class DatasetPass:
     def save_to(self, path: Path, seconds: float, **further: object) -> None:
         """Save to a file, of each process its own, and go on from what an earlier run has saved there."""
         processes, batches = self.processes, self.batches
-        if processes.count > 1:
-            path = path.with_name(f"{path.name}.{processes.rank}-of-{processes.count}")
         own = identity(
             self.batch_pass.model,
             self.batch_pass.lossfunc,
@@ -58,7 +64,9 @@ class DatasetPass:
             **further,
         )
         in_step = processes if self.batch_pass.sharded else None
-        self.saved = Interruption(Checkpoint(path, seconds, own), self.random, self.collection, self.counts, in_step)
+        self.saved = Interruption(
+            Checkpoint(own_path(path, processes), seconds, own), self.random, self.collection, self.counts, in_step
+        )
 
     def prepare(self, folder: Path | None) -> None:
         """Find what must be known before the first batch, and open the files for results."""

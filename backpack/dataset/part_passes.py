@@ -16,7 +16,7 @@ from backpack.dataset.batch_pass import BatchPass
 from backpack.dataset.batches import Batches, require_two_readings
 from backpack.dataset.checkpoint import State
 from backpack.dataset.collection import Collection
-from backpack.dataset.dataset_pass import DatasetPass
+from backpack.dataset.dataset_pass import DatasetPass, own_path
 from backpack.dataset.identity import identity
 from backpack.dataset.parts import Parts, divided, owners_of, refuse_joint, sizes_of
 from backpack.dataset.processes import Processes
@@ -93,6 +93,8 @@ class PartPasses:
             parts=names,
             sharded=self.owners is not None,
         )
+        shards = dict.fromkeys(self.processes.all_objects(own["weights of the model"]))
+        own["weights of the model"] = " ".join(shards)  # the same for all processes, of a sharded model as well
         return StoreFiles(store, own, whole.parameters, self.processes, self.random)
 
     def _joined(self, found: Sequence[Accumulated], parameters: Mapping[str, Tensor]) -> Accumulated:
@@ -114,16 +116,30 @@ class PartPasses:
         if path is not None and len(names) > 1:
             path = path.with_name(f"{path.name}.part-{number + 1}-of-{len(names)}")
         if files is not None and files.has(own):
-            return files.read(own)
+            found = files.read(own)
+        else:
+            found = self._computed(own, len(names) > 1, path, files)
+        if files is not None and path is not None:
+            for checkpoint in (path, self._beforehand(path)):
+                own_path(checkpoint, self.processes).unlink(missing_ok=True)
+        return found
+
+    def _computed(
+        self, names: Sequence[str], are_part: bool, path: Path | None, files: StoreFiles | None
+    ) -> Accumulated:
         if self.began is not None:
             self.random.write(self.began)
-        only = own if len(names) > 1 else None
+        only = names if are_part else None
         run = self._pass(self._with_bases(only, path), only, self.folder, path)
         self.began = run.began
         found = run.results(self.gather, self.owners)
         if files is not None:
-            files.write([name for name in own if self._writes(name)], found)
+            files.write([name for name in names if self._writes(name)], found)
         return found
+
+    @staticmethod
+    def _beforehand(path: Path) -> Path:
+        return path.with_name(f"{path.name}.beforehand")
 
     def _writes(self, name: str) -> bool:
         return self.processes.rank == (0 if self.owners is None else self.owners[name])
@@ -134,7 +150,7 @@ class PartPasses:
         if not ahead:
             return self.extensions
         require_two_readings(self.dataloader, f"{' and '.join(type(e).__name__ for e in ahead)} takes two passes")
-        first = self._pass(tuple(ahead.values()), only, None, path and path.with_name(f"{path.name}.beforehand"))
+        first = self._pass(tuple(ahead.values()), only, None, path and self._beforehand(path))
         found = first.results(True, self.owners).results
         first.collection.clear()
         first.random.write(first.began)
@@ -142,9 +158,9 @@ class PartPasses:
         given = {}
         for extension in ahead:
             own = found.pop(extension.savefield)
-            needed = {name: extension.between(own.pop(name)) for name in list(own)}
-            needed = needed if self.owners is None else self.processes.from_owners(needed, self.owners)
-            given[extension] = extension.given({name_of(parameters[name]): value for name, value in needed.items()})
+            bases = {name: extension.between(own.pop(name)) for name in list(own)}
+            bases = bases if self.owners is None else self.processes.from_owners(bases, self.owners)
+            given[extension] = extension.given({name_of(parameters[name]): value for name, value in bases.items()})
         return tuple(given.get(e, e) for e in self.extensions)
 
     def _pass(
