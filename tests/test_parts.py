@@ -29,6 +29,7 @@ from truths.data_sets import (
 )
 
 from backpack import accumulate
+from backpack.curvature.columns import Columns
 from backpack.dataset import CurvatureStore
 from backpack.dataset.parts import divided, owners_of
 from backpack.extensions import (
@@ -163,6 +164,22 @@ def test_all_passes_see_the_same_draws():
         assert all(same(own[field][name], whole[field][name]) for name in whole[field])
 
 
+class Stop(Exception):
+    pass
+
+
+class Noting(nn.Module):
+    """Notes the gradients that come through."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        x.register_hook(self.seen.append)
+        return x.clone()
+
+
 class Counting(KFLR):
     savefield = "counted"
 
@@ -176,24 +193,22 @@ class Counting(KFLR):
         return super().compute(grads)
 
 
-def test_each_result_is_computed_once_and_columns_end_at_the_part(monkeypatch):
-    """So a pass for the last layer runs no node below it."""
-    from backpack.curvature.columns import Columns
-
+def test_each_result_is_computed_once_and_passes_end_at_the_part(monkeypatch):
+    """A pass for the last layer runs no node below it."""
     model, lossfunc, X, y = problem()
-    ends = []
-    begin = Columns.__init__
+    noting, extension, ends, begin = Noting(), Counting(), [], Columns.__init__
+    model.insert(1, noting)
 
     def noted(self, *given):
         begin(self, *given)
-        ends.append({node.name() for node in self.captured})
+        ends.append([place for node, place in self.places.items() if node in self.captured])
 
     monkeypatch.setattr(Columns, "__init__", noted)
-    extension = Counting()
-    extension.counts = counts = {}
-    accumulate(model, lossfunc, [(X, y)], extension, parts=[["2.weight", "2.bias"], ["0.weight", "0.bias"]])
-    assert counts == {(5, 4): 1, (5,): 1, (3, 5): 1, (3,): 1}
-    assert len(ends) == 2
+    accumulate(model, lossfunc, [(X, y)], extension, Variance(), parts=[["3.weight", "3.bias"], ["0.weight", "0.bias"]])
+    assert extension.counts == {(5, 4): 1, (5,): 1, (3, 5): 1, (3,): 1}
+    assert len(noting.seen) == 2  # columns and gradient of the second pass
+    (upper,), (lower,) = ends
+    assert upper < lower  # places in the order of the graph
 
 
 class Sometimes(nn.Module):
@@ -285,10 +300,6 @@ def test_one_part_can_be_stored_too(tmp_path):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
-class Stop(Exception):
-    pass
 
 
 class Failing(list):
@@ -469,6 +480,30 @@ def test_vectors_keep_their_data_type(tmp_path):
         assert torch.equal(own, exact[name].float())
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters(dtype, tmp_path):
+    class Squares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.last = nn.Linear(4, 3, dtype=dtype), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.last(torch.view_as_real(self.linear(x)).square().sum(-1).float())
+
+    torch.manual_seed(0)
+    model, X, y = Squares(), torch.randn(7, 4, dtype=dtype), torch.arange(7) % 3
+    factors = accumulate(model, nn.CrossEntropyLoss(), [(X, y)], KFLR())["kflr"]
+    store, v, w = made(model, X, y, [KFLR()], tmp_path), vectors_for(model, 2), vectors_for(model, 3)
+    solved, total, accuracy = store.inverse_product(v, 0.1), 0, 1e-4 if dtype == torch.complex64 else 1e-5
+    for name, own in solved.items():
+        block = kron_block([*factors[name]], v[name].shape[1:], False)
+        assert own.dtype == v[name].dtype and block.is_complex() == own.is_complex()
+        assert close(own, dense_solve(block, v[name], 0.1), rtol=accuracy if "last" in name else 1e-4)
+        total = total + solved[name].flatten(1).conj() @ w[name].flatten(1).T
+    assert close(store.inner_products(v, w, 0.1), total, rtol=1e-5)
+
+
 def test_factors_of_one_layer_are_in_memory_at_a_time(tmp_path, monkeypatch):
     from weakref import ref
 
@@ -585,6 +620,11 @@ def test_a_store_that_is_not_right_is_refused(tmp_path):
     save_file(load_file(tmp_path / "0.weight.safetensors"), file)
     with pytest.raises(ValueError, match=r"2\.weight\.safetensors is no"):
         CurvatureStore(tmp_path, "kfac")
+    with pytest.raises(ValueError, match=r"2\.weight\.safetensors is no"):
+        run(tmp_path)
+    file.unlink()
+    run(tmp_path, seed=9)
+    assert file.read_bytes() == whole
     other = tmp_path / "other"
     run(other, parts=2)
     file.write_bytes((other / file.name).read_bytes())

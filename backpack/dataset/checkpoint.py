@@ -83,9 +83,10 @@ class Checkpoint:
 
         tensors: dict[str, Tensor] = {}
 
-        def named(tensor: Tensor) -> dict[str, str]:
-            tensors[str(len(tensors))] = tensor
-            return {TENSOR: str(len(tensors) - 1)}
+        def named(tensor: Tensor) -> dict[str, Any]:
+            name, pairs = str(len(tensors)), tensor.is_complex()  # of which the format does not know all types
+            tensors[name] = torch.view_as_real(tensor.resolve_conj()) if pairs else tensor
+            return {TENSOR: name, "pairs": pairs}
 
         metadata = {"backpack": json.dumps({**state, "identity": self.identity}, default=named)}
         with self._intact():
@@ -135,7 +136,14 @@ def read(path: Path, tensors: bool = True) -> State:
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
-    state: State = json.loads(text, object_hook=lambda d: found.get(d[TENSOR]) if TENSOR in d else d)
+
+    def tensor_of(entry: dict[str, Any]) -> Any:
+        if TENSOR not in entry:
+            return entry
+        tensor = found.get(entry[TENSOR])
+        return torch.view_as_complex(tensor) if tensor is not None and entry["pairs"] else tensor
+
+    state: State = json.loads(text, object_hook=tensor_of)
     return state
 
 
