@@ -30,12 +30,14 @@ class Checkpoint:
         seconds: The least time between two savings.
         identity: What a run must have in common with the one that wrote the file to go on from it, by name.
         remedy: What to do about a file of another run.
+        unwritten: What it means if the file cannot be written for the first time.
     """
 
     path: Path
     seconds: float
     identity: dict[str, str]
     remedy: str = "Delete the file to begin anew, or give another one."
+    unwritten: str = "Nothing was computed yet."
     written: float = field(default_factory=time.monotonic)
 
     def load(self) -> State | None:
@@ -118,7 +120,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"The checkpoint {self.path} could not be written: {error}. "
-                + ("What was saved before is intact." if self.path.exists() else "Nothing was computed yet.")
+                + ("What was saved before is intact." if self.path.exists() else self.unwritten)
             ) from error
 
 

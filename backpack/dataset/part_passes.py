@@ -17,7 +17,7 @@ from backpack.dataset.batches import Batches, require_two_readings
 from backpack.dataset.checkpoint import State
 from backpack.dataset.collection import Collection
 from backpack.dataset.dataset_pass import DatasetPass, own_path
-from backpack.dataset.identity import identity
+from backpack.dataset.identity import digest_of, identity
 from backpack.dataset.parts import Parts, divided, owners_of, refuse_joint, sizes_of
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
@@ -90,7 +90,7 @@ class PartPasses:
             number_of_batches=batches.count(),
             number_of_samples=batches.samples(),
             number_of_processes=self.processes.count,
-            parts=names,
+            parts=f"{[*map(len, names)]} parameters, names {digest_of(names)}",
             sharded=self.owners is not None,
         )
         shards = dict.fromkeys(self.processes.all_objects(own["weights of the model"]))

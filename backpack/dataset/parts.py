@@ -46,7 +46,7 @@ def divided(parameters: Mapping[str, Tensor], extensions: Iterable[BackpropExten
                 f"parts {what}: {listed(names)}. Name each parameter that requires a gradient in one part, and freeze "
                 f"with requires_grad_(False) what is to be left out."
             )
-    return [[name for name in parameters if name in set(part)] for part in parts if part]
+    return [[name for name in parameters if name in part] for part in map(set, parts) if part]
 
 
 def _equal(parameters: Mapping[str, Tensor], extensions: Iterable[BackpropExtension], count: int) -> list[list[str]]:

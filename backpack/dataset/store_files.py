@@ -70,7 +70,7 @@ class StoreFiles:
         self.processes.all_objects(None)
 
     def _checkpoint(self, path: Path) -> Checkpoint:
-        return Checkpoint(path, 0.0, self.identity, REMEDY)
+        return Checkpoint(path, 0.0, self.identity, REMEDY, "The files of earlier parts are intact.")
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether the files of some parameters are there."""

@@ -143,7 +143,10 @@ class BackpropExtension(Quantity, Generic[Result]):
         return found
 
     def given(self, found: dict[str, Any]) -> BackpropExtension:
-        """What to compute of the data set, from what ``between`` returned, by name of the parameter."""
+        """What to compute of the data set, from what ``between`` returned, by name of the parameter.
+
+        With nothing found yet, it tells how results merge.
+        """
         return self
 
     def entries(self, parameter: Tensor) -> int:
