@@ -2,16 +2,20 @@
 
 import copy
 import os
+import random
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from truths import close
 from truths.data_sets import (
@@ -33,9 +37,12 @@ from truths.data_sets import (
 from truths.options import check_all, make_all
 
 from backpack import accumulate, across_processes, backpack, extend
+from backpack.dataset import CurvatureStore
 from backpack.dataset.checkpoint import Checkpoint
 from backpack.extensions import (
     EKFAC,
+    HBP,
+    KFAC,
     KFLR,
     KFRA,
     BatchGrad,
@@ -237,6 +244,72 @@ def resumed(folder):
                 assert torch.equal(again[extension.savefield][name], value)
 
 
+def owned(found):
+    """Results of all processes, each of which has those of its own layers."""
+    everything = [None] * COUNT
+    dist.all_gather_object(everything, found.results)
+    names = {field: sorted(name for own in everything for name in own[field]) for field in found}
+    assert all(own == sorted(found.grad) for own in names.values())  # each is on one process
+    assert sum(1 for own in everything if own["kflr"]) == COUNT
+    return {field: {name: value for own in everything for name, value in own[field].items()} for field in found}
+
+
+def curvature_in_parts(folder):
+    """Parts of the parameters, on all processes or on one each, in memory and in files."""
+    lossfunc, divided = LOSSES["mse"]
+    for number, wrap in enumerate(WRAPPERS):
+        rows = ROWS[number % 2]
+        inner, lossfunc, X, _ = problem(copy.deepcopy(lossfunc))
+        y = targets("mse")
+        truth = giant(inner, lossfunc, X, y, divided(y), rows)
+        data = DataLoader(TensorDataset(X, y), batch_size=4)
+        model = wrap(inner)
+        merged = (DiagGGNMC, KFAC, EKFAC, HBP)
+        for parts, divides in ((2, False), (None, True), ([["0.weight"], ["0.bias", "2.weight", "2.bias"]], True)):
+            extensions = [e for e in other_extensions(rows, False) if isinstance(e, merged)]
+            extensions += [KFLR(rows), Variance(rows), SumGradSquared(rows)]
+            place = Path(folder) / f"store of {wrap.__name__} {parts}"
+            with fixed_draws():
+                found = accumulate(model, lossfunc, data, *extensions, parts=parts, sharded=divides)
+                stored = accumulate(model, lossfunc, data, *extensions, parts=parts, sharded=divides, store=place)
+            results = owned(found) if divides else found.results
+            assert close(found.loss, truth["loss"])
+            for name, grad in truth["grad"].items():
+                assert close(found.grad[name], grad) or rows is not None
+                assert torch.equal(found.grad[name], stored.grad[name])
+                g = truth["individual"][name]
+                x, b = truth["inputs"][name[0]], truth["roots"][name[0] + ".bias"].flatten(0, 1)
+                factors = [b.T @ b, x.T @ x / len(x)][: truth["roots"][name].dim() - 2]
+                for own, expected in zip(results["kflr"][name], factors, strict=True):
+                    assert close(own, expected)
+                check_eigen(results["ekfac_exact"][name], factors, truth["roots"][name].flatten(0, 1))
+                assert close(results["variance"][name], g.var(0, correction=0))
+                assert close(results["sum_grad_squared"][name], g.square().sum(0))
+            for field, own in results.items():
+                store = CurvatureStore(place, field)
+                assert sorted(store) == sorted(own) == sorted(found.grad)
+                for name in store:
+                    for one, other in zip(tree_leaves(store[name]), tree_leaves(own[name]), strict=True):
+                        assert torch.equal(one, other), (field, name)
+            assert not stored.results
+
+
+def slow_parts(folder, pause):
+    """A run that is killed from outside."""
+    model, lossfunc, X, y = problem()
+    random.seed(RANK), numpy.random.seed(RANK), torch.manual_seed(RANK)
+
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(pause)
+                yield batch
+
+    data = Slow(zip(X.split(1), y.split(1), strict=True))
+    accumulate(model, lossfunc, data, EKFAC(2), Variance(), parts=2, sharded=True, store=Path(folder) / "store",
+               checkpoint=Path(folder) / "checkpoint", checkpoint_seconds=0)  # fmt: skip
+
+
 def divided_twice_is_refused():
     model, lossfunc, X, y = problem()
     data = TensorDataset(X, y)
@@ -345,13 +418,18 @@ if __name__ == "__main__":
     dist.init_process_group(
         "gloo", init_method=f"file://{sys.argv[3]}", rank=RANK, world_size=COUNT, timeout=timedelta(seconds=60)
     )
-    if len(sys.argv) > 5:
+    if sys.argv[5:] == ["die"]:
         one_dies()
+    if sys.argv[5:6] == ["parts"]:
+        slow_parts(sys.argv[4], float(sys.argv[6]))
+        print("done")
+        sys.exit()
     for scenario in (blocks_of_one_process, factors_of_one_process, other_quantities, own_samples_stay,
                      numbered_samples, order_is_shared, divided_twice_is_refused,
                      static_graph_is_refused, what_sharded_models_have_not_is_refused, training_loops):  # fmt: skip
         scenario()
     resumed(sys.argv[4])
+    curvature_in_parts(sys.argv[4])
     data_sets(sys.argv[4], thorough=COUNT == 4)
     options_of_first_order(sys.argv[4])
     dist.barrier()

@@ -59,6 +59,8 @@ class Block:
     """The factor of a gradient scaler, by which the loss is multiplied before ``backward()``."""
     taker: Callable[[Tensor, str, Any], None] | None = None
     """Function that takes each result; ``None``: results are stored on the parameters."""
+    only: Callable[[Tensor], bool] | None = None
+    """Which parameters results are computed for, if not for all; others may have some that are as cheap."""
     manager: ref[Any] | None = None
     """The context manager of the block."""
 
@@ -91,7 +93,7 @@ class Block:
 
     def check(self, n: int, parameters: Sequence[Tensor]) -> None:
         """Raise where an extension does not fit a batch of ``n`` samples, or these parameters."""
-        device = parameters[0].device
+        device = parameters[0].device if parameters else torch.device("cpu")
         for extension in self.extensions:
             extension.subset.rows(n, device)
             if extension.against is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backward.arrivals import Arrival, Contributions
@@ -48,6 +49,10 @@ class Prepared:
     def n(self) -> int:
         """How many samples there are."""
         return self.plan.n
+
+    def only(self, wanted: Callable[[Tensor], bool] | None) -> Prepared:
+        """The same for some parameters; ``None``: for all."""
+        return self if wanted is None else replace(self, plan=self.plan.only(wanted))
 
 
 class Collector(ABC):

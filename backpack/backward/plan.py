@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +56,23 @@ class Plan:
     hidden: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: dict[Node, str] = field(default_factory=dict)
     for_all: set[int] = field(default_factory=set)
+
+    def only(self, wanted: Callable[[Tensor], bool]) -> Plan:
+        """The plan for some parameters: of the uses, those that lead to one of them."""
+        leaves = {leaf for leaf in self.expected if wanted(variable_of(leaf))}
+        entries = {node: [leaf for leaf in found if leaf in leaves] for node, found in self.entries.items()}
+        entries = {node: found for node, found in entries.items() if found}
+        uses = {
+            node: [use for use in own if use.leaf in leaves or (use.entry is not None and use.entry[0] in entries)]
+            for node, own in self.uses.items()
+        }
+        return replace(
+            self,
+            uses={node: own for node, own in uses.items() if own},
+            expected={leaf: count for leaf, count in self.expected.items() if leaf in leaves},
+            entries=entries,
+            mixed={node: name for node, name in self.mixed.items() if node in entries},
+        )
 
 
 def make_plan(graph: Graph, owners: Owners, n: int, wanted: set[Node]) -> Plan:

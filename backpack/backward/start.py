@@ -179,7 +179,8 @@ class _Running:
             if block.extensions and not calls:
                 _warn_of_no_model(graph, losses)
             return
-        block.check(self.prepared.n, [variable_of(leaf) for leaf in self.prepared.plan.expected])
+        wanted = self.prepared.only(block.only)
+        block.check(self.prepared.n, [variable_of(leaf) for leaf in wanted.plan.expected])
         if any(extension.needs_own_losses for extension in block.extensions):
             block.averaged = samples_averaged(block, losses, self.prepared.n)
         if block.second_order and not losses:
@@ -187,7 +188,7 @@ class _Running:
         refuse_complex(block, self.prepared)
         look_for_mixed(block, self.prepared, notes, calls)
         if block.first_order:
-            self.first = FirstOrderPass(block, self.prepared)
+            self.first = FirstOrderPass(block, wanted)
 
     @property
     def unseen(self) -> set[Node]:

@@ -58,6 +58,7 @@ class AveragedPass(SeedPass):
     back; ``curvature``: of a linear map, the curvature in its output, ``[p, c, q, p, c, q]`` with its channels ``c``.
     """
 
+    reads_all_uses = True
     wanted = True
     sign = 1
     curvature: Tensor | None = None

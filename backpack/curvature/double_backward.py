@@ -57,6 +57,7 @@ class DoubleBackwardPass(SeedPass):
     """A pass that needs second derivatives of the model."""
 
     double_backward = True
+    reads_all_uses = True
     chosen: Tensor | None = None
     """The samples that the graph holds, without duplicates; ``None``: all."""
 

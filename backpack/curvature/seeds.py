@@ -6,6 +6,7 @@ input on, some at a time. They reach the uses of the parameters as cotangents do
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
@@ -17,6 +18,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack.backward.arrivals import Contributions
 from backpack.backward.block import Block
+from backpack.backward.collector import Prepared
 from backpack.curvature.columns import Columns
 from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
 from backpack.curvature.rerun import agree, output_of, outputs_again
@@ -37,13 +39,15 @@ class SeedPass:
     ``last``: nothing else will be computed for the block, so that a module is done when this pass is through it.
     """
 
+    reads_all_uses = False
+    """Whether it goes through the uses of all parameters, also if results are wanted of some only."""
     double_backward = False
     """Whether the model is differentiated twice, so that it is run again where it has fused functions."""
 
     def __init__(self, block: Block, extensions: list[Any], origin: Origin, last: bool) -> None:
         self.block, self.extensions, self.origin, self.last = block, extensions, origin, last
         self.terms = origin.terms
-        self.prepared, self.notes, self.module_io = origin.prepared, origin.notes, origin.module_io
+        self.prepared, self.notes, self.module_io = self._only(origin.prepared), origin.notes, origin.module_io
         self.n = self.prepared.n
         like = self.terms[0].call.input
         self.device, self.dtype = like.device, like.dtype
@@ -92,6 +96,9 @@ class SeedPass:
                     f"without set_module_extension()."
                 )
 
+    def _only(self, prepared: Prepared) -> Prepared:
+        return prepared if self.reads_all_uses else prepared.only(self.block.only)
+
     def report(self, io: ModuleIO) -> None:
         """Tell the user that a module is done: the last columns have come to its output."""
         known = None if self.selected else io  # that of the selected samples is not what users expect
@@ -102,6 +109,9 @@ class SeedPass:
 
     def run(self) -> None:
         """Pull back all seeds and store the results."""
+        if not self.prepared.plan.expected:
+            deque(self._chunks(), maxlen=0)  # what is drawn next does not depend on which results are wanted
+            return
         rows = self.subset.rows(self.n, self.device)
         if rows is not None and self._select(rows):
             self.subset = Subset()
@@ -132,7 +142,8 @@ class SeedPass:
     def _switch_to(self, spliced: SplicedGraph, layouts: Sequence[AnyLayout]) -> None:
         """Continue with a graph that was recorded anew."""
         self.spliced, self.layouts = spliced, layouts
-        self.prepared, self.notes = self.origin.prepare(spliced.starts, layouts, spliced.replaced)
+        prepared, self.notes = self.origin.prepare(spliced.starts, layouts, spliced.replaced)
+        self.prepared = self._only(prepared)
         self.spliced.known = self.prepared.graph.order
         self.module_io = module_io_of(self.prepared.graph) if self.module_io else {}
 

@@ -13,18 +13,14 @@ from torch.nn import Module
 
 from backpack.context import backpack
 from backpack.dataset.accumulated import Accumulated
-from backpack.dataset.batch_pass import BatchPass
-from backpack.dataset.batches import Batches, require_two_readings
+from backpack.dataset.batches import Batches
 from backpack.dataset.caveats import check_arguments, warn_of_loader, warn_of_training_mode
-from backpack.dataset.collection import Collection
-from backpack.dataset.dataset_pass import DatasetPass
 from backpack.dataset.model_loss import ModelLoss, own_loss
+from backpack.dataset.part_passes import PartPasses
+from backpack.dataset.parts import Parts
 from backpack.dataset.processes import Processes
-from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import writable
 from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.modules.forward_hooks import EXTENDED
-from backpack.modules.parameters import name_of
 
 __all__ = ["Accumulated", "accumulate"]
 
@@ -43,6 +39,9 @@ def accumulate(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
     gather: bool = False,
+    parts: Parts = None,
+    store: str | os.PathLike[str] | None = None,
+    sharded: bool = False,
     group: Any = None,
     progress: bool | None = None,
 ) -> Accumulated:
@@ -81,14 +80,21 @@ def accumulate(
             stays when the run has ended.
         checkpoint_seconds: Least time between two savings.
         gather: Whether to bring results of single samples to all processes.
+        parts: Into how many parts the parameters are divided, in the order of the model and with about equal memory for
+            results; or the names of the parameters of each part. The data are read for one part after the other, and
+            the results are those without parts: generators begin each time in the same state.
+        store: Folder that results go to instead of memory, as soon as their part is complete: for each parameter a
+            safetensors file, read by ``CurvatureStore``. The same call does not compute complete parts again.
+        sharded: Whether the sums of each parameter stay on one of the processes, which alone decomposes its factors.
+            ``found`` has those of this process; with ``store``, files of all are in one folder.
         group: Process group (default: all processes).
         progress: Whether to show a progress bar (default: on a terminal, if ``tqdm`` is installed).
 
     Raises:
         TypeError: An argument is of a wrong kind.
         OverflowError: A scaled gradient is not finite.
-        ValueError: An extension has no meaning for a data set, it is not known what the loss divides by, a sample is in
-            several batches, or the checkpoint is of another run.
+        ValueError: An extension has no meaning for a data set, or for parts of the parameters; it is not known what the
+            loss divides by; a sample is in several batches; or the checkpoint or the files are of another run.
         OSError: The checkpoint or the files for results cannot be written.
 
     Warns:
@@ -104,34 +110,16 @@ def accumulate(
                 f"lossfunc, and forward= if the model is called in another way than lossfunc(model(inputs), targets)."
             )
         lossfunc, forward = ModelLoss(), forward or own_loss
+    processes = Processes(group)
     warn_of_training_mode(model)
-    warn_of_loader(Batches(dataloader, 0, Processes(group), sample_ids), extensions)
+    warn_of_loader(Batches(dataloader, 0, processes, sample_ids), extensions)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
-    folder = None if stream is None else writable(Path(stream))
-    path = None if checkpoint is None else Path(checkpoint)
-
-    def one_pass(extensions: tuple[BackpropExtension, ...], folder: Path | None, path: Path | None) -> DatasetPass:
-        collection = Collection(model, extensions, None if offload is None else torch.device(offload), True)
-        batch_pass = BatchPass(model, lossfunc, collection, forward, denominator, scaler)
-        batches = Batches(dataloader, EXTENDED[model].batch_axis, Processes(group), sample_ids)
-        run = DatasetPass(batch_pass, batches, Randomness(dataloader))
-        if path is not None:
-            run.save_to(path, checkpoint_seconds, folder_for_results=folder)
-        with torch.enable_grad():
-            run.prepare(folder)
-            run.compute(progress)
-        return run
-
-    ahead = {extension: needed for extension in extensions if (needed := extension.beforehand()) is not None}
-    if ahead:
-        Collection(model, tuple(e for e in extensions if e not in ahead))  # refuses what cannot be, before a long pass
-        require_two_readings(dataloader, f"{' and '.join(type(e).__name__ for e in ahead)} takes two passes")
-        first = one_pass(tuple(ahead.values()), None, path and path.with_name(f"{path.name}.beforehand"))
-        found = first.results(gather=True).results
-        first.collection.clear()
-        first.random.write(first.began)
-        names = {name: name_of(parameter) for name, parameter in first.collection.parameters.items()}
-        by_name = {e: {names[name]: value for name, value in found[e.savefield].items()} for e in ahead}
-        extensions = tuple(e.given(by_name[e]) if e in ahead else e for e in extensions)
-    return one_pass(extensions, folder, path).results(gather)
+    run = PartPasses(
+        model, lossfunc, dataloader, extensions, forward, denominator, sample_ids, scaler, processes,
+        folder=None if stream is None else writable(Path(stream), "stream"),
+        device=None if offload is None else torch.device(offload),
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        seconds=checkpoint_seconds, gather=gather, progress=progress,
+    )  # fmt: skip
+    return run.all_parts(parts, None if store is None else writable(Path(store), "store"), sharded)

@@ -17,7 +17,7 @@ from backpack.context import backpack, disable, extend
 from backpack.curvature.losses.denominators import denominator as of_loss
 from backpack.dataset.batch_contents import apply, moved, samples_of, split
 from backpack.dataset.batches import Batch
-from backpack.dataset.collection import Collection, part_of
+from backpack.dataset.collection import Collection, parameters_of, part_of
 from backpack.dataset.model_loss import ModelLoss
 from backpack.modules.forward_hooks import EXTENDED
 from backpack.modules.parameters import SHARDED
@@ -53,7 +53,8 @@ class BatchPass:
         self.sharded = [module for module in self.model.modules() if is_fully_sharded(module)]
         for module in self.sharded:
             module.reshard()  # type: ignore[operator]
-        self.device = next(iter(self.collection.parameters.values())).device
+        self.trainable = parameters_of(self.model)
+        self.device = next(iter(self.trainable.values())).device
 
     @property
     def is_sum(self) -> bool:
@@ -138,6 +139,7 @@ class BatchPass:
         with without_autocast(self.device), backpack(*wanted, sample_ids=batch.ids):
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
+            HERE.blocks[-1].only = None if collection.only is None else collection.wants
             self._backward_sharded(loss) if self.sharded else self._backward(loss)
         if self.scaler is not None and not collection.gradients_are_finite():
             raise OverflowError(
@@ -167,9 +169,8 @@ class BatchPass:
 
     def _backward_sharded(self, loss: Tensor) -> None:
         """As ``_backward``, for a sharded model, which reduces gradients only when they arrive at ``.grad``."""
-        parameters = self.collection.parameters
         found: set[str] = set()
-        before = {name: parameter.grad for name, parameter in parameters.items()}
+        before = {name: parameter.grad for name, parameter in self.trainable.items()}
         handles = []
 
         def take(name: str, grad: Tensor) -> None:
@@ -181,13 +182,14 @@ class BatchPass:
             if name is not None:
                 handles.append(whole.register_hook(partial(take, name)))
         try:
-            for parameter in parameters.values():
+            for parameter in self.trainable.values():
                 parameter.grad = None
             loss.backward()
-            left = {name: p.grad for name, p in parameters.items() if name not in found and p.grad is not None}
+            own = self.collection.parameters
+            left = {name: p.grad for name, p in own.items() if name not in found and p.grad is not None}
             self.collection.add_gradients(left, self.factor)
         finally:
             for handle in handles:
                 handle.remove()
-            for name, parameter in parameters.items():
+            for name, parameter in self.trainable.items():
                 parameter.grad = before[name]

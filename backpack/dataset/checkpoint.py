@@ -29,11 +29,15 @@ class Checkpoint:
         path: The file.
         seconds: The least time between two savings.
         identity: What a run must have in common with the one that wrote the file to go on from it, by name.
+        remedy: What to do about a file of another run.
+        unwritten: What it means if the file cannot be written for the first time.
     """
 
     path: Path
     seconds: float
     identity: dict[str, str]
+    remedy: str = "Delete the file to begin anew, or give another one."
+    unwritten: str = "Nothing was computed yet."
     written: float = field(default_factory=time.monotonic)
 
     def load(self) -> State | None:
@@ -51,21 +55,13 @@ class Checkpoint:
         return None
 
     def _load(self, path: Path) -> State:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {})["backpack"]
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
-        state: State = json.loads(text, object_hook=lambda d: tensors[d[TENSOR]] if TENSOR in d else d)
+        state = read(path)
         before = state.pop("identity")
         for name in sorted(before.keys() | self.identity.keys()):
             if before.get(name) != self.identity.get(name):
                 raise ValueError(
                     f"The checkpoint {path} is of another run: its {name} was {before.get(name)}, now it is "
-                    f"{self.identity.get(name)}. Delete the file to begin anew, or give another one."
+                    f"{self.identity.get(name)}. {self.remedy}"
                 )
         return state
 
@@ -89,9 +85,10 @@ class Checkpoint:
 
         tensors: dict[str, Tensor] = {}
 
-        def named(tensor: Tensor) -> dict[str, str]:
-            tensors[str(len(tensors))] = tensor
-            return {TENSOR: str(len(tensors) - 1)}
+        def named(tensor: Tensor) -> dict[str, Any]:
+            name, pairs = str(len(tensors)), tensor.is_complex()  # of which the format does not know all types
+            tensors[name] = torch.view_as_real(tensor.resolve_conj()) if pairs else tensor
+            return {TENSOR: name, "pairs": pairs}
 
         metadata = {"backpack": json.dumps({**state, "identity": self.identity}, default=named)}
         with self._intact():
@@ -123,8 +120,33 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"The checkpoint {self.path} could not be written: {error}. "
-                + ("What was saved before is intact." if self.path.exists() else "Nothing was computed yet.")
+                + ("What was saved before is intact." if self.path.exists() else self.unwritten)
             ) from error
+
+
+def read(path: Path, tensors: bool = True) -> State:
+    """What a file holds, with the ``identity`` of the run that wrote it; without ``tensors``, ``None`` in their place.
+
+    Raises:
+        ValueError: It is no such file, or not all of one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {})["backpack"]
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no checkpoint of accumulate(): {error}.") from error
+
+    def tensor_of(entry: dict[str, Any]) -> Any:
+        if TENSOR not in entry:
+            return entry
+        tensor = found.get(entry[TENSOR])
+        return torch.view_as_complex(tensor) if tensor is not None and entry["pairs"] else tensor
+
+    state: State = json.loads(text, object_hook=tensor_of)
+    return state
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ class Collection:
         extensions: The extensions, as the user gave them.
         device: Device that results are moved to; ``None``: they stay where they are computed.
         one_pass: Whether there is one backward pass for each batch.
+        only: The names of the parameters that receive results; ``None``: all do.
 
     Raises:
         ValueError: An extension has no meaning for several batches, or no parameter requires a gradient.
@@ -57,6 +59,7 @@ class Collection:
     extensions: tuple[BackpropExtension, ...]
     device: torch.device | None = None
     one_pass: bool = False
+    only: Sequence[str] | None = None
     sums: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
     rows: dict[tuple[str, str], Rows | FileRows] = field(default_factory=dict)
     new: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -83,9 +86,8 @@ class Collection:
             store[extension.savefield] = part.batches
             if self.one_pass and (not isinstance(part, CurvatureExtension) or part.backprop == "sqrt"):
                 self.final.add(extension.savefield)
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError("The model has no parameter that requires a gradient.")
+        trainable = parameters_of(self.model)
+        self.parameters = trainable if self.only is None else {name: trainable[name] for name in self.only}
         self.large = {name for name, p in self.parameters.items() if p.numel() * p.element_size() >= LARGE}
         self.names = {id(p): name for name, p in self.parameters.items()}
 
@@ -99,6 +101,10 @@ class Collection:
         """The name of a parameter of the model, or of the sharded one that it was gathered from."""
         reference = SHARDED.get(parameter) if SHARDED else None
         return self.names.get(id(parameter if reference is None else reference()))
+
+    def wants(self, parameter: Tensor) -> bool:
+        """Whether a parameter receives results."""
+        return self.name_of(parameter) is not None
 
     def take(self, parts: dict[str, Part], parameter: Tensor, savefield: str, result: Any) -> None:
         """Take one result of a batch.
@@ -164,6 +170,18 @@ class Collection:
         if states:
             with torch.no_grad():
                 merging.add(states, further, factor, samples)
+
+
+def parameters_of(model: Module) -> dict[str, Tensor]:
+    """The parameters of a model that require a gradient, by name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("The model has no parameter that requires a gradient.")
+    return found
 
 
 def part_of(

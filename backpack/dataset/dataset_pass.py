@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,17 @@ from backpack.dataset.collection import GRAD
 from backpack.dataset.final_results import merged
 from backpack.dataset.identity import identity
 from backpack.dataset.interruption import Counts, Interruption
+from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
 from backpack.dataset.survey import chosen_samples, numbers_selected, open_files, survey, write_index
 from backpack.utils.progress_bar import bar
+
+
+def own_path(path: Path, processes: Processes) -> Path:
+    """The checkpoint of this process."""
+    if processes.count == 1:
+        return path
+    return path.with_name(f"{path.name}.{processes.rank}-of-{processes.count}")
 
 
 @dataclass(eq=False)
@@ -46,8 +54,6 @@ class DatasetPass:
     def save_to(self, path: Path, seconds: float, **further: object) -> None:
         """Save to a file, of each process its own, and go on from what an earlier run has saved there."""
         processes, batches = self.processes, self.batches
-        if processes.count > 1:
-            path = path.with_name(f"{path.name}.{processes.rank}-of-{processes.count}")
         own = identity(
             self.batch_pass.model,
             self.batch_pass.lossfunc,
@@ -58,7 +64,9 @@ class DatasetPass:
             **further,
         )
         in_step = processes if self.batch_pass.sharded else None
-        self.saved = Interruption(Checkpoint(path, seconds, own), self.random, self.collection, self.counts, in_step)
+        self.saved = Interruption(
+            Checkpoint(own_path(path, processes), seconds, own), self.random, self.collection, self.counts, in_step
+        )
 
     def prepare(self, folder: Path | None) -> None:
         """Find what must be known before the first batch, and open the files for results."""
@@ -112,8 +120,11 @@ class DatasetPass:
             last = batch
             yield batch
 
-    def results(self, gather: bool) -> Accumulated:
-        """Merge the results of all processes, and store them on the parameters."""
+    def results(self, gather: bool, owners: Mapping[str, int] | None = None) -> Accumulated:
+        """Merge the results of all processes, and store them on the parameters.
+
+        ``owners``: by name, the only process that keeps the sums of a parameter; ``None``: all processes keep all.
+        """
         processes = self.processes
         sums = torch.tensor([self.counts.divided, self.counts.seen], dtype=torch.float64)
         divided, samples = processes.all_sum(sums).tolist()
@@ -128,7 +139,7 @@ class DatasetPass:
             )
         total = int(samples) if self.batches.sample_ids is None else self.batches.total  # some numbers have no entry
         selected = numbers_selected(self.collection.extensions, total, self.batch_pass.chosen)
-        found, places = merged(self.collection, processes, factor, selected, gather)
+        found, places = merged(self.collection, processes, factor, selected, gather, owners)
         for savefield in self.collection.joined:
             rows = self.batch_pass.chosen.get(savefield, torch.arange(total))
             rows = rows if savefield not in places else rows[places[savefield]]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backpack.dataset.collection import MODEL, Collection
-from backpack.dataset.processes import Processes, bundles
+from backpack.dataset.collection import GRAD, MODEL, Collection
+from backpack.dataset.processes import Form, Processes, bundles
 from backpack.dataset.sample_rows import FileRows, Rows
 from backpack.modules.parameters import name_of
 
@@ -18,7 +18,12 @@ Key = tuple[str, str]
 
 
 def merged(
-    collection: Collection, processes: Processes, factor: float, selected: dict[str, int], gather: bool
+    collection: Collection,
+    processes: Processes,
+    factor: float,
+    selected: dict[str, int],
+    gather: bool,
+    owners: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """Merge the results of all processes, and store them on the parameters.
 
@@ -28,6 +33,7 @@ def merged(
         factor: A factor of the loss of all that the results do not have yet.
         selected: How many samples of all processes each extension selects, by ``savefield``.
         gather: Whether to bring results of single samples to all processes.
+        owners: By name, the only process that has a parameter's sums in the end; ``None``: all processes have all.
 
     Returns:
         The results by ``savefield`` and name of the parameter; and by ``savefield`` the places of those samples whose
@@ -36,7 +42,7 @@ def merged(
     joined = collection.joined
     found: dict[str, dict[str, Any]] = {savefield: {} for savefield in (*collection.merging, *joined)}
     places: dict[str, Tensor] = {}
-    for (name, savefield), state in _sums(collection, processes):
+    for (name, savefield), state in _sums(collection, processes, owners or {}):
         merging = collection.merging[savefield]
         found[savefield][name] = merging.finish(state, factor, selected.get(savefield, 0))
     for (_, savefield), store in collection.rows.items():  # parameters that all batches use have all places
@@ -66,32 +72,39 @@ def merged(
     return found, places
 
 
-def _sums(collection: Collection, processes: Processes) -> Iterator[tuple[Key, list[Tensor]]]:
-    """The sums over all processes; one message carries many small ones."""
-    forms: dict[Key, list[Any]] = {}
+def _sums(
+    collection: Collection, processes: Processes, owners: Mapping[str, int]
+) -> Iterator[tuple[Key, list[Tensor]]]:
+    """The sums over all processes that this process keeps; one message carries many small ones."""
+    forms: dict[Key, list[Form]] = {}
     if processes.count > 1:
-        own = {key: [(p.shape, p.dtype, p.device.type) for p in state] for key, state in collection.sums.items()}
-        for other in processes.all_objects(own):
+        for other in processes.all_objects({key: [*map(Form.of, state)] for key, state in collection.sums.items()}):
             forms |= other
-    keys = sorted(forms or collection.sums)
-    sizes = [sum(prod(shape) * dtype.itemsize for shape, dtype, _ in forms.get(key, ())) for key in keys]
-    for bundle in bundles(sizes):
+    receivers = {key: None if key[1] == GRAD else owners.get(key[0]) for key in forms or collection.sums}
+    keys = sorted(receivers, key=lambda key: (-1 if receivers[key] is None else receivers[key], *key))
+    for bundle in bundles([sum(form.nbytes for form in forms.get(key, ())) for key in keys]):
         states = {}
         for key in keys[bundle]:
-            form = forms.get(key, ())
-            nothing = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in form]
+            nothing = [form.zeros() for form in forms.get(key, ())] if key not in collection.sums else []
             states[key] = collection.sums.pop(key, nothing)
         if processes.count > 1:
-            _reduce(collection, states, processes)
-        yield from states.items()
+            _reduce(collection, states, processes, receivers)
+        for key, state in states.items():
+            if receivers[key] in (None, processes.rank):
+                yield key, state
 
 
-def _reduce(collection: Collection, states: dict[Key, list[Tensor]], processes: Processes) -> None:
+def _reduce(
+    collection: Collection, states: dict[Key, list[Tensor]], processes: Processes, receivers: Mapping[Key, int | None]
+) -> None:
     """Run the reductions of all states step by step, with one message for each step."""
-    running = [(key, collection.merging[key[1]].reduce(state)) for key, state in states.items()]
+    merging = collection.merging
+    running = [(key, merging[key[1]].reduce(state)) for key, state in states.items()]
     asked = [next(reduction) for _, reduction in running]
     while running:
-        answers = iter(processes.all_sums([tensor for tensors in asked for tensor in tensors]))
+        to = [receivers[key] if merging[key[1]].is_one_sum else None for key, _ in running]
+        owners = [owner for owner, tensors in zip(to, asked, strict=True) for _ in tensors]
+        answers = iter(processes.all_sums([tensor for tensors in asked for tensor in tensors], owners))
         still, given, asked = running, [[next(answers) for _ in tensors] for tensors in asked], []
         running = []
         for (key, reduction), own in zip(still, given, strict=True):

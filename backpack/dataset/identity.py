@@ -22,13 +22,18 @@ def identity(
     shapes = {name: [*value.shape, str(value.dtype)] for name, value in model.state_dict().items()}
     reduction = getattr(lossfunc, "reduction", None)
     return {
-        "model": f"{type(model).__name__}, state {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}",
+        "model": f"{type(model).__name__}, state {digest_of(shapes)}",
         "weights of the model": _digest_of_weights(model),
         "training mode": str(sorted(name for name, module in model.named_modules() if module.training)),
         "loss": f"{lossfunc!r}, reduction {reduction}, weights {_digest_of_weights(lossfunc)}",
         "extensions": "; ".join(map(describe, extensions)),
         **{name.replace("_", " "): str(value) for name, value in further.items()},
     }
+
+
+def digest_of(value: object) -> str:
+    """A few digits that stand for numbers and names in lists and dictionaries."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _digest_of_weights(module: Module) -> str:

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The shape, data type and kind of device of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """That of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device.type)
+
+    def zeros(self) -> Tensor:
+        """Zeros of this form."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
 
 BUCKET = 2**25
 """The most bytes of several tensors that are sent in one message; a larger tensor is sent by itself."""
@@ -30,11 +56,11 @@ def bundles(sizes: list[int]) -> Iterator[slice]:
         yield slice(start, len(sizes))
 
 
-def alike(tensors: Iterable[Tensor]) -> list[list[int]]:
-    """The places of tensors, grouped by data type and device."""
-    found: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        found.setdefault((tensor.dtype, tensor.device), []).append(place)
+def alike(tensors: Iterable[Tensor], owners: Iterable[int | None] | None = None) -> list[list[int]]:
+    """The places of tensors, grouped by data type and device, and by the process that receives them."""
+    found: dict[tuple[torch.dtype, torch.device, int | None], list[int]] = {}
+    for place, (tensor, owner) in enumerate(zip(tensors, owners or repeat(None), strict=False)):
+        found.setdefault((tensor.dtype, tensor.device, owner), []).append(place)
     return list(found.values())
 
 
@@ -65,19 +91,54 @@ class Processes:
         """The sum over all processes."""
         return self.all_sums([tensor])[0]
 
-    def all_sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes, with one message for each data type."""
+    def all_sums(self, tensors: Sequence[Tensor], owners: Sequence[int | None] | None = None) -> list[Tensor]:
+        """The sums over all processes, with one message for each data type.
+
+        ``owners``: for each tensor, the only process that receives its sum; ``None``: all do. What others get for it
+        has no meaning.
+        """
         if self.count == 1:
             return list(tensors)
         found: list[Tensor] = [*tensors]
-        for places in alike(tensors):
+        for places in alike(tensors, owners):
             flat = self._message([tensors[place] for place in places])
+            owner = None if owners is None else owners[places[0]]
             with self._failures_explained():
-                dist.all_reduce(flat, group=self.group)
+                if owner is None:
+                    dist.all_reduce(flat, group=self.group)
+                else:
+                    dist.reduce(flat, self._global(owner), group=self.group)
             pieces = flat.split([tensors[place].numel() for place in places])
             for place, piece in zip(places, pieces, strict=True):
                 found[place] = piece.view(tensors[place].shape).to(tensors[place].device)
         return found
+
+    def from_owners(self, values: Mapping[str, Any], owners: Mapping[str, int]) -> dict[str, Any]:
+        """Tensors in nested containers, by name, each sent to all by the process that owns the name."""
+        if self.count == 1:
+            return dict(values)
+        forms: dict[str, Any] = {}
+        for own in self.all_objects({name: tree_map(Form.of, value) for name, value in values.items()}):
+            forms |= own
+        found = {name: values[name] if name in values else tree_map(Form.zeros, forms[name]) for name in sorted(forms)}
+        for owner in range(self.count):
+            tensors = [t for name, value in found.items() if owners[name] == owner for t in tree_leaves(value)]
+            for bundle in bundles([tensor.nbytes for tensor in tensors]):
+                self._send(tensors[bundle], owner)
+        return found
+
+    def _send(self, tensors: list[Tensor], owner: int) -> None:
+        for places in alike(tensors):
+            own = [tensors[place] for place in places]
+            flat = self._message(own)
+            with self._failures_explained():
+                dist.broadcast(flat, self._global(owner), group=self.group)
+            for tensor, piece in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+                if owner != self.rank:
+                    tensor.copy_(piece.view(tensor.shape))
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     def all_rows(self, tensors: Sequence[Tensor], counts: list[list[int]]) -> list[Tensor]:
         """For each tensor, the rows of all processes joined, with one message for each data type.

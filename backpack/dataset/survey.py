@@ -58,7 +58,7 @@ def numbers_selected(
     return {e.savefield: len(chosen.get(e.savefield, range(total))) for e in extensions}
 
 
-def writable(folder: Path) -> Path:
+def writable(folder: Path, argument: str) -> Path:
     """Create a folder for results if it does not exist.
 
     Raises:
@@ -69,7 +69,7 @@ def writable(folder: Path) -> Path:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(error.errno, f"stream={str(folder)!r} is no folder to write results to: {error}") from error
+        raise OSError(error.errno, f"{argument}={str(folder)!r} is no folder to write results to: {error}") from error
     return folder
 
 

@@ -139,9 +139,23 @@ class BackpropExtension(Quantity, Generic[Result]):
         """The extension of a pass over the whole data set that must come first, if there is one."""
         return None
 
+    def between(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What the second pass needs of the results of ``beforehand``, by parameter, taken out of ``found``.
+
+        Tensors, in lists and dictionaries.
+        """
+        return found
+
     def given(self, found: dict[str, Any]) -> BackpropExtension:
-        """What to compute of the data set, from the results of ``beforehand`` by name of the parameter."""
+        """What to compute of the data set, from what ``between`` returned, by name of the parameter.
+
+        With nothing found yet, it tells how results merge.
+        """
         return self
+
+    def entries(self, parameter: Tensor) -> int:
+        """About how many entries the result for a parameter has; where it has some for each sample, for one."""
+        return parameter.numel()
 
     @property
     def reads_all_rows(self) -> bool:

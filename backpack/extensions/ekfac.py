@@ -46,6 +46,9 @@ class EKFAC(KroneckerExtension[Eigen]):
     ) -> None:
         super().__init__(savefield, subsampling, None, mc_samples, approx, fisher)
 
+    def entries(self, parameter: Tensor) -> int:
+        return super().entries(parameter) + parameter.numel()
+
     def compute(self, grads: Individual) -> Eigen:
         factors = complete(grads, output_factors(grads, self.approx), self.approx)
         bases = eigenbases(factors, grads)
@@ -57,9 +60,12 @@ class EKFAC(KroneckerExtension[Eigen]):
     def beforehand(self) -> KFAC:
         return KFAC(self.mc_samples, self.subset.given, self.fisher, self.approx, savefield=self.savefield)
 
+    def between(self, found: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        return eigenbases_by_name(found)
+
     def given(self, found: dict[str, list[Tensor]]) -> SecondMoments:
         moments = SecondMoments(self.mc_samples, self.subset.given, self.fisher, self.approx, self.savefield)
-        moments.bases = eigenbases_by_name(found)
+        moments.bases = found
         return moments
 
 

@@ -13,7 +13,7 @@ from backpack.extensions.merge_batches import Averaged, BatchShare, Listed, Summ
 from backpack.samples import Subset
 from backpack.uses import Individual
 from backpack.uses.base import accumulate
-from backpack.uses.kronecker import APPROXIMATIONS, assemble, complete, output_factors, separate
+from backpack.uses.kronecker import APPROXIMATIONS, LARGEST_FACTOR, assemble, complete, output_factors, separate
 
 FISHER = {"mc": "sampled", "exact": "exact", "empirical": "gradient"}
 """The columns that are pulled back for each Fisher matrix, by their name in ``seeds``."""
@@ -110,6 +110,11 @@ class KroneckerExtension(CurvatureExtension[Result]):
         part = copy.copy(self)
         part.subset, part.separated = Subset(share.rows), True
         return part
+
+    def entries(self, parameter: Tensor) -> int:
+        rows = len(parameter) if parameter.dim() > 1 else 1
+        sides = (rows, parameter.numel() // max(1, rows)) if rows > 1 else (parameter.numel(),)
+        return sum(side**2 if side <= LARGEST_FACTOR else side for side in sides)
 
     def of_whole(self, name: str, merged: list[Tensor]) -> list[Tensor]:
         return assemble(merged)

@@ -28,6 +28,9 @@ def wide(tensor: Tensor) -> Tensor:
 class Merging(ABC):
     """One way to merge; the state of a part of the data is a list of tensors."""
 
+    is_one_sum = True
+    """Whether the state of all processes is the sum of theirs."""
+
     @abstractmethod
     def state(self, result: Any, factor: float, samples: int) -> list[Tensor]:
         """The state of one batch. Its loss enters with ``factor``, and so many ``samples`` of it contribute."""
@@ -131,6 +134,8 @@ class Moments(Merging):
 
     The state is the number of samples, their mean, and the sum of their squared deviations.
     """
+
+    is_one_sum = False
 
     def state(self, result: tuple[Tensor, Tensor], factor: float, samples: int) -> list[Tensor]:
         total, squares = (wide(moment.detach()) for moment in result)

@@ -38,19 +38,18 @@ def eigenbases(factors: list[Tensor], grads: Individual | None = None) -> list[T
 
 
 def eigenbases_by_name(factors: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The eigenvectors of the factors of several parameters; equal ones, as of a matrix and its bias, are made once."""
-    known: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-    found = {}
-    for name, own in factors.items():
-        bases = []
-        for factor in own:
-            before = known.setdefault(factor.shape, [])
-            basis = next((basis for other, basis in before if torch.equal(other, factor)), None)
-            if basis is None:
-                (basis,) = eigenbases([factor])
-                before.append((factor, basis))
-            bases.append(basis)
-        found[name] = bases
+    """The eigenvectors of the factors of several parameters, which are taken out of the dictionary.
+
+    Factors that equal one of the parameter before, as that of a bias equals one of its matrix, have the same.
+    """
+    found, before = {}, list[tuple[Tensor, Tensor]]()
+    for name in list(factors):
+        own = factors.pop(name)
+        known = [
+            next((b for f, b in before if f.shape == factor.shape and torch.equal(f, factor)), None) for factor in own
+        ]
+        found[name] = [eigenbases([f])[0] if basis is None else basis for f, basis in zip(own, known, strict=True)]
+        before = list(zip(own, found[name], strict=True))
     return found
 
 
