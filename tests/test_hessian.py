@@ -30,6 +30,7 @@ from backpack.extensions import (
     DiagHessianMC,
     SqrtGGNExact,
 )
+from backpack.hessianfree import TwiceDifferentiable, hessian_vector_product
 from backpack.modules.thread_state import HERE
 
 
@@ -809,6 +810,44 @@ def test_what_normalizes_parameters_is_not_linear_in_them(name):
     differentiate(model, nn.MSELoss(), X, y, DiagHessian())
     for p, H in zip(model.parameters(), truth, strict=True):
         assert close(p.diag_h.flatten(), H.diagonal(), 1e-3, 1e-9)
+
+
+class GivenWeight(nn.Module):
+    """A normalized weight is an argument, or is computed in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.rand(2, 1))
+
+    def normalized(self):
+        return torch._weight_norm(self.v, self.g, 0)
+
+    def forward(self, x, weight=None):
+        return F.linear(x, self.normalized() if weight is None else weight).tanh()
+
+
+def test_a_normalized_weight_that_was_computed_before_is_an_error_and_the_remedies_work():
+    """PyTorch's second derivatives of weight normalization are wrong."""
+    torch.manual_seed(0)
+    model = GivenWeight().double()
+    X, y, lossfunc = torch.rand(5, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1]), extend(nn.CrossEntropyLoss())
+    truth, parameters = hessian_diagonals(model, X, lossfunc, y), list(model.parameters())
+    extend(model)
+    loss = lossfunc(model(X, model.normalized()), y)
+    with pytest.raises(RuntimeError, match="weight normalization are wrong.*inside"), backpack(DiagHessian()):
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="wrong: run the forward pass inside backpack.hessianfree.TwiceDiff"):
+        hessian_vector_product(loss, parameters, [torch.ones_like(p) for p in parameters])
+    for is_argument in (False, True):
+        with TwiceDifferentiable():
+            weight = model.normalized() if is_argument else None
+        with backpack(DiagHessian(), HMP()):
+            lossfunc(model(X, weight), y).backward()
+        for p, diagonal in zip(parameters, truth, strict=True):
+            assert close(p.diag_h, diagonal.sum(0))
+            with TwiceDifferentiable():
+                (product,) = hessian_vector_product(lossfunc(model(X), y), p, torch.ones_like(p))
+            assert close(p.hmp(torch.ones_like(p)[None])[0], product)
 
 
 def test_a_scale_below_batch_normalization_in_training_has_second_derivatives():

@@ -7,10 +7,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from models.compositions import LOSSES, problems, targets
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from truths import close
 from truths.first_order import check_first_order, subsets
-from truths.second_order import hessian_entries, jacobians
+from truths.second_order import hessian_entries, jacobians, twice_differentiable
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -105,7 +104,7 @@ def check_products(given, data):
     lossfunc = loss() if options is None else loss(**options)
     y = targets(n)[target]
     _, jacobian, hessian = jacobians(given.model(X), lossfunc, y, n, parameters)
-    with sdpa_kernel(SDPBackend.MATH):
+    with twice_differentiable():
         value = lossfunc(given.model(X), y)
     grads = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
     extend(given.model)

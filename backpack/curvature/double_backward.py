@@ -15,7 +15,7 @@ from backpack.curvature.rerun import agree, output_of
 from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph, place_of
-from backpack.graph import variable_of
+from backpack.graph import kind, variable_of
 from backpack.modules.calls import Note
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Subset
@@ -77,16 +77,29 @@ class DoubleBackwardPass(SeedPass):
             chosen, places = rows.unique(return_inverse=True)
             if self._select(chosen, rounded):
                 self.subset, self.chosen = Subset(places), chosen
+                self._refuse_wrong()
                 return
         needed = self._has_fused() or rounded
         # In some memory formats, second derivatives are slow or fail.
         if (needed or any(map(is_reordered, self.spliced.nodes))) and not self._rerun_modules(rounded) and needed:
             raise RuntimeError(
-                f"{self._name}: the model has a fused attention or recurrent layer, was run under autocast, or has "
-                f"parts in 16 bits, of which PyTorch has no second derivatives, and running it again in another form "
+                f"{self._name}: the model has a fused attention or recurrent layer or a normalized weight, was run "
+                f"under autocast, or has parts in 16 bits, of which PyTorch has no second derivatives or wrong ones, "
+                f"and running it again in another form "
                 f"was not possible or did not give the same output (as with dropout in training mode, or a state that "
                 f"is kept from call to call). Run the forward pass inside the backpack(...) block and without "
                 f"autocast, put the model into evaluation mode, or give it its state as an argument."
+            )
+
+        self._refuse_wrong()
+
+    def _refuse_wrong(self) -> None:
+        """Raise where a function is left whose second derivatives are wrong in PyTorch."""
+        if any(kind(node) == "WeightNormInterface" for node in self.spliced.nodes):
+            raise RuntimeError(
+                f"{self._name}: PyTorch's second derivatives of weight normalization are wrong, and a normalized "
+                f"weight was computed outside of the modules' forward passes. Compute it in the forward pass, or "
+                f"inside of backpack.hessianfree.TwiceDifferentiable()."
             )
 
     def _has_fused(self) -> bool:

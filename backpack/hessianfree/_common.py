@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from backpack.graph import kind, read
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -58,6 +61,19 @@ def pulled_back(
             f"forward pass inside backpack.hessianfree.TwiceDifferentiable(), which replaces them."
         ) from error
     return [torch.zeros_like(x) if f is None else f for x, f in zip(xs, found, strict=True)]
+
+
+def refuse_wrong_second(f: Tensor) -> None:
+    """Raise where second derivatives of a graph are wrong in PyTorch.
+
+    Raises:
+        RuntimeError: Those of a function are.
+    """
+    if f.requires_grad and any(kind(node) == "WeightNormInterface" for node in read([get_gradient_edge(f)]).order):
+        raise RuntimeError(
+            "PyTorch's second derivatives of weight normalization are wrong: run the forward pass inside "
+            "backpack.hessianfree.TwiceDifferentiable(), which writes the function out."
+        )
 
 
 def returned(tensors: Iterable[Tensor], detach: bool) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backpack.hessianfree._common import Tensors, listed, matching, pulled_back, returned
+from backpack.hessianfree._common import Tensors, listed, matching, pulled_back, refuse_wrong_second, returned
 
 
 def hessian_vector_product(
@@ -23,10 +23,11 @@ def hessian_vector_product(
 
     Raises:
         ValueError: ``v`` does not have the shapes of ``params``.
-        RuntimeError: PyTorch does not have a derivative that is needed.
+        RuntimeError: PyTorch does not have a derivative that is needed, or a wrong one.
     """
     xs = listed(params)
     vs = matching(v, xs, "params")
+    refuse_wrong_second(f)
     if grad_params is None:
         with torch.enable_grad():
             grads = pulled_back([f], xs, [torch.ones_like(f)], True)

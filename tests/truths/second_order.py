@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from .autograd import gradients, individual_gradients, loss_hessian
 
 
-def twice_differentiable() -> Any:
+class WrittenOut(TorchFunctionMode):
+    """PyTorch's second derivatives of weight normalization are wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3]
+        axes = [axis for axis in range(v.dim()) if axis != dim % v.dim() or dim < 0]
+        return v * g / v.square().sum(axes, keepdim=True).sqrt()
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
     """The other kernels of attention have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
+    with sdpa_kernel(SDPBackend.MATH), WrittenOut():
+        yield
 
 
 def flat(tensor: Tensor, lead: int = 0) -> Tensor:

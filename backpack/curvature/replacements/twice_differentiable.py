@@ -17,6 +17,9 @@ REPLACED: dict[Any, Callable[..., Any]] = {}
 """Fused functions without second derivatives by samples to what computes the same of functions that have them; it may
 return ``NotImplemented``."""
 
+WRONG: set[Any] = set()
+"""Those of them that have second derivatives in PyTorch, but wrong ones."""
+
 
 @cache
 def looked_into(func: Any) -> Callable[..., Any]:
@@ -46,3 +49,12 @@ class TwiceDifferentiable(TorchFunctionMode):
             if out is not NotImplemented:
                 return out
         return func(*args, **kwargs)
+
+
+class RightTwice(TorchFunctionMode):
+    """Context for forward passes: functions whose second derivatives PyTorch gets wrong are written out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (REPLACED[func] if func in WRONG else func)(*args, **(kwargs or {}))

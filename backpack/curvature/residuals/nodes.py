@@ -38,15 +38,16 @@ WRONG_THIRD = frozenset(["NativeLayerNorm", "SpecialI1", "SpecialI1E"])
 FUSED = (
     *("ScaledDotProduct", "CudnnRnn", "MiopenRnn", "MkldnnRnnLayer", "ThnnFusedLstmCell", "ThnnFusedGruCell"),
     "CompiledFunction",
+    "WeightNormInterface",
 )
-"""How the names of nodes begin that have no second derivatives in PyTorch, but can be replaced by others that do."""
+"""How the names of nodes begin that have no second derivatives in PyTorch, or wrong ones, but can be replaced."""
 
 
 BATCH_NORM = ("NativeBatchNorm", "CudnnBatchNorm")
 
 
 def is_fused_node(node: Node) -> bool:
-    """Whether there is a replacement for the function, which has no second derivatives."""
+    """Whether there is a replacement for the function, which has no second derivatives, or wrong ones."""
     return node.name().startswith(FUSED)
 
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, RNNBase
 from torch.nn.utils.rnn import pad_sequence
 
+from backpack.curvature.replacements import RightTwice
 from backpack.dataset.batch_contents import samples_of
 from backpack.samples import SampleIds
 from backpack.torch_internals import dtype_at, shape_at
@@ -50,7 +51,8 @@ class PlainAutograd:
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.out, self.targets = self.forward(self.model, self.batch)
+        with RightTwice():
+            self.out, self.targets = self.forward(self.model, self.batch)
         if not isinstance(self.out, Tensor):
             raise TypeError(f"verify() needs a tensor that the loss is called with, got {type(self.out).__name__}.")
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
