@@ -20,6 +20,7 @@ from backpack import accumulate, backpack, extend, verify
 from backpack.extensions import (
     EKFAC,
     KFAC,
+    KFLR,
     BatchDotGrad,
     BatchGrad,
     ClippedGrad,
@@ -27,7 +28,14 @@ from backpack.extensions import (
     ProjectedGrad,
     WeightedGrad,
 )
-from backpack.utils.kroneckers import Eigen, apply_kfac_mat_prod, eigh_kfacs
+from backpack.utils.kroneckers import (
+    Eigen,
+    apply_kfac_mat_prod,
+    eigh_kfacs,
+    inv_kfacs,
+    inv_sqrt_kfacs,
+    kfacs_to_mat,
+)
 
 
 def parameters_of(model):
@@ -359,3 +367,27 @@ def test_adapters_of_frozen_layers_are_right_and_what_is_frozen_costs_nothing(po
         tuple(factor.shape) for p in parameters.values() for factor in p.kfac
     }
     assert not {shape[-2:] for shape in ours.seen - plain.seen} & frozen
+
+
+@pytest.mark.parametrize("form", ["ekfac", "kflr"])
+def test_dot_products_of_scaled_gradients_are_those_with_the_inverse_curvature(form):
+    """Of transposed convolutions, too, whose factors refer to the weight with its first two axes exchanged."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 2), nn.Tanh(), nn.ConvTranspose2d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)
+    ).double()
+    X, y, lossfunc = torch.rand(5, 2, 4, 4, dtype=torch.float64), torch.arange(5) % 3, nn.CrossEntropyLoss()
+    extend(model), extend(lossfunc)
+    with backpack(KFLR(), EKFAC(fisher="exact"), BatchGrad()):
+        lossfunc(model(X), y).backward()
+    scale, matrices, grads = {}, {}, {}
+    for name, p in model.named_parameters():
+        eigen, shifts = p.ekfac, [0.1] * len(p.kflr)
+        scale[name] = eigen.power(-0.5, 0.1) if form == "ekfac" else inv_sqrt_kfacs(p.kflr, shifts)
+        matrices[name] = eigen.power(-1, 0.1).dense() if form == "ekfac" else kfacs_to_mat(inv_kfacs(p.kflr, shifts))
+        grads[name] = (p.grad_batch.transpose(1, 2) if name == "2.weight" else p.grad_batch).flatten(1)
+    with backpack(ProjectedGrad(10**5, scale=scale)):
+        lossfunc(model(X), y).backward()
+    for name, p in model.named_parameters():
+        expected = grads[name] @ matrices[name] @ grads[name].T
+        assert torch.allclose(p.grad_projected @ p.grad_projected.T, expected, rtol=1e-9, atol=1e-14), name

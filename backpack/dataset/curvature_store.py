@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from backpack.dataset.checkpoint import State, read
 from backpack.dataset.store_files import file_of, file_of_run
 from backpack.modules.parameters import listed
+from backpack.utils.eigen import exchanges_axes
 from backpack.utils.kroneckers import Eigen, apply_inv_kfac_mat_prod, eigh_kfacs, pi_damping
 
 Curvature = Tensor | list[Tensor] | Eigen
@@ -166,7 +166,7 @@ class CurvatureStore(Mapping[str, Curvature]):
             if bool((damped == 0).any()):
                 raise ValueError(f"The diagonal for {name} has zeros: give a positive damping.")
             return (vectors / damped).to(vectors.dtype)
-        turned = _is_turned(name, result, self.shapes[name], known)
+        turned = exchanges_axes(name, result, self.shapes[name], known)
         rows = (vectors.transpose(1, 2) if turned else vectors).to(_first(result).dtype)
         columns = rows.flatten(1).T
         if isinstance(result, Eigen):
@@ -191,18 +191,3 @@ def _moved(result: Curvature, device: torch.device) -> Curvature:
     if isinstance(result, Eigen):
         return Eigen([basis.to(device) for basis in result.bases], result.eigenvalues.to(device))
     return [factor.to(device) for factor in result] if isinstance(result, list) else result.to(device)
-
-
-def _is_turned(name: str, result: list[Tensor] | Eigen, shape: torch.Size, known: bool | None) -> bool:
-    """Whether factors refer to a parameter with its first two axes exchanged, as those of transposed convolutions."""
-    sides = [len(factor) for factor in (result.bases if isinstance(result, Eigen) else result)]
-    if len(sides) < 2 or len(shape) < 3:
-        return False
-    plain = any(prod(shape[:axis]) == sides[0] for axis in range(1, len(shape)))
-    turned = sides[0] == shape[1]
-    if turned and plain and known is None:
-        raise ValueError(
-            f"It is not known whether {name}, of shape {list(shape)}, is the weight of a convolution or of a "
-            f"transposed one: let it belong to a torch.nn.Conv or ConvTranspose module, or use store[{name!r}]."
-        )
-    return turned and (not plain or bool(known))

@@ -9,13 +9,12 @@ from typing import Any
 from urllib.parse import quote
 
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from backpack.dataset.accumulated import Accumulated
 from backpack.dataset.checkpoint import Checkpoint, State
 from backpack.dataset.processes import Processes
 from backpack.dataset.randomness import Randomness
-from backpack.modules.parameters import info_of, listed
+from backpack.modules.parameters import is_transposed_kernel, listed
 from backpack.utils.kroneckers import Eigen
 
 REMEDY = "Give an empty folder as store=, or delete this one to begin anew."
@@ -88,7 +87,7 @@ class StoreFiles:
                     "samples": found.samples,
                     "grad": found.grad.get(name),
                     "shape": list(parameter.shape),
-                    "transposed": _is_transposed(parameter),
+                    "transposed": is_transposed_kernel(parameter),
                     "results": results,
                 }
             )
@@ -118,17 +117,3 @@ def _named(result: Any, savefield: str) -> Any:
         f"store= holds tensors, lists of tensors and eigendecompositions, and the results in .{savefield} are of type "
         f"{type(result).__name__}: leave store= out."
     )
-
-
-def _is_transposed(parameter: Tensor) -> bool | None:
-    """Whether the first two axes are exchanged in Kronecker factors; ``None``: its modules do not tell."""
-    info = info_of(parameter)
-    owners = [] if info is None else info.owners
-    plain = [
-        isinstance(module, _ConvTransposeNd)
-        for module in owners
-        if isinstance(module, _ConvNd)
-        and type(module).forward.__module__ == _ConvNd.__module__
-        and module._parameters.get("weight") is parameter
-    ]
-    return plain[0] if plain and len(plain) == len(owners) else None

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merge_batches import Joined
-from backpack.modules.parameters import name_of
+from backpack.modules.parameters import is_transposed_kernel, name_of
 from backpack.uses import Derived, Individual
+from backpack.utils.eigen import exchanges_axes
 from backpack.utils.kroneckers import Eigen, apply_kfac_mat_prod
 from backpack.utils.projections import KINDS, Projection, generator_of
 
@@ -124,14 +125,15 @@ class ProjectedGrad(BackpropExtension[Tensor]):
             return grads
         scale = self.scale[name]
 
+        is_kernel = is_transposed_kernel(parameter)
+        turned = not isinstance(scale, Tensor) and exchanges_axes(name, scale, parameter.shape, is_kernel)
+
         def multiplied(gradients: Tensor) -> Tensor:
             if isinstance(scale, Tensor):
                 return gradients * scale.to(gradients)
-            flat = gradients.reshape(len(gradients), -1).T
-            if isinstance(scale, Eigen):
-                own = Eigen([basis.to(flat) for basis in scale.bases], scale.eigenvalues.to(flat.real.dtype))
-                return own.apply(flat).T.reshape(gradients.shape)
-            return apply_kfac_mat_prod([factor.to(flat) for factor in scale], flat).T.reshape(gradients.shape)
+            rows = gradients.transpose(1, 2) if turned else gradients
+            found = _product(scale, rows.flatten(1).T if rows.dim() > 1 else rows[None])
+            return (found.T.reshape(rows.shape).transpose(1, 2) if turned else found.T.reshape(rows.shape)).contiguous()
 
         return Derived(grads, parameter, multiplied)
 
@@ -144,3 +146,10 @@ def _sizes(scale: Scale) -> torch.Size:
     if isinstance(scale, Tensor):
         return scale.shape
     return torch.Size([len(factor) for factor in (scale.bases if isinstance(scale, Eigen) else scale)])
+
+
+def _product(scale: list[Tensor] | Eigen, columns: Tensor) -> Tensor:
+    if isinstance(scale, Eigen):
+        own = Eigen([basis.to(columns) for basis in scale.bases], scale.eigenvalues.to(columns.real))
+        return own.apply(columns)
+    return apply_kfac_mat_prod([factor.to(columns) for factor in scale], columns)

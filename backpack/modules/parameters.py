@@ -9,6 +9,7 @@ from weakref import ref
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -83,3 +84,17 @@ SHARDED: Any = WeakTensorKeyDictionary()
 def trainable(module: Module) -> list[Tensor]:
     """The parameters of the module itself that receive gradients."""
     return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+
+
+def is_transposed_kernel(parameter: Tensor) -> bool | None:
+    """Whether a parameter is the weight of a transposed convolution; ``None``: its modules do not tell."""
+    info = info_of(parameter)
+    owners = [] if info is None else info.owners
+    plain = [
+        isinstance(module, _ConvTransposeNd)
+        for module in owners
+        if isinstance(module, _ConvNd)
+        and type(module).forward.__module__ == _ConvNd.__module__
+        and module._parameters.get("weight") is parameter
+    ]
+    return plain[0] if plain and len(plain) == len(owners) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -123,3 +124,25 @@ def eigh_kfacs(factors: Sequence[Tensor]) -> Eigen:
     for own in values[1:]:
         product = product.unsqueeze(-1) * own
     return Eigen(bases, product.to(factors[0].real.dtype))
+
+
+def exchanges_axes(name: str, factors: Sequence[Tensor] | Eigen, shape: torch.Size, known: bool | None) -> bool:
+    """Whether factors refer to a parameter with its first two axes exchanged, as those of transposed convolutions.
+
+    ``known``: whether the parameter is the weight of one, ``None`` if its modules do not tell.
+
+    Raises:
+        ValueError: It may be either.
+    """
+    sides = [len(factor) for factor in (factors.bases if isinstance(factors, Eigen) else factors)]
+    if len(sides) < 2 or len(shape) < 3:
+        return False
+    plain = any(prod(shape[:axis]) == sides[0] for axis in range(1, len(shape)))
+    turned = sides[0] == shape[1]
+    if turned and plain and known is None:
+        raise ValueError(
+            f"It is not known whether {name}, of shape {list(shape)}, is the weight of a convolution or of a "
+            f"transposed one: let it belong to a torch.nn.Conv or ConvTranspose module, or multiply by its factors "
+            f"yourself."
+        )
+    return turned and (not plain or bool(known))
