@@ -48,6 +48,7 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str, **options
         return _over_data(model, X, y, wanted)
     lossfunc = extend(nn.CrossEntropyLoss())
     model = extend(model, **options)
+    wanted = [(name, _with_directions(model, arguments)) for name, arguments in wanted]
     products = [PRODUCTS[name] for name, _ in wanted if name in PRODUCTS]
     vectors = [torch.ones_like(p) for p in model.parameters()]
 
@@ -72,6 +73,12 @@ def of_backpack(model: nn.Module, X: Tensor, y: Tensor, quantity: str, **options
         return [getattr(p, field) for field in fields for p in model.parameters() if p.requires_grad]
 
     return step
+
+
+def _with_directions(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    if "against" not in arguments:
+        return arguments
+    return {**arguments, "against": {p: torch.randn(arguments["against"], *p.shape) for p in model.parameters()}}
 
 
 def _over_data(model: nn.Module, X: Tensor, y: Tensor, wanted: Sequence[tuple[str, dict[str, Any]]]) -> Step:

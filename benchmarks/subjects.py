@@ -217,12 +217,15 @@ OF_ONE = ["plain", "BatchL2Grad", "BatchL2Grad alone", "ClippedGrad", "ClippedGr
 ONLY = {
     **dict.fromkeys(("Encoder", "WRN-16-4"), OF_ONE),
     "GPT, linear layers": ["plain", "KFAC expand alone"],
-    "GPT": ["plain", "nothing"],
+    "GPT": ["plain", "ProjectedGrad alone", "BatchDotGrad against directions alone"],
     "MLP 784-512-512-10": ["plain", "EKFAC over data set"],
 }
 """Networks for which only some quantities are measured."""
 
-SPECIAL = {"BatchL2Grad alone", "KFAC expand alone", "EKFAC over data set"}
+SPECIAL = {
+    *("BatchL2Grad alone", "ProjectedGrad alone", "BatchDotGrad against directions alone", "KFAC expand alone"),
+    "EKFAC over data set",
+}
 """Quantities that are measured only where the table above names them."""
 
 TOO_LARGE = {("All-CNN-C", "SqrtGGNExact"), ("All-CNN-C", "BatchDiagGGNExact"), ("All-CNN-C", "BatchDiagHessian")}
@@ -289,6 +292,9 @@ OVER_DATA = " over data set"
 
 PART = 128
 
+DIRECTIONS = 8
+"""How many directions dot products are with; a step draws them."""
+
 QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     PLAIN: [],
     EXTENDED: [],
@@ -300,6 +306,8 @@ QUANTITIES: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "SumGradSquared": [("SumGradSquared", {})],
     "Variance": [("Variance", {})],
     "BatchDotGrad": [("BatchDotGrad", {})],
+    "BatchDotGrad against directions" + ALONE: [("BatchDotGrad", {"against": DIRECTIONS})],
+    "ProjectedGrad" + ALONE: [("ProjectedGrad", {"dim": 256})],
     "ClippedGrad": [("ClippedGrad", {"max_norm": 1e-3})],
     "ClippedGrad" + ALONE: [("ClippedGrad", {"max_norm": 1e-3})],
     "BatchL2Grad, SumGradSquared, Variance": [("BatchL2Grad", {}), ("SumGradSquared", {}), ("Variance", {})],

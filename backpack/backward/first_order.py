@@ -35,7 +35,7 @@ class FirstOrderPass(Collector):
     def __init__(self, block: Block, prepared: Prepared) -> None:
         super().__init__(prepared)
         self.block = block
-        self.postponed: dict[Quantity, dict[Tensor, tuple[Contributions, Tensor]]] = {}
+        self.postponed: dict[Quantity, dict[Tensor, tuple[Contributions | Explicit, Tensor]]] = {}
         extensions = block.first_order
         self.is_simple = not (
             block.debug
@@ -158,7 +158,8 @@ class FirstOrderPass(Collector):
             grads.others = None if extension.against is None else contributions.individual(extension.against)
             if extension.needs_all_parameters:
                 measures = self.postponed.setdefault(extension, {})
-                measures[parameter] = contributions, extension.measure(grads)
+                kept = grads if isinstance(grads, Explicit) else contributions  # what is small need not be made again
+                measures[parameter] = kept, extension.measure(grads)
             else:
                 block.store(parameter, extension.savefield, extension.compute(grads))
 
@@ -192,7 +193,8 @@ class FirstOrderPass(Collector):
                 value = joint
                 if not extension.is_of_model:
                     with without_autocast(parameter.device):
-                        value = extension.compute_jointly(found.individual(extension.subset), joint)
+                        grads = found if isinstance(found, Explicit) else found.individual(extension.subset)
+                        value = extension.compute_jointly(grads, joint)
                 self.block.store(parameter, extension.savefield, value)
         self.postponed.clear()
 

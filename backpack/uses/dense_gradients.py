@@ -94,7 +94,10 @@ class Dense(Individual):
         return type(self)(inputs, grad, self.shape, self.flipped, unfold, *more)
 
     def scaled(self, factor: Tensor) -> Dense:
-        return replace(self, grad=self.grad * factor[:, None, None, None])
+        first, *others = self.inputs
+        if len(self.grad) == 1 and first.numel() > self.grad.numel():
+            return replace(self, grad=self.grad * factor[:, None, None, None])
+        return replace(self, inputs=(first * factor.reshape(-1, *[1] * (first.dim() - 1)), *others))
 
     def _directly(self) -> Tensor | None:
         """Individual gradients of one seed, where ``direct`` gives them."""
