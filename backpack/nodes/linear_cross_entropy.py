@@ -32,7 +32,7 @@ class Head:
 
     def probability(self, x: Tensor) -> Tensor:
         """``[r, i]`` to ``[r, classes]``; of data types of 16 bits in ``float32``."""
-        logits = F.linear(x, self.matrix, self.bias)
+        logits = F.linear(x.to(self.matrix.dtype), self.matrix, self.bias)
         return (logits.float() if logits.element_size() < 4 else logits).softmax(1)
 
     def from_target(self, outer: Tensor, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:

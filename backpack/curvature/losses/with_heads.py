@@ -55,7 +55,7 @@ def has_codes(call: LossCall, seeds: str) -> bool:
 
 
 def _logits(loss: Any, x: Tensor) -> Tensor:
-    logits: Tensor = loss.linear(x)
+    logits: Tensor = loss.linear(x.to(loss.linear.weight.dtype))
     return logits.reshape(*x.shape[:-1], loss.num_classes, *loss.out_features)
 
 
