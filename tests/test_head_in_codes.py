@@ -345,18 +345,20 @@ def test_under_autocast_and_in_16_bits(options, drawn):
     for is_half in (False, True):
         drawn.clear()
         own = Second.of(OPTIONS[options](), "mean")
-        exact = Second(own.body, own.loss, own.x, own.y)
         extend(own.body.to(torch.bfloat16 if is_half else torch.float32)), extend(own.loss.to(own.body.linear.weight))
-        with backpack(SqrtGGNMC(), BatchGrad()):
+        with backpack(SqrtGGNMC(), BatchGrad(), DiagGGNExact()):
             with torch.autocast("cpu", torch.bfloat16, enabled=not is_half):
                 value = own.run()
             value.backward()
-        found = [p.sqrt_ggn_mc.double() for p in own.parameters]
         assert all(p.sqrt_ggn_mc.dtype == p.dtype for p in own.parameters)
+        found = [[p.sqrt_ggn_mc, p.grad_batch, p.diag_ggn_exact] for p in own.parameters]
         own.body.double(), own.loss.double()
-        truth, _, _ = columns(exact, drawn[0])
-        for column, expected in zip(found, truth.values(), strict=True):
-            assert close(column, expected, rtol=0.05)
+        truth, _, _ = columns(own, drawn[0])
+        with backpack(BatchGrad(), DiagGGNExact()):
+            own.run().backward()
+        for p, results in zip(own.parameters, found, strict=True):
+            for result, expected in zip(results, (truth[p], p.grad_batch, p.diag_ggn_exact), strict=True):
+                assert close(result.double(), expected, rtol=0.05)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
