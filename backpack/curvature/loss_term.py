@@ -121,38 +121,38 @@ class Origin:
     module_io: dict[Node, list[Any]] = field(default_factory=dict)
     """The calls of modules, by the node that computed their output, if a block reads them."""
 
-    def run(self, block: Block) -> None:
-        """Compute the second-order extensions of a block."""
+    def run(self, block: Block, chosen: Sequence[Any], last: bool = True) -> None:
+        """Compute those second-order extensions of a block that are chosen; ``last``: there are no others left."""
         with undisturbed([term.call.input for term in self.terms]):
-            self._run(block)
+            self._run(block, chosen, last)
 
-    def _run(self, block: Block) -> None:
+    def _run(self, block: Block, chosen: Sequence[Any], last: bool) -> None:
         for term in self.terms:
             self._check(term, block.loss_factor)
         roots = list(modules_of(self.notes))
-        for extension in block.second_order:
+        for extension in chosen:
             if extension.backprop != "sqrt" and any(is_fully_sharded(m) for root in roots for m in root.modules()):
                 raise RuntimeError(
                     f"{type(extension).__name__} needs parts of the graph by themselves, for which fully_shard() does "
                     f"not gather parameters. Use a model without it, or another extension."
                 )
-        if any(extension.semidefinite for extension in block.second_order):
+        if any(extension.semidefinite for extension in chosen):
             notices = []
             for term in self.terms:
                 term.root.require_semidefinite()
                 notices.append(term.root.notice)
-            if any(extension.seeds != "gradient" for extension in block.second_order):
+            if any(extension.seeds != "gradient" for extension in chosen):
                 for notice in dict.fromkeys(filter(None, notices)):
                     warnings.warn(notice, stacklevel=2)
         groups: dict[Any, list[Any]] = {}
-        for extension in block.second_order:
+        for extension in chosen:
             how = (extension.seeds, extension.mc_samples, extension.chunk_size, extension.whole, extension.backprop)
             key = (extension.subset.key, *how)
             groups.setdefault(key, []).append(extension)
         for place, extensions in enumerate(groups.values()):
-            last = place == len(groups) - 1 and not block.first_order and not block.with_rules
+            is_last = last and place == len(groups) - 1 and not block.first_order and not block.with_rules
             with without_autocast(self.terms[0].call.input.device):
-                PASSES[extensions[0].backprop](block, extensions, self, last).run()
+                PASSES[extensions[0].backprop](block, extensions, self, is_last).run()
 
     def _check(self, term: Term, factor: float) -> None:
         call, outer = term.call, term.outer

@@ -21,6 +21,7 @@ from backpack.backward.block import Block
 from backpack.backward.collector import Prepared
 from backpack.curvature.columns import Columns
 from backpack.curvature.loss_term import PASSES, Origin, Term, fewer
+from backpack.curvature.losses.in_codes import classes_in_codes
 from backpack.curvature.rerun import agree, output_of, outputs_again
 from backpack.curvature.spliced_graph import SplicedGraph
 from backpack.extensions.interface import Curvature, without_rules
@@ -154,9 +155,10 @@ class SeedPass:
 
     @property
     def widest(self) -> int:
-        """Entries of the largest output of a node that uses parameters."""
+        """Entries of the largest output of a node that uses parameters; those in codes are made for one sample."""
         sizes = [torch.Size(shape_of(node, 0)).numel() for node in self.prepared.plan.uses]
-        return max(sizes, default=1)
+        coded = [term.call.input.shape[0] * classes_in_codes(term.call.loss) // max(1, self.n) for term in self.terms]
+        return max(*sizes, *coded, 1)
 
     @property
     def _entries_pulled_through(self) -> int:
@@ -210,8 +212,8 @@ class SeedPass:
         if first.seeds == "gradient":
             return term.root.weighed(term.grad())[None]
         if first.seeds == "sampled":
-            drawn = [term.root.sampled() for _ in range(start, stop)]
-            return torch.stack(drawn) / first.mc_samples**0.5 if first.mc_samples > 1 else drawn[0][None]
+            drawn = term.root.drawn(stop - start)
+            return drawn / first.mc_samples**0.5 if first.mc_samples > 1 else drawn
         return getattr(term.root, first.seeds)(start, stop)
 
     @cached_property

@@ -48,12 +48,17 @@ def nodes(starts: Iterable[GradientEdge], instead: Instead | None = None) -> lis
 
 def is_looped(node: Node) -> bool:
     """Whether a node is looped over by PyTorch, or has to be."""
-    return kind(node) in LOOPED or isinstance(node, BackwardCFunction)
+    return kind(node) in LOOPED or _is_custom(node)
 
 
 def must_loop(graph: Iterable[Node]) -> bool:
     """Whether pull-backs through one of the nodes of a graph are looped as a whole."""
-    return any(kind(node) in WRONG or isinstance(node, BackwardCFunction) for node in graph)
+    return any(kind(node) in WRONG or _is_custom(node) for node in graph)
+
+
+def _is_custom(node: Node) -> bool:
+    """Whether a node is of a custom function that does not say that its ``backward`` is for ``torch.vmap`` as well."""
+    return isinstance(node, BackwardCFunction) and not getattr(node._forward_cls, "takes_several", False)
 
 
 def counts_backward_passes(edge: GradientEdge) -> bool:

@@ -14,6 +14,7 @@ from backpack.memory import at_a_time
 from backpack.samples import Rows
 from backpack.uses.base import Individual, accumulate
 from backpack.uses.complex_numbers import conjugated
+from backpack.uses.dense_factors import DenseMap
 from backpack.uses.dense_gradients import Dense
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
@@ -51,7 +52,8 @@ class InChunks(Individual):
         found = self.make(self.start, self.stop)
         return found if self.weights is None else found.weighted(self.weights)
 
-    def _parts(self) -> Iterator[Individual]:
+    def parts(self) -> Iterator[Individual]:
+        """Those of a few samples at a time."""
         samples = self.stop - self.start
         for start in range(0, samples, self.step):
             yield self.narrow(start, min(start + self.step, samples))
@@ -59,7 +61,7 @@ class InChunks(Individual):
     def prepare(self, names: Any) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self._known]
         collected: dict[str, list[Tensor]] = {name: [] for name in missing}
-        for part in self._parts() if missing else ():
+        for part in self.parts() if missing else ():
             part.prepare(missing)
             for name in missing:
                 value = getattr(part, name)()
@@ -72,7 +74,7 @@ class InChunks(Individual):
             self._known[name] = values[0] if len(values) == 1 else torch.cat(values, axis)
 
     def _dense(self) -> Tensor:
-        return torch.cat([part.dense() for part in self._parts()], 1)
+        return torch.cat([part.dense() for part in self.parts()], 1)
 
     def scaled(self, factor: Tensor) -> Individual:
         def make(start: int, stop: int) -> Individual:
@@ -81,15 +83,67 @@ class InChunks(Individual):
         return replace(self, make=make)
 
     def projected(self, rows: Tensor | None, columns: Tensor | None, sizes: tuple[int, int]) -> Tensor:
-        return torch.cat([part.projected(rows, columns, sizes) for part in self._parts()], 1)
+        return torch.cat([part.projected(rows, columns, sizes) for part in self.parts()], 1)
 
     def dots(self, other: Individual) -> Tensor:
         if isinstance(other, Explicit):
-            return torch.cat([part.dots(other) for part in self._parts()], 1)
+            return torch.cat([part.dots(other) for part in self.parts()], 1)
         return super().dots(other)
 
     def maps(self) -> Sequence[LinearMap]:
         return self.whole.maps()
+
+
+@dataclass(eq=False)
+class RowsInChunks(InChunks):
+    """Those of the matrix of a linear map. ``inputs`` has the map's inputs of all samples, without their cotangents."""
+
+    inputs: Dense | None = None
+
+    def maps(self) -> Sequence[LinearMap]:
+        return [MapInChunks(self)]
+
+
+@dataclass(eq=False)
+class MapInChunks(LinearMap):
+    """A linear map with the gradients of its matrix, of which the cotangents are made for a few samples at a time."""
+
+    grads: RowsInChunks
+
+    def __post_init__(self) -> None:
+        start, stop, inputs = self.grads.start, self.grads.stop, self.grads.inputs
+        assert inputs is not None
+        part = inputs.narrow(start, stop)
+        part.filled = None if inputs.filled is None else inputs.filled[start:stop]
+        self.inputs = DenseMap(part)
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.grads.shape[0], self.grads.shape[1:].numel()
+
+    @property
+    def ranks(self) -> tuple[int, int]:  # type: ignore[override]
+        rows = self.inputs.ranks[1]
+        return self.grads.seeds * rows, rows
+
+    def output_factor(self, approx: str | None) -> Tensor:
+        terms: list[Tensor] = []
+        for part in self.grads.parts():
+            (own,) = part.maps()
+            accumulate(terms, own.output_factor(approx))
+        return terms[0]
+
+    def input_factor(self, approx: str | None, scale: float = 1.0) -> Tensor:
+        return self.inputs.input_factor(approx, scale)
+
+    def rotated(self, rows: Tensor, columns: Tensor) -> InChunks:
+        def make(start: int, stop: int) -> Individual:
+            (own,) = self.grads.make(start, stop).maps()
+            return own.rotated(rows, columns)
+
+        own = self.grads
+        shape = torch.Size((rows.shape[1], columns.shape[1]))
+        return InChunks(make, shape, own.seeds, own.start, own.stop, own.step, own.device, own.is_complex)
 
 
 @dataclass(eq=False)
@@ -130,4 +184,9 @@ class RowsUse(Use):
 
         outputs = shape[0] if shape else 1
         step = max(1, at_a_time("cotangents", outer.device) // max(1, seeds * positions * outputs))
-        return InChunks(make, shape, seeds, 0, samples, step, outer.device, dtype.is_complex)
+        if self.is_shift:
+            return InChunks(make, shape, seeds, 0, samples, step, outer.device, dtype.is_complex)
+        none = torch.zeros((), dtype=dtype, device=outer.device).expand(1, samples, 1, positions, 1)
+        inputs = Dense((conjugated(given[0].to(dtype)).unsqueeze(1),), none, shape)
+        inputs.filled = filled if filled is None else filled.to(outer.device, dtype.to_real())
+        return RowsInChunks(make, shape, seeds, 0, samples, step, outer.device, dtype.is_complex, inputs)

@@ -54,6 +54,11 @@ class LossRoot(ABC):
     def sampled(self) -> Tensor:
         """A random column, ``[n, d]``, whose outer product has the Hessian as its expectation."""
 
+    def drawn(self, count: int) -> Tensor:
+        """Random columns, ``[v, n, d]``, one after the other as ``sampled`` gives them."""
+        columns = [self.sampled() for _ in range(count)]
+        return torch.stack(columns) if count > 1 else columns[0][None]
+
     @abstractmethod
     def weighed(self, grad: Tensor) -> Tensor:
         """The gradient of the loss, ``[n, d]``, divided by the square root of the weight that each term has in it.

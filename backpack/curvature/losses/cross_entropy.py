@@ -91,12 +91,42 @@ class SoftmaxRoot(LossRoot):
         return divided(grad, weight)
 
     def sampled(self) -> Tensor:
-        reached = self.probability.detach().cumsum(2).contiguous()
-        whole = reached[..., -1:]
-        point = torch.rand_like(whole).mul_(whole)
-        drawn = torch.searchsorted(reached, point, right=True).clamp_(max=self.classes - 1)  # not a number: the last
+        drawn = drawn_from(self.probability.detach(), torch.rand_like(self.probability[..., :1]))
         column = self.probability.scatter_add(2, drawn, self.probability.new_full(drawn.shape, -1))
         return self._restore(column * self.weight.sqrt().unsqueeze(2))
+
+
+def drawn_from(probability: Tensor, points: Tensor) -> Tensor:
+    """Classes ``[..., v]`` of these probabilities ``[..., c]``, as uniformly distributed points ``[..., v]`` say."""
+    reached = probability.cumsum(-1).contiguous()
+    points = points.to(reached.dtype) * reached[..., -1:]
+    index = torch.searchsorted(reached, points, right=True)
+    return index.clamp_(max=probability.shape[-1] - 1)  # where they are not a number: the last
+
+
+def weights_of_terms(loss: Any, target: Tensor, classes: int, outer: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the curvature of each position is multiplied by in the loss: zero where it is ignored."""
+    weight, smoothing = None if loss.weight is None else loss.weight.to(dtype), loss.label_smoothing
+    if target.is_floating_point():
+        share = (1 - smoothing) * target + smoothing / classes
+        mass = (share if weight is None else share * weight.reshape(-1, *[1] * (target.dim() - 2))).sum(1)
+        count: Tensor | int = mass.numel()
+    else:
+        counted = target != loss.ignore_index
+        if weight is None:
+            mass = own = counted.to(dtype)
+        else:
+            own = weight[target.where(counted, target.new_zeros(()))] * counted
+            mass = (1 - smoothing) * own + smoothing / classes * weight.sum() * counted
+        count = own.sum()
+    if loss.reduction == "mean":
+        return mass / count
+    return mass * outer if outer.dim() else mass  # weights of entries that are not reduced
+
+
+def may_be_negative(loss: Any, target: Tensor, outer: Tensor) -> bool:
+    """Whether ``weights_of_terms`` may be."""
+    return loss.weight is not None or target.is_floating_point() or outer.dim() > 0
 
 
 @root_of(CrossEntropyLoss)
@@ -109,23 +139,7 @@ def cross_entropy(
         sample = layout.owners(input.shape, torch.device("cpu")).max()
         input, target, layout = input[None], target[None], found_layout(layout.n, sample.reshape(1, 1))
     classes = input.shape[min(1, input.dim() - 1)]
-    weight, smoothing = None if loss.weight is None else loss.weight.to(input.dtype), loss.label_smoothing
-    if target.is_floating_point():
-        share = (1 - smoothing) * target + smoothing / classes
-        mass = (share if weight is None else share * weight.reshape(-1, *[1] * (input.dim() - 2))).sum(1)
-        count: Tensor | int = mass.numel()
-    else:
-        counted = target != loss.ignore_index
-        if weight is None:
-            mass = own = counted.to(input.dtype)
-        else:
-            own = weight[target.where(counted, target.new_zeros(()))] * counted
-            mass = (1 - smoothing) * own + smoothing / classes * weight.sum() * counted
-        count = own.sum()
-    if loss.reduction == "mean":
-        mass = mass / count
-    elif outer.dim():  # weights of entries that are not reduced
-        mass = mass * outer
+    mass = weights_of_terms(loss, target, classes, outer, input.dtype)
     split = layout.split(input)
     axis = layout.split_sizes([2 if axis == 1 else 0 for axis in range(input.dim())]).index(2)
     of_targets = layout.moved([axis for axis in range(input.dim()) if axis != 1])
@@ -136,5 +150,5 @@ def cross_entropy(
         of_targets.split(mass).reshape(len(split), -1),
         split.shape,
         axis,
-        signed=weight is not None or target.is_floating_point() or outer.dim() > 0,
+        signed=may_be_negative(loss, target, outer),
     )

@@ -1,4 +1,4 @@
-"""Rules for losses that are one node, where they are not reduced to a number."""
+"""Rules for losses that are one node, where they are not reduced to a number, and for what takes their place."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def elementwise_loss(out: Output) -> list[AnyLayout | None]:
     if not out.shape:
         raise Unknown
     return out.each(lambda k: broadcast(out, k))
+
+
+@rule("HeadInCodes")
+def of_rows(out: Output) -> list[AnyLayout | None]:
+    """The function of ``nodes/linear_cross_entropy.py`` from rows and a head to a matrix with as many rows."""
+    return [out.layout.moved([0, None])]
