@@ -148,8 +148,12 @@ class Dense(Individual):
         for start in range(0, n, step):
             x = self.x if step >= n else self.narrow(start, start + step).x
             left, right = (x, grad[start : start + step]) if self.flipped else (grad[start : start + step], x)
-            left, right = (rows.transpose(0, 1).flatten(1, 2) for rows in (left, right))
-            accumulate(terms, product(torch.bmm, left.mT, right, (g, left.shape[2], right.shape[2])))
+            order = (1, 2, 0, 3) if left.stride(2) > left.stride(0) else (1, 0, 2, 3)  # that in memory: no copies
+            left, right = (rows.permute(order).flatten(1, 2) for rows in (left, right))
+            if g == 1:
+                accumulate(terms, product(torch.mm, left[0].T, right[0], (left.shape[2], right.shape[2]))[None])
+            else:
+                accumulate(terms, product(torch.bmm, left.mT, right, (g, left.shape[2], right.shape[2])))
         return self._to_parameter(terms[0].mT if self.flipped else terms[0])
 
     @property
