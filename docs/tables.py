@@ -82,4 +82,6 @@ def write(folder: Path) -> None:
     for part in (forms, losses, quantities):
         (folder / f"{part.__name__}.md").write_text(part())
     report.write(read(RESULTS / "costs.json"), folder)
+    for name in ("transformers", "growth"):
+        report.write(read(RESULTS / f"{name}.json"), folder / name)
     (folder / "benchmark_agreement.md").write_text(report.agreement(read(RESULTS / "agreement.json", Difference)))

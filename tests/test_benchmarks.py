@@ -117,8 +117,9 @@ def test_models_of_the_benchmarks_have_the_size_that_their_names_say(modules):
     assert sum(p.numel() for p in subjects.wide_resnet().parameters()) == pytest.approx(2.7e6, rel=0.05)
 
 
-def test_stored_cells_are_of_known_networks_and_have_a_number_or_an_error(modules):
-    results = modules["result_file"].read(BENCHMARKS / "results" / "costs.json")
+@pytest.mark.parametrize("file", ["costs.json", "transformers.json", "growth.json"])
+def test_stored_cells_are_of_known_networks_and_have_a_number_or_an_error(file, modules):
+    results = modules["result_file"].read(BENCHMARKS / "results" / file)
     networks, quantities = modules["subjects"].NETWORKS, modules["subjects"].QUANTITIES
     for cell in results.cells:
         assert networks[cell.network].batch == cell.batch and cell.quantity in quantities
@@ -133,6 +134,8 @@ def test_the_page_of_benchmarks_is_drawn_from_the_stored_results(modules, tmp_pa
     stored = BENCHMARKS / "results"
     results = result_file.read(stored / "costs.json")
     report.write(results, tmp_path)
+    for name in ("transformers", "growth"):
+        report.write(result_file.read(stored / f"{name}.json"), tmp_path / name)
     agreement = report.agreement(result_file.read(stored / "agreement.json", result_file.Difference))
     (tmp_path / "benchmark_agreement.md").write_text(agreement)
     page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
