@@ -149,6 +149,8 @@ def input_layouts(node: Node, edges: Sequence[Any], layout: AnyLayout, number: i
     Raises:
         Unknown: Only a coded pass can tell.
     """
+    if len(edges) == 1 and edges[0][0] is None:  # as a view has that was changed in place
+        return [None]
     found = RULES.get(kind(node))
     if found is None or (found not in _FOR_SEVERAL_AXES and len(layout.axes) > 1):
         raise Unknown
