@@ -52,6 +52,7 @@ from backpack.extensions import (
     WeightedGrad,
 )
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.utils.kroneckers import kfacs_to_mat
 
 NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
 SCRIPT = str(Path(__file__).with_name("resumed_in_parts.py"))
@@ -728,3 +729,32 @@ def test_the_interface_without_a_form_of_its_own_counts_entries():
     assert EKFAC().entries(torch.empty(3, 4)) == 9 + 16 + 12 and KFLR().entries(torch.empty(())) == 1
     assert KFLR().entries(torch.empty(50_000, 2)) == 50_000 + 4 and KFLR().entries(torch.empty(0, 4)) == 0
     assert WeightedGrad(torch.ones(2)).entries(torch.empty(3, 4)) == 12
+
+
+def test_products_are_defined_for_parameters_without_axes(tmp_path):
+    """Their vectors have one axis, which counts them."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x):
+            return self.linear(x) * self.scale
+
+    _, lossfunc, X, y = problem()
+    model = Scaled().double()
+    found = accumulate(model, lossfunc, [(X, y)], KFLR())
+    matrices = {name: kfacs_to_mat(factors) for name, factors in found["kflr"].items()}
+    accumulate(model, lossfunc, [(X, y)], KFLR(), store=tmp_path)
+    vectors = {name: torch.randn(3, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
+    flat = {name: v.reshape(3, v[0].numel()) for name, v in vectors.items()}
+    solved = {
+        name: torch.linalg.solve(m + 0.1 * torch.eye(len(m), dtype=m.dtype), flat[name].T).T
+        for name, m in matrices.items()
+    }
+    store = CurvatureStore(tmp_path)
+    for name, own in store.inverse_product(vectors, 0.1).items():
+        assert torch.allclose(own, solved[name].reshape(own.shape), rtol=1e-9), name
+    expected = sum(flat[name] @ solved[name].T for name in flat)
+    assert torch.allclose(store.inner_products(vectors, vectors, 0.1), expected, rtol=1e-9)

@@ -12,10 +12,10 @@ from torch.nn import Module
 from backpack.curvature.loss_term import Term, modules_of
 from backpack.curvature.nodes_without_vmap import is_reordered
 from backpack.curvature.rerun import agree, output_of
-from backpack.curvature.residuals.nodes import is_batch_norm, is_fused_node
+from backpack.curvature.residuals.nodes import has_wrong_second, is_batch_norm, is_fused_node
 from backpack.curvature.seeds import SeedPass
 from backpack.curvature.spliced_graph import SplicedGraph, place_of
-from backpack.graph import kind, variable_of
+from backpack.graph import variable_of
 from backpack.modules.calls import Note
 from backpack.modules.thread_state import muted
 from backpack.samples import AnyLayout, Subset
@@ -95,7 +95,7 @@ class DoubleBackwardPass(SeedPass):
 
     def _refuse_wrong(self) -> None:
         """Raise where a function is left whose second derivatives are wrong in PyTorch."""
-        if any(kind(node) == "WeightNormInterface" for node in self.spliced.nodes):
+        if has_wrong_second(self.spliced.nodes):
             raise RuntimeError(
                 f"{self._name}: PyTorch's second derivatives of weight normalization are wrong, and a normalized "
                 f"weight was computed outside of the modules' forward passes. Compute it in the forward pass, or "

@@ -151,5 +151,5 @@ def refuse_wrong_third(nodes: Sequence[torch.autograd.graph.Node], name: str) ->
 
 
 def signs_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Random signs."""
+    """Random signs of this shape, on the device and in the data type of a tensor."""
     return torch.randint(0, 2, shape, device=tensor.device).to(tensor.dtype) * 2 - 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from backpack.dataset.checkpoint import State, read
 from backpack.dataset.store_files import file_of, file_of_run
 from backpack.modules.parameters import listed
-from backpack.utils.eigen import exchanges_axes
+from backpack.utils.eigen import applied_to_vectors, exchanges_axes
 from backpack.utils.kroneckers import Eigen, apply_inv_kfac_mat_prod, eigh_kfacs, pi_damping
 
 Curvature = Tensor | list[Tensor] | Eigen
@@ -135,7 +135,8 @@ class CurvatureStore(Mapping[str, Curvature]):
         few, many = (left, right) if _count(left) < _count(right) else (right, left)
         total: Tensor | None = None
         for name, own in few.items():
-            solved, other = self._solve(name, own, damping, factored).flatten(1), many[name].flatten(1)
+            pair = self._solve(name, own, damping, factored), many[name]
+            solved, other = (vectors.reshape(len(vectors), self.shapes[name].numel()) for vectors in pair)
             term = solved.conj() @ other.T if few is left else other.conj() @ solved.T
             total = term if total is None else total + term
         assert total is not None
@@ -167,16 +168,14 @@ class CurvatureStore(Mapping[str, Curvature]):
                 raise ValueError(f"The diagonal for {name} has zeros: give a positive damping.")
             return (vectors / damped).to(vectors.dtype)
         turned = exchanges_axes(name, result, self.shapes[name], known)
-        rows = (vectors.transpose(1, 2) if turned else vectors).to(_first(result).dtype)
-        columns = rows.flatten(1).T
-        if isinstance(result, Eigen):
-            solved = result.apply_inverse(columns, damping)
-        elif factored:
-            solved = apply_inv_kfac_mat_prod(result, columns, pi_damping(result, damping))
-        else:
-            solved = eigh_kfacs(result).apply_inverse(columns, damping)
-        answer = solved.T.reshape(rows.shape).to(vectors.dtype)
-        return answer.transpose(1, 2) if turned else answer
+
+        def solved(columns: Tensor) -> Tensor:
+            if isinstance(result, list) and factored:
+                return apply_inv_kfac_mat_prod(result, columns, pi_damping(result, damping))
+            eigen = eigh_kfacs(result) if isinstance(result, list) else result
+            return eigen.apply_inverse(columns, damping)
+
+        return applied_to_vectors(solved, vectors.to(_first(result).dtype), turned).to(vectors.dtype)
 
 
 def _count(vectors: Mapping[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""The passes over a data set: for one part of the parameters after the other."""
+"""Runs the passes of ``accumulate()`` over the data set, for one part of the parameters after the other."""
 
 from __future__ import annotations
 

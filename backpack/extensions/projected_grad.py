@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.merge_batches import Joined
 from backpack.modules.parameters import is_transposed_kernel, name_of
 from backpack.uses import Derived, Individual
-from backpack.utils.eigen import exchanges_axes
+from backpack.utils.eigen import applied_to_vectors, exchanges_axes
 from backpack.utils.kroneckers import Eigen, apply_kfac_mat_prod
 from backpack.utils.projections import KINDS, Projection, generator_of
 
@@ -131,9 +132,7 @@ class ProjectedGrad(BackpropExtension[Tensor]):
         def multiplied(gradients: Tensor) -> Tensor:
             if isinstance(scale, Tensor):
                 return gradients * scale.to(gradients)
-            rows = gradients.transpose(1, 2) if turned else gradients
-            found = _product(scale, rows.flatten(1).T if rows.dim() > 1 else rows[None])
-            return (found.T.reshape(rows.shape).transpose(1, 2) if turned else found.T.reshape(rows.shape)).contiguous()
+            return applied_to_vectors(partial(_product, scale), gradients, turned).contiguous()
 
         return Derived(grads, parameter, multiplied)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from backpack.graph import kind, read
+from backpack.curvature.residuals.nodes import has_wrong_second
+from backpack.graph import read
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -69,7 +70,7 @@ def refuse_wrong_second(f: Tensor) -> None:
     Raises:
         RuntimeError: Those of a function are.
     """
-    if f.requires_grad and any(kind(node) == "WeightNormInterface" for node in read([get_gradient_edge(f)]).order):
+    if f.requires_grad and has_wrong_second(read([get_gradient_edge(f)]).order):
         raise RuntimeError(
             "PyTorch's second derivatives of weight normalization are wrong: run the forward pass inside "
             "backpack.hessianfree.TwiceDifferentiable(), which writes the function out."

@@ -92,13 +92,11 @@ class HeadInCodes(torch.autograd.Function):
         return scale.to(x.dtype).unsqueeze(1) * (mean - F.embedding(index, matrix)), None, None
 
 
-def weights_of(target: Tensor, ignore_index: int, weight: Tensor | None, reduction: str, like: Tensor) -> Tensor:
-    """What the term of each row is multiplied by in the loss: zero if it is ignored."""
+def weights_of_targets(target: Tensor, ignore_index: int, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight of each target's class: one without class weights, zero where the target is ignored."""
     counted = target != ignore_index
-    own = counted.to(like.dtype)
-    if weight is not None:
-        own = own * weight.to(like.dtype)[target.where(counted, target.new_zeros(()))]
-    return own / own.sum() if reduction == "mean" else own
+    own = counted.to(dtype)
+    return own if weight is None else own * weight.to(dtype)[target.where(counted, target.new_zeros(()))]
 
 
 def _use(place: Place, head: Head, rows: tuple[Tensor, Tensor, Tensor]) -> Use | None:
@@ -116,7 +114,8 @@ def summed(place: Place) -> Use | None:
     loss, (target,) = call.loss, call.further_arguments
     x, target = torch.atleast_2d(call.input.detach()), target.reshape(-1)
     ignored = -100 if loss.ignore_index is None else int(loss.ignore_index)  # type: ignore[arg-type]
-    weight = weights_of(target, ignored, loss.weight, str(loss.reduction), x)  # type: ignore[arg-type]
+    weight = weights_of_targets(target, ignored, loss.weight, x.dtype)  # type: ignore[arg-type]
+    weight = weight / weight.sum() if loss.reduction == "mean" else weight
     return _use(place, head_of(loss), (x, target, weight))
 
 
@@ -124,7 +123,7 @@ def summed(place: Place) -> Use | None:
 def by_rows(place: Place) -> Use | None:
     x, matrix, target, bias, weight = place.node.saved_tensors  # type: ignore[attr-defined]
     ignored = place.node._ignore_index  # type: ignore[attr-defined]
-    return _use(place, Head(matrix, bias), (x, target, weights_of(target, ignored, weight, "none", x)))
+    return _use(place, Head(matrix, bias), (x, target, weights_of_targets(target, ignored, weight, x.dtype)))
 
 
 @form(HeadInCodes)

@@ -1,4 +1,4 @@
-"""Where samples lie above the outputs of modules: in losses with parameters, and in chunks of rows.
+"""Finds the samples in what is computed from outputs of modules with parameters: heads in losses, chunks of rows.
 
 A row there belongs to the sample that all of what it sends on to the outputs of modules belongs to.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from math import prod
 from typing import NamedTuple
@@ -146,3 +146,10 @@ def exchanges_axes(name: str, factors: Sequence[Tensor] | Eigen, shape: torch.Si
             f"yourself."
         )
     return turned and (not plain or bool(known))
+
+
+def applied_to_vectors(product: Callable[[Tensor], Tensor], vectors: Tensor, exchanged: bool) -> Tensor:
+    """A product with columns ``[D, V]``, of vectors ``[V, *p]``; ``exchanged``: of their first two axes exchanged."""
+    rows = vectors.transpose(1, 2) if exchanged else vectors
+    found = product(rows.reshape(len(rows), prod(rows.shape[1:])).T).T.reshape(rows.shape)
+    return found.transpose(1, 2) if exchanged else found

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
 from backpack.curvature.losses.base import LossRoot, divided, root_of
+from backpack.nodes.linear_cross_entropy import weights_of_targets
 from backpack.samples import AnyLayout, found_layout
 
 
@@ -112,11 +113,9 @@ def weights_of_terms(loss: Any, target: Tensor, classes: int, outer: Tensor, dty
         mass = (share if weight is None else share * weight.reshape(-1, *[1] * (target.dim() - 2))).sum(1)
         count: Tensor | int = mass.numel()
     else:
-        counted = target != loss.ignore_index
-        if weight is None:
-            mass = own = counted.to(dtype)
-        else:
-            own = weight[target.where(counted, target.new_zeros(()))] * counted
+        mass = own = weights_of_targets(target, loss.ignore_index, weight, dtype)
+        if weight is not None:
+            counted = target != loss.ignore_index
             mass = (1 - smoothing) * own + smoothing / classes * weight.sum() * counted
         count = own.sum()
     if loss.reduction == "mean":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch.autograd.graph import Node
 
 from backpack.graph import is_complex, kind, signed
@@ -35,15 +37,23 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 WRONG_THIRD = frozenset(["NativeLayerNorm", "SpecialI1", "SpecialI1E"])
 """PyTorch's third derivatives of these are wrong: their double backward takes saved tensors for constants."""
 
+WRONG_SECOND = "WeightNormInterface"
+"""PyTorch's second derivatives of this are wrong: they take the norms for constants."""
+
 FUSED = (
     *("ScaledDotProduct", "CudnnRnn", "MiopenRnn", "MkldnnRnnLayer", "ThnnFusedLstmCell", "ThnnFusedGruCell"),
     "CompiledFunction",
-    "WeightNormInterface",
+    WRONG_SECOND,
 )
 """How the names of nodes begin that have no second derivatives in PyTorch, or wrong ones, but can be replaced."""
 
 
 BATCH_NORM = ("NativeBatchNorm", "CudnnBatchNorm")
+
+
+def has_wrong_second(nodes: Iterable[Node]) -> bool:
+    """Whether PyTorch's second derivatives of one of the nodes are wrong."""
+    return any(kind(node) == WRONG_SECOND for node in nodes)
 
 
 def is_fused_node(node: Node) -> bool:
