@@ -29,6 +29,7 @@ BUILT_IN = (
 not know any others, so that scripts for it register rules for them."""
 
 
+E = TypeVar("E", bound="BackpropExtension[Any]")
 Result = TypeVar("Result")
 """The type of a parameter's result."""
 
@@ -122,18 +123,21 @@ class BackpropExtension(Quantity, Generic[Result]):
         """The samples that contribute, as they were given; ``None`` for all."""
         return self.subset.given
 
+    def with_subset(self: E, subset: Subset) -> E:
+        """The same extension, of other samples."""
+        part = copy.copy(self)
+        part.subset = subset
+        return part
+
     def among(self, samples: int) -> BackpropExtension:
         """The same extension, for passes in which entries that belong to no sample count as one sample more."""
-        part = copy.copy(self)
-        part.subset = Subset(self.subset.given, samples)
+        part = self.with_subset(Subset(self.subset.given, samples))
         part.against = None if self.against is None else Subset(self.against.given, samples)
         return part
 
     def on_batch(self, share: BatchShare) -> BackpropExtension:
         """What to compute of one batch of a data set, whose results are merged as its ``batches`` says."""
-        part = copy.copy(self)
-        part.subset = Subset(share.rows)
-        return part
+        return self.with_subset(Subset(share.rows))
 
     def beforehand(self) -> BackpropExtension | None:
         """The extension of a pass over the whole data set that must come first, if there is one."""

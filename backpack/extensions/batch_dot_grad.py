@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,8 +104,8 @@ class BatchDotGrad(BackpropExtension[Tensor]):
     def on_batch(self, share: BatchShare) -> BackpropExtension:
         if self.directions is None and self.against is None:
             return BatchGrad(share.rows, self.savefield)
-        part = copy.copy(self)
-        part.subset, part.batches = Subset(share.rows), None if self.directions is None else Joined(1)
+        part = self.with_subset(Subset(share.rows))
+        part.batches = None if self.directions is None else Joined(1)
         return part
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -143,8 +142,8 @@ class ClippedGrad(BackpropExtension[Tensor]):
         return grads.scaled(joint[group].to(grads.parameter.device)).total()
 
     def on_batch(self, share: BatchShare) -> ClippedGrad:
-        part = copy.copy(self)
-        part.subset, part._norms = Subset(share.rows), {}
+        part = self.with_subset(Subset(share.rows))
+        part._norms = {}
         part._factor, part._samples = share.factor, share.samples or 0
         return part
 

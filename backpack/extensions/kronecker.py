@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor
@@ -107,8 +106,8 @@ class KroneckerExtension(CurvatureExtension[Result]):
         return (separate if self.separated else complete)(grads, result, self.approx)
 
     def on_batch(self, share: BatchShare) -> KroneckerExtension:
-        part = copy.copy(self)
-        part.subset, part.separated = Subset(share.rows), True
+        part = self.with_subset(Subset(share.rows))
+        part.separated = True
         return part
 
     def entries(self, parameter: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,11 +56,11 @@ class WeightedGrad(BackpropExtension[Tensor]):
         return grads.scaled(self.weights.to(like)).total()
 
     def on_batch(self, share: BatchShare) -> WeightedGrad:
-        part = copy.copy(self)
+        part = self.with_subset(Subset(share.rows))
         if len(share.places) and int(share.places.max()) >= len(self.weights):
             raise ValueError(
                 f"WeightedGrad has {len(self.weights)} weights, and the data set has more samples: give one for each "
                 f"sample, or for each that subsampling selects."
             )
-        part.subset, part.weights = Subset(share.rows), self.weights[share.places]
+        part.weights = self.weights[share.places]
         return part
