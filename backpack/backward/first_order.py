@@ -151,15 +151,17 @@ class FirstOrderPass(Collector):
     def _compute(self, contributions: Contributions, name: str, extensions: list[Quantity]) -> None:
         block, parameter = self.block, contributions.tensor
         grads = contributions.individual(extensions[0].subset)
-        grads.prepare([name for extension in extensions for name in extension.reads])
+        is_kept = self.reads_again and grads.is_small
+        grads.prepare(
+            [*(["dense"] if is_kept else []), *(name for extension in extensions for name in extension.reads)]
+        )
         for extension in extensions:
             if block.debug:
                 print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")
             grads.others = None if extension.against is None else contributions.individual(extension.against)
             if extension.needs_all_parameters:
                 measures = self.postponed.setdefault(extension, {})
-                kept = grads if isinstance(grads, Explicit) else contributions  # what is small need not be made again
-                measures[parameter] = kept, extension.measure(grads)
+                measures[parameter] = Explicit(grads.dense()) if is_kept else contributions, extension.measure(grads)
             else:
                 block.store(parameter, extension.savefield, extension.compute(grads))
 
@@ -194,6 +196,7 @@ class FirstOrderPass(Collector):
                 if not extension.is_of_model:
                     with without_autocast(parameter.device):
                         grads = found if isinstance(found, Explicit) else found.individual(extension.subset)
+                        grads.parameter = parameter
                         value = extension.compute_jointly(grads, joint)
                 self.block.store(parameter, extension.savefield, value)
         self.postponed.clear()

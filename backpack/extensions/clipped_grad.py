@@ -139,7 +139,7 @@ class ClippedGrad(BackpropExtension[Tensor]):
 
     def compute_jointly(self, grads: Individual, joint: dict[Any, Tensor]) -> Tensor:
         group = self.group_of(grads.parameter, name_of(grads.parameter))
-        return grads.scaled(joint[group].to(grads.parameter.device)).total()
+        return grads.weighted_total(joint[group].to(grads.parameter.device))
 
     def on_batch(self, share: BatchShare) -> ClippedGrad:
         part = self.with_subset(Subset(share.rows))

@@ -53,7 +53,7 @@ class WeightedGrad(BackpropExtension[Tensor]):
 
     def compute(self, grads: Individual) -> Tensor:
         like = grads.parameter.real if grads.parameter.is_complex() else grads.parameter
-        return grads.scaled(self.weights.to(like)).total()
+        return grads.weighted_total(self.weights.to(like))
 
     def on_batch(self, share: BatchShare) -> WeightedGrad:
         part = self.with_subset(Subset(share.rows))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.nodes.registry import Place, form
-from backpack.uses import ElementwiseUse, Use
+from backpack.uses import ElementwiseUse, GroupNormScaleUse, Use
 
 
 @form("NativeLayerNorm")
@@ -54,7 +54,7 @@ def group_norm(place: Place) -> Use | None:
         return ((apart - mean.reshape(*mean.shape, *tail)) * scale.reshape(*scale.shape, *tail)).reshape(x.shape)
 
     statistics = tuple(place.saved(name).reshape(place.out[0], -1) for name in ("result1", "result2"))
-    return ElementwiseUse(place.channels(), place.saved("input"), standardized, more=statistics)
+    return GroupNormScaleUse(place.channels(), place.saved("input"), standardized, more=statistics)
 
 
 @form("NativeBatchNorm")

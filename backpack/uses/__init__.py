@@ -6,6 +6,7 @@ from backpack.uses.dense_use import DenseUse as DenseUse
 from backpack.uses.derived import Derived as Derived
 from backpack.uses.elementwise import ElementwiseUse as ElementwiseUse
 from backpack.uses.elementwise import Explicit as Explicit
+from backpack.uses.elementwise import GroupNormScaleUse as GroupNormScaleUse
 from backpack.uses.in_chunks import InChunks as InChunks
 from backpack.uses.in_chunks import RowsUse as RowsUse
 from backpack.uses.joint import Joint as Joint

@@ -60,6 +60,11 @@ class Individual(ABC):
     def is_complex(self) -> bool:
         """Whether they are complex numbers. Reductions to squares and dot products are real in any case."""
 
+    @property
+    def is_small(self) -> bool:
+        """Whether the individual gradients take no more memory than what they are computed from."""
+        return False
+
     @abstractmethod
     def _dense(self) -> Tensor:
         """The individual gradients themselves, ``[v, n, *p]``."""
@@ -93,6 +98,10 @@ class Individual(ABC):
     def total(self) -> Tensor:
         """Sum over seeds and samples, ``[*p]``."""
         return self._read("total")
+
+    def weighted_total(self, factor: Tensor) -> Tensor:
+        """Sum over seeds and samples, ``[*p]``, sample ``n`` multiplied by ``factor[n]``."""
+        return self.scaled(factor).total()
 
     def sum_squares(self) -> Tensor:
         """Sum of squared absolute values over seeds and samples, ``[*p]``."""

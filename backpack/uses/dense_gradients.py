@@ -82,6 +82,11 @@ class Dense(Individual):
     def is_complex(self) -> bool:
         return self.grad.is_complex()
 
+    @property
+    def is_small(self) -> bool:
+        entries = self.grad.numel() + sum(tensor.numel() for tensor in self.inputs)
+        return self.grad.shape[0] * self.grad.shape[1] * self.shape.numel() <= 2.5 * entries
+
     def _narrow(self, start: int, stop: int) -> Dense:
         part = self._with(tuple([tensor[start:stop] for tensor in self.inputs]), self.grad[:, start:stop], self.unfold)
         if "x" in vars(self):
@@ -272,16 +277,23 @@ class Dense(Individual):
             a = self.narrow(start, start + step)
             b = a if other is self else other.narrow(start, start + step)
             inputs = a.gram[0](*a.inputs) if a.gram and share < 1 else a.x.conj() @ b.x.transpose(2, 3)
-            left, right = a.grad, b.grad
-            if left.stride(4) == 1:
-                right = product(torch.matmul, inputs, right, left.shape)
-            else:  # as convolutions have them
-                left = left.transpose(3, 4)
-                right = product(torch.matmul, right.transpose(3, 4), inputs.transpose(2, 3), left.shape)
-            left = left.conj()
-            total = (right * left if torch.is_grad_enabled() else right.mul_(left)).sum((2, 3, 4))
+            total = self._dots_of_products(inputs, a.grad.conj(), b.grad)
             pieces.append(torch.real(total))
         return torch.cat(pieces, 1)
+
+    def _dots_of_products(self, inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The sum of ``inputs[n g s t] left[v n g s o] right[v n g t o]``, ``[v, n]``, by products with few results."""
+        positions, outputs = right.shape[3:]
+        tracked = torch.is_grad_enabled()
+        if positions < outputs:
+            found = product(torch.matmul, left, right.mT, (*left.shape[:4], positions))
+            other = inputs
+        elif left.stride(4) == 1:
+            found, other = product(torch.matmul, inputs, right, left.shape), left
+        else:  # as convolutions have them
+            left = left.mT
+            found, other = product(torch.matmul, right.mT, inputs.mT, left.shape), left
+        return (found * other if tracked else found.mul_(other)).sum((2, 3, 4))
 
     def _dots_of_outer_products(self, other: Explicit) -> Tensor:
         """``dots`` with stored matrices, for one position: these multiply the inputs."""

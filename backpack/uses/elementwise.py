@@ -39,11 +39,18 @@ class Explicit(Individual):
     def is_complex(self) -> bool:
         return self.value.is_complex()
 
+    @property
+    def is_small(self) -> bool:
+        return True
+
     def _narrow(self, start: int, stop: int) -> Explicit:
         return Explicit(self.value[:, start:stop])
 
     def scaled(self, factor: Tensor) -> Explicit:
         return Explicit(self.value * factor.reshape(-1, *[1] * len(self.shape)))
+
+    def weighted_total(self, factor: Tensor) -> Tensor:
+        return torch.tensordot(factor.to(self.value.dtype), self.value.sum(0), 1)
 
     def _dense(self) -> Tensor:
         return self.value
@@ -108,3 +115,18 @@ class ElementwiseUse(SamplewiseUse):
         lacking = [axis for axis, size in enumerate(own, start=2) if size == 1 and grad.shape[axis] != 1]
         grad = grad.sum(lacking) if lacking else grad
         return Explicit((grad if self.sign > 0 else -grad).reshape(*grad.shape[:2], *shape), summed)
+
+
+@dataclass(eq=False)
+class GroupNormScaleUse(ElementwiseUse):
+    """The scale of a group normalization of ``x[n, c, *spatial]``; ``more``: mean and scale of groups, ``[n, g]``."""
+
+    def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
+        x, mean, scale = (rows.take(tensor).to(grad.dtype) for tensor in (self.x, *self.more))  # type: ignore[union-attr]
+        axis = mean.dim()  # the first one along which statistics are the same, but for channels in groups
+        if torch.is_grad_enabled() or grad.dtype.itemsize < 4 or x.dim() == axis:
+            return super().bind(grad, rows, shape)
+        products, sums = torch.linalg.vecdot(grad.flatten(axis + 1), x.flatten(axis)), grad.flatten(axis + 1).sum(-1)
+        products, sums = (found.unflatten(-1, (mean.shape[-1], -1)) for found in (products, sums))
+        found = (products - mean.unsqueeze(-1) * sums) * scale.unsqueeze(-1)
+        return Explicit(found.reshape(*grad.shape[:2], -1, shape.numel()).sum(2))
