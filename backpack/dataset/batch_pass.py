@@ -45,6 +45,8 @@ class BatchPass:
     counted: list[int] = field(default_factory=list)
     factor: float = 1.0
     """The factor with which the gradients of the current batch enter those of the data set."""
+    with_gradients: bool = True
+    """Whether gradients are wanted: without, a backward pass ends at a model's output that is a tensor."""
 
     def __post_init__(self) -> None:
         extend(self.model)
@@ -104,7 +106,7 @@ class BatchPass:
             loss = self.lossfunc(output, target)
             if loss.dim():
                 raise ValueError(f"The loss must be reduced to a number; it has shape {list(loss.shape)}.")
-            self._differentiate(loss, (divided or 1.0) / reference, batch)
+            self._differentiate(loss, output, (divided or 1.0) / reference, batch)
         return loss.detach(), divided
 
     @contextmanager
@@ -119,8 +121,9 @@ class BatchPass:
         finally:
             self.lossfunc.reduction = reduction
 
-    def _differentiate(self, loss: Tensor, factor: float, batch: Batch) -> None:
+    def _differentiate(self, loss: Tensor, output: Any, factor: float, batch: Batch) -> None:
         collection = self.collection
+        ends = not (self.with_gradients or self.sharded) and isinstance(output, Tensor) and output.requires_grad
         scale = 1.0
         if self.scaler is not None:
             loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
@@ -140,7 +143,10 @@ class BatchPass:
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
             HERE.blocks[-1].only = None if collection.only is None else collection.wants
-            self._backward_sharded(loss) if self.sharded else self._backward(loss)
+            if ends and output is not loss:
+                torch.autograd.grad(loss, output)
+            else:
+                self._backward_sharded(loss) if self.sharded else self._backward(loss)
         if self.scaler is not None and not collection.gradients_are_finite():
             raise OverflowError(
                 f"A gradient, scaled by {scale:g}, is not finite: give the scaler a smaller init_scale."

@@ -150,7 +150,9 @@ class PartPasses:
         if not ahead:
             return self.extensions
         require_two_readings(self.dataloader, f"{' and '.join(type(e).__name__ for e in ahead)} takes two passes")
-        first = self._pass(tuple(ahead.values()), only, None, path and self._beforehand(path))
+        path = path and self._beforehand(path)
+        with_gradients = any(extension.seeds is None for extension in ahead.values())
+        first = self._pass(tuple(ahead.values()), only, None, path, with_gradients)
         found = first.results(True, self.owners).results
         first.collection.clear()
         first.random.write(first.began)
@@ -168,10 +170,12 @@ class PartPasses:
         only: Sequence[str] | None,
         folder: Path | None,
         path: Path | None,
+        with_gradients: bool = True,
     ) -> DatasetPass:
         """One pass over the data, for these parameters; ``None``: all."""
         collection = Collection(self.model, extensions, self.device, True, only)
         batch_pass = BatchPass(self.model, self.lossfunc, collection, self.forward, self.denominator, self.scaler)
+        batch_pass.with_gradients = with_gradients
         batches = Batches(self.dataloader, EXTENDED[self.model].batch_axis, self.processes, self.sample_ids)
         run = DatasetPass(batch_pass, batches, self.random)
         if path is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.uses.linear_map import LinearMap
-from backpack.uses.second_moments import diagonal_blocks, moment_of_outputs, second_moment
+from backpack.uses.second_moments import diagonal_blocks, in_basis, moment_of_outputs, second_moment
 
 if TYPE_CHECKING:
     from backpack.uses.dense_gradients import Dense
@@ -88,7 +88,11 @@ class DenseMap(LinearMap):
         else:
             outputs = diagonal_blocks(outputs, groups)
         shape = torch.Size((rows.shape[1], columns.shape[1]))
-        x, grad = grads.x @ inputs.conj(), grads.grad @ outputs.conj()
+        if grads.grad.shape[2:4] == (1, 1):
+            grad = in_basis(grads, grads.grad[:, :, 0, 0], outputs)[:, :, None, None]
+        else:
+            grad = grads.grad @ outputs.conj()
+        x = grads.x @ inputs.conj()
         return replace(grads, inputs=(x,), grad=grad, shape=shape, unfold=None, other=None)
 
     def ungrouped(self) -> DenseMap:

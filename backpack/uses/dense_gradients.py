@@ -17,7 +17,7 @@ from backpack.uses.dense_factors import DenseMap
 from backpack.uses.elementwise import Explicit
 from backpack.uses.linear_map import LinearMap
 from backpack.uses.sample_sum import SampleSum
-from backpack.uses.second_moments import gram_of_outputs, second_moment
+from backpack.uses.second_moments import gram_of_outputs, second_moment, squares_of_outputs
 
 SMALL = 2**22
 """Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""
@@ -188,7 +188,8 @@ class Dense(Individual):
         if name == "total":
             grad = _over_seeds(grad)
         elif self.weights is None:
-            x, grad = squared(x), _over_seeds(squared(grad))
+            outputs = squares_of_outputs(self, grad.flatten(2)).reshape(grad.shape[1:])
+            x, grad = squared(x), outputs
         else:
             x, grad = squared(x), torch.einsum("vngso,vn->ngso", squared(grad), self.weights)
         if name == "sample_squares":
@@ -326,7 +327,7 @@ class Dense(Individual):
             inputs = torch.einsum("ngsi,mgti->nmgst", self.x, other.x.conj())
             outputs = torch.einsum("vngso,wmgto->vwnmgst", self.grad, other.grad.conj())
             return torch.real((outputs * inputs).sum((4, 5, 6)).permute(0, 2, 1, 3))
-        step = max(1, self._scratch // max(1, (v * n + w * m) * g * i))
+        step = max(1, 2 * self._scratch // max(1, (v * n if other is self else v * n + w * m) * g * i))
         terms: list[Tensor] = []
         for start in range(0, o, step):  # a few rows of all samples' matrices at a time
             left = self._rows(start, start + step)
@@ -363,9 +364,11 @@ class Dense(Individual):
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows of all samples' and seeds' matrices, ``[n v, ...]``, real."""
-        part = self._with((self.x,), self.grad[..., start:stop])
-        matrices = part._matrices().unflatten(3, (self.grad.shape[0], -1))
-        return as_real(matrices.movedim(3, 1).reshape(self.grad.shape[0] * self.grad.shape[1], -1))
+        grad = self.grad[..., start:stop].permute(1, 2, 0, 4, 3).flatten(2, 3)
+        found = product(torch.matmul, grad, self.x, (*grad.shape[:3], self.x.shape[3])).unflatten(
+            2, (len(self.grad), -1)
+        )
+        return as_real(found.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class SummedGroups(Dense):

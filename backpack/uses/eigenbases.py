@@ -10,9 +10,10 @@ from torch import Tensor
 
 from backpack.uses.base import Individual, accumulate
 from backpack.uses.complex_numbers import squared
+from backpack.uses.elementwise import Explicit
 from backpack.uses.joint import join
 from backpack.uses.linear_map import LinearMap
-from backpack.uses.second_moments import MOMENT, diagonal_blocks, matrices_of
+from backpack.uses.second_moments import MOMENT, diagonal_blocks, in_basis, matrices_of
 
 OVERSAMPLED = 8
 """Random vectors in excess of the dimension of what their images are to span."""
@@ -107,6 +108,8 @@ def squares_in_bases(grads: Individual, bases: list[Tensor]) -> Tensor:
         return join([a.rotated(*bases) for a in maps]).sum_squares()
     if len(bases) == 1 and bases[0].dim() == 1:
         return grads.sum_squares()
+    if len(bases) == 1 and isinstance(grads, Explicit) and grads.summed:
+        return squared(in_basis(grads, matrices_of(grads, 1)[:, :, 0], bases[0])).sum((0, 1))
     terms: list[Tensor] = []
     for piece in grads.chunks():
         rows = matrices_of(piece, 1)[:, :, 0] if len(bases) == 1 else matrices_of(piece, len(bases[0]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from backpack.samples import Rows
 from backpack.uses.base import Individual, flat
 from backpack.uses.complex_numbers import conjugated, squared
-from backpack.uses.second_moments import gram_of_outputs
+from backpack.uses.second_moments import gram_of_outputs, squares_of_outputs
 from backpack.uses.use import SamplewiseUse
 
 
@@ -56,7 +56,11 @@ class Explicit(Individual):
         return self.value
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
-        if name != "norms" or not self.summed or swept:
+        if not self.summed or swept:
+            return None
+        if name == "sum_squares" and self.weights is None and not self.is_complex:
+            return squares_of_outputs(self, flat(self.value)).sum(0).reshape(self.shape)
+        if name != "norms":
             return None
         return self.share(("norms", self.shape.numel()), lambda: flat(squared(self.value)).sum(2))
 

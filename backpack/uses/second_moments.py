@@ -10,12 +10,16 @@ from torch import Tensor
 
 from backpack.memory import empty
 from backpack.uses.base import Individual
+from backpack.uses.complex_numbers import squared
 
 BLOCKS = 4
 """The number of blocks of columns in which a second moment is computed, each down to the diagonal only."""
 
 LARGE = 3 * 2**15
 """Entries of the rows from which on blocks pay off: with fewer, the copies cost more than the products."""
+
+FEW = 2**14
+"""Entries up to which one call for all is faster than one for each row."""
 
 
 def second_moment(rows: Tensor, scale: float = 1.0) -> Tensor:
@@ -63,8 +67,30 @@ def gram_of_outputs(grads: Individual, rows: Tensor) -> Tensor:
     return gram.unflatten(1, (v, n)).unflatten(0, (v, n))
 
 
+def squares_of_outputs(grads: Individual, rows: Tensor) -> Tensor:
+    """Squares of cotangents ``rows[v, n, o]``, summed over seeds, computed once for all uses of them in the call."""
+    return grads.share((SQUARES, rows.shape[2]), lambda: _sum_of_squares(rows))
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """The sum over the first axis; of large rows, one by one, so that what is added up stays in the caches."""
+    if len(rows) == 1 or rows.is_complex() or torch.is_grad_enabled() or rows[0].numel() < FEW:
+        return squared(rows).sum(0)
+    total = rows[0].square()
+    for row in rows[1:]:
+        total.addcmul_(row, row)
+    return total
+
+
+def in_basis(grads: Individual, rows: Tensor, basis: Tensor) -> Tensor:
+    """Cotangents ``rows[v, n, o]`` in an orthonormal basis, computed once for all uses of them in the call."""
+    return grads.share((TURNED, basis), lambda: rows @ basis.conj())
+
+
 MOMENT = "moment of outputs"
+SQUARES = "squares of outputs"
 GRAM = "dot products of outputs"
+TURNED = "outputs in a basis"
 
 
 def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
