@@ -126,9 +126,11 @@ class GroupNormScaleUse(ElementwiseUse):
     """The scale of a group normalization of ``x[n, c, *spatial]``; ``more``: mean and scale of groups, ``[n, g]``."""
 
     def bind(self, grad: Tensor, rows: Rows, shape: torch.Size) -> Explicit:
-        x, mean, scale = (rows.take(tensor).to(grad.dtype) for tensor in (self.x, *self.more))  # type: ignore[union-attr]
-        axis = mean.dim()  # the first one along which statistics are the same, but for channels in groups
-        if torch.is_grad_enabled() or grad.dtype.itemsize < 4 or x.dim() == axis:
+        if self.x is None or torch.is_grad_enabled() or grad.dtype.itemsize < 4:
+            return super().bind(grad, rows, shape)
+        x, mean, scale = (rows.take(tensor).to(grad.dtype) for tensor in (self.x, *self.more))
+        axis = mean.dim()  # the first one of an image
+        if x.dim() == axis:
             return super().bind(grad, rows, shape)
         products, sums = torch.linalg.vecdot(grad.flatten(axis + 1), x.flatten(axis)), grad.flatten(axis + 1).sum(-1)
         products, sums = (found.unflatten(-1, (mean.shape[-1], -1)) for found in (products, sums))
