@@ -62,7 +62,7 @@ class Individual(ABC):
 
     @property
     def is_small(self) -> bool:
-        """Whether the individual gradients take no more memory than what they are computed from."""
+        """Whether to keep the individual gradients takes little memory, beside what they are computed from."""
         return False
 
     @abstractmethod

@@ -22,6 +22,9 @@ from backpack.uses.second_moments import gram_of_outputs, second_moment, squares
 SMALL = 2**22
 """Multiplications up to which products of several seeds are joined, at the price of copies of their cotangents."""
 
+MANY = 128
+"""Positions from which on it takes much longer to form individual gradients than to write and read them."""
+
 
 @dataclass(eq=False)
 class Dense(Individual):
@@ -84,8 +87,9 @@ class Dense(Individual):
 
     @property
     def is_small(self) -> bool:
+        v, n, _, s, _ = self.grad.shape
         entries = self.grad.numel() + sum(tensor.numel() for tensor in self.inputs)
-        return self.grad.shape[0] * self.grad.shape[1] * self.shape.numel() <= 2.5 * entries
+        return v * n * self.shape.numel() <= entries * (2.5 if s >= MANY else 1)
 
     def _narrow(self, start: int, stop: int) -> Dense:
         part = self._with(tuple([tensor[start:stop] for tensor in self.inputs]), self.grad[:, start:stop], self.unfold)
@@ -194,9 +198,9 @@ class Dense(Individual):
             x, grad = squared(x), torch.einsum("vngso,vn->ngso", squared(grad), self.weights)
         if name == "sample_squares":
             return self._to_parameter(product(torch.matmul, grad.transpose(2, 3), x, (n, g, o, i)))
-        left, right = grad[:, :, 0].permute(1, 2, 0), x[:, :, 0].transpose(0, 1)
         if g == 1:
-            return self._to_parameter(product(torch.mm, left[0], right[0], (o, i))[None])
+            return self._to_parameter(product(torch.mm, grad.reshape(n, o).T, x.reshape(n, i), (o, i))[None])
+        left, right = grad[:, :, 0].permute(1, 2, 0), x[:, :, 0].transpose(0, 1)
         return self._to_parameter(product(torch.matmul, left, right, (g, o, i)))
 
     def chunks(self) -> Iterator[Dense]:

@@ -96,6 +96,8 @@ def eigenvectors(matrix: Tensor, rank: int) -> Tensor:
 
 def _blocks(factor: Tensor) -> int:
     """The largest number of diagonal blocks of one size outside of which a matrix is zero."""
+    if factor[:1, -1].any():
+        return 1
     size, filled = len(factor), factor.count_nonzero()
     numbers = (number for number in range(size, 0, -1) if size % number == 0)
     return next(number for number in numbers if diagonal_blocks(factor, number).count_nonzero() == filled)
