@@ -114,7 +114,7 @@ class HessianPass(DoubleBackwardPass):
     @contextmanager
     def _progress(self, graph: ResidualGraph, others: Sequence[Node]) -> Iterator[None]:
         """Warn beforehand of what takes long, and show on a terminal how far it is."""
-        if self.sampled:
+        if self.sampled or not (others or graph.curved):
             with bar(False, None) as self.advance:
                 yield
             return
