@@ -391,3 +391,27 @@ def test_dot_products_of_scaled_gradients_are_those_with_the_inverse_curvature(f
     for name, p in model.named_parameters():
         expected = grads[name] @ matrices[name] @ grads[name].T
         assert torch.allclose(p.grad_projected @ p.grad_projected.T, expected, rtol=1e-9, atol=1e-14), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("subsampling", [None, [3, 0]])
+@pytest.mark.parametrize("channels", [2, 5, 24])
+def test_clipped_sums_of_layers_with_many_positions(channels, subsampling, dtype, tolerance):
+    """Their individual gradients are kept for the sum, or made again, as they are small or large beside the images."""
+    layers = [nn.Conv2d(2, channels, 3, padding=1), nn.GroupNorm(1, channels), nn.Tanh()]
+    layers += [nn.Conv2d(channels, 2 * channels, 3), nn.Flatten(2), nn.Linear(100, 3), nn.Flatten()]
+    model, lossfunc = extend(nn.Sequential(*layers).to(dtype)), nn.CrossEntropyLoss()
+    X, y = torch.randn(5, 2, 12, 12, dtype=dtype), torch.randint(3, (5,))
+    truth = individual_gradients(
+        [lossfunc(model(X[n : n + 1]), y[n : n + 1]) / 5 for n in range(5)], model.parameters()
+    )
+    norms = torch.stack([own.flatten(1).square().sum(1) for own in truth]).sum(0).sqrt()
+    bound, chosen = float(norms.mean()), list(range(5)) if subsampling is None else subsampling
+    with backpack(ClippedGrad(bound, subsampling=subsampling)):
+        lossfunc(model(X), y).backward()
+    factor = (bound / norms).clamp(max=1)
+    for parameter, own in zip(model.parameters(), truth, strict=True):
+        expected = torch.einsum("n,n...->...", factor[chosen], own[chosen])
+        torch.testing.assert_close(
+            parameter.grad_clipped, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )

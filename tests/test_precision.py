@@ -112,6 +112,18 @@ def test_results_of_a_scaled_loss_are_unscaled():
         assert close(value * 1e6, loop["diag_ggn_exact"][name] * 1e6, rtol=0.02) and value.any()
 
 
+def test_bases_of_a_data_set_do_not_depend_on_a_gradient_scaler():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(3, (12,))
+    data = [*zip(X.split(4), y.split(4), strict=True)]
+    extension = EKFAC(fisher="empirical")  # its first pass computes no gradients that could overflow
+    expected = accumulate(model, nn.CrossEntropyLoss(), data, extension)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    found = accumulate(model, nn.CrossEntropyLoss(), data, extension, scaler=scaler)
+    for name, eigen in expected["ekfac"].items():
+        torch.testing.assert_close(found["ekfac"][name].dense(), eigen.dense())
+
+
 def test_an_overflow_is_an_error():
     model, lossfunc, X, y = tiny(1.0)
     model = model.float()

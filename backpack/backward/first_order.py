@@ -152,9 +152,8 @@ class FirstOrderPass(Collector):
         block, parameter = self.block, contributions.tensor
         grads = contributions.individual(extensions[0].subset)
         is_kept = self.reads_again and grads.is_small
-        grads.prepare(
-            [*(["dense"] if is_kept else []), *(name for extension in extensions for name in extension.reads)]
-        )
+        reads = [name for extension in extensions for name in extension.reads]
+        grads.prepare(["dense", *reads] if is_kept else reads)
         for extension in extensions:
             if block.debug:
                 print(f"[DEBUG] {type(extension).__name__} on parameter {name} {list(parameter.shape)}")

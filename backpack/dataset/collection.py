@@ -154,8 +154,8 @@ class Collection:
 
     def gradients_are_finite(self) -> bool:
         """Whether the gradients of all batches are finite."""
-        norms = torch._foreach_norm([state[0] for (_, field), state in self.sums.items() if field == GRAD], torch.inf)
-        return all(norm.isfinite().item() for norm in norms)
+        grads = [state[0] for (_, field), state in self.sums.items() if field == GRAD]
+        return not grads or all(norm.isfinite().item() for norm in torch._foreach_norm(grads, torch.inf))
 
     def _add(self, savefield: str, results: dict[str, Any], factor: float, samples: int) -> None:
         """Add results of one extension, by name of the parameters."""

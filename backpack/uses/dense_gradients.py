@@ -192,8 +192,7 @@ class Dense(Individual):
         if name == "total":
             grad = _over_seeds(grad)
         elif self.weights is None:
-            outputs = squares_of_outputs(self, grad.flatten(2)).reshape(grad.shape[1:])
-            x, grad = squared(x), outputs
+            x, grad = squared(x), squares_of_outputs(self, grad.flatten(2)).reshape(grad.shape[1:])
         else:
             x, grad = squared(x), torch.einsum("vngso,vn->ngso", squared(grad), self.weights)
         if name == "sample_squares":
@@ -369,10 +368,8 @@ class Dense(Individual):
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows of all samples' and seeds' matrices, ``[n v, ...]``, real."""
         grad = self.grad[..., start:stop].permute(1, 2, 0, 4, 3).flatten(2, 3)
-        found = product(torch.matmul, grad, self.x, (*grad.shape[:3], self.x.shape[3])).unflatten(
-            2, (len(self.grad), -1)
-        )
-        return as_real(found.transpose(1, 2).flatten(2).flatten(0, 1))
+        found = product(torch.matmul, grad, self.x, (*grad.shape[:3], self.x.shape[3]))
+        return as_real(found.unflatten(2, (len(self.grad), -1)).transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class SummedGroups(Dense):

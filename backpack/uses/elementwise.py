@@ -56,7 +56,7 @@ class Explicit(Individual):
         return self.value
 
     def closed(self, name: str, swept: bool = False) -> Tensor | None:
-        if not self.summed or swept:
+        if not self.summed:
             return None
         if name == "sum_squares" and self.weights is None and not self.is_complex:
             return squares_of_outputs(self, flat(self.value)).sum(0).reshape(self.shape)
