@@ -38,6 +38,7 @@ from backpack.extensions import (
     SqrtGGNMC,
     SumGradSquared,
 )
+from backpack.uses.eigenbases import eigenbases_by_name
 from backpack.utils.kroneckers import apply_kfac_mat_prod, eigh_kfacs, inv_kfacs, kfac_logdet, kfacs_to_mat, pi_damping
 
 C, R = torch.complex128, torch.float64
@@ -562,3 +563,10 @@ def test_verify_finds_a_conjugate_that_is_missing():
 
     model, x = case("linear")
     assert not verify(model, nn.MSELoss(), x, torch.randn(model(x).shape, dtype=R), Wrong()).passed
+
+
+def test_bases_of_equal_factors_have_the_data_types_of_their_parameters():
+    factor = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    found = eigenbases_by_name({"matrix": [factor.to(torch.complex128)], "bias": [factor], "scale": [factor]})
+    assert [basis.dtype for (basis,) in found.values()] == [torch.complex128, torch.float64, torch.float64]
+    assert found["scale"][0] is found["bias"][0]

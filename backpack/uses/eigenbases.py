@@ -46,12 +46,15 @@ def eigenbases_by_name(factors: dict[str, list[Tensor]]) -> dict[str, list[Tenso
     found, before = {}, list[tuple[Tensor, Tensor]]()
     for name in list(factors):
         own = factors.pop(name)
-        known = [
-            next((b for f, b in before if f.shape == factor.shape and torch.equal(f, factor)), None) for factor in own
-        ]
+        known = [next((basis for other, basis in before if _is_equal(other, factor)), None) for factor in own]
         found[name] = [eigenbases([f])[0] if basis is None else basis for f, basis in zip(own, known, strict=True)]
         before = list(zip(own, found[name], strict=True))
     return found
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two factors are the same, also in their data type: of a complex and a real parameter, they may differ."""
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _basis(factor: Tensor, rank: int, blocks: int, grads: Individual | None) -> Tensor:
