@@ -20,6 +20,7 @@ from backpack.dataset.batches import Batch
 from backpack.dataset.collection import Collection, parameters_of, part_of
 from backpack.dataset.model_loss import ModelLoss
 from backpack.modules.forward_hooks import EXTENDED
+from backpack.modules.loss_calls import is_known_loss
 from backpack.modules.parameters import SHARDED
 from backpack.modules.thread_state import HERE
 from backpack.torch_internals import is_fully_sharded
@@ -46,7 +47,7 @@ class BatchPass:
     factor: float = 1.0
     """The factor with which the gradients of the current batch enter those of the data set."""
     with_gradients: bool = True
-    """Whether gradients are wanted: without, a backward pass ends at a model's output that is a tensor."""
+    """Whether gradients are wanted: without, a pass from one of PyTorch's losses ends at the model's output."""
 
     def __post_init__(self) -> None:
         extend(self.model)
@@ -124,6 +125,7 @@ class BatchPass:
     def _differentiate(self, loss: Tensor, output: Any, factor: float, batch: Batch) -> None:
         collection = self.collection
         ends = not (self.with_gradients or self.sharded) and isinstance(output, Tensor) and output.requires_grad
+        ends = ends and is_known_loss(self.lossfunc)  # another may stand for a loss inside of the model
         scale = 1.0
         if self.scaler is not None:
             loss, scale = self.scaler.scale(loss), self.scaler.get_scale()
@@ -143,7 +145,7 @@ class BatchPass:
             HERE.blocks[-1].loss_factor = scale
             HERE.blocks[-1].taker = partial(collection.take, parts)
             HERE.blocks[-1].only = None if collection.only is None else collection.wants
-            if ends and output is not loss:
+            if ends:
                 torch.autograd.grad(loss, output)
             else:
                 self._backward_sharded(loss) if self.sharded else self._backward(loss)
